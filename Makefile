@@ -1,0 +1,46 @@
+# Each target sets up what it needs: a virtual environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Long, with many processes: a target of their own.
+PARTS := tests/data tests/launchers tests/strategies tests/parity/test_callbacks.py tests/parity/test_engine.py tests/parity/test_loggers.py tests/callbacks/test_model_checkpoint.py tests/loggers tests/profilers tests/environments tests/accelerators
+RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
+
+.PHONY: help demo test test-parts test-slow lint bench docs clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	touch $(STAMP)
+
+demo: $(STAMP)  ## Train on handwritten digits, evaluate, save, show
+	$(BIN)/python examples/digits.py
+
+test: $(STAMP)  ## Run the tests
+	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing" $(addprefix --ignore=,$(PARTS))
+	$(RUN) $(BIN)/python -m pytest -q -m "timing and not slow"
+
+test-parts: $(STAMP)  ## Run the long tests of the parts (data position, processes)
+	$(RUN) $(BIN)/python -m pytest -q $(PARTS)
+
+test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
+	$(RUN) $(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
+	$(RUN) $(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)  ## Build the documentation site
+	$(BIN)/mkdocs build --strict --quiet
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache

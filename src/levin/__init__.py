@@ -1,0 +1,57 @@
+"""levin: a training framework for PyTorch.
+
+Write a LightningModule (what to compute) and perhaps a LightningDataModule (on what); a Trainer does the rest.
+Everything here is imported when it is first used, so that ``import levin`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from levin.datamodule import LightningDataModule as LightningDataModule
+    from levin.hooks import Callback as Callback
+    from levin.module import LightningModule as LightningModule
+    from levin.trainer import Trainer as Trainer
+    from levin.utilities.seed import seed_everything as seed_everything
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Callback": "levin.hooks",
+    "LightningDataModule": "levin.datamodule",
+    "LightningModule": "levin.module",
+    "Trainer": "levin.trainer",
+    "seed_everything": "levin.utilities.seed",
+}
+_ROOMS = (
+    "accelerators",
+    "callbacks",
+    "checkpoint",
+    "data",
+    "environments",
+    "launchers",
+    "loggers",
+    "precision",
+    "profilers",
+    "strategies",
+    "utilities",
+)
+
+__all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"levin.{name}")
+    else:
+        raise AttributeError(f"module 'levin' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_ROOMS])

@@ -1,0 +1,29 @@
+"""The ``levin`` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Optional
+
+from levin import __version__
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: Words of the command line; by default those of the process.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(prog="levin", description="A training framework for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"levin {__version__}")
+    parser.parse_args(arguments)
+    parser.print_help()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

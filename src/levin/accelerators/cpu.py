@@ -1,0 +1,99 @@
+"""The processor of the machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from levin.accelerators.accelerator import Accelerator
+from levin.utilities.exceptions import MisconfigurationException
+
+
+class CPUAccelerator(Accelerator):
+    """Runs on the processor; ``devices`` is the number of processes.
+
+    Example:
+        >>> CPUAccelerator.get_parallel_devices(CPUAccelerator.parse_devices("2"))
+        [device(type='cpu'), device(type='cpu')]
+    """
+
+    @staticmethod
+    def name() -> str:
+        """Return ``"cpu"``."""
+        return "cpu"
+
+    @staticmethod
+    def parse_devices(devices: Any) -> int:
+        """Return the number of processes.
+
+        Args:
+            devices: An int > 0, or a string of one.
+
+        Raises:
+            ValueError: ``devices`` is 0.
+            TypeError: ``devices`` is anything else than a positive int.
+        """
+        return parse_cpu_processes(devices)
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """Return the CPU device once per process."""
+        return [torch.device("cpu")] * parse_cpu_processes(devices)
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """Return 1: more processes on one processor are a choice for the user to make."""
+        return 1
+
+    @staticmethod
+    def is_available() -> bool:
+        """Return True."""
+        return True
+
+    def setup_device(self, device: torch.device) -> None:
+        """Check that ``device`` is a CPU.
+
+        Raises:
+            ValueError: ``device`` is not a CPU.
+        """
+        if device.type != "cpu":
+            raise MisconfigurationException(
+                f"The cpu accelerator needs a cpu device, received {device}. Pass the accelerator of that device."
+            )
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Return the load of processor, memory and swap in percent.
+
+        Raises:
+            ModuleNotFoundError: psutil is not installed.
+        """
+        try:
+            import psutil
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "CPU statistics need the package psutil, which is not installed. Run `pip install psutil`."
+            ) from error
+        return {
+            "cpu_vm_percent": psutil.virtual_memory().percent,
+            "cpu_percent": psutil.cpu_percent(),
+            "cpu_swap_percent": psutil.swap_memory().percent,
+        }
+
+
+def parse_cpu_processes(devices: Any) -> int:
+    """Return ``devices`` as a number of processes; see :meth:`CPUAccelerator.parse_devices`."""
+    count = devices
+    if isinstance(count, str):
+        try:
+            count = int(count.strip())
+        except ValueError:
+            count = None
+    if isinstance(count, int) and count > 0:
+        return int(count)
+    if isinstance(count, int) and count == 0:
+        raise MisconfigurationException(f"devices must be > 0, received {devices!r}. Use 1 for one process.")
+    raise TypeError(
+        f"devices must be an int > 0 with accelerator='cpu' (the number of processes), received {devices!r}. "
+        "Use devices=1 for one process."
+    )

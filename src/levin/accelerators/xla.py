@@ -1,0 +1,90 @@
+"""TPUs, through torch_xla."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from levin.accelerators.accelerator import Accelerator
+from levin.utilities.exceptions import MisconfigurationException
+
+
+class XLAAccelerator(Accelerator):
+    """Runs on TPUs; unavailable without the package torch_xla.
+
+    Raises:
+        ModuleNotFoundError: torch_xla is not installed.
+    """
+
+    def __init__(self) -> None:
+        if not _is_installed():
+            raise ModuleNotFoundError(
+                "accelerator='tpu' needs the package torch_xla, which is not installed. Run `pip install torch_xla`, "
+                "or use accelerator='auto'."
+            )
+
+    @staticmethod
+    def name() -> str:
+        """Return ``"tpu"``."""
+        return "tpu"
+
+    @staticmethod
+    def parse_devices(devices: Any) -> int | list[int]:
+        """Return the number of cores, or one core's index in a list.
+
+        Raises:
+            ValueError: ``devices`` is neither 1, all cores, nor one index.
+        """
+        count = XLAAccelerator.auto_device_count()
+        if isinstance(devices, str):
+            text = devices.strip().rstrip(",")
+            devices = (
+                [int(text)]
+                if "," in devices and text.isdigit()
+                else int(text)
+                if text.lstrip("-").isdigit()
+                else devices
+            )
+        if devices == -1:
+            return count
+        if isinstance(devices, int) and not isinstance(devices, bool) and devices in (1, count):
+            return devices
+        if isinstance(devices, (list, tuple)) and len(devices) == 1 and devices[0] in range(count):
+            return [int(devices[0])]
+        raise MisconfigurationException(
+            f"devices must be 1, {count} or [index] with accelerator='tpu', received {devices!r}. Use 'auto' for all cores."
+        )
+
+    @staticmethod
+    def get_parallel_devices(devices: Any) -> list[torch.device]:
+        """Return one device per core."""
+        indices = devices if isinstance(devices, list) else range(devices)
+        return [torch.device("xla", index) for index in indices]
+
+    @staticmethod
+    def auto_device_count() -> int:
+        """Return the number of cores of this machine; 0 without torch_xla."""
+        if not _is_installed():
+            return 0
+        from torch_xla._internal import tpu
+
+        return int(tpu.num_available_devices())
+
+    @staticmethod
+    def is_available() -> bool:
+        """Return whether torch_xla is installed and finds a TPU."""
+        return XLAAccelerator.auto_device_count() > 0
+
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+        """Return free and used memory in megabytes."""
+        import torch_xla.core.xla_model as xm
+
+        info = xm.get_memory_info(device)
+        free = info["bytes_limit"] - info["bytes_used"]
+        return {"avg. free memory (MB)": free / 2**20, "avg. peak memory (MB)": info["peak_bytes_used"] / 2**20}
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("torch_xla") is not None

@@ -1,0 +1,57 @@
+"""Callbacks: what runs at the hooks of a Trainer without being part of the model."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from levin.callbacks.checkpoint import Checkpoint as Checkpoint
+    from levin.callbacks.early_stopping import EarlyStopping as EarlyStopping
+    from levin.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
+    from levin.hooks import Callback as Callback
+
+_MODULE_OF = {
+    "BackboneFinetuning": "levin.callbacks.finetuning",
+    "BaseFinetuning": "levin.callbacks.finetuning",
+    "BasePredictionWriter": "levin.callbacks.prediction_writer",
+    "BatchSizeFinder": "levin.callbacks.batch_size_finder",
+    "Callback": "levin.hooks",
+    "Checkpoint": "levin.callbacks.checkpoint",
+    "DeviceStatsMonitor": "levin.callbacks.device_stats_monitor",
+    "EMAWeightAveraging": "levin.callbacks.weight_averaging",
+    "EarlyStopping": "levin.callbacks.early_stopping",
+    "GradientAccumulationScheduler": "levin.callbacks.gradient_accumulation_scheduler",
+    "LambdaCallback": "levin.callbacks.lambda_function",
+    "LearningRateFinder": "levin.callbacks.lr_finder",
+    "LearningRateMonitor": "levin.callbacks.lr_monitor",
+    "ModelCheckpoint": "levin.callbacks.model_checkpoint",
+    "ModelPruning": "levin.callbacks.pruning",
+    "ModelSummary": "levin.callbacks.model_summary",
+    "OnExceptionCheckpoint": "levin.callbacks.on_exception_checkpoint",
+    "ProgressBar": "levin.callbacks.progress.progress_bar",
+    "RichModelSummary": "levin.callbacks.rich_model_summary",
+    "RichProgressBar": "levin.callbacks.progress.rich_progress",
+    "RichProgressBarTheme": "levin.callbacks.progress.rich_progress",
+    "SpikeDetection": "levin.callbacks.spike_detection",
+    "StochasticWeightAveraging": "levin.callbacks.stochastic_weight_avg",
+    "TQDMProgressBar": "levin.callbacks.progress.tqdm_progress",
+    "ThroughputMonitor": "levin.callbacks.throughput_monitor",
+    "Timer": "levin.callbacks.timer",
+    "TrainingSpikeException": "levin.callbacks.spike_detection",
+    "WeightAveraging": "levin.callbacks.weight_averaging",
+}
+
+__all__ = sorted(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

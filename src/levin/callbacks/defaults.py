@@ -1,0 +1,189 @@
+"""The callbacks and loggers that a Trainer adds by itself, and the order of all."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from datetime import timedelta
+from importlib.metadata import entry_points
+from typing import Any, Optional
+
+from levin.callbacks.checkpoint import Checkpoint
+from levin.callbacks.model_checkpoint import ModelCheckpoint
+from levin.callbacks.progress.progress_bar import ProgressBar
+from levin.hooks import Callback
+from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.rank_zero import rank_zero_info
+
+ENTRY_POINTS = "lightning.pytorch.callbacks_factory"
+"""Group under which installed packages register callbacks."""
+
+
+def default_callbacks(
+    given: Any,
+    *,
+    max_time: str | timedelta | dict[str, int] | None,
+    enable_checkpointing: bool,
+    enable_progress_bar: bool,
+    enable_model_summary: bool,
+) -> list[Callback]:
+    """Return the user's callbacks, the default ones and those of installed packages, in running order.
+
+    Raises:
+        MisconfigurationException: A callback contradicts a flag.
+        RuntimeError: Two stateful callbacks have the same state key.
+    """
+    callbacks: list[Callback] = (
+        list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
+    )
+    for callback in callbacks:
+        if not isinstance(callback, Callback) and not hasattr(callback, "on_train_start"):
+            raise value_error("callbacks", callback, "must be a Callback or a list of them")
+    _add_checkpointing(callbacks, enable_checkpointing)
+    _add_timer(callbacks, max_time)
+    _add_progress_bar(callbacks, enable_progress_bar)
+    _add_summary(callbacks, enable_model_summary)
+    for entry in entry_points(group=ENTRY_POINTS):
+        made = entry.load()()
+        callbacks.extend(made if isinstance(made, list) else [made])
+    check_state_keys(callbacks)
+    return reorder(callbacks)
+
+
+def _add_checkpointing(callbacks: list[Callback], enable: bool) -> None:
+    has_one = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    if has_one and not enable:
+        raise MisconfigurationException(
+            "Trainer was configured with enable_checkpointing=False but found a Checkpoint callback in `callbacks`. Leave out one of the two."
+        )
+    if enable and not has_one:
+        callbacks.append(ModelCheckpoint())
+
+
+def _add_timer(callbacks: list[Callback], max_time: Any) -> None:
+    if max_time is None:
+        return
+    from levin.callbacks.timer import Timer
+
+    if any(isinstance(callback, Timer) for callback in callbacks):
+        rank_zero_info("Ignoring `Trainer(max_time=...)`, since callbacks list already contains a Timer.")
+        return
+    callbacks.append(Timer(duration=max_time, interval="step"))
+
+
+def _add_progress_bar(callbacks: list[Callback], enable: bool) -> None:
+    bars = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+    if len(bars) > 1:
+        raise MisconfigurationException(
+            f"callbacks must hold one progress bar, received {[type(bar).__name__ for bar in bars]}. Keep one."
+        )
+    if bars and not enable:
+        raise MisconfigurationException(
+            f"Trainer was configured with enable_progress_bar=False but found {type(bars[0]).__name__} in `callbacks`. Leave out one of the two."
+        )
+    if bars or not enable:
+        return
+    if importlib.util.find_spec("rich"):
+        from levin.callbacks.progress.rich_progress import RichProgressBar
+
+        callbacks.append(RichProgressBar())
+    else:
+        from levin.callbacks.progress.tqdm_progress import TQDMProgressBar
+
+        callbacks.append(TQDMProgressBar())
+
+
+def _add_summary(callbacks: list[Callback], enable: bool) -> None:
+    if not enable:
+        return
+    from levin.callbacks.model_summary import ModelSummary
+
+    if any(isinstance(callback, ModelSummary) for callback in callbacks):
+        rank_zero_info("Trainer already configured with model summary callbacks. Skipping the default one.")
+        return
+    if importlib.util.find_spec("rich"):
+        from levin.callbacks.rich_model_summary import RichModelSummary
+
+        callbacks.append(RichModelSummary())
+    else:
+        callbacks.append(ModelSummary())
+
+
+def check_state_keys(callbacks: Iterable[Callback]) -> None:
+    """Raise RuntimeError when two stateful callbacks share a state key."""
+    seen: set[str] = set()
+    for callback in callbacks:
+        if type(callback).state_dict is Callback.state_dict:
+            continue
+        if callback.state_key in seen:
+            raise RuntimeError(
+                f"Found more than one stateful callback of type `{type(callback).__name__}` with the state key "
+                f"{callback.state_key!r}. Override `state_key` so that each has its own."
+            )
+        seen.add(callback.state_key)
+
+
+_FIRST = ("BatchSizeFinder", "LearningRateFinder")
+
+
+def reorder(callbacks: list[Callback]) -> list[Callback]:
+    """Return the callbacks with the tuners first and those that save checkpoints last, others as they stand."""
+
+    def place(callback: Callback) -> int:
+        if any(kind.__name__ in _FIRST for kind in type(callback).__mro__):
+            return 0
+        return 2 if callback.runs_last else 1
+
+    return sorted(callbacks, key=place)
+
+
+def merge_model_callbacks(callbacks: list[Callback], returned: Any) -> list[Callback]:
+    """Return ``callbacks`` with what ``configure_callbacks`` returned; each replaces those of its class or a base of it."""
+    added: list[Callback] = list(returned) if isinstance(returned, (list, tuple)) else [returned] if returned else []
+    if not added:
+        return callbacks
+    replaced = [c for c in callbacks if any(issubclass(type(new), type(c)) for new in added)]
+    if replaced:
+        rank_zero_info(
+            "The following callbacks returned in `LightningModule.configure_callbacks` will override existing callbacks "
+            f"passed to Trainer: {', '.join(sorted(type(c).__name__ for c in replaced))}"
+        )
+    return reorder([c for c in callbacks if c not in replaced] + added)
+
+
+def default_loggers(logger: Any, root: str, is_dry: bool) -> list[Any]:
+    """Return the loggers for ``Trainer(logger=...)``.
+
+    Args:
+        logger: True, False, a logger or an iterable of them.
+        root: Folder for the default logger.
+        is_dry: Whether this is a fast_dev_run, in which loggers record nothing.
+    """
+    if not logger:
+        return []
+    if is_dry:
+        from levin.loggers.logger import DummyLogger
+
+        return [DummyLogger()]
+    if logger is True:
+        return [_default_logger(root)]
+    return list(logger) if isinstance(logger, Iterable) else [logger]
+
+
+def _default_logger(root: str) -> Any:
+    if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        from levin.loggers.tensorboard import TensorBoardLogger
+
+        return TensorBoardLogger(save_dir=root, version=_slurm_job_id())
+    from levin.loggers.csv_logs import CSVLogger
+
+    rank_zero_info(
+        "Logging to CSV files, since tensorboard is not installed. Install levin[tensorboard] for its pages."
+    )
+    return CSVLogger(save_dir=root)
+
+
+def _slurm_job_id() -> Optional[int]:
+    from levin.environments.slurm import SLURMEnvironment
+
+    return SLURMEnvironment.job_id()

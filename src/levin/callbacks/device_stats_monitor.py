@@ -1,0 +1,115 @@
+"""DeviceStatsMonitor: logs memory and load of the device and of the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from levin.accelerators.cpu import CPUAccelerator
+from levin.callbacks.logging_steps import is_logging_step, log_values, require_logger
+from levin.hooks import Callback
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+    from levin.utilities.types import STEP_OUTPUT
+
+
+class DeviceStatsMonitor(Callback):
+    """Logs what the accelerator says of the device before and after batches, whenever other values are logged.
+
+    The names are ``DeviceStatsMonitor.<hook>/<stat>``, for example ``DeviceStatsMonitor.on_train_batch_end/cpu_percent``.
+
+    Args:
+        cpu_stats: True logs load and memory of the machine too, False never does. By default they are logged when
+            training runs on the CPU. They need the package psutil.
+        filter_keys: Names of the stats to log; by default all.
+
+    Raises:
+        MisconfigurationException: In a run, the Trainer has no logger.
+        ModuleNotFoundError: In a run, psutil is needed and not installed.
+
+    Example:
+        >>> monitor = DeviceStatsMonitor(filter_keys={"cpu_percent"})
+    """
+
+    def __init__(self, cpu_stats: bool | None = None, filter_keys: Iterable[str] | None = None) -> None:
+        super().__init__()
+        self._cpu_stats: bool | None = cpu_stats
+        self._filter_keys: frozenset[str] | None = None if filter_keys is None else frozenset(filter_keys)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that there is a logger, and psutil if it is needed."""
+        require_logger(trainer, self)
+        if self._reads_cpu(trainer) and importlib.util.find_spec("psutil") is None:
+            raise ModuleNotFoundError(
+                f"DeviceStatsMonitor(cpu_stats={self._cpu_stats}) needs the package psutil to read the stats of the "
+                "CPU. Install it with `pip install psutil`, or use cpu_stats=False."
+            )
+
+    def _reads_cpu(self, trainer: Trainer) -> bool:
+        return self._cpu_stats is True or (self._cpu_stats is None and trainer.strategy.root_device.type == "cpu")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Log."""
+        self._log(trainer, "on_train_batch_start")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        self._log(trainer, "on_train_batch_end")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log."""
+        self._log(trainer, "on_validation_batch_start")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log."""
+        self._log(trainer, "on_validation_batch_end")
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log."""
+        self._log(trainer, "on_test_batch_start")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Log."""
+        self._log(trainer, "on_test_batch_end")
+
+    def _log(self, trainer: Trainer, hook: str) -> None:
+        if not is_logging_step(trainer):
+            return
+        device = trainer.strategy.root_device
+        stats = {} if device.type == "cpu" else dict(trainer.accelerator.get_device_stats(device))
+        if self._reads_cpu(trainer):
+            stats.update(CPUAccelerator().get_device_stats(device))
+        separator = trainer.loggers[0].group_separator
+        prefix = f"{type(self).__qualname__}.{hook}{separator}"
+        values = {
+            prefix + name: float(value)
+            for name, value in stats.items()
+            if self._filter_keys is None or name in self._filter_keys
+        }
+        if values:
+            log_values(trainer, values)

@@ -1,0 +1,48 @@
+"""What callbacks need that log by themselves: when it is time, and where the values go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from levin.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from levin.hooks import Callback
+    from levin.trainer import Trainer
+
+
+def require_logger(trainer: Trainer, callback: Callback) -> None:
+    """Raise if ``callback`` would log into the void.
+
+    Raises:
+        MisconfigurationException: The Trainer has no logger.
+    """
+    if not trainer.loggers:
+        raise MisconfigurationException(
+            f"Cannot use `{type(callback).__name__}` callback with `Trainer` that has no logger. "
+            "Give the Trainer a logger, or leave the callback out."
+        )
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Return whether the present training batch is one whose values are logged."""
+    every = trainer.log_every_n_steps
+    if every == 0:
+        return False
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return (step + 1) % every == 0 or bool(trainer.fast_dev_run) or trainer.should_stop
+
+
+def log_values(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
+    """Send ``values`` to all loggers.
+
+    Args:
+        trainer: Owner of the loggers.
+        values: Numbers by name.
+        step: Value on the x-axis, by default the number of training batches that stepped.
+    """
+    if step is None:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)

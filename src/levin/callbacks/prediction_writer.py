@@ -1,0 +1,118 @@
+"""BasePredictionWriter: for predictions that go to files instead of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from levin.hooks import Callback
+from levin.utilities.exceptions import value_error
+from levin.utilities.move import move_data_to_device
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+
+_CPU = torch.device("cpu")
+
+
+class BasePredictionWriter(Callback):
+    """Derive from it and write predictions yourself, after each batch or after all of them.
+
+    Every rank sees the predictions of its own batches.
+
+    Args:
+        write_interval: ``"batch"`` calls :meth:`write_on_batch_end`, ``"epoch"`` :meth:`write_on_epoch_end`,
+            ``"batch_and_epoch"`` both.
+
+    Raises:
+        MisconfigurationException: ``write_interval`` is something else.
+
+    Example:
+        >>> class SaveEachBatch(BasePredictionWriter):
+        ...     def write_on_batch_end(self, trainer, pl_module, prediction, batch_indices, batch, batch_idx, dataloader_idx):
+        ...         torch.save(prediction, f"rank{trainer.global_rank}-{dataloader_idx}-{batch_idx}.pt")
+        >>> writer = SaveEachBatch(write_interval="batch")
+    """
+
+    def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
+        super().__init__()
+        if write_interval not in ("batch", "epoch", "batch_and_epoch"):
+            raise value_error("write_interval", write_interval, "must be 'batch', 'epoch' or 'batch_and_epoch'")
+        self.interval: str = write_interval
+        self._predictions: list[list[Any]] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the predictions of one batch.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            prediction: What ``predict_step`` returned.
+            batch_indices: Where the batch's samples are in the dataset.
+            batch: The batch.
+            batch_idx: Its index.
+            dataloader_idx: Index of its loader.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `write_on_batch_end` to write after each batch.")
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Write all predictions.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            predictions: One prediction per batch, on the CPU; with several loaders a list of those for each.
+            batch_indices: For each loader and batch, where its samples are in the dataset.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `write_on_epoch_end` to write after all batches.")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with no predictions."""
+        self._predictions = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the batch, keep its predictions, or both."""
+        if self.interval != "batch":
+            while len(self._predictions) <= dataloader_idx:
+                self._predictions.append([])
+            self._predictions[dataloader_idx].append(move_data_to_device(outputs, _CPU))
+        if self.interval != "epoch":
+            indices = trainer.predict_loop.current_batch_indices
+            self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything."""
+        if self.interval == "batch":
+            return
+        indices = trainer.predict_loop.epoch_batch_indices
+        predictions: list[Any] = self._predictions
+        if len(indices) == 1:
+            predictions = self._predictions[0] if self._predictions else []
+        self.write_on_epoch_end(trainer, pl_module, predictions, indices)
+        self._predictions = []

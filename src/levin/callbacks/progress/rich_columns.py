@@ -1,0 +1,132 @@
+"""The columns of the Rich progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, ProgressColumn, Task
+from rich.style import StyleType
+from rich.table import Column
+from rich.text import Text
+
+BAR_WIDTH = 40
+MIN_RATE = 0.1
+"""Batches per second below which the speed is written in seconds per batch."""
+
+
+class CustomBarColumn(BarColumn):
+    """The bar itself; it pulses while the number of batches is unknown."""
+
+
+class BatchesProcessedColumn(ProgressColumn):
+    """Batches done and their number, ``--`` if that is unknown.
+
+    Args:
+        style: Rich style.
+    """
+
+    def __init__(self, style: StyleType) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.style: StyleType = style
+
+    def render(self, task: Task) -> Text:
+        """Return the cell of ``task``."""
+        total = "--" if task.total is None else str(int(task.total))
+        return Text(f"{int(task.completed)}/{total}", style=self.style)
+
+
+class CustomTimeColumn(ProgressColumn):
+    """Time since the start and time left, ``-:--:--`` if that is unknown.
+
+    Args:
+        style: Rich style.
+    """
+
+    def __init__(self, style: StyleType) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.style: StyleType = style
+
+    def render(self, task: Task) -> Text:
+        """Return the cell of ``task``."""
+        elapsed = task.finished_time if task.finished else task.elapsed
+        return Text(f"{_as_time(elapsed)} • {_as_time(task.time_remaining)}", style=self.style)
+
+
+class ProcessingSpeedColumn(ProgressColumn):
+    """Batches per second, or seconds per batch where they are slow.
+
+    Args:
+        style: Rich style.
+    """
+
+    def __init__(self, style: StyleType) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.style: StyleType = style
+
+    def render(self, task: Task) -> Text:
+        """Return the cell of ``task``."""
+        speed = (task.finished_speed if task.finished else None) or task.speed
+        num_timed = task.completed - task.fields.get("first", 0)
+        if not speed and num_timed > 0 and task.elapsed:  # Rich knows a speed from the second drawing on
+            speed = num_timed / task.elapsed
+        if not speed:
+            return Text("-.--it/s", style=self.style)
+        return Text(f"{1 / speed:.1f}s/it" if speed < MIN_RATE else f"{speed:.2f}it/s", style=self.style)
+
+
+class MetricsTextColumn(ProgressColumn):
+    """The values, which the task has in its field ``metrics``.
+
+    Args:
+        style: Rich style.
+    """
+
+    def __init__(self, style: StyleType) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.style: StyleType = style
+        self.is_empty: bool = False
+
+    def render(self, task: Task) -> Text:
+        """Return the cell of ``task``."""
+        return Text("" if self.is_empty else task.fields.get("metrics", ""), style=self.style)
+
+
+class MetricsProgress(Progress):
+    """Rich's display of bars, with the values behind the bar, or below it where they do not fit.
+
+    Args:
+        *columns: Columns before that of the values.
+        metrics: Column of the values.
+        console: Where to draw.
+    """
+
+    def __init__(self, *columns: ProgressColumn | str, metrics: MetricsTextColumn, console: Console | None) -> None:
+        self._metrics_column: MetricsTextColumn = metrics
+        super().__init__(
+            *columns, metrics, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+        )
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the table of bars, and the values where they need lines of their own."""
+        tasks = [task for task in self.tasks if task.visible]
+        if not tasks:
+            return
+        self._metrics_column.is_empty = True
+        table = self.make_tasks_table(tasks)
+        metrics = next((task.fields["metrics"] for task in tasks if task.fields.get("metrics")), "")
+        text = Text(metrics, style=self._metrics_column.style)
+        # The bar may give way until it is half as wide.
+        natural = Measurement.get(self.console, self.console.options, table).maximum
+        if natural - BAR_WIDTH // 2 + text.cell_len <= self.console.width:
+            self._metrics_column.is_empty = False
+            yield self.make_tasks_table(tasks)
+        else:
+            yield table
+            yield text
+
+
+def _as_time(seconds: float | None) -> str:
+    return "-:--:--" if seconds is None else str(timedelta(seconds=int(seconds)))

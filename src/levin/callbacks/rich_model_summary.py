@@ -1,0 +1,83 @@
+"""Prints the layers of the model with Rich when training starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from levin.callbacks.model_summary import ModelSummary
+from levin.utilities.model_summary import Column, get_formatted_model_size, get_human_readable_count
+
+_RIGHT_ALIGNED = ("Params", "Params per Device", "FLOPs", "In sizes", "Out sizes")
+
+
+class RichModelSummary(ModelSummary):
+    """Print a table of the model's layers with Rich when fit starts.
+
+    Args:
+        max_depth: How many levels of nested layers to list: 1 for the direct children, -1 for all, 0 to print
+            nothing.
+        **summarize_kwargs: ``header_style``, the Rich style of the titles (``"bold magenta"`` by default).
+
+    Raises:
+        ModuleNotFoundError: Rich is not installed.
+        ValueError: ``max_depth`` is not -1, 0 or a positive integer.
+
+    Example:
+        >>> summary = RichModelSummary(max_depth=-1, header_style="bold green")
+    """
+
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+        if importlib.util.find_spec("rich") is None:
+            raise ModuleNotFoundError(
+                "`RichModelSummary` requires `rich`, which is not installed. Install it, or use `ModelSummary`."
+            )
+        super().__init__(max_depth, **summarize_kwargs)
+
+    @staticmethod
+    def summarize(
+        summary_data: list[Column],
+        total_parameters: int,
+        trainable_parameters: int,
+        model_size: float,
+        total_training_modes: dict[str, int],
+        total_flops: int,
+        **summarize_kwargs: Any,
+    ) -> None:
+        """Print the table.
+
+        Args:
+            summary_data: Title and cells of each column.
+            total_parameters: Number of parameters.
+            trainable_parameters: Number of those that require a gradient.
+            model_size: Size of the parameters in megabytes.
+            total_training_modes: How many submodules are in ``"train"`` and in ``"eval"`` mode.
+            total_flops: Floating-point operations of one forward pass of the example input.
+            **summarize_kwargs: ``header_style``.
+        """
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(header_style=summarize_kwargs.get("header_style", "bold magenta"))
+        for title, _ in summary_data:
+            if title in _RIGHT_ALIGNED:
+                table.add_column(title, justify="right", overflow="fold")
+            elif title == "Name":
+                table.add_column(title, no_wrap=True)
+            else:
+                table.add_column(title, style="dim" if title == " " else None, overflow="fold")
+        for row in zip(*(cells for _, cells in summary_data)):
+            table.add_row(*(cell.strip() for cell in row))
+        totals = {
+            "Trainable params": get_human_readable_count(trainable_parameters),
+            "Non-trainable params": get_human_readable_count(total_parameters - trainable_parameters),
+            "Total params": get_human_readable_count(total_parameters),
+            "Total estimated model params size (MB)": get_formatted_model_size(model_size),
+            "Modules in train mode": str(total_training_modes["train"]),
+            "Modules in eval mode": str(total_training_modes["eval"]),
+            "Total FLOPs": get_human_readable_count(total_flops),
+        }
+        console = Console()
+        console.print(table, markup=False)
+        for label, value in totals.items():
+            console.print(f"[bold]{label}[/]: {value.strip()}", highlight=False)

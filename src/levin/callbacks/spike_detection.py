@@ -1,0 +1,156 @@
+"""SpikeDetection: stops training when the loss jumps, and notes the batches to leave out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from levin.hooks import Callback
+from levin.utilities.exceptions import value_error
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+    from levin.utilities.types import STEP_OUTPUT
+
+_FILE = "skip_batches.json"
+
+
+class TrainingSpikeException(RuntimeError):
+    """The loss jumped.
+
+    Args:
+        batch_idx: Index of the batch in its epoch.
+    """
+
+    def __init__(self, batch_idx: int) -> None:
+        super().__init__(f"Training spike detected in batch {batch_idx}")
+        self.batch_idx: int = batch_idx
+
+
+class SpikeDetection(Callback):
+    """Raises when the loss is much worse than its running mean, and writes down the batch and the one before it.
+
+    Start again from a checkpoint and leave these batches out. Each batch waits for the device, since a spike must be
+    known before the next step.
+
+    Args:
+        mode: ``"min"`` if a larger loss is worse, ``"max"`` if a smaller one is.
+        window: Number of batches of the running mean.
+        warmup: Number of batches before the first look.
+        atol: Least distance from the mean, in units of the loss.
+        rtol: Least distance from the mean, as a share of it. With both, both must be exceeded.
+        exclude_batches_path: JSON file for the list of batch indices, or a folder for ``skip_batches.json``; by default
+            in the Trainer's ``default_root_dir``.
+        finite_only: Whether NaN and infinity are spikes.
+
+    Raises:
+        MisconfigurationException: Arguments out of range.
+        TrainingSpikeException: During training, a spike.
+
+    Example:
+        >>> detection = SpikeDetection(window=100, warmup=200, rtol=3.0)
+    """
+
+    def __init__(
+        self,
+        mode: Literal["min", "max"] = "min",
+        window: int = 10,
+        warmup: int = 1,
+        atol: float | None = None,
+        rtol: float | None = 2.0,
+        exclude_batches_path: str | os.PathLike[str] | None = None,
+        finite_only: bool = True,
+    ) -> None:
+        super().__init__()
+        if mode not in ("min", "max"):
+            raise value_error("mode", mode, "must be 'min' or 'max'")
+        if window < 1:
+            raise value_error("window", window, "must be >= 1")
+        self.mode: str = mode
+        self.warmup: int = warmup
+        self.atol: float | None = atol
+        self.rtol: float | None = rtol
+        self.finite_only: bool = finite_only
+        self.exclude_batches_path: str | None = None if exclude_batches_path is None else str(exclude_batches_path)
+        self.last_val: float = math.inf if mode == "min" else -math.inf
+        self.bad_batches: list[int] = []
+        self._window: deque[float] = deque(maxlen=window)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle where the list goes."""
+        path = trainer.default_root_dir if self.exclude_batches_path is None else self.exclude_batches_path
+        self.exclude_batches_path = path if path.endswith(".json") else os.path.join(path, _FILE)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss; all ranks stop when one of them sees a spike."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is None:
+            return
+        value = float(torch.as_tensor(loss).detach())
+        is_looking = trainer.fit_loop.total_batch_idx >= self.warmup
+        is_spike = is_looking and self.is_spike(value)
+        if is_looking and trainer.strategy.reduce_boolean_decision(is_spike, all=False):
+            self.bad_batches.extend(index for index in (batch_idx - 1, batch_idx) if index >= 0)
+            if trainer.is_global_zero:
+                self._write()
+            trainer.strategy.barrier()
+            raise TrainingSpikeException(batch_idx)
+        if math.isfinite(value):
+            self._window.append(value)
+            self.last_val = value
+
+    def is_spike(self, value: float) -> bool:
+        """Return whether a loss is a spike after those seen so far.
+
+        Args:
+            value: The loss.
+        """
+        if not math.isfinite(value):
+            return self.finite_only
+        has_improved = value <= self.last_val if self.mode == "min" else value >= self.last_val
+        if has_improved or not self._window:
+            return False
+        mean = sum(self._window) / len(self._window)
+        distance = abs(value - mean)
+        return (self.atol is None or distance >= abs(self.atol)) and (
+            self.rtol is None or distance >= abs(self.rtol * mean)
+        )
+
+    def _write(self) -> None:
+        path = self.exclude_batches_path or _FILE
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(self.bad_batches, file, indent=4)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the settings, the running mean and the batches found so far."""
+        return {
+            "last_val": self.last_val,
+            "mode": self.mode,
+            "warmup": self.warmup,
+            "atol": self.atol,
+            "rtol": self.rtol,
+            "bad_batches": self.bad_batches,
+            "bad_batches_path": self.exclude_batches_path,
+            "window": list(self._window),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the running mean, and with the batches found so far."""
+        self.last_val = state_dict["last_val"]
+        self.mode = state_dict["mode"]
+        self.warmup = state_dict["warmup"]
+        self.atol = state_dict["atol"]
+        self.rtol = state_dict["rtol"]
+        self.bad_batches = list(state_dict["bad_batches"])
+        self.exclude_batches_path = state_dict["bad_batches_path"]
+        self._window.extend(state_dict.get("window", ()))

@@ -1,0 +1,192 @@
+"""ThroughputMonitor: logs how many batches, samples and operations are done per second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from levin.callbacks.logging_steps import is_logging_step, log_values
+from levin.hooks import Callback
+from levin.utilities.rank_zero import rank_zero_info
+from levin.utilities.throughput import Throughput, get_available_flops
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+    from levin.utilities.types import STEP_OUTPUT
+
+_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+
+
+class _Meter:
+    """The totals of one stage since it began."""
+
+    def __init__(self, throughput: Throughput) -> None:
+        self.throughput = throughput
+        self.started_s: float = 0.0
+        self.elapsed_s: float = 0.0
+        self.batches: int = 0
+        self.samples: int = 0
+        self.lengths: int = 0
+
+    def start(self) -> None:
+        self.throughput.reset()
+        self.started_s = time.perf_counter()
+        self.elapsed_s = 0.0
+        self.batches = self.samples = self.lengths = 0
+
+    def tick(self) -> float:
+        """Return the seconds since the start; more than the last time, even by a clock that is too coarse."""
+        self.elapsed_s = max(time.perf_counter() - self.started_s, self.elapsed_s + 1e-9)
+        return self.elapsed_s
+
+
+class ThroughputMonitor(Callback):
+    """Logs totals and rates of each stage under ``train/``, ``validate/``, ``test/`` and ``predict/``.
+
+    The names are ``time`` (seconds), ``batches``, ``samples``, ``lengths`` and, once the window is full,
+    ``device/batches_per_sec``, ``device/samples_per_sec``, ``device/items_per_sec``, ``device/flops_per_sec`` and
+    ``device/mfu``; with several devices the rates of all of them without ``device/``. Operations are counted if the
+    module has ``flops_per_batch``: a number, or a method of the batch. Time spent in validation does not count as
+    training.
+
+    Args:
+        batch_size_fn: Batch -> number of samples.
+        length_fn: Batch -> number of items (tokens).
+        kwargs: Passed to :class:`~levin.utilities.throughput.Throughput`: ``available_flops``, ``window_size``, ``separator``.
+
+    Example:
+        >>> monitor = ThroughputMonitor(batch_size_fn=lambda batch: batch[0].size(0), window_size=10)
+    """
+
+    def __init__(
+        self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        self.batch_size_fn: Callable[[Any], int] = batch_size_fn
+        self.length_fn: Callable[[Any], int] | None = length_fn
+        self.kwargs: dict[str, Any] = kwargs
+        self.available_flops: float | None = kwargs.get("available_flops")
+        self._meters: dict[str, _Meter] = {}
+        # Evaluation batches of the whole run, the x-axis of their values.
+        self._eval_batches: int = 0
+        self._validation_began_s: float = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out what the device can do."""
+        if self.available_flops is None:
+            dtype = _DTYPES.get(str(trainer.precision).split("-")[0], torch.float32)
+            self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
+        if stage == "fit" and not hasattr(pl_module, "flops_per_batch"):
+            rank_zero_info(f"{type(pl_module).__name__} has no `flops_per_batch`, so no FLOPs are logged.")
+        settings = {**self.kwargs, "available_flops": self.available_flops, "world_size": trainer.world_size}
+        stages = ("train", "validate") if stage == "fit" else (stage,)
+        self._meters = {name: _Meter(Throughput(**settings)) for name in stages}
+        self._eval_batches = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of training."""
+        self._meters["train"].start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch, and log when other values are logged."""
+        meter = self._count("train", pl_module, batch)
+        accumulate = trainer.accumulate_grad_batches
+        does_step = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
+        if does_step and is_logging_step(trainer):
+            self._log(trainer, "train", meter, None)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of validation."""
+        self._validation_began_s = time.perf_counter()
+        self._start_evaluation(trainer)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch, and log every so often."""
+        self._evaluate(trainer, "validate", pl_module, batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the time of validation out of that of training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._meters["train"].started_s += time.perf_counter() - self._validation_began_s
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the test."""
+        self._start_evaluation(trainer)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch, and log every so often."""
+        self._evaluate(trainer, "test", pl_module, batch)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of prediction."""
+        self._start_evaluation(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the batch, and log every so often."""
+        self._evaluate(trainer, "predict", pl_module, batch)
+
+    def _start_evaluation(self, trainer: Trainer) -> None:
+        if not trainer.sanity_checking:
+            self._meters["validate" if trainer.state.fn == "fit" else str(trainer.state.fn)].start()
+
+    def _evaluate(self, trainer: Trainer, stage: str, pl_module: LightningModule, batch: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        meter = self._count(stage, pl_module, batch)
+        self._eval_batches += 1
+        every = trainer.log_every_n_steps
+        if every and self._eval_batches % every == 0:
+            self._log(trainer, stage, meter, self._eval_batches)
+
+    def _count(self, stage: str, pl_module: LightningModule, batch: Any) -> _Meter:
+        meter = self._meters[stage]
+        meter.batches += 1
+        meter.samples += self.batch_size_fn(batch)
+        if self.length_fn is not None:
+            meter.lengths += self.length_fn(batch)
+        flops = getattr(pl_module, "flops_per_batch", None)
+        meter.throughput.update(
+            time=meter.tick(),
+            batches=meter.batches,
+            samples=meter.samples,
+            lengths=None if self.length_fn is None else meter.lengths,
+            flops=flops(batch) if callable(flops) else flops,
+        )
+        return meter
+
+    def _log(self, trainer: Trainer, stage: str, meter: _Meter, step: int | None) -> None:
+        separator = meter.throughput.separator
+        values = {f"{stage}{separator}{name}": float(value) for name, value in meter.throughput.compute().items()}
+        if step is None:
+            values["epoch"] = float(trainer.current_epoch)
+        log_values(trainer, values, step)

@@ -1,0 +1,182 @@
+"""Timer: measures the time of each stage and stops training when it is up."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from levin.callbacks.agreed_clock import AgreedClock
+from levin.hooks import Callback
+from levin.settings import parse_duration
+from levin.utilities.exceptions import value_error
+from levin.utilities.rank_zero import rank_zero_info
+from levin.utilities.states import RunningStage
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+    from levin.utilities.types import STEP_OUTPUT
+
+
+def _seconds(duration: str | timedelta | dict[str, int] | None) -> float | None:
+    parsed = parse_duration(duration, "duration")
+    if parsed is None and duration is not None:
+        raise TypeError(f"duration must be a string 'DD:HH:MM:SS', a timedelta or a dict, received {duration!r}.")
+    return None if parsed is None else parsed.total_seconds()
+
+
+class _Stopwatch:
+    """When a stage began and ended, in seconds of the monotonic clock."""
+
+    def __init__(self) -> None:
+        self.started_s: float | None = None
+        self.ended_s: float | None = None
+
+    def start(self) -> None:
+        self.started_s, self.ended_s = time.monotonic(), None
+
+    def stop(self) -> None:
+        self.ended_s = time.monotonic()
+
+    def elapsed_s(self) -> float:
+        if self.started_s is None:
+            return 0.0
+        return (time.monotonic() if self.ended_s is None else self.ended_s) - self.started_s
+
+
+class Timer(Callback):
+    """Measures how long training, validation and test take, and stops training when its time is up.
+
+    Args:
+        duration: Time for training, as ``"DD:HH:MM:SS"``, timedelta or dict of its arguments. Time spent before a
+            resume counts. None only measures.
+        interval: ``"step"`` looks at the clock after each batch, ``"epoch"`` after each epoch.
+        verbose: Whether to log a line when the time is up.
+
+    Raises:
+        MisconfigurationException: A duration of another form, or an unknown interval.
+
+    Example:
+        >>> timer = Timer(duration="00:12:00:00")
+        >>> timer.time_remaining()
+        43200.0
+    """
+
+    def __init__(
+        self,
+        duration: str | timedelta | dict[str, int] | None = None,
+        interval: str = "step",
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        if interval not in ("step", "epoch"):
+            raise value_error("interval", interval, "must be 'step' or 'epoch'")
+        self._duration: float | None = _seconds(duration)
+        self._interval: str = str(interval)
+        self._verbose: bool = verbose
+        self._stopwatches: dict[str, _Stopwatch] = {stage.value: _Stopwatch() for stage in RunningStage}
+        # Training time of the runs before this one.
+        self._offset: float = 0.0
+        self._clock: AgreedClock | None = None
+
+    def start_time(self, stage: str = RunningStage.TRAINING) -> float | None:
+        """Return when ``stage`` began, in seconds of the monotonic clock; None if it has not."""
+        return self._stopwatch(stage).started_s
+
+    def end_time(self, stage: str = RunningStage.TRAINING) -> float | None:
+        """Return when ``stage`` ended, in seconds of the monotonic clock; None if it has not."""
+        return self._stopwatch(stage).ended_s
+
+    def time_elapsed(self, stage: str = RunningStage.TRAINING) -> float:
+        """Return the seconds that ``stage`` has taken; for training those before a resume count too.
+
+        Args:
+            stage: ``"train"``, ``"validate"``, ``"sanity_check"``, ``"test"`` or ``"predict"``.
+        """
+        elapsed = self._stopwatch(stage).elapsed_s()
+        return elapsed + self._offset if RunningStage(stage) is RunningStage.TRAINING else elapsed
+
+    def time_remaining(self, stage: str = RunningStage.TRAINING) -> float | None:
+        """Return the seconds until the duration is over; None if there is none."""
+        return None if self._duration is None else self._duration - self.time_elapsed(stage)
+
+    def _stopwatch(self, stage: str) -> _Stopwatch:
+        return self._stopwatches[RunningStage(stage).value]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not begin when a resumed run has no time left."""
+        if self._is_over(trainer):
+            self._stop(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        stopwatch = self._stopwatch(RunningStage.TRAINING)
+        self._offset += stopwatch.elapsed_s()
+        stopwatch.start()
+        if self._duration is not None:
+            self._clock = AgreedClock(self._duration - self._offset)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop when the time is up, if steps are what counts."""
+        if self._interval == "step" and self._clock is not None and self._clock.has_gone_off(trainer):
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop when the time is up, if epochs are what counts."""
+        if self._interval == "epoch" and self._is_over(trainer):
+            self._stop(trainer)
+
+    def _is_over(self, trainer: Trainer) -> bool:
+        if self._duration is None:
+            return False
+        is_over: bool = trainer.strategy.broadcast(self.time_elapsed() >= self._duration)
+        return is_over
+
+    def _stop(self, trainer: Trainer) -> None:
+        if not trainer.should_stop and self._verbose:
+            elapsed = timedelta(seconds=int(self.time_elapsed()))
+            rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
+        trainer.should_stop = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of training."""
+        self._stopwatch(RunningStage.TRAINING).stop()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of validation."""
+        self._stopwatch(_validation_stage(trainer)).start()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of validation."""
+        self._stopwatch(_validation_stage(trainer)).stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of the test."""
+        self._stopwatch(RunningStage.TESTING).start()
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of the test."""
+        self._stopwatch(RunningStage.TESTING).stop()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of prediction."""
+        self._stopwatch(RunningStage.PREDICTING).start()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock of prediction."""
+        self._stopwatch(RunningStage.PREDICTING).stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the seconds that each stage has taken."""
+        return {"time_elapsed": {stage.value: self.time_elapsed(stage) for stage in RunningStage}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count the training time of the run before."""
+        self._offset = state_dict.get("time_elapsed", {}).get(RunningStage.TRAINING.value, 0.0)
+
+
+def _validation_stage(trainer: Trainer) -> RunningStage:
+    return RunningStage.SANITY_CHECKING if trainer.sanity_checking else RunningStage.VALIDATING

@@ -1,0 +1,1 @@
+"""Checkpoints: the tree that is saved, and the files it lies in."""

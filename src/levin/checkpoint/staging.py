@@ -1,0 +1,263 @@
+"""A consistent copy of a tree of tensors, made fast enough that training hardly notices.
+
+The containers are copied, each storage is copied once into one reusable block of host memory, and anything that is
+neither a container nor a plain value is pickled at once. Turning the copy into a file is left to another thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from levin.checkpoint.archive import (
+    Archive,
+    StagedStorage,
+    StagedTensor,
+    explained_pickling,
+    is_plain,
+    memory_of,
+    pack,
+    unpack,
+)
+
+_ALIGNMENT = 64
+# Below this, the call into torch costs more than the copy by several threads gains.
+_PARALLEL_COPY_BYTES = 2**20
+_IMMUTABLE = frozenset(
+    (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
+)
+
+
+@dataclass
+class Snapshot:
+    """A copy of a tree, with its tensors in host memory.
+
+    Args:
+        tree: Copies of the containers, with stand-ins for everything that can change.
+        storages: The copied storages.
+        memory: Where the copies are.
+        events: What to wait for until the copies from devices have arrived.
+    """
+
+    tree: Any
+    storages: list[StagedStorage]
+    memory: memoryview
+    events: list[Any] = field(default_factory=list)
+
+    def pack(self, pause: Callable[[], None] | None = None) -> Archive:
+        """Wait for the copies and return what is written to a file."""
+        for event in self.events:
+            event.synchronize()
+        addresses = {}
+        for storage in self.storages:
+            if storage.size:
+                storage.data = self.memory[storage.offset : storage.offset + storage.size]
+                addresses[_address(storage.data)] = storage
+        return pack(_restore(self.tree), staged=addresses, pause=pause)
+
+    def realize(self) -> Any:
+        """Wait for the copies and return the tree with tensors, on the CPU, whose memory is that of the copies."""
+        return unpack(self.pack())
+
+
+class Stager:
+    """Makes snapshots in a block of host memory that is kept from one to the next.
+
+    There is one block, so a snapshot has to be done with before the next one is made.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> snapshot = Stager().stage({"weight": weight})
+        >>> _ = weight.add_(1)
+        >>> snapshot.realize()
+        {'weight': tensor([0., 0.])}
+    """
+
+    def __init__(self) -> None:
+        self._block: _Block | None = None
+
+    def stage(self, obj: Any) -> Snapshot:
+        """Return a snapshot of ``obj``.
+
+        Copies from CUDA devices are only begun; they are done in the order of the device's work, so that what the
+        caller does to the tensors next comes after them.
+
+        Raises:
+            TypeError, AttributeError or pickle.PicklingError: Something in ``obj`` cannot be pickled.
+        """
+        copier = _Copier()
+        with explained_pickling(obj):
+            tree = copier.copy(obj)
+        storages = list(copier.storages.values())
+        total, is_pinned = 0, False
+        for storage in storages:
+            storage.offset = total
+            total += -(-storage.size // _ALIGNMENT) * _ALIGNMENT
+            is_pinned = is_pinned or storage.location != "cpu"
+        is_pinned = is_pinned and torch.cuda.is_available()
+        if self._block is None or self._block.size < total or (is_pinned and not self._block.is_pinned):
+            self._block = None  # the old one goes before the new one comes
+            self._block = _Block(total, is_pinned)
+        return Snapshot(tree, storages, self._block.view, self._block.copy_in(storages))
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._block = None
+
+
+class _Block:
+    """A block of host memory; page-locked when devices copy into it."""
+
+    def __init__(self, size: int, is_pinned: bool) -> None:
+        self.size = size
+        self.is_pinned = is_pinned
+        self.tensor: torch.Tensor | None = None
+        if is_pinned:
+            self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            self.view = memory_of(self.tensor.untyped_storage())
+        else:
+            memory = mmap.mmap(-1, max(size, 1))
+            # First use of small pages, one fault each, would take many times as long as the copy.
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.view = memoryview(memory)
+        self.address = _address(self.view)
+
+    def copy_in(self, storages: list[StagedStorage]) -> list[Any]:
+        """Copy each storage to its offset; return what to wait for until all is there."""
+        devices: set[torch.device] = set()
+        address, move = self.address, ctypes.memmove
+        for storage in storages:
+            source, size = storage.source, storage.size
+            storage.source = None
+            assert source is not None
+            if storage.location == "cpu" and size < _PARALLEL_COPY_BYTES:
+                move(address + storage.offset, source.data_ptr(), size)
+            elif size:
+                self._copy_in_parallel(source, storage.offset, devices)
+        events = []
+        for device in devices:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(device))
+            events.append(event)
+        return events
+
+    def _copy_in_parallel(self, source: torch.UntypedStorage, offset: int, devices: set[torch.device]) -> None:
+        if source.device.type == "cuda" and self.tensor is not None:
+            target = self.tensor[offset : offset + source.nbytes()]
+            target.copy_(_as_bytes(source), non_blocking=True)
+            devices.add(source.device)
+        else:
+            target = torch.frombuffer(self.view[offset : offset + source.nbytes()], dtype=torch.uint8)
+            target.copy_(_as_bytes(source))
+
+
+class _Pickled:
+    """Something other than a container or a plain value, pickled when the snapshot was made."""
+
+    __slots__ = ("archive",)
+
+    def __init__(self, archive: Archive) -> None:
+        self.archive = archive
+
+
+class _Copier:
+    """Copies containers, and collects the storages that have to be copied."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, StagedStorage] = {}
+        self._done: dict[int, Any] = {}
+
+    def copy(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is torch.Tensor:
+            return self._copy_tensor(value)
+        if kind in _IMMUTABLE:
+            return value
+        known = self._done.get(id(value))
+        if known is not None:
+            return known
+        if kind is dict or kind is OrderedDict:
+            result: Any = kind()
+            self._done[id(value)] = result
+            for key, item in value.items():
+                result[key] = self.copy(item)
+            # A module's state_dict carries the versions of the layers as an attribute.
+            if kind is OrderedDict and vars(value):
+                vars(result).update(self.copy(vars(value)))
+            return result
+        if kind is list:
+            result = self._done[id(value)] = []
+            result.extend(map(self.copy, value))
+            return result
+        result = tuple(map(self.copy, value)) if kind is tuple else self._pickle(value)
+        self._done[id(value)] = result
+        return result
+
+    def _copy_tensor(self, tensor: torch.Tensor) -> Any:
+        # Called for each tensor of a model while training waits: no more than is needed.
+        known = self._done.get(id(tensor))
+        if known is not None:
+            return known
+        if is_plain(tensor):
+            storage = tensor.untyped_storage()
+            staged = self.storages.get(storage._cdata)
+            if staged is None:
+                staged = self.storages[storage._cdata] = StagedStorage(storage)
+            offset: Any = tensor.storage_offset()
+            result: Any = StagedTensor(
+                staged, tensor.dtype, offset, tensor.size(), tensor.stride(), tensor.requires_grad
+            )
+        else:
+            result = self._pickle(tensor)
+        self._done[id(tensor)] = result
+        return result
+
+    def _pickle(self, value: Any) -> _Pickled:
+        archive = pack(value)
+        storages = []
+        for storage in archive.storages:
+            assert isinstance(storage, torch.UntypedStorage)
+            storages.append(self.storages.setdefault(storage._cdata, StagedStorage(storage)))
+        return _Pickled(Archive(archive.pickled, tuple(storages)))
+
+
+def _restore(tree: Any) -> Any:
+    """Return ``tree`` with the things that were pickled at once, whose memory is that of the copies."""
+    done: dict[int, Any] = {}
+
+    def restore(value: Any) -> Any:
+        kind = type(value)
+        if kind not in (dict, OrderedDict, list, tuple, _Pickled):
+            return value
+        if id(value) in done:
+            return done[id(value)]
+        if kind is _Pickled:
+            result: Any = unpack(value.archive)
+        elif kind is tuple:
+            result = tuple(map(restore, value))
+        else:
+            result = done[id(value)] = value
+            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+                value[key] = restore(item)
+            if kind is OrderedDict:
+                for key, item in list(vars(value).items()):
+                    setattr(value, key, restore(item))
+        done[id(value)] = result
+        return result
+
+    return restore(tree)
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

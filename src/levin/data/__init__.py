@@ -1,0 +1,1 @@
+"""Loaders: combined, sampled for many ranks, fed to the loops, and remembered where they are."""

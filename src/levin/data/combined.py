@@ -1,0 +1,355 @@
+"""CombinedLoader: several loaders iterated as one."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, Literal, cast
+
+from levin.utilities.collections import is_namedtuple
+
+Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
+Rebuild = Callable[[Sequence[Any]], Any]
+
+MODES: tuple[Mode, ...] = ("min_size", "max_size_cycle", "max_size", "sequential")
+_PRIMITIVES = (bool, int, float, str)
+
+
+class CombinedLoader(Iterable[Any]):
+    """Iterates several loaders together or one after the other, and yields ``(batch, batch_idx, dataloader_idx)``.
+
+    Args:
+        iterables: An iterable, or any nesting of dicts, lists and tuples of iterables. A list of plain numbers or
+            strings is one iterable.
+        mode: When it ends, and what a batch is.
+
+            - ``"min_size"``: with the shortest iterable; a batch has an item of each.
+            - ``"max_size_cycle"``: with the longest; the shorter ones start again.
+            - ``"max_size"``: with the longest; exhausted ones give None.
+            - ``"sequential"``: one iterable after the other; a batch is an item of one of them.
+
+            But for ``"sequential"``, a batch has the structure of ``iterables``.
+
+    Raises:
+        ValueError: The mode is unknown.
+
+    Example:
+        >>> loader = CombinedLoader({"a": range(3), "b": range(2)}, mode="max_size_cycle")
+        >>> [batch for batch, batch_idx, dataloader_idx in loader]
+        [{'a': 0, 'b': 0}, {'a': 1, 'b': 1}, {'a': 2, 'b': 0}]
+    """
+
+    def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {list(MODES)}, received {mode!r}.")
+        self._iterables: Any = iterables
+        self._mode: Mode = mode
+        self._flattened: list[Any] = flatten(iterables)
+        self._rebuild: Rebuild = rebuilder(iterables)
+        self._limits: list[int | float] | None = None
+        self._iterator: Iterator[tuple[Any, int, int]] | None = None
+
+    @property
+    def iterables(self) -> Any:
+        """The iterables in their structure."""
+        return self._iterables
+
+    @property
+    def rebuild(self) -> Rebuild:
+        """Puts a list of one item per iterable into the structure of ``iterables``."""
+        return self._rebuild
+
+    @property
+    def mode(self) -> Mode:
+        """How the iterables are combined."""
+        return self._mode
+
+    @property
+    def flattened(self) -> list[Any]:
+        """The iterables as a list, depth first. Setting a list of the same length replaces them in the structure."""
+        return self._flattened
+
+    @flattened.setter
+    def flattened(self, flattened: list[Any]) -> None:
+        if len(flattened) != len(self._flattened):
+            raise ValueError(
+                f"flattened must have as many iterables as there are ({len(self._flattened)}), received "
+                f"{len(flattened)}. Make another CombinedLoader."
+            )
+        self._flattened = list(flattened)
+        self._iterables = self._rebuild(self._flattened)
+
+    @property
+    def sampler(self) -> Any:
+        """The samplers of the loaders, in the structure of ``iterables``; None for one that has none."""
+        return self._rebuild([getattr(iterable, "sampler", None) for iterable in self._flattened])
+
+    @property
+    def batch_sampler(self) -> Any:
+        """The batch samplers of the loaders, in the structure of ``iterables``; None for one that has none."""
+        return self._rebuild([getattr(iterable, "batch_sampler", None) for iterable in self._flattened])
+
+    @property
+    def limits(self) -> list[int | float] | None:
+        """How many batches of each iterable are taken; one number holds for all."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: int | float | list[int | float] | None) -> None:
+        if isinstance(limits, (int, float)):
+            limits = [limits] * len(self._flattened)
+        elif limits is not None and len(limits) != len(self._flattened):
+            raise ValueError(
+                f"limits must be one number, or one for each of the {len(self._flattened)} iterables, received {limits!r}."
+            )
+        self._limits = limits
+
+    def lengths(self) -> list[int | float]:
+        """Return how many batches each iterable gives within its limit; inf where that is unknown."""
+        lengths = [known_length(iterable) for iterable in self._flattened]
+        return lengths if self._limits is None else [min(pair) for pair in zip(lengths, self._limits, strict=True)]
+
+    def __len__(self) -> int:
+        """Return how many batches there are.
+
+        Raises:
+            RuntimeError: It is not being iterated yet; the lengths of loaders are settled by then only.
+            TypeError: The number is unknown.
+        """
+        if self._iterator is None:
+            raise RuntimeError("len(combined_loader) is known once iter(combined_loader) was called. Call it first.")
+        length = combined_length(self.lengths(), self._mode)
+        if math.isinf(length):
+            raise TypeError(f"len() needs iterables with a length in mode {self._mode!r}. Set `limits`.")
+        return int(length)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        self.reset()
+        if self._mode == "sequential":
+            limits = self._limits or [math.inf] * len(self._flattened)
+            self._iterator = _numbered_sequence(self._flattened, limits)
+        else:
+            openers = [_opener(iterable) for iterable in self._flattened]
+            total = None if self._limits is None else combined_length(self.lengths(), self._mode)
+            batches = joint(openers, self._mode, self._rebuild)
+            if total is not None and not math.isinf(total):
+                batches = islice(batches, int(total))
+            self._iterator = _numbered(batches)
+        return self._iterator
+
+    def __next__(self) -> tuple[Any, int, int]:
+        if self._iterator is None:
+            raise RuntimeError("next(combined_loader) needs iter(combined_loader) to be called first.")
+        return next(self._iterator)
+
+    def reset(self) -> None:
+        """Forget the present iteration; the workers of loaders that are not persistent end."""
+        self._iterator = None
+
+    def state_dicts(self) -> list[dict[str, Any]]:
+        """Return the states of those iterables that have ``state_dict`` and ``load_state_dict``."""
+        return [iterable.state_dict() for iterable in self._flattened if is_stateful(iterable)]
+
+    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+        """Give the states that :meth:`state_dicts` returned back to their iterables.
+
+        Raises:
+            RuntimeError: There is another number of stateful iterables.
+        """
+        if not states:
+            return
+        stateful = [iterable for iterable in self._flattened if is_stateful(iterable)]
+        if len(stateful) != len(states):
+            raise RuntimeError(
+                f"The checkpoint must hold the states of {len(stateful)} stateful loaders, received {len(states)}. "
+                "Use the loaders that were used when it was saved."
+            )
+        for iterable, state in zip(stateful, states, strict=True):
+            iterable.load_state_dict(state)
+
+
+def is_stateful(obj: object) -> bool:
+    """Return whether ``obj`` can save where it is, by ``state_dict`` and ``load_state_dict``."""
+    return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
+
+
+def known_length(iterable: Any) -> int | float:
+    """Return ``len(iterable)``, or inf if it has none.
+
+    Example:
+        >>> known_length(range(3)), known_length(iter(range(3)))
+        (3, inf)
+    """
+    try:
+        return len(iterable)
+    except (TypeError, NotImplementedError):
+        return math.inf
+
+
+def combined_length(lengths: Sequence[int | float], mode: Mode) -> int | float:
+    """Return how many batches iterables of these ``lengths`` give together.
+
+    Example:
+        >>> combined_length([3, 2], "max_size_cycle"), combined_length([3, 2], "sequential")
+        (3, 5)
+    """
+    if not lengths:
+        return 0
+    if mode == "sequential":
+        return sum(lengths)
+    return min(lengths) if mode == "min_size" else max(lengths)
+
+
+def joint(
+    openers: Sequence[Callable[[], Iterator[Any]]],
+    mode: Mode,
+    rebuild: Rebuild,
+    exhausted: list[bool] | None = None,
+) -> Iterator[Any]:
+    """Iterate several iterables at once.
+
+    Args:
+        openers: One function per iterable, which starts it (again) and returns the iterator. All are called at once.
+        mode: One of ``"min_size"``, ``"max_size_cycle"`` and ``"max_size"``.
+        rebuild: Makes a batch out of one item of each.
+        exhausted: Which iterables have come to their end. Kept up to date, and read at the start, so that whoever
+            holds it can go on in the middle.
+
+    Example:
+        >>> list(joint([range(3).__iter__, "ab".__iter__], "max_size", tuple))
+        [(0, 'a'), (1, 'b'), (2, None)]
+    """
+    exhausted = [False] * len(openers) if exhausted is None else exhausted
+    # An exhausted iterable of this mode gives nothing more: starting it again would draw random numbers for nothing.
+    is_over = exhausted if mode == "max_size" else [False] * len(openers)
+    iterators = [iter(()) if over else opener() for opener, over in zip(openers, is_over, strict=True)]
+    if not iterators:
+        return iter(())
+    if mode == "min_size":
+        return iter(map(rebuild, zip(*iterators, strict=False)))
+    if mode == "max_size":
+        return _max_size(iterators, rebuild, exhausted)
+    return _max_size_cycle(iterators, openers, rebuild, exhausted)
+
+
+def _max_size(iterators: list[Iterator[Any]], rebuild: Rebuild, exhausted: list[bool]) -> Iterator[Any]:
+    end = object()
+    while True:
+        items = [None if exhausted[index] else next(iterator, end) for index, iterator in enumerate(iterators)]
+        for index, item in enumerate(items):
+            if item is end:
+                exhausted[index] = True
+                items[index] = None
+        if all(exhausted):
+            return
+        yield rebuild(items)
+
+
+def _max_size_cycle(
+    iterators: list[Iterator[Any]],
+    openers: Sequence[Callable[[], Iterator[Any]]],
+    rebuild: Rebuild,
+    exhausted: list[bool],
+) -> Iterator[Any]:
+    end = object()
+    while True:
+        items = []
+        for index, iterator in enumerate(iterators):
+            item = next(iterator, end)
+            if item is end:
+                exhausted[index] = True
+                if all(exhausted):
+                    return
+                iterators[index] = openers[index]()
+                item = next(iterators[index], end)
+                if item is end:
+                    return
+            items.append(item)
+        yield rebuild(items)
+
+
+def _numbered(batches: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
+    for batch_idx, batch in enumerate(batches):
+        yield batch, batch_idx, 0
+
+
+def _numbered_sequence(iterables: Sequence[Any], limits: Sequence[int | float]) -> Iterator[tuple[Any, int, int]]:
+    for dataloader_idx, (iterable, limit) in enumerate(zip(iterables, limits, strict=True)):
+        if limit <= 0:
+            continue
+        last = limit - 1
+        for batch_idx, batch in enumerate(iterable):
+            yield batch, batch_idx, dataloader_idx
+            if batch_idx >= last:
+                break
+
+
+def _opener(iterable: Any) -> Callable[[], Iterator[Any]]:
+    return lambda: iter(iterable)
+
+
+def is_leaf(tree: Any) -> bool:
+    """Return whether ``tree`` is one iterable rather than a collection of iterables."""
+    if isinstance(tree, (list, tuple)):
+        return len(tree) > 0 and all(isinstance(item, _PRIMITIVES) for item in tree)
+    return not isinstance(tree, Mapping)
+
+
+def flatten(tree: Any) -> list[Any]:
+    """Return the iterables in a nesting of dicts, lists and tuples, depth first.
+
+    Example:
+        >>> flatten({"a": [range(1), (range(2),)], "b": [1, 2, 3]})
+        [range(0, 1), range(0, 2), [1, 2, 3]]
+    """
+    if is_leaf(tree):
+        return [tree]
+    children = tree.values() if isinstance(tree, Mapping) else tree
+    return [leaf for child in children for leaf in flatten(child)]
+
+
+def rebuilder(tree: Any) -> Rebuild:
+    """Return a function that puts a flat sequence of items into the structure of ``tree``.
+
+    Example:
+        >>> rebuilder({"a": [range(1), range(2)], "b": range(3)})((10, 20, 30))
+        {'a': [10, 20], 'b': 30}
+    """
+    # Batches go through it, so that the common flat structures have a short way.
+    if is_leaf(tree):
+        return _first
+    children = list(tree.values()) if isinstance(tree, Mapping) else list(tree)
+    join = _joiner(tree)
+    if all(is_leaf(child) for child in children):
+        return join
+
+    sizes = [len(flatten(child)) for child in children]
+    rebuilders = [rebuilder(child) for child in children]
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    parts = list(zip(rebuilders, starts, sizes, strict=True))
+
+    def rebuild(items: Sequence[Any]) -> Any:
+        return join([part(items[start : start + size]) for part, start, size in parts])
+
+    return rebuild
+
+
+def _first(items: Sequence[Any]) -> Any:
+    return items[0]
+
+
+def _joiner(tree: Any) -> Rebuild:
+    kind = cast(Any, type(tree))
+    if isinstance(tree, Mapping):
+        keys = list(tree)
+        if isinstance(tree, defaultdict):
+            factory = tree.default_factory
+            return lambda items: defaultdict(factory, zip(keys, items, strict=True))
+        if kind is dict:
+            return lambda items: dict(zip(keys, items, strict=True))
+        return lambda items: kind(OrderedDict(zip(keys, items, strict=True)))
+    if is_namedtuple(tree):
+        return lambda items: kind(*items)
+    return cast(Rebuild, kind)

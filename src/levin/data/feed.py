@@ -1,0 +1,105 @@
+"""The feed: batches of one loop, on the device, with the knowledge of which one is the last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Optional
+
+import torch
+
+from levin.data.position import Position
+from levin.utilities.move import move_data_to_device
+
+
+class Feed:
+    """Yields ``(batch, batch_idx, dataloader_idx)`` from one loader after the other.
+
+    Args:
+        sources: The loaders; a combined loader that yields joint batches counts as one.
+        limits: Batches to take of each; inf for all there are.
+        lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end.
+        device: Where batches go.
+        convert: Changes a batch before the transfer (the precision's input conversion), or None.
+        transfer: The chain of the user's transfer hooks, or None for the default.
+    """
+
+    def __init__(
+        self,
+        sources: list[Iterable[Any]],
+        limits: list[int | float],
+        lengths: list[int | float],
+        device: torch.device,
+        convert: Optional[Callable[[Any], Any]] = None,
+        transfer: Optional[Callable[[Any, torch.device, int], Any]] = None,
+    ) -> None:
+        self.sources = sources
+        self.limits = limits
+        self.lengths = lengths
+        self.device = device
+        self.is_last: bool = False
+        self.position: Optional[Position] = None
+        self._convert = convert
+        self._transfer = transfer
+
+    def place(self, batch: Any, dataloader_idx: int) -> Any:
+        """Return ``batch`` on the device, through the user's hooks."""
+        if self._convert is not None:
+            batch = self._convert(batch)
+        if self._transfer is None:
+            return move_data_to_device(batch, self.device)
+        return self._transfer(batch, self.device, dataloader_idx)
+
+    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+        return self.iterate(0)
+
+    def track(self, position: Position) -> None:
+        """Let ``position`` follow the first source, so that a run can go on in the middle of it."""
+        self.position = position
+
+    def iterate(
+        self, start: int, iterator: Optional[Iterator[Any]] = None
+    ) -> Generator[tuple[Any, int, int], None, None]:
+        """Yield the batches.
+
+        Args:
+            start: Index of the first batch of the first source that ``iterator`` will give.
+            iterator: Continues the first source; by default a new iterator of it.
+        """
+        place = self.place
+        last_source = max((i for i, limit in enumerate(self.limits) if limit > 0 and self.lengths[i] > 0), default=-1)
+        for dataloader_idx, source in enumerate(self.sources):
+            limit = min(self.limits[dataloader_idx], self.lengths[dataloader_idx])
+            is_final = dataloader_idx == last_source
+            if limit <= 0:
+                continue
+            self.is_last = False
+            batch_idx = start
+            start = 0
+            if iterator is None:
+                lookahead = 1 if limit == float("inf") else 0
+                iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+            if limit == float("inf"):
+                for batch, ends in with_end(iterator):
+                    self.is_last = ends and is_final
+                    yield place(batch, dataloader_idx), batch_idx, dataloader_idx
+                    batch_idx += 1
+            elif batch_idx < limit:
+                for batch in iterator:
+                    self.is_last = is_final and batch_idx + 1 >= limit
+                    yield place(batch, dataloader_idx), batch_idx, dataloader_idx
+                    batch_idx += 1
+                    if batch_idx >= limit:
+                        break
+            iterator = None
+
+
+def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+    """Yield each item with whether it is the last, by fetching one ahead."""
+    try:
+        item = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield item, False
+        item = following
+    yield item, True

@@ -1,0 +1,305 @@
+"""The states of random generators: the global ones of a process, and those that data sets and samplers hold.
+
+States are kept as numbers, strings and bytes, which are quick to read and load with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import random
+import struct
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+State = dict[str, Any]
+Path = tuple[str | int, ...]
+
+# Names of the global generators.
+TORCH: tuple[str, ...] = ("torch",)
+ALL: tuple[str, ...] = ("torch", "python", "numpy")
+
+_PYTHON_STATE = struct.Struct("625I")
+_NUMPY_BYTES = 624 * 4 + 4  # numpy's MT19937 is 624 words and the position in them
+_MAX_DEPTH = 6
+_MAX_OBJECTS = 1000
+_MAX_ITEMS = 64
+
+
+class GlobalGenerators:
+    """Reads and sets the generators of python, numpy and torch in this process.
+
+    Reading them costs about 20 us. It is done once per batch in workers, hence an object: it remembers numpy's last
+    state, which is slow to read, and reads it again only after numbers were drawn.
+
+    Example:
+        >>> generators = GlobalGenerators()
+        >>> before = generators.read()
+        >>> first = random.random()
+        >>> generators.write(before)
+        >>> first == random.random()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._numpy_words: bytes | None = None
+        self._numpy_state: State | None = None
+
+    def read(self, names: Collection[str] = ALL) -> State:
+        """Return the states of the generators with these names; numpy only if something imported it."""
+        states: State = {}
+        if "torch" in names:
+            states["torch"] = tensor_bytes(torch.default_generator.get_state())
+        if "python" in names:
+            states["python"] = pack_python(random.getstate())
+        if "numpy" in names:
+            numpy_state = self._read_numpy()
+            if numpy_state is not None:
+                states["numpy"] = numpy_state
+        return states
+
+    def write(self, states: Mapping[str, Any]) -> None:
+        """Set the generators to ``states``; those that are not in it are left alone."""
+        if "torch" in states:
+            torch.default_generator.set_state(bytes_tensor(states["torch"]))
+        if "python" in states:
+            random.setstate(unpack_python(states["python"]))
+        if "numpy" in states:
+            import numpy
+
+            numpy.random.set_state(unpack_arrays(states["numpy"]))  # noqa: NPY002  (the user draws from it)
+            self._numpy_words = None
+
+    def _read_numpy(self) -> State | None:
+        module = sys.modules.get("numpy.random")
+        if module is None:
+            return None
+        words = _numpy_words(module.get_bit_generator())
+        rests = words is not None and words == self._numpy_words
+        # A normal number may be waiting (`has_gauss`); taking it changes the state but not the words.
+        if rests and self._numpy_state is not None and not self._numpy_state.get("has_gauss", 1):
+            return self._numpy_state
+        self._numpy_words = words
+        self._numpy_state = pack_arrays(module.get_state(legacy=False))
+        return self._numpy_state
+
+
+def _numpy_words(bit_generator: Any) -> bytes | None:
+    if type(bit_generator).__name__ != "MT19937":
+        return None
+    return ctypes.string_at(bit_generator.ctypes.state_address, _NUMPY_BYTES)
+
+
+def tensor_bytes(state: torch.Tensor) -> bytes:
+    """Return a generator's state, a uint8 tensor on the CPU, as bytes."""
+    return ctypes.string_at(state.data_ptr(), state.numel())
+
+
+def bytes_tensor(state: bytes) -> torch.Tensor:
+    """Return bytes as the uint8 tensor that generators take."""
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def pack_python(state: tuple[Any, ...]) -> tuple[int, bytes, float | None]:
+    """Return the state of a ``random.Random`` with its 625 numbers as bytes."""
+    version, words, gauss = state
+    return version, _PYTHON_STATE.pack(*words), gauss
+
+
+def unpack_python(state: tuple[int, bytes, float | None]) -> tuple[Any, ...]:
+    """Undo :func:`pack_python`."""
+    version, words, gauss = state
+    return version, _PYTHON_STATE.unpack(words), gauss
+
+
+def pack_arrays(value: Any) -> Any:
+    """Return nested dicts with each numpy array as ``("ndarray", dtype, bytes)``."""
+    if isinstance(value, dict):
+        return {key: pack_arrays(item) for key, item in value.items()}
+    if type(value).__name__ == "ndarray":
+        return ("ndarray", value.dtype.str, value.tobytes())
+    return value.item() if hasattr(value, "item") else value
+
+
+def unpack_arrays(value: Any) -> Any:
+    """Undo :func:`pack_arrays`."""
+    if isinstance(value, dict):
+        return {key: unpack_arrays(item) for key, item in value.items()}
+    if isinstance(value, tuple) and len(value) == 3 and value[0] == "ndarray":
+        import numpy
+
+        return numpy.frombuffer(value[2], dtype=value[1]).copy()
+    return value
+
+
+# ---------------------------------------------------------------- generators that objects hold
+
+
+def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path, Any]:
+    """Return the generators that ``root`` and what it refers to hold, by the way to them.
+
+    Args:
+        root: A data set, sampler, transform or the like. Its attributes, lists, tuples, dicts and partial functions
+            are searched to a limited depth.
+        leave_out: ``id()`` of objects not to look into.
+
+    Returns:
+        Generators of torch, numpy and python's ``random.Random``, other than the global ones.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> find_generators(SimpleNamespace(name="data", rng=random.Random(0))).keys()
+        dict_keys([('rng',)])
+    """
+    found: dict[Path, Any] = {}
+    seen = {*leave_out, *_global_ids()}
+    level: list[tuple[Path, Any]] = [((), root)]
+    for _ in range(_MAX_DEPTH):
+        following: list[tuple[Path, Any]] = []
+        for path, obj in level:
+            if id(obj) in seen or len(seen) > _MAX_OBJECTS:
+                continue
+            seen.add(id(obj))
+            if _kind(obj) is not None:
+                found[path] = obj
+            else:
+                following.extend(((*path, key), child) for key, child in _children(obj))
+        level = following
+    return found
+
+
+def read_generators(generators: Mapping[Path, Any]) -> dict[Path, tuple[str, Any]]:
+    """Return the kind and state of each generator that :func:`find_generators` found."""
+    return {path: (kind, _READ[kind](obj)) for path, obj in generators.items() if (kind := _kind(obj)) is not None}
+
+
+def write_generators(root: object, states: Mapping[Path, tuple[str, Any]], leave_out: Collection[int] = ()) -> None:
+    """Set the generators that ``root`` holds to ``states``, as :func:`read_generators` returned them.
+
+    A generator that is not there yet, because its owner makes it when first used, is made.
+    """
+    present = find_generators(root, leave_out) if states else {}
+    for path, (kind, state) in states.items():
+        generator = present.get(path)
+        if generator is None or _kind(generator) != kind:
+            generator = _NEW[kind](state)
+            if not _put(root, path, generator):
+                continue
+        _WRITE[kind](generator, state)
+
+
+def _put(root: Any, path: Path, generator: Any) -> bool:
+    owner = root
+    for key in path[:-1]:
+        owner = dict(_children(owner)).get(key)
+    if not path or not isinstance(path[-1], str) or not hasattr(owner, "__dict__"):
+        return False
+    if vars(owner).get(path[-1]) is not None:
+        return False
+    vars(owner)[path[-1]] = generator
+    return True
+
+
+def _global_ids() -> set[int]:
+    ids = {id(torch.default_generator), id(getattr(random, "_inst", None))}
+    module = sys.modules.get("numpy.random")
+    if module is not None:
+        ids.add(id(module.get_bit_generator()))
+        ids.add(id(getattr(getattr(module, "mtrand", None), "_rand", None)))
+    return ids
+
+
+def _children(obj: Any) -> Iterator[tuple[str | int, Any]]:
+    if obj is None or isinstance(obj, (str, bytes, int, float, type, ModuleType, FunctionType, torch.Tensor)):
+        return
+    if isinstance(obj, dict):
+        if len(obj) <= _MAX_ITEMS:
+            yield from ((key, value) for key, value in obj.items() if isinstance(key, (str, int)))
+        return
+    if isinstance(obj, (list, tuple)):
+        if len(obj) <= _MAX_ITEMS:
+            yield from enumerate(obj)
+        return
+    if isinstance(obj, functools.partial):
+        yield "func", obj.func
+        yield "args", obj.args
+        yield "keywords", obj.keywords
+    bound_to = getattr(obj, "__self__", None)
+    if bound_to is not None:
+        yield "__self__", bound_to
+    try:
+        attributes = vars(obj)
+    except TypeError:
+        return
+    yield from list(attributes.items())
+
+
+def _kind(obj: Any) -> str | None:
+    if isinstance(obj, torch.Generator):
+        return "torch"
+    if isinstance(obj, random.Random) and not isinstance(obj, random.SystemRandom):
+        return "python"
+    module = sys.modules.get("numpy.random")
+    if module is not None:
+        if isinstance(obj, module.Generator):
+            return f"numpy.{type(obj.bit_generator).__name__}"
+        if isinstance(obj, module.RandomState):
+            return "numpy.RandomState"
+    return None
+
+
+class _ByKind(dict[str, Callable[..., Any]]):
+    """The functions for each kind of generator; those of numpy's bit generators share one."""
+
+    def __missing__(self, kind: str) -> Callable[..., Any]:
+        return self["numpy"]
+
+
+def _write_numpy(generator: Any, state: Any) -> None:
+    generator.bit_generator.state = unpack_arrays(state)
+
+
+def _new_numpy(state: Any) -> Any:
+    import numpy
+
+    return numpy.random.Generator(getattr(numpy.random, state["bit_generator"])())
+
+
+def _new_random_state(state: Any) -> Any:
+    import numpy
+
+    return numpy.random.RandomState(0)
+
+
+def _new_torch(state: Any) -> torch.Generator:
+    return torch.Generator(device=state[0])
+
+
+_READ = _ByKind(
+    {
+        "torch": lambda generator: (str(generator.device), tensor_bytes(generator.get_state())),
+        "python": lambda generator: pack_python(generator.getstate()),
+        "numpy": lambda generator: pack_arrays(generator.bit_generator.state),
+        "numpy.RandomState": lambda generator: pack_arrays(generator.get_state(legacy=False)),
+    }
+)
+_WRITE = _ByKind(
+    {
+        "torch": lambda generator, state: generator.set_state(bytes_tensor(state[1])),
+        "python": lambda generator, state: generator.setstate(unpack_python(state)),
+        "numpy": _write_numpy,
+        "numpy.RandomState": lambda generator, state: generator.set_state(unpack_arrays(state)),
+    }
+)
+_NEW = _ByKind(
+    {
+        "torch": _new_torch,
+        "python": lambda state: random.Random(0),
+        "numpy": _new_numpy,
+        "numpy.RandomState": _new_random_state,
+    }
+)

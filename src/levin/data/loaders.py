@@ -1,0 +1,248 @@
+"""What is done to the user's loaders before the first batch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Optional
+
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from levin.data.samplers import DistributedSamplerWrapper, IndexBatchSampler, UnrepeatedDistributedSampler
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.seed import pl_worker_init_function
+from levin.utilities.warnings import PossibleUserWarning
+
+_ARGUMENTS = "_levin_init_arguments"
+
+
+@contextmanager
+def capture_init_args() -> Iterator[None]:
+    """Remember, on each DataLoader and BatchSampler of a subclass made inside, what it was made with.
+
+    That is how such an object can be built again with another sampler.
+    """
+    patched: list[tuple[type, Callable[..., None]]] = []
+    try:
+        for base in (DataLoader, BatchSampler):
+            for kind in (base, *_subclasses(base)):
+                if "__init__" in vars(kind):
+                    patched.append((kind, vars(kind)["__init__"]))
+                    setattr(kind, "__init__", _recording(vars(kind)["__init__"]))  # noqa: B010
+        yield
+    finally:
+        for kind, init in patched:
+            setattr(kind, "__init__", init)  # noqa: B010
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    child: type
+    for child in kind.__subclasses__():
+        yield child
+        yield from _subclasses(child)
+
+
+def _recording(init: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(init)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        if _ARGUMENTS not in self.__dict__:
+            self.__dict__[_ARGUMENTS] = (args, kwargs)
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+def has_len(loader: Any) -> bool:
+    """Return whether the number of batches is known."""
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    if length == 0:
+        rank_zero_warn(f"`{type(loader).__name__}` returned 0 length. Make sure this was your intention.")
+    return True
+
+
+def prepare_dataloader(
+    loader: Any,
+    *,
+    stage: str,
+    sampler_kwargs: Optional[dict[str, Any]],
+    shuffle: Optional[bool] = None,
+    overfit: bool = False,
+) -> Any:
+    """Return the loader that is iterated in place of the user's.
+
+    Args:
+        loader: Any iterable; only DataLoaders are changed.
+        stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+        sampler_kwargs: ``num_replicas`` and ``rank`` where data is split between ranks, else None.
+        shuffle: Whether a split sampler shuffles; by default in training, and in evaluation if the loader did.
+        overfit: Whether to take the data in order, whatever the sampler.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    if loader.worker_init_fn is None and _seeds_workers():
+        loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=(sampler_kwargs or {}).get("rank", 0))
+    if isinstance(loader.dataset, IterableDataset):
+        return loader
+    sampler: Any = loader.sampler
+    is_split = sampler_kwargs is not None and not isinstance(sampler, DistributedSampler)
+    if stage != "train" and shuffles(loader):
+        rank_zero_warn(
+            f"Your `{stage}_dataloader`'s sampler has shuffling enabled; it is strongly recommended to turn it off for "
+            "evaluation.",
+            category=PossibleUserWarning,
+        )
+    if overfit and not isinstance(sampler, SequentialSampler) and not is_split:
+        rank_zero_warn(
+            "You requested to overfit but enabled training dataloader shuffling. The sampler is replaced by one in order."
+        )
+        return rebuild(loader, SequentialSampler(loader.dataset), stage)  # type: ignore[arg-type]
+    if is_split:
+        assert sampler_kwargs is not None
+        if shuffle is None:
+            shuffle = not overfit if stage == "train" else shuffles(loader)
+        return rebuild(loader, _split_sampler(loader, stage, sampler_kwargs, shuffle), stage)
+    return rebuild(loader, sampler, stage) if stage == "predict" else loader
+
+
+def shuffles(loader: Any) -> bool:
+    """Return whether a loader draws in random order."""
+    return isinstance(getattr(loader, "sampler", None), RandomSampler)
+
+
+def _seeds_workers() -> bool:
+    import os
+
+    return bool(int(os.environ.get("PL_SEED_WORKERS", "0") or 0))
+
+
+def _split_sampler(loader: Any, stage: str, sampler_kwargs: dict[str, Any], shuffle: bool) -> Sampler[Any]:
+    import os
+
+    kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
+    if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+        return DistributedSamplerWrapper(loader.sampler, **kwargs)
+    if stage == "predict":
+        return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
+    return DistributedSampler(loader.dataset, **kwargs)
+
+
+def rebuild(loader: DataLoader[Any], sampler: Any, stage: str) -> DataLoader[Any]:
+    """Return a loader like ``loader`` that draws from ``sampler``.
+
+    Raises:
+        MisconfigurationException: A subclass does not take, or did not keep, what it is built with.
+    """
+    arguments = _init_arguments(loader)
+    arguments.update(_sampler_arguments(loader, sampler, stage))
+    try:
+        return type(loader)(**arguments)
+    except TypeError as error:
+        raise MisconfigurationException(
+            f"`{type(loader).__name__}` could not be built again with another sampler: {error}. "
+            "Let its __init__ take **kwargs for torch's DataLoader, or pass Trainer(use_distributed_sampler=False)."
+        ) from error
+
+
+_PLAIN = [
+    "dataset",
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "generator",
+    "prefetch_factor",
+    "persistent_workers",
+    "pin_memory_device",
+]
+
+
+def _init_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
+    recorded = vars(loader).get(_ARGUMENTS)
+    parameters = inspect.signature(type(loader).__init__).parameters
+    if recorded is not None and type(loader) is not DataLoader:
+        bound = inspect.signature(type(loader).__init__).bind_partial(loader, *recorded[0], **recorded[1])
+        arguments: dict[str, Any] = {}
+        for name, value in list(bound.arguments.items())[1:]:
+            if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            else:
+                arguments[name] = value
+    else:
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        arguments = {name: getattr(loader, name) for name in _PLAIN if takes_all or name in parameters}
+        own = [name for name in parameters if name not in _PLAIN and name in vars(loader) and name != "self"]
+        arguments.update((name, getattr(loader, name)) for name in own if type(loader) is not DataLoader)
+        missing = [
+            name
+            for name, parameter in parameters.items()
+            if parameter.default is inspect.Parameter.empty
+            and parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+            and name not in arguments
+            and name not in ("self", "sampler", "batch_sampler")
+        ]
+        if missing:
+            raise MisconfigurationException(
+                f"`{type(loader).__name__}` must keep the arguments {missing} as attributes to be built again with another "
+                "sampler, received a loader without them. Set them in its __init__."
+            )
+    arguments["worker_init_fn"] = loader.worker_init_fn
+    return arguments
+
+
+def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dict[str, Any]:
+    is_predict = stage == "predict"
+    batch_sampler: Any = loader.batch_sampler
+    fixed: dict[str, Any] = {"shuffle": False}
+    if batch_sampler is None:
+        return {**fixed, "sampler": sampler, "batch_size": None, "batch_sampler": None, "drop_last": False}
+    if type(batch_sampler) is BatchSampler and not is_predict:
+        size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
+        return {**fixed, "sampler": sampler, "batch_size": size, "batch_sampler": None, "drop_last": drop_last}
+    drop_last = False if is_predict else getattr(batch_sampler, "drop_last", False)
+    recorded = vars(batch_sampler).get(_ARGUMENTS)
+    kind: Any = type(batch_sampler)
+    if recorded is not None and kind is not BatchSampler:
+        bound = inspect.signature(kind.__init__).bind_partial(batch_sampler, *recorded[0], **recorded[1])
+        arguments = dict(list(bound.arguments.items())[1:])
+        if "sampler" not in inspect.signature(kind.__init__).parameters:
+            raise TypeError(
+                f"The batch sampler {kind.__name__} must take an argument `sampler` to draw from another one, "
+                "or pass Trainer(use_distributed_sampler=False)."
+            )
+        arguments["sampler"] = sampler
+        if "drop_last" in arguments:
+            arguments["drop_last"] = drop_last
+        built = kind(**arguments)
+    else:
+        try:
+            built = kind(sampler, batch_size=batch_sampler.batch_size, drop_last=drop_last)
+        except (TypeError, AttributeError) as error:
+            raise TypeError(
+                f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
+                "Or pass Trainer(use_distributed_sampler=False)."
+            ) from error
+    built = IndexBatchSampler(built) if is_predict else built
+    return {**fixed, "sampler": None, "batch_size": 1, "batch_sampler": built, "drop_last": False}
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the samplers of ``loader`` the epoch, where they want to know."""
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        sampler: Any = getattr(owner, "sampler", None)
+        if callable(getattr(sampler, "set_epoch", None)):
+            sampler.set_epoch(epoch)
+
+
+def length_of(loader: Any) -> int | float:
+    """Return the number of batches, inf when unknown."""
+    return len(loader) if has_len(loader) else math.inf

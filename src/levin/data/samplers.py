@@ -1,0 +1,86 @@
+"""Samplers for many ranks and for predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+
+class UnrepeatedDistributedSampler(DistributedSampler[Any]):
+    """Splits the data between ranks without repeating samples to make the parts equal."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        total: Sized = self.dataset  # type: ignore[assignment]
+        self.num_samples = len(range(self.rank, len(total), self.num_replicas))
+        self.total_size = len(total)
+        self.drop_last = False
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+
+        indices = list(range(self.total_size))
+        if self.shuffle:
+            generator = torch.Generator()
+            generator.manual_seed(self.seed + self.epoch)
+            indices = torch.randperm(self.total_size, generator=generator).tolist()
+        return iter(indices[self.rank : self.total_size : self.num_replicas])
+
+
+class _SampledIndices:
+    """The indices of a user's sampler as a dataset; drawn anew in each epoch."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+        self.drawn: list[Any] = []
+
+    def __len__(self) -> int:
+        try:
+            return len(self.sampler)
+        except TypeError:
+            raise TypeError(
+                f"The sampler {type(self.sampler).__name__} must have a length to be split between ranks. Define __len__, "
+                "or pass Trainer(use_distributed_sampler=False)."
+            ) from None
+
+    def __getitem__(self, index: int) -> Any:
+        return self.drawn[index]
+
+
+class DistributedSamplerWrapper(DistributedSampler[Any]):
+    """Splits what a user's own sampler draws between ranks."""
+
+    def __init__(self, sampler: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(_SampledIndices(sampler), *args, **{**kwargs, "shuffle": False})  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        source: Any = self.dataset
+        source.drawn = list(source.sampler)
+        return (source[index] for index in super().__iter__())
+
+
+class IndexBatchSampler(BatchSampler):
+    """Draws batches from another batch sampler and remembers the indices of each.
+
+    Args:
+        batch_sampler: Where the batches come from.
+    """
+
+    def __init__(self, batch_sampler: Any) -> None:
+        self._batch_sampler = batch_sampler
+        self.batch_size: int = getattr(batch_sampler, "batch_size", 1)
+        self.drop_last: bool = getattr(batch_sampler, "drop_last", False)
+        self.sampler: Sampler[Any] = getattr(batch_sampler, "sampler", None)  # type: ignore[assignment]
+        self.seen_batch_indices: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.seen_batch_indices = []
+        for batch in self._batch_sampler:
+            self.seen_batch_indices.append(list(batch))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)

@@ -1,0 +1,98 @@
+"""Processes that jsrun started on a cluster managed by LSF."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from levin.environments.environment import ClusterEnvironment, read_int
+
+_REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
+
+
+class LSFEnvironment(ClusterEnvironment):
+    """Processes that ``jsrun`` started; the machines are read from the rank file of the job.
+
+    Raises:
+        ValueError: The rank file names no machine for the job's tasks.
+    """
+
+    def __init__(self) -> None:
+        self._hosts = read_rank_file(os.environ.get("LSB_DJOB_RANKFILE", ""))
+        self._node_rank = _node_rank(self._hosts)
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """True: jsrun does."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """The first machine of the rank file after the one that launches."""
+        return self._hosts[0]
+
+    @property
+    def main_port(self) -> int:
+        """``MASTER_PORT``, by default one made of the job's number."""
+        if "MASTER_PORT" in os.environ:
+            return read_int("MASTER_PORT")
+        return read_int("LSB_JOBID") % 1000 + 10000
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether all variables of such a job are set."""
+        return all(name in os.environ for name in _REQUIRED)
+
+    def world_size(self) -> int:
+        """Return ``JSM_NAMESPACE_SIZE``."""
+        return read_int("JSM_NAMESPACE_SIZE")
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing: LSF knows."""
+
+    def global_rank(self) -> int:
+        """Return ``JSM_NAMESPACE_RANK``."""
+        return read_int("JSM_NAMESPACE_RANK")
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing: LSF knows."""
+
+    def local_rank(self) -> int:
+        """Return ``JSM_NAMESPACE_LOCAL_RANK``."""
+        return read_int("JSM_NAMESPACE_LOCAL_RANK")
+
+    def node_rank(self) -> int:
+        """Return the place of this machine in the rank file."""
+        return self._node_rank
+
+
+def read_rank_file(path: str) -> list[str]:
+    """Return the machines of an LSF rank file in order, each once, without the first line, where the job was launched.
+
+    Args:
+        path: The file; one machine per line, one line per task.
+
+    Raises:
+        ValueError: The file cannot be read or holds no machine for tasks.
+    """
+    try:
+        with open(path) as file:
+            names = [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise ValueError(
+            f"LSB_DJOB_RANKFILE must name the rank file of the job, received {path!r}, which cannot be read: {error}. "
+            "Start the script with jsrun inside an LSF job."
+        ) from error
+    hosts = list(dict.fromkeys(names[1:]))
+    if not hosts:
+        raise ValueError(
+            f"The rank file {path!r} must hold the launching machine and at least one other line, received "
+            f"{len(names)} lines. Start the script with jsrun inside an LSF job."
+        )
+    return hosts
+
+
+def _node_rank(hosts: list[str]) -> int:
+    name = socket.gethostname()
+    short = {host.split(".")[0]: index for index, host in reversed(list(enumerate(hosts)))}
+    return short.get(name.split(".")[0], 0)

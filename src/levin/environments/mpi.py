@@ -1,0 +1,91 @@
+"""Processes that mpirun started."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from typing import Any
+
+from levin.environments.environment import ClusterEnvironment
+from levin.environments.local import find_free_port
+
+
+class MPIEnvironment(ClusterEnvironment):
+    """Processes that ``mpirun`` started; they find each other through mpi4py.
+
+    Raises:
+        ModuleNotFoundError: mpi4py is not installed.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("mpi4py") is None:
+            raise ModuleNotFoundError(
+                "MPIEnvironment needs the package mpi4py, which is not installed. Run `pip install mpi4py`."
+            )
+        from mpi4py import MPI
+
+        self._world: Any = MPI.COMM_WORLD
+        # Processes that share memory are those of one machine.
+        self._local: Any = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        self._node_rank: int | None = None
+        self._main_address: str | None = None
+        self._main_port: int | None = None
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """True: mpirun does."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """The machine of rank 0; the first call is made by all processes together."""
+        if self._main_address is None:
+            self._main_address = str(self._world.bcast(socket.gethostname(), root=0))
+        return self._main_address
+
+    @property
+    def main_port(self) -> int:
+        """A free port on the machine of rank 0; the first call is made by all processes together."""
+        if self._main_port is None:
+            port = find_free_port() if self.global_rank() == 0 else None
+            self._main_port = int(self._world.bcast(port, root=0))
+        return self._main_port
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether mpirun started more than one process."""
+        if importlib.util.find_spec("mpi4py") is None:
+            return False
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError):
+            # mpi4py is there, the MPI library that it was built for is not.
+            return False
+        return bool(MPI.COMM_WORLD.Get_size() > 1)
+
+    def world_size(self) -> int:
+        """Return the size of MPI's world."""
+        return int(self._world.Get_size())
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing: MPI knows."""
+
+    def global_rank(self) -> int:
+        """Return the rank in MPI's world."""
+        return int(self._world.Get_rank())
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing: MPI knows."""
+
+    def local_rank(self) -> int:
+        """Return the rank among the processes of this machine."""
+        return int(self._local.Get_rank())
+
+    def node_rank(self) -> int:
+        """Return the index of this machine; the first call is made by all processes together."""
+        if self._node_rank is None:
+            # Each machine is known by the smallest global rank on it.
+            leader = self._local.bcast(self.global_rank(), root=0)
+            leaders = sorted(set(self._world.allgather(leader)))
+            self._node_rank = leaders.index(leader)
+        return self._node_rank

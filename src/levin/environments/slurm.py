@@ -1,0 +1,147 @@
+"""Processes that SLURM's srun started."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import sys
+
+from levin.environments.environment import ClusterEnvironment, read_int
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.warnings import PossibleUserWarning
+
+
+class SLURMEnvironment(ClusterEnvironment):
+    """Processes that ``srun`` started, one per device.
+
+    Args:
+        auto_requeue: Whether to save a checkpoint and put the job back in the queue when its time runs out.
+        requeue_signal: The signal that announces it; SIGUSR1 by default.
+    """
+
+    def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
+        self.auto_requeue = auto_requeue
+        if requeue_signal is None and hasattr(signal, "SIGUSR1"):
+            requeue_signal = signal.SIGUSR1
+        self.requeue_signal: signal.Signals | None = requeue_signal
+        if is_srun_missing():
+            rank_zero_warn(
+                "The command `srun` is on this machine but was not used. Start the script with `srun python "
+                f"{os.path.basename(sys.argv[0])} ...` to run it under SLURM.",
+                category=PossibleUserWarning,
+            )
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """True: srun does."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """``MASTER_ADDR``, by default the first machine of the allocation."""
+        return os.environ.get("MASTER_ADDR") or first_node(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+
+    @property
+    def main_port(self) -> int:
+        """``MASTER_PORT``, by default one made of the job's number, so that jobs on one machine do not meet."""
+        if "MASTER_PORT" in os.environ:
+            return read_int("MASTER_PORT")
+        digits = (os.environ.get("SLURM_JOB_ID") or "")[-4:]
+        return int(digits) + 15000 if digits.isdigit() else 12910
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether srun started this process, not in an interactive job."""
+        if is_srun_missing():
+            return False
+        return "SLURM_NTASKS" in os.environ and not is_interactive_job()
+
+    @staticmethod
+    def job_name() -> str | None:
+        """Return ``SLURM_JOB_NAME``."""
+        return os.environ.get("SLURM_JOB_NAME")
+
+    @staticmethod
+    def job_id() -> int | None:
+        """Return ``SLURM_JOB_ID``; None outside of SLURM and in interactive jobs."""
+        text = os.environ.get("SLURM_JOB_ID")
+        if text is None or not text.isdigit() or is_interactive_job():
+            return None
+        return int(text)
+
+    def world_size(self) -> int:
+        """Return ``SLURM_NTASKS``."""
+        return read_int("SLURM_NTASKS")
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing: SLURM knows."""
+
+    def global_rank(self) -> int:
+        """Return ``SLURM_PROCID``."""
+        return read_int("SLURM_PROCID")
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing: SLURM knows."""
+
+    def local_rank(self) -> int:
+        """Return ``SLURM_LOCALID``."""
+        return read_int("SLURM_LOCALID")
+
+    def node_rank(self) -> int:
+        """Return ``SLURM_NODEID``."""
+        return read_int("SLURM_NODEID")
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Check the numbers against the allocation.
+
+        Raises:
+            RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``.
+            ValueError: ``devices`` or ``num_nodes`` differs from the allocation.
+        """
+        if is_interactive_job():
+            return
+        per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
+        if per_node is None and read_int("SLURM_NTASKS", 1) > 1:
+            raise RuntimeError(
+                f"SLURM started --ntasks={os.environ['SLURM_NTASKS']} without saying how many per machine, and devices "
+                f"cannot be placed. Use --ntasks-per-node={num_devices} instead of --ntasks."
+            )
+        if per_node is not None and int(per_node) != num_devices:
+            raise MisconfigurationException(
+                f"devices must equal SLURM's --ntasks-per-node={per_node}, received devices={num_devices}. "
+                f"Set devices={per_node} or --ntasks-per-node={num_devices}."
+            )
+        nodes = os.environ.get("SLURM_NNODES")
+        if nodes is not None and int(nodes) != num_nodes:
+            raise MisconfigurationException(
+                f"num_nodes must equal SLURM's --nodes={nodes}, received num_nodes={num_nodes}. "
+                f"Set num_nodes={nodes} or --nodes={num_nodes}."
+            )
+
+
+def is_interactive_job() -> bool:
+    """Return whether the job is a shell for a person (``salloc``, ``srun --pty bash``), not a launched script."""
+    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+
+
+def is_srun_missing() -> bool:
+    """Return whether SLURM is on this machine while this process was started without it."""
+    return "SLURM_NTASKS" not in os.environ and shutil.which("srun") is not None
+
+
+def first_node(nodelist: str) -> str:
+    """Return the first machine of a SLURM node list.
+
+    Example:
+        >>> first_node("gpu[07-09,12],cpu3")
+        'gpu07'
+        >>> first_node("alpha,beta")
+        'alpha'
+    """
+    # In "prefix[07-09,12]suffix" the first entry of the brackets stands for the first machine.
+    text = re.sub(r"\[(.*?)[,-].*?\]", r"\1", nodelist)
+    text = re.sub(r"\[(.*?)\]", r"\1", text)
+    return text.split(" ")[0].split(",")[0]

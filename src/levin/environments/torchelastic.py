@@ -1,0 +1,76 @@
+"""Processes that torchrun started."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed
+
+from levin.environments.environment import ClusterEnvironment, read_int
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_warn
+
+
+class TorchElasticEnvironment(ClusterEnvironment):
+    """Processes that ``torchrun`` started, possibly again after a failure."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """True: torchrun does."""
+        return True
+
+    @property
+    def main_address(self) -> str:
+        """``MASTER_ADDR``, by default this machine."""
+        if "MASTER_ADDR" not in os.environ:
+            rank_zero_warn("MASTER_ADDR is not set. Using 127.0.0.1, which is right for one machine only.")
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        return os.environ["MASTER_ADDR"]
+
+    @property
+    def main_port(self) -> int:
+        """``MASTER_PORT``, by default 12910."""
+        if "MASTER_PORT" not in os.environ:
+            rank_zero_warn("MASTER_PORT is not set. Using 12910.")
+            os.environ["MASTER_PORT"] = "12910"
+        return read_int("MASTER_PORT")
+
+    @staticmethod
+    def detect() -> bool:
+        """Return whether torchrun started this process."""
+        return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+    def world_size(self) -> int:
+        """Return ``WORLD_SIZE``."""
+        return read_int("WORLD_SIZE", 1)
+
+    def set_world_size(self, size: int) -> None:
+        """Do nothing: torchrun knows."""
+
+    def global_rank(self) -> int:
+        """Return ``RANK``."""
+        return read_int("RANK", 0)
+
+    def set_global_rank(self, rank: int) -> None:
+        """Do nothing: torchrun knows."""
+
+    def local_rank(self) -> int:
+        """Return ``LOCAL_RANK``."""
+        return read_int("LOCAL_RANK", 0)
+
+    def node_rank(self) -> int:
+        """Return ``GROUP_RANK``."""
+        return read_int("GROUP_RANK", 0)
+
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Check that the numbers multiply to what torchrun started.
+
+        Raises:
+            ValueError: ``devices`` times ``num_nodes`` is not the number of processes.
+        """
+        if num_devices * num_nodes != self.world_size():
+            raise MisconfigurationException(
+                f"devices * num_nodes must be the {self.world_size()} processes that torchrun started, received "
+                f"devices={num_devices} and num_nodes={num_nodes}. Set devices to torchrun's --nproc-per-node and "
+                "num_nodes to its --nnodes."
+            )

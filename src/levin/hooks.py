@@ -1,0 +1,505 @@
+"""The hooks: their names and signatures, and the table that is made of them once per run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+import torch
+
+from levin.strategies.strategy import Strategy
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.move import move_data_to_device
+from levin.utilities.overrides import is_overridden
+
+if TYPE_CHECKING:
+    from levin.module import LightningModule
+    from levin.trainer import Trainer
+    from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS
+
+Hooks = tuple[Callable[..., Any], ...]
+
+
+class ModelHooks:
+    """What a LightningModule may override around its steps. Nothing here does anything by default."""
+
+    def on_fit_start(self) -> None:
+        """At the very start of fit, with the module on its device."""
+
+    def on_fit_end(self) -> None:
+        """At the very end of fit."""
+
+    def on_train_start(self) -> None:
+        """Before the first epoch, after the sanity check."""
+
+    def on_train_end(self) -> None:
+        """After the last epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        """Before the first batch of an epoch."""
+
+    def on_train_epoch_end(self) -> None:
+        """After the last batch of an epoch and its validation."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Optional[int]:
+        """Before ``training_step``; returning -1 ends the epoch."""
+
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+        """After the optimizer step of a batch."""
+
+    def on_validation_start(self) -> None:
+        """Before the first validation batch."""
+
+    def on_validation_end(self) -> None:
+        """After validation, its values logged."""
+
+    def on_validation_epoch_start(self) -> None:
+        """Before the first validation batch, after on_validation_start."""
+
+    def on_validation_epoch_end(self) -> None:
+        """After the last validation batch, before its epoch values are computed."""
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before ``validation_step``."""
+
+    def on_validation_batch_end(
+        self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """After ``validation_step``; ``outputs`` is what it returned."""
+
+    def on_test_start(self) -> None:
+        """Before the first test batch."""
+
+    def on_test_end(self) -> None:
+        """After the test, its values logged."""
+
+    def on_test_epoch_start(self) -> None:
+        """Before the first test batch, after on_test_start."""
+
+    def on_test_epoch_end(self) -> None:
+        """After the last test batch, before its epoch values are computed."""
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before ``test_step``."""
+
+    def on_test_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After ``test_step``; ``outputs`` is what it returned."""
+
+    def on_predict_start(self) -> None:
+        """Before the first prediction."""
+
+    def on_predict_end(self) -> None:
+        """After the last prediction."""
+
+    def on_predict_epoch_start(self) -> None:
+        """Before the first prediction, after on_predict_start."""
+
+    def on_predict_epoch_end(self) -> None:
+        """After the last prediction."""
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Before ``predict_step``."""
+
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """After ``predict_step``; ``outputs`` is what it returned."""
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Before validation inside fit: frees the gradients."""
+        zero_grad: Callable[[], None] = getattr(self, "zero_grad")  # noqa: B009  (a method of nn.Module)
+        zero_grad()
+
+    def on_validation_model_eval(self) -> None:
+        """Put the module into eval mode for validation."""
+        _eval(self)
+
+    def on_validation_model_train(self) -> None:
+        """Put the module back after validation. When not overridden, each submodule gets its own mode back."""
+        _train(self)
+
+    def on_test_model_eval(self) -> None:
+        """Put the module into eval mode for the test."""
+        _eval(self)
+
+    def on_test_model_train(self) -> None:
+        """Put the module back after the test. When not overridden, each submodule gets its own mode back."""
+        _train(self)
+
+    def on_predict_model_eval(self) -> None:
+        """Put the module into eval mode for predictions."""
+        _eval(self)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the gradients are zeroed."""
+
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """Before ``loss.backward()``; ``loss`` is divided by the accumulation window and scaled for 16-mixed."""
+
+    def on_after_backward(self) -> None:
+        """After ``loss.backward()``."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before the parameters are updated, gradients unscaled and not yet clipped."""
+
+    def configure_model(self) -> None:
+        """Create layers on the right device and in the right dtype; called at each run, so make it idempotent."""
+
+
+def _eval(module: Any) -> None:
+    module.eval()
+
+
+def _train(module: Any) -> None:
+    module.train()
+
+
+class DataHooks:
+    """What a LightningModule or a LightningDataModule may override about data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepare_data_per_node: bool = True
+        self.allow_zero_length_dataloader_with_multiple_devices: bool = False
+
+    def prepare_data(self) -> None:
+        """Download or write data. Runs in one process per node, so set no state here."""
+
+    def setup(self, stage: str) -> None:
+        """Build data sets or layers on every process; ``stage`` is fit, validate, test or predict."""
+
+    def teardown(self, stage: str) -> None:
+        """Undo :meth:`setup` at the end of a successful run."""
+
+    def train_dataloader(self) -> TRAIN_DATALOADERS:
+        """Return the loader, or a collection of loaders, for training."""
+        raise _missing_loader("train_dataloader")
+
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the loader, or a collection of loaders, for validation."""
+        raise _missing_loader("val_dataloader")
+
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the loader, or a collection of loaders, for the test."""
+        raise _missing_loader("test_dataloader")
+
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the loader, or a collection of loaders, for predictions."""
+        raise _missing_loader("predict_dataloader")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch before it goes to the device."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch to ``device``; override for batches of your own kind."""
+        return move_data_to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch on the device."""
+        return batch
+
+
+def _missing_loader(name: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`{name}` must be implemented to be used with the Trainer. "
+        f"Define it in the LightningModule or LightningDataModule, or pass loaders to the Trainer's method."
+    )
+
+
+class CheckpointHooks:
+    """What may be added to a checkpoint, and read back."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read, or change, the checkpoint before its weights are loaded."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add to the checkpoint before it is written."""
+
+
+class Callback:
+    """Code that runs at the hooks of a Trainer without being part of the model. Override what you need.
+
+    Example:
+        >>> class PrintEpoch(Callback):
+        ...     def on_train_epoch_end(self, trainer, pl_module):
+        ...         print(trainer.current_epoch)
+    """
+
+    runs_last: bool = False
+    """Whether the Trainer moves the callback behind all others."""
+    is_monitor: bool = False
+    """Whether on_train_epoch_end runs after the module's, so as to see what that logs."""
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in a checkpoint; two callbacks of one class need different ones."""
+        return self.__class__.__qualname__
+
+    def _generate_state_key(self, **kwargs: Any) -> str:
+        """Return a state key out of the class name and ``kwargs``."""
+        return f"{self.__class__.__qualname__}{kwargs!r}"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """At the start of fit, validate, test or predict."""
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """At the end of fit, validate, test or predict."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the very start of fit."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """At the very end of fit."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the validation that checks the code before training."""
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the validation that checks the code before training."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before a training batch."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """After a training batch."""
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before an epoch."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After an epoch."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the batches of a validation."""
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the batches of a validation."""
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the batches of a test."""
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the batches of a test."""
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the batches of a prediction run."""
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the batches of a prediction run."""
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a validation batch."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a validation batch."""
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a test batch."""
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a test batch."""
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Before a prediction batch."""
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """After a prediction batch."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first epoch."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last epoch."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a validation."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a validation."""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a test."""
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a test."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a prediction run."""
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a prediction run."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """When anything raises."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback needs to go on after a resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add to the checkpoint before it is written."""
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read the checkpoint before the callbacks' states are loaded."""
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Before ``loss.backward()``."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After ``loss.backward()``."""
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Before the parameters are updated."""
+
+    def on_before_zero_grad(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Before the gradients are zeroed."""
+
+
+STAGES = ("validation", "test", "predict")
+RUN_HOOKS: tuple[str, ...] = (
+    "on_fit_start",
+    "on_fit_end",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_start",
+    "on_train_end",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    *(f"on_{stage}_{moment}" for stage in STAGES for moment in ("start", "end", "epoch_start", "epoch_end")),
+    *(f"on_{stage}_batch_{moment}" for stage in STAGES for moment in ("start", "end")),
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+"""The hooks that a run calls on callbacks and module, in no particular order."""
+
+
+class HookTable:
+    """Hook name -> the bound methods that really exist, in calling order. Built once per run.
+
+    Callbacks come first, in list order, then the module; in ``on_train_epoch_end`` the monitoring callbacks
+    (EarlyStopping, Checkpoint) follow the module, so that they see what it logs.
+
+    Args:
+        trainer: First argument of every callback's hook.
+        module: Second argument of every callback's hook; its own hooks follow the callbacks'.
+        callbacks: In list order.
+        profile: Wraps a hook so that it is timed: ``profile(action_name, function) -> function``. None: no timing.
+        strategy: Its hooks come last.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        callbacks: Sequence[Callback],
+        profile: Optional[Callable[[str, Callable[..., Any]], Callable[..., Any]]] = None,
+        strategy: Optional[Strategy] = None,
+    ) -> None:
+        self._table: dict[str, Hooks] = {}
+        for name in RUN_HOOKS:
+            hooks = [(callback.is_monitor, _callback_hook(callback, name, trainer, module)) for callback in callbacks]
+            own = getattr(module, name) if has_hook(module, name) else None
+            if profile is not None:
+                hooks = [
+                    (monitor, hook and profile(f"[Callback]{callback.state_key}.{name}", hook))
+                    for callback, (monitor, hook) in zip(callbacks, hooks)
+                ]
+                own = own and profile(f"[LightningModule]{type(module).__name__}.{name}", own)
+            if name == "on_train_epoch_end":
+                ordered = [hook for monitor, hook in hooks if not monitor]
+                ordered += [own, *(hook for monitor, hook in hooks if monitor)]
+            else:
+                ordered = [*(hook for _, hook in hooks), own]
+            if strategy is not None and getattr(type(strategy), name, None) is not getattr(Strategy, name, None):
+                ordered.append(getattr(strategy, name))
+            self._table[name] = tuple(hook for hook in ordered if hook is not None)
+
+    def __getitem__(self, name: str) -> Hooks:
+        return self._table[name]
+
+
+def _callback_hook(callback: Callback, name: str, *args: Any) -> Optional[Callable[..., Any]]:
+    if name in vars(callback) or is_overridden(name, callback, Callback):
+        return functools.partial(getattr(callback, name), *args)
+    return None
+
+
+def has_hook(module: Any, name: str) -> bool:
+    """Return whether the user gave ``module`` a hook ``name`` of its own (in the class or on the instance)."""
+    if not hasattr(module, name):
+        return False
+    for base in (ModelHooks, DataHooks, CheckpointHooks):
+        if hasattr(base, name):
+            return name in vars(module) or is_overridden(name, module, base)
+    return True
+
+
+def transfer_hooks(owners: Iterable[Any]) -> Optional[Callable[[Any, torch.device, int], Any]]:
+    """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
+
+    Args:
+        owners: Who may override them, most important first (the data module, then the module).
+    """
+    owners = list(owners)
+    chosen: dict[str, Any] = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        for owner in owners:
+            if name in vars(owner) or is_overridden(name, owner, DataHooks):
+                chosen[name] = getattr(owner, name)
+                break
+    if not chosen:
+        return None
+    before = chosen.get("on_before_batch_transfer")
+    transfer = chosen.get("transfer_batch_to_device")
+    after = chosen.get("on_after_batch_transfer")
+
+    def chain(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if before is not None:
+            batch = before(batch, dataloader_idx)
+        batch = move_data_to_device(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
+        return batch if after is None else after(batch, dataloader_idx)
+
+    return chain

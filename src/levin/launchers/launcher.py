@@ -1,0 +1,42 @@
+"""Starting the processes of a run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+
+class Launcher(ABC):
+    """Starts the processes of a run and runs a function in each of them."""
+
+    @property
+    @abstractmethod
+    def is_interactive_compatible(self) -> bool:
+        """Whether it can be used at a Python prompt and in notebooks."""
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """Whether the function runs in other processes only, and its results have to be brought back."""
+        return False
+
+    @abstractmethod
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Run ``function(*args, **kwargs)`` in every process.
+
+        Args:
+            function: What to run.
+            args: Passed to ``function``.
+            trainer: The Trainer whose results have to come back from other processes; None without one.
+            kwargs: Passed to ``function``.
+
+        Returns:
+            What the function returned in the process with rank 0.
+        """
+
+    def kill(self, signum: int) -> None:
+        """Send a signal to the processes that this launcher started.
+
+        Args:
+            signum: Number of the signal.
+        """

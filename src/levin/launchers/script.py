@@ -1,0 +1,213 @@
+"""Starting the user's script again, once per process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import __main__
+from levin.launchers.launcher import Launcher
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import log
+
+if TYPE_CHECKING:
+    from levin.environments.environment import ClusterEnvironment
+
+# How long the other processes get to end by themselves after one has failed.
+GRACE_S = 10.0
+# How often the processes are looked at.
+_POLL_S = 0.2
+# How long another process may take to end after its failure was felt here.
+_ECHO_S = 1.0
+
+
+class SubprocessLauncher(Launcher):
+    """Starts the script again for every process but the first, which goes on itself.
+
+    A thread watches the started processes: when one fails, all others end. Environments that start the processes
+    themselves (torchrun, srun) leave nothing to start, and the function just runs.
+
+    Args:
+        environment: Knows where rank 0 listens, and whether the processes are there already.
+        num_processes: Number of processes of this machine.
+        num_nodes: Number of machines.
+    """
+
+    def __init__(self, environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+        self._environment = environment
+        self._num_processes = num_processes
+        self._num_nodes = num_nodes
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._watcher: _Watcher | None = None
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        """False: a prompt has no script to start again."""
+        return False
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other processes, unless they are there, and run the function in this one."""
+        if not self._environment.creates_processes_externally:
+            self._start()
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            # An error here is often only the echo of one in another process.
+            is_echo = isinstance(error, Exception) and self._watcher is not None
+            failed = self._watcher.failure(wait_s=_ECHO_S) if is_echo and self._watcher is not None else None
+            self._end_all()
+            if failed is None:
+                raise
+            raise RuntimeError(f"{failed} Its own error stands above.") from error
+
+    def kill(self, signum: int) -> None:
+        """Send a signal to the processes that were started."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(signum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the running processes here: they belong to this process alone."""
+        return {**self.__dict__, "_processes": [], "_watcher": None}
+
+    def _start(self) -> None:
+        shared = {
+            "MASTER_ADDR": self._environment.main_address,
+            "MASTER_PORT": str(self._environment.main_port),
+            "NODE_RANK": str(self._environment.node_rank()),
+            "WORLD_SIZE": str(self._num_processes * self._num_nodes),
+        }
+        for local_rank in range(1, self._num_processes):
+            command, directory = script_command(local_rank)
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(local_rank)}
+            self._processes.append(subprocess.Popen(command, env=environment, cwd=directory))
+        if self._processes:
+            # From here on this process looks like the others: LOCAL_RANK also keeps a second run from starting more.
+            os.environ.update(shared, LOCAL_RANK="0")
+            self._watcher = _Watcher(self._processes)
+            self._watcher.start()
+            atexit.register(self._wait_at_exit)
+
+    def _end_all(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()
+        end_processes(self._processes)
+
+    def _wait_at_exit(self) -> None:
+        # Without this a shell would see the command end while processes still write their files. After an error in
+        # this process they wait for it in vain.
+        if getattr(sys, "last_value", None) is not None:
+            self._end_all()
+            return
+        codes = [process.wait() for process in self._processes]
+        if any(codes):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+
+class _Watcher(threading.Thread):
+    """Ends all processes when one of them fails."""
+
+    def __init__(self, processes: list[subprocess.Popen[bytes]]) -> None:
+        super().__init__(name="levin-process-watcher", daemon=True)
+        self._processes = processes
+        self._failure: str | None = None
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Look at the processes until all have ended well, or one has not."""
+        while not self._stopped.wait(_POLL_S):
+            self._look()
+            if self._failure is not None:
+                log.error("%s Ending the others.", self._failure)
+                end_processes(self._processes)
+                # The first process notices when it next talks to the others. Where it does not, it would wait for ever.
+                if not self._stopped.wait(GRACE_S) and threading.main_thread().is_alive():
+                    os._exit(1)
+                return
+            if all(process.poll() == 0 for process in self._processes):
+                return
+
+    def failure(self, wait_s: float) -> str | None:
+        """Return what has failed, if anything has.
+
+        Args:
+            wait_s: How long to wait for a process that is about to end.
+        """
+        deadline = time.monotonic() + wait_s
+        while self._failure is None and time.monotonic() < deadline:
+            self._look()
+            time.sleep(0.02)
+        return self._failure
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stopped.set()
+
+    def _look(self) -> None:
+        for index, process in enumerate(self._processes):
+            if process.poll() not in (None, 0) and self._failure is None:
+                self._failure = f"The process with local rank {index + 1} failed with exit status {process.returncode}."
+
+
+def end_processes(processes: list[subprocess.Popen[bytes]], grace_s: float = GRACE_S) -> None:
+    """Ask processes to end, and make those that do not.
+
+    Args:
+        processes: The processes; those that have ended are left alone.
+        grace_s: How long they get.
+    """
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + grace_s
+    for process in processes:
+        try:
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def script_command(local_rank: int) -> tuple[list[str], str | None]:
+    """Return the command that runs this script again, and the directory to run it in (None for the present one).
+
+    Args:
+        local_rank: The process that the command is for.
+
+    Raises:
+        ValueError: This process does not run a script or a module.
+    """
+    spec = getattr(__main__, "__spec__", None)
+    if spec is not None:
+        command = [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
+    else:
+        script = os.path.abspath(sys.argv[0])
+        if sys.argv[0] in ("", "-", "-c") or not os.path.exists(script):
+            raise MisconfigurationException(
+                f"This process cannot be started again: it runs no script, received sys.argv[0]={sys.argv[0]!r}. "
+                "Write the program into a file, or use strategy='ddp_spawn' or torchrun."
+            )
+        command = [sys.executable, script, *sys.argv[1:]]
+    return _with_hydra(command, local_rank)
+
+
+def _with_hydra(command: list[str], local_rank: int) -> tuple[list[str], str | None]:
+    # Hydra changes into a directory of its own for each run; the others must use the first one's.
+    if "hydra" not in sys.modules:
+        return command, None
+    from hydra.core.hydra_config import HydraConfig  # type: ignore[import-not-found]  # used when present
+    from hydra.utils import get_original_cwd  # type: ignore[import-not-found]  # used when present
+
+    if not HydraConfig.initialized():
+        return command, None
+    directory = HydraConfig.get().runtime.output_dir
+    name = f"hydra.job.name=train_ddp_process_{local_rank}"
+    return [*command, f"hydra.run.dir={directory!r}", name, "hydra.output_subdir=null"], get_original_cwd()

@@ -1,0 +1,521 @@
+"""What ``self.log`` writes into, and how it is reduced.
+
+A *slot* is made at the first call for a hook and a name; later calls find it and add. Values are copied, on their own
+device, into a small block and folded into a running sum when the block is full, so that a call neither waits for the
+device nor keeps a graph alive. Reduction to one value happens when someone reads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from levin.utilities.collections import leaves
+from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.rank_zero import rank_zero_warn
+
+BLOCK = 32
+"""Values that are folded into the running sum at once."""
+
+_STEP_HOOKS = [
+    "training_step",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_backward",
+    "on_after_backward",
+    "backward",
+    "optimizer_step",
+    "on_before_optimizer_step",
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "clip_gradients",
+]
+_EVAL_HOOKS = [
+    f"{hook}"
+    for stage in ("validation", "test")
+    for hook in (f"{stage}_step", f"on_{stage}_batch_start", f"on_{stage}_batch_end")
+]
+_EPOCH_HOOKS = [
+    f"on_{stage}_{moment}"
+    for stage in ("train", "validation", "test")
+    for moment in ("start", "epoch_start", "epoch_end")
+]
+DEFAULTS: dict[str, tuple[bool, bool]] = {
+    **dict.fromkeys(_STEP_HOOKS, (True, False)),
+    **dict.fromkeys(_EVAL_HOOKS, (False, True)),
+    **dict.fromkeys(_EPOCH_HOOKS, (False, True)),
+}
+"""Hook -> the default (on_step, on_epoch); a hook that is not here may not log."""
+EPOCH_ONLY = frozenset(_EPOCH_HOOKS)
+
+_REDUCTIONS = {
+    "mean": "mean", "avg": "mean", "sum": "sum", "min": "min", "max": "max",
+    torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max", min: "min", max: "max", sum: "sum",
+}  # fmt: skip
+
+
+class Arguments(NamedTuple):
+    """The arguments of ``self.log`` that must stay the same for one name in one hook."""
+
+    prog_bar: bool
+    logger: Optional[bool]
+    on_step: Optional[bool]
+    on_epoch: Optional[bool]
+    reduce_fx: Any
+    sync_dist: bool
+    sync_dist_group: Any
+    add_dataloader_idx: bool
+    metric_attribute: Optional[str]
+    rank_zero_only: bool
+
+
+class Metrics(NamedTuple):
+    """Reduced values by destination."""
+
+    callback: dict[str, Any]
+    logged: dict[str, Any]
+    progress_bar: dict[str, Any]
+
+
+def metric_class() -> type | tuple[()]:
+    """Return torchmetrics' Metric if anybody imported it (no value can be one otherwise), else an empty tuple."""
+    module = sys.modules.get("torchmetrics")
+    return module.Metric if module is not None and hasattr(module, "Metric") else ()
+
+
+class Slot:
+    """The values of one name in one hook."""
+
+    __slots__ = (
+        "arguments",
+        "block",
+        "cells",
+        "dataloader_idx",
+        "filled",
+        "has_value",
+        "hook",
+        "is_restored",
+        "logger",
+        "metric",
+        "name",
+        "on_epoch",
+        "on_step",
+        "prog_bar",
+        "reduction",
+        "sync",
+        "total",
+        "weight",
+        "weights",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        hook: str,
+        arguments: Arguments,
+        on_step: bool,
+        on_epoch: bool,
+        reduction: str,
+        dataloader_idx: Optional[int],
+        metric: Any,
+        sync: Optional[Callable[[Tensor, str, Any], Tensor]],
+    ) -> None:
+        self.name = name
+        self.hook = hook
+        self.arguments = arguments
+        self.on_step = on_step
+        self.on_epoch = on_epoch
+        self.prog_bar = arguments.prog_bar
+        self.logger = arguments.logger is not False
+        self.reduction = reduction
+        self.dataloader_idx = dataloader_idx
+        self.metric = metric
+        self.sync = sync if arguments.sync_dist and not arguments.rank_zero_only else None
+        self.block: Optional[Tensor] = None
+        self.cells: list[Tensor] = []
+        self.weights: list[float] = []
+        self.has_value: bool = False
+        self.is_restored: bool = False
+        self.filled: int = 0
+        self.total: Optional[Tensor] = None
+        self.weight: float = 0.0
+
+    def reset(self) -> None:
+        """Forget all values; the slot itself stays."""
+        self.has_value = False
+        self.filled = 0
+        self.weights.clear()
+        self.total = None
+        self.weight = 0.0
+        if self.metric is not None:
+            self.metric.reset()
+
+    def add(self, value: Any, weight: float) -> None:
+        """Add a number or a one-element tensor; ``weight`` counts in means."""
+        position = self.filled
+        is_tensor = isinstance(value, Tensor)
+        if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
+            self._allocate(value.device if is_tensor else torch.device("cpu"))
+        elif position == BLOCK:
+            self._fold()
+            position = 0
+        if is_tensor:
+            cell = self.cells[position]
+            cell.copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
+            if self.sync is not None and self.on_step:
+                cell.copy_(self.sync(cell.clone(), self.reduction, self.arguments.sync_dist_group))
+        else:
+            self.cells[position].fill_(value)
+        self.has_value = True
+        if self.on_epoch:
+            self.weights.append(weight)
+            self.filled = position + 1
+
+    def _allocate(self, device: torch.device) -> None:
+        with torch.inference_mode(False):
+            old, old_total = self.block, self.total
+            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=torch.get_default_dtype(), device=device)
+            if old is not None:
+                self.block.copy_(old)
+            self.cells = list(self.block.unbind())
+            self.total = None if old_total is None else old_total.to(device)
+
+    def _fold(self) -> None:
+        self.total = self._sum()
+        self.weight += sum(self.weights)
+        self.weights.clear()
+        self.filled = 0
+
+    def _sum(self) -> Tensor:
+        """Return the running sum (or minimum, maximum) with the block taken in."""
+        assert self.block is not None
+        if self.filled == 0 and self.total is not None:
+            return self.total
+        values = self.block[: self.filled]
+        if self.reduction == "mean":
+            first = self.weights[0]
+            if all(weight == first for weight in self.weights):
+                folded = values.sum() * first
+            else:
+                folded = (values * values.new_tensor(self.weights)).sum()
+            return folded if self.total is None else self.total + folded
+        if self.reduction == "sum":
+            return values.sum() if self.total is None else self.total + values.sum()
+        folded, pick = (values.min(), torch.minimum) if self.reduction == "min" else (values.max(), torch.maximum)
+        return folded if self.total is None else pick(self.total, folded)
+
+    def step_value(self) -> Any:
+        """Return the last value."""
+        if self.metric is not None:
+            cache = self.metric._forward_cache
+            return self.metric.compute() if cache is None else cache.detach()
+        assert self.block is not None
+        return self.cells[self.filled - 1 if self.filled else 0].clone()
+
+    def epoch_value(self) -> Any:
+        """Return all values reduced to one."""
+        if self.metric is not None:
+            value = self.metric.compute()
+            if not isinstance(value, Tensor):
+                raise MisconfigurationException(
+                    f"The compute() of a logged metric must return a Tensor, received {value!r} for {self.name!r}. "
+                    "Log its parts with self.log_dict(metric.compute()) at the end of the epoch."
+                )
+            return value.detach()
+        total, weight = self._sum(), self.weight + sum(self.weights)
+        if self.sync is not None:
+            group = self.arguments.sync_dist_group
+            total = self.sync(total.clone(), "sum" if self.reduction in ("mean", "sum") else self.reduction, group)
+            if self.reduction == "mean":
+                weight = float(self.sync(total.new_tensor(weight), "sum", group))
+        return total / weight if self.reduction == "mean" else total.clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
+        plain = self.arguments._replace(reduce_fx=self.reduction, sync_dist_group=None)
+        return {
+            "name": self.name, "hook": self.hook, "dataloader_idx": self.dataloader_idx,
+            "arguments": tuple(plain), "on_step": self.on_step, "on_epoch": self.on_epoch, "reduction": self.reduction,
+            "block": None if self.block is None else self.block.clone(), "weights": list(self.weights),
+            "filled": self.filled, "has_value": self.has_value, "total": self.total, "weight": self.weight,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        if state["block"] is not None:
+            self._allocate(state["block"].device)
+            assert self.block is not None
+            self.block.copy_(state["block"])
+        self.weights = list(state["weights"])
+        self.filled, self.has_value = state["filled"], state["has_value"]
+        self.total, self.weight = state["total"], state["weight"]
+
+
+class LogStore:
+    """The slots of one loop (training, validation, test).
+
+    Args:
+        training: Whether this is the training loop: its step values count as callback metrics.
+        modules: Returns attribute name -> submodule, to know the metrics of the module.
+        sync: Reduces a tensor over the ranks, ``sync(tensor, reduction, group)``; None on one device.
+        has_loggers: Whether there is anything to log to.
+    """
+
+    def __init__(
+        self,
+        training: bool,
+        modules: Callable[[], dict[str, Any]],
+        sync: Optional[Callable[[Tensor, str, Any], Tensor]] = None,
+        has_loggers: bool = True,
+    ) -> None:
+        self.training = training
+        self.hook: Optional[str] = None
+        self.batch: Any = None
+        self.dataloader_idx: Optional[int] = None
+        self.is_epoch_end: bool = False
+        self.has_step_slots: bool = False
+        self._size: Optional[int] = None
+        self._slots: dict[tuple[str, str, Optional[int]], Slot] = {}
+        self._modules = modules
+        self._sync = sync
+        self._has_loggers = has_loggers
+
+    def start_batch(self, batch: Any, dataloader_idx: Optional[int] = None) -> None:
+        """A new batch: its size is found when a mean needs it."""
+        self.batch = batch
+        self.dataloader_idx = dataloader_idx
+        self._size = None
+
+    def log(self, name: str, value: Any, arguments: tuple[Any, ...], batch_size: Optional[int]) -> None:
+        """Add ``value`` under ``name`` for the present hook. See ``LightningModule.log`` for the arguments."""
+        hook = self.hook
+        slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
+        if slot is None:
+            slot = self._new_slot(name, value, Arguments._make(arguments))
+        elif slot.arguments != arguments and slot.is_restored:
+            slot.arguments, slot.is_restored = Arguments._make(arguments), False
+        elif slot.arguments != arguments:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) was called twice in {hook} with different arguments: "
+                f"{arguments} after {slot.arguments}. Use two names, or the same arguments."
+            )
+        if slot.metric is not None:
+            slot.has_value = True
+            return
+        if isinstance(value, Tensor):
+            if value.numel() != 1:
+                raise ValueError(
+                    f"self.log({name!r}, ...) needs a value with one element, received a tensor of shape "
+                    f"{tuple(value.shape)}. Reduce it first, for example with .mean()."
+                )
+        elif not isinstance(value, (int, float)):
+            _check_value(name, value, slot)
+        if not slot.on_epoch or slot.reduction != "mean":
+            slot.add(value, 1.0)
+        elif batch_size is not None:
+            slot.add(value, batch_size)
+        elif self.batch is None or not isinstance(value, Tensor) or hook in EPOCH_ONLY:
+            slot.add(value, 1.0)
+        else:
+            size = self._size
+            if size is None:
+                size = self._size = extract_batch_size(self.batch)
+            slot.add(value, size)
+
+    def _new_slot(self, name: str, value: Any, arguments: Arguments) -> Slot:
+        hook = self.hook
+        on_step, on_epoch = resolve_moments(name, hook, arguments)
+        assert hook is not None
+        if "/dataloader_idx_" in name:
+            raise MisconfigurationException(
+                f"self.log(name=...) must not contain '/dataloader_idx_', received {name!r}. levin adds it by itself."
+            )
+        metric = self._find_metric(name, value, arguments)
+        reduction = "mean"
+        if metric is None:
+            _check_value(name, value, None)
+            key = arguments.reduce_fx
+            reduction = _REDUCTIONS.get(key, "") if isinstance(key, str) or callable(key) else ""
+            if not reduction:
+                raise value_error(
+                    f"self.log({name!r}, reduce_fx=...)", key, "must be one of 'mean', 'sum', 'min', 'max'",
+                    "Use a torchmetrics.Metric for any other reduction.",
+                )  # fmt: skip
+            if isinstance(value, Tensor) and not value.is_floating_point():
+                rank_zero_warn(
+                    f"self.log({name!r}, ...) received a tensor of dtype {value.dtype}, kept as a float. "
+                    "Convert it with .float() to silence this."
+                )
+        if arguments.logger and not self._has_loggers:
+            rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
+        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, self.dataloader_idx, metric, self._sync)
+        self._slots[hook, name, self.dataloader_idx] = slot
+        self.has_step_slots = self.has_step_slots or on_step
+        return slot
+
+    def _find_metric(self, name: str, value: Any, arguments: Arguments) -> Any:
+        if not isinstance(value, metric_class()):
+            return None
+        if arguments.metric_attribute is None and not any(value is module for module in self._modules().values()):
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) received a Metric that is no attribute of the LightningModule. "
+                "Assign it in __init__ (self.accuracy = ...), or name it with metric_attribute=...."
+            )
+        return value
+
+    def reset(self) -> None:
+        """Forget the values of an epoch, and reset the metrics that were logged."""
+        for slot in self._slots.values():
+            slot.reset()
+        self.is_epoch_end = False
+        self.dataloader_idx = None
+
+    def slots(self) -> Iterator[Slot]:
+        """Yield the slots that hold a value."""
+        for slot in self._slots.values():
+            if slot.has_value:
+                yield slot
+
+    def read(self, on_step: bool) -> Metrics:
+        """Return the step values, or the epoch values, by destination.
+
+        Args:
+            on_step: True for the last values of the step, False for the epoch's.
+        """
+        metrics = Metrics({}, {}, {})
+        for slot in self.slots():
+            if not (slot.on_step if on_step else slot.on_epoch):
+                continue
+            if on_step and slot.dataloader_idx != self.dataloader_idx:
+                continue
+            value = slot.step_value() if on_step else slot.epoch_value()
+            name = forked = slot.name
+            if slot.on_step and slot.on_epoch:
+                forked = f"{name}_step" if on_step else f"{name}_epoch"
+            if slot.dataloader_idx is not None and slot.arguments.add_dataloader_idx:
+                suffix = f"/dataloader_idx_{slot.dataloader_idx}"
+                name, forked = name + suffix, forked + suffix
+            if slot.logger:
+                metrics.logged[forked] = value
+            if self.training or not on_step:
+                metrics.callback[name] = value
+                metrics.callback[forked] = value
+            if slot.prog_bar:
+                metrics.progress_bar[forked] = value
+        return metrics
+
+    def epoch_results(self, num_dataloaders: int) -> list[dict[str, Any]]:
+        """Return, for each loader, the logged epoch values with the names that ``validate`` and ``test`` return."""
+        results: list[dict[str, Any]] = [{} for _ in range(num_dataloaders)]
+        shared: dict[str, Any] = {}
+        for slot in self.slots():
+            if not (slot.on_epoch and slot.logger):
+                continue
+            name = f"{slot.name}_epoch" if slot.on_step else slot.name
+            if slot.dataloader_idx is not None and slot.arguments.add_dataloader_idx:
+                name += f"/dataloader_idx_{slot.dataloader_idx}"
+            target = (
+                shared if slot.dataloader_idx is None and num_dataloaders > 1 else results[slot.dataloader_idx or 0]
+            )
+            target[name] = slot.epoch_value()
+        return [{**result, **shared} for result in results]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the values of an unfinished epoch; of metric objects only their names, their states are the module's."""
+        names = {id(module): name for name, module in self._modules().items()}
+        return [{**slot.state_dict(), "metric": names.get(id(slot.metric))} for slot in self.slots()]
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Take up :meth:`state_dict`."""
+        self._slots.clear()
+        for entry in state:
+            slot = Slot(
+                entry["name"], entry["hook"], Arguments._make(entry["arguments"]), entry["on_step"], entry["on_epoch"],
+                entry["reduction"], entry["dataloader_idx"], self._modules().get(entry["metric"]), self._sync,
+            )  # fmt: skip
+            slot.load_state_dict(entry)
+            slot.is_restored = True
+            self._slots[slot.hook, slot.name, slot.dataloader_idx] = slot
+            self.has_step_slots = self.has_step_slots or slot.on_step
+
+
+def resolve_moments(name: str, hook: Optional[str], arguments: Arguments) -> tuple[bool, bool]:
+    """Return (on_step, on_epoch) with the defaults of ``hook`` filled in.
+
+    Raises:
+        MisconfigurationException: The hook may not log, or not in that way.
+    """
+    if hook is None:
+        raise MisconfigurationException(
+            f"self.log({name!r}, ...) was called outside of a hook that can log. Call it in a step or a batch or epoch hook."
+        )
+    default = DEFAULTS.get(hook)
+    if default is None:
+        raise MisconfigurationException(
+            f"self.log({name!r}, ...) cannot be called in {hook}. Call it in a step or in one of the "
+            "on_<stage>_batch_start/end or on_<stage>_start/epoch_start/epoch_end hooks."
+        )
+    on_step = default[0] if arguments.on_step is None else arguments.on_step
+    on_epoch = default[1] if arguments.on_epoch is None else arguments.on_epoch
+    if hook in EPOCH_ONLY and (on_step or not on_epoch):
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step={on_step}, on_epoch={on_epoch}) is not possible in {hook}, "
+            "which runs once per epoch. Use on_step=False, on_epoch=True."
+        )
+    if not on_step and not on_epoch:
+        raise MisconfigurationException(
+            f"self.log({name!r}, on_step=False, on_epoch=False) would log nothing. Set one of them to True."
+        )
+    return on_step, on_epoch
+
+
+def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:
+    if isinstance(value, (int, float, Tensor)):
+        return
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
+        return
+    hint = (
+        "Use self.log_dict for a dict of values."
+        if isinstance(value, Mapping)
+        else "Log a number, a tensor with one element or a torchmetrics.Metric."
+    )
+    raise ValueError(
+        f"self.log({name!r}, ...) cannot log a value of type {type(value).__name__}, received {value!r}. {hint}"
+    )
+
+
+def extract_batch_size(batch: Any) -> int:
+    """Return the size of dimension 0 of the first tensor in ``batch`` (1 for a 0-dim tensor).
+
+    Raises:
+        MisconfigurationException: There is no tensor to tell.
+    """
+    if isinstance(batch, Tensor):
+        return batch.size(0) if batch.dim() else 1
+    size: Optional[int] = None
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            found = leaf.size(0) if leaf.dim() else 1
+        elif isinstance(leaf, str):
+            found = len(leaf)
+        else:
+            continue
+        if size is None:
+            size = found
+        elif size != found:
+            rank_zero_warn(
+                "The batch size was taken from the first of several tensors of different sizes "
+                f"({size}, then {found}). Give it with self.log(..., batch_size=batch_size)."
+            )
+            break
+    if size is None:
+        raise MisconfigurationException(
+            f"The batch size could not be found in a batch of type {type(batch).__name__}. "
+            "Give it with self.log(..., batch_size=batch_size)."
+        )
+    return size

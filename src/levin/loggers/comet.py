@@ -1,0 +1,158 @@
+"""Metrics and parameters on Comet."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any, Literal, Optional, Union
+
+from torch import Tensor
+from torch.nn import Module
+
+from levin.loggers.logger import Logger, rank_zero_experiment
+from levin.loggers.utilities import json_values, to_dict, to_numbers
+from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only
+
+# Old name -> new name of arguments.
+_RENAMED = {"experiment_name": "name", "save_dir": "offline_directory"}
+
+
+class CometLogger(Logger):
+    """Logs to Comet; needs ``comet_ml``.
+
+    Args:
+        api_key: Key of the account, by default that of the environment variable COMET_API_KEY or the file
+            ``.comet.config``.
+        workspace: Name of the workspace.
+        project: Name of the project.
+        experiment_key: Key of the experiment to make or to go on with, 32 to 50 letters and digits.
+        mode: ``"create"``, ``"get"`` (go on with ``experiment_key``) or ``"get_or_create"``, the default.
+        online: False keeps everything in local files, to be uploaded by ``comet upload``.
+        prefix: Text in front of every metric's name, joined by ``_``.
+        kwargs: For ``comet_ml.ExperimentConfig``, for example ``name``, ``tags``, ``offline_directory``, ``log_graph``.
+
+    Raises:
+        ModuleNotFoundError: ``comet_ml`` is not installed.
+
+    Example:
+        >>> logger = CometLogger(project="my_project", online=False)  # doctest: +SKIP
+        >>> logger.log_metrics({"loss": 0.5}, step=1)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        *,
+        api_key: Optional[str] = None,
+        workspace: Optional[str] = None,
+        project: Optional[str] = None,
+        experiment_key: Optional[str] = None,
+        mode: Optional[Literal["get_or_create", "get", "create"]] = None,
+        online: Optional[bool] = None,
+        prefix: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        if find_spec("comet_ml") is None:
+            raise ModuleNotFoundError("CometLogger needs the package comet_ml. Install it with: pip install comet-ml")
+        super().__init__()
+        if "project_name" in kwargs:
+            project = project or kwargs.pop("project_name")
+            rank_zero_deprecation("The parameter `project_name` is deprecated, please use `project` instead.")
+        if "offline" in kwargs:
+            online = not kwargs.pop("offline")
+            rank_zero_deprecation("The parameter `offline` is deprecated, please use `online` instead.")
+        for old, new in _RENAMED.items():
+            if old in kwargs:
+                kwargs[new] = kwargs.pop(old)
+                rank_zero_deprecation(f"The parameter `{old}` is deprecated, please use `{new}` instead.")
+        self._api_key: Optional[str] = api_key
+        self._workspace: Optional[str] = workspace
+        self._project: Optional[str] = project
+        self._experiment_key: Optional[str] = experiment_key
+        self._mode: Optional[str] = mode
+        self._online: Optional[bool] = online
+        self._prefix: Optional[str] = prefix
+        self._config: dict[str, Any] = kwargs
+        self._experiment: Any = None
+        self._offline_directory: Optional[str] = None
+        # The key of the experiment is the version, which folders of checkpoints are named after.
+        _ = self.experiment
+
+    @property
+    def name(self) -> Optional[str]:
+        """Name of the project."""
+        return self._project
+
+    @property
+    def version(self) -> Optional[str]:
+        """Key of the experiment."""
+        return self._experiment_key
+
+    @property
+    def save_dir(self) -> Optional[str]:
+        """Directory of the local files of an offline experiment."""
+        return self._offline_directory
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The experiment of Comet."""
+        if self._experiment is None:
+            import comet_ml
+
+            # Without disabled=False a variable that turns off automatic logging would turn off ours.
+            config = comet_ml.ExperimentConfig(**{"disabled": False, **self._config})
+            self._experiment = comet_ml.start(
+                api_key=self._api_key, workspace=self._workspace, project=self._project,
+                experiment_key=self._experiment_key, mode=self._mode, online=self._online, experiment_config=config,
+            )  # fmt: skip
+            self._experiment_key = self._experiment.get_key()
+            self._project = self._experiment.project_name or self._project
+            self._offline_directory = config.offline_directory
+            self._experiment.log_other("Created from", "levin")
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Union[Tensor, float]], step: Optional[int] = None) -> None:
+        """Record values.
+
+        Args:
+            metrics: Name -> number or tensor with one element; ``epoch`` becomes the epoch of the others.
+            step: Position on the x-axis.
+        """
+        values = to_numbers(metrics)
+        epoch = values.pop("epoch", None)
+        self.experiment.log_metrics(values, prefix=self._prefix, step=step, epoch=epoch)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+        """Record hyper-parameters.
+
+        Args:
+            params: Name -> value, nested as you like.
+        """
+        self.experiment.log_parameters(json_values(to_dict(params)))
+
+    @rank_zero_only
+    def log_graph(self, model: Module, input_array: Optional[Tensor] = None) -> None:
+        """Record the text form of ``model``, unless the experiment was told ``log_graph=False``.
+
+        Args:
+            model: The model.
+            input_array: Not needed.
+        """
+        if self._config.get("log_graph") is not False:
+            self.experiment.set_model_graph(model)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Send what is waiting; the experiment stays open until the process ends.
+
+        Args:
+            status: How the run ended.
+        """
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_experiment": None}

@@ -1,0 +1,324 @@
+"""Metrics as a table in a CSV file."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import time
+import weakref
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+from torch import Tensor
+
+from levin.loggers.logger import Logger, rank_zero_experiment
+from levin.loggers.utilities import (
+    HPARAMS_FILE,
+    add_prefix,
+    join_path,
+    make_directory,
+    next_version,
+    to_dict,
+    to_numbers,
+    version_name,
+    write_hparams,
+)
+from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from levin.utilities.types import PathLike
+
+REMOTE_WRITE_INTERVAL_S = 5.0
+"""An object store takes whole files only, so one there is not written anew more often than this."""
+
+
+class ExperimentWriter:
+    r"""Writes ``metrics.csv`` and ``hparams.yaml`` into one directory.
+
+    Rows wait in ``metrics`` until :meth:`save` appends them to the file. The file is written anew only when a row has a
+    name that the header lacks.
+
+    Args:
+        log_dir: Local path or URL of the directory; it is created.
+
+    Example:
+        >>> writer = ExperimentWriter("logs/run")
+        >>> writer.log_metrics({"loss": 0.5}, step=1)
+        >>> writer.save()
+        >>> open("logs/run/metrics.csv").read()
+        'loss,step\n0.5,1\n'
+    """
+
+    NAME_METRICS_FILE = "metrics.csv"
+    NAME_HPARAMS_FILE = HPARAMS_FILE
+
+    def __init__(self, log_dir: str) -> None:
+        self.log_dir: str = log_dir
+        self.hparams: dict[str, Any] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.metrics_keys: list[str] = []
+        self.metrics_file_path: str = os.path.join(log_dir, self.NAME_METRICS_FILE)
+        self._num_rows: int = 0
+        self._has_new_hparams: bool = False
+        self._is_local: bool = is_local(log_dir)
+        self._file: Optional[_AppendFile] = None
+        self._remote_text: str = ""
+        self._remote_written_at: float = float("-inf")
+        make_directory(log_dir)
+        if self._is_local:
+            is_used = bool(os.listdir(log_dir))
+        else:
+            is_used = bool(get_filesystem(log_dir).ls(log_dir, detail=False))
+        if is_used:
+            rank_zero_warn(
+                f"Experiment logs directory {log_dir} exists and is not empty."
+                " Previous log files in this directory will be deleted when the new ones are saved!"
+            )
+
+    def log_hparams(self, params: Mapping[str, Any]) -> None:
+        """Add hyper-parameters to those that the next :meth:`save` writes."""
+        self.hparams.update(params)
+        self._has_new_hparams = True
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+        """Add one row.
+
+        Args:
+            metrics: Column -> value; tensors must have one element.
+            step: Value of the column ``step``, by default the number of the row.
+        """
+        row = to_numbers(metrics)
+        row["step"] = self._num_rows if step is None else step
+        self._num_rows += 1
+        self.metrics.append(row)
+
+    def save(self, force: bool = True) -> None:
+        """Write what has come since the last time.
+
+        Args:
+            force: False leaves a remote file for later when it was written a moment ago.
+        """
+        if self._has_new_hparams:
+            write_hparams(self.log_dir, self.hparams)
+            self._has_new_hparams = False
+        if self._is_local:
+            self._save_local()
+        elif self.metrics or self._remote_text:
+            self._save_remote(force)
+
+    def close(self) -> None:
+        """Release the file; a later :meth:`save` opens it again."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _save_local(self) -> None:
+        if not self.metrics:
+            return
+        header = self._new_header()
+        if header is not None:
+            with contextlib.ExitStack() as stack:
+                previous = None
+                if self.metrics_keys:
+                    previous = stack.enter_context(open(self.metrics_file_path, encoding="utf-8", newline=""))
+                text = _table(header, previous)
+            self.close()
+            # Old rows stay readable until the new file is complete.
+            _replace_file(self.metrics_file_path, text + _rows(header, self.metrics))
+            self.metrics_keys = header
+        else:
+            if self._file is None:
+                self._file = _AppendFile(self.metrics_file_path)
+            self._file.append(_rows(self.metrics_keys, self.metrics))
+        self.metrics.clear()
+
+    def _save_remote(self, force: bool) -> None:
+        if not force and time.monotonic() - self._remote_written_at < REMOTE_WRITE_INTERVAL_S:
+            return
+        header = self._new_header()
+        if header is not None:
+            previous = io.StringIO(self._remote_text, newline="") if self.metrics_keys else None
+            self._remote_text = _table(header, previous)
+            self.metrics_keys = header
+        self._remote_text += _rows(self.metrics_keys, self.metrics)
+        self.metrics.clear()
+        with get_filesystem(self.metrics_file_path).open(self.metrics_file_path, "wb") as file:
+            file.write(self._remote_text.encode())
+        self._remote_written_at = time.monotonic()
+
+    def _new_header(self) -> Optional[list[str]]:
+        """Return the header that the waiting rows need, None when the one in the file will do."""
+        known = set(self.metrics_keys)
+        missing = {name for row in self.metrics if not row.keys() <= known for name in row}
+        return sorted(known | missing) if missing else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
+class CSVLogger(Logger):
+    """Writes metrics to ``save_dir/name/version/metrics.csv`` and hyper-parameters to ``hparams.yaml`` beside it.
+
+    The columns are the names of the metrics and ``step``, sorted. Rows reach the file at every ``save()``, which the
+    Trainer calls after each logging step, so a killed process loses none of them. Under a URL the file is written anew
+    at most every five seconds and when the run ends.
+
+    Args:
+        save_dir: Directory of all experiments, local or any URL that fsspec knows.
+        name: Name of the experiment, a folder in ``save_dir``. None or ``""`` for no such folder.
+        version: Folder of the run. A number N stands for ``version_N``, None for the next free one.
+        prefix: Text in front of every metric's name, joined by ``-``.
+        flush_logs_every_n_steps: Without ``save()``, rows are written at every step N-1, 2N-1, ...
+
+    Raises:
+        ValueError: ``flush_logs_every_n_steps`` is less than 1.
+
+    Example:
+        >>> logger = CSVLogger("logs", name="my_model")
+        >>> logger.log_metrics({"loss": 0.5}, step=0)
+        >>> logger.save()
+        >>> logger.log_dir
+        'logs/my_model/version_0'
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(
+        self,
+        save_dir: PathLike,
+        name: Optional[str] = "lightning_logs",
+        version: Optional[Union[int, str]] = None,
+        prefix: str = "",
+        flush_logs_every_n_steps: int = 100,
+    ) -> None:
+        if flush_logs_every_n_steps < 1:
+            raise ValueError(
+                f"flush_logs_every_n_steps must be >= 1, received {flush_logs_every_n_steps}."
+                " Use 1 to write every row at once."
+            )
+        self._save_dir: str = os.fspath(save_dir)
+        self._name: str = name or ""
+        self._version: Optional[Union[int, str]] = version
+        self._prefix: str = prefix
+        self._flush_every: int = flush_logs_every_n_steps
+        self._experiment: Optional[ExperimentWriter] = None
+
+    @property
+    def name(self) -> str:
+        """Name of the experiment."""
+        return self._name
+
+    @property
+    def version(self) -> Union[int, str]:
+        """The version given, or the next free number; it stays the same once read."""
+        if self._version is None:
+            self._version = next_version(self.root_dir)
+        return self._version
+
+    @property
+    def save_dir(self) -> str:
+        """Directory of all experiments, as given."""
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        """Directory of the experiment."""
+        return join_path(self._save_dir, self._name)
+
+    @property
+    def log_dir(self) -> str:
+        """Directory of this run."""
+        return os.path.join(self.root_dir, version_name(self.version))
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """The writer; the first access creates the directory."""
+        if self._experiment is None:
+            self._experiment = ExperimentWriter(self.log_dir)
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Union[Tensor, float]], step: Optional[int] = None) -> None:
+        """Add one row to the table.
+
+        Args:
+            metrics: Column -> value; tensors must have one element.
+            step: Value of the column ``step``, by default the number of the row.
+        """
+        writer = self.experiment
+        writer.log_metrics(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR), step)
+        if (writer.metrics[-1]["step"] + 1) % self._flush_every == 0:
+            self.save()
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Optional[Union[dict[str, Any], Namespace]] = None) -> None:
+        """Add hyper-parameters to ``hparams.yaml``.
+
+        Args:
+            params: Name -> value, nested as you like.
+        """
+        self.experiment.log_hparams(to_dict(params))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Append the rows that have come since the last time to the file."""
+        self.experiment.save(force=False)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write everything and close the file; nothing happens when the logger was never used.
+
+        Args:
+            status: How the run ended.
+        """
+        if self._experiment is None:
+            return
+        self._experiment.save()
+        self._experiment.close()
+
+
+class _AppendFile:
+    """A local file to which whole lines are added, one system call for each time."""
+
+    def __init__(self, path: str) -> None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        self._descriptor: int = descriptor
+        self._close: weakref.finalize[..., _AppendFile] = weakref.finalize(self, os.close, descriptor)
+
+    def append(self, text: str) -> None:
+        size = os.fstat(self._descriptor).st_size
+        try:
+            _write_all(self._descriptor, text.encode())
+        except OSError:
+            # Half a line would spoil the table.
+            os.ftruncate(self._descriptor, size)
+            raise
+
+    def close(self) -> None:
+        self._close()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _replace_file(path: str, text: str) -> None:
+    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def _table(header: list[str], previous: Optional[io.TextIOBase]) -> str:
+    """Return the header and the rows of ``previous`` as CSV with the columns of ``header``."""
+    rows = [] if previous is None else list(csv.DictReader(previous))
+    return _rows(header, [dict(zip(header, header)), *rows])
+
+
+def _rows(header: list[str], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([[row.get(name, "") for name in header] for row in rows])
+    return text.getvalue()

@@ -1,0 +1,197 @@
+"""What a logger is, and the one that does nothing."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
+
+from levin.utilities.rank_zero import rank_zero_only
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+    from levin.callbacks.model_checkpoint import ModelCheckpoint
+
+T = TypeVar("T")
+
+
+class Logger(ABC):
+    """Base of all loggers, for ``Trainer(logger=...)`` and ``Fabric(loggers=...)`` alike.
+
+    A subclass gives ``name``, ``version``, ``log_metrics`` and ``log_hyperparams``. Decorate what writes with
+    :func:`~levin.utilities.rank_zero.rank_zero_only`, because every rank calls it.
+
+    Example:
+        >>> class PrintLogger(Logger):
+        ...     name = "print"
+        ...     version = 0
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(step, dict(metrics))
+        ...     def log_hyperparams(self, params, *args, **kwargs):
+        ...         print(params)
+        >>> PrintLogger().log_metrics({"loss": 0.5}, step=1)
+        1 {'loss': 0.5}
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> Optional[str]:
+        """Name of the experiment."""
+
+    @property
+    @abstractmethod
+    def version(self) -> Optional[Union[int, str]]:
+        """Number or name of the run within the experiment."""
+
+    @property
+    def save_dir(self) -> Optional[str]:
+        """Directory under which all experiments lie; None when nothing is written to disk."""
+        return None
+
+    @property
+    def root_dir(self) -> Optional[str]:
+        """Directory of all runs of the experiment; None when nothing is written to disk."""
+        return None
+
+    @property
+    def log_dir(self) -> Optional[str]:
+        """Directory of this run; None when nothing is written to disk."""
+        return None
+
+    @property
+    def group_separator(self) -> str:
+        """Text between a group and a name in the names of metrics."""
+        return "/"
+
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, float], step: Optional[int] = None) -> None:
+        """Record ``metrics``.
+
+        Args:
+            metrics: Name -> value.
+            step: Position on the x-axis.
+        """
+
+    @abstractmethod
+    def log_hyperparams(self, params: Union[dict[str, Any], Namespace], *args: Any, **kwargs: Any) -> None:
+        """Record hyper-parameters.
+
+        Args:
+            params: Name -> value.
+            args: For the logger at hand.
+            kwargs: For the logger at hand.
+        """
+
+    def log_graph(self, model: Module, input_array: Optional[Tensor] = None) -> None:
+        """Record the graph of ``model``; by default nothing happens.
+
+        Args:
+            model: The model.
+            input_array: What to call it with.
+        """
+
+    def save(self) -> None:
+        """Write out what was recorded. Called after every logging step, so it has to be cheap."""
+
+    def finalize(self, status: str) -> None:
+        """Write out everything at the end of a run.
+
+        Args:
+            status: ``"success"`` or ``"failed"``.
+        """
+        self.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Do something with the checkpoint that ``checkpoint_callback`` just saved.
+
+        Args:
+            checkpoint_callback: The callback, which knows its best and last paths.
+        """
+
+
+class DummyExperiment:
+    """Accepts every call and does nothing."""
+
+    def nop(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.nop
+
+    def __getitem__(self, index: Any) -> DummyExperiment:
+        return self
+
+    def __setitem__(self, *args: Any) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class DummyLogger(Logger):
+    """Accepts every call and does nothing; stands in for the loggers in ``fast_dev_run``."""
+
+    def __init__(self) -> None:
+        self._experiment: DummyExperiment = DummyExperiment()
+
+    @property
+    def experiment(self) -> DummyExperiment:
+        """An object that accepts every call."""
+        return self._experiment
+
+    @property
+    def name(self) -> str:
+        """Empty."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty."""
+        return ""
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing."""
+
+    def __getitem__(self, index: int) -> DummyLogger:
+        # ``self.logger[0]`` of somebody who had several loggers.
+        return self
+
+    def __iter__(self) -> Iterator[DummyLogger]:
+        return iter((self,))
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return DummyExperiment().nop
+
+
+def rank_zero_experiment(fn: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Make an ``experiment`` getter return the real object on rank 0 and a :class:`DummyExperiment` elsewhere.
+
+    Example:
+        >>> class MyLogger(DummyLogger):
+        ...     @property
+        ...     @rank_zero_experiment
+        ...     def experiment(self):
+        ...         return ["real"]
+        >>> MyLogger().experiment
+        ['real']
+    """
+
+    @functools.wraps(fn)
+    def experiment(self: Any) -> T:
+        if getattr(rank_zero_only, "rank", 0) > 0:
+            # It has every method that T has.
+            return DummyExperiment()  # type: ignore[return-value]
+        return fn(self)
+
+    return experiment

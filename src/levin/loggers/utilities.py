@@ -1,0 +1,354 @@
+"""Pure functions that every logger needs: names of metrics and runs, hyper-parameters, saved checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+
+import torch
+from torch import Tensor
+
+from levin.utilities.filesystem import get_filesystem, is_local, local_path
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import PathLike
+
+if TYPE_CHECKING:
+    from levin.callbacks.model_checkpoint import ModelCheckpoint
+
+HPARAMS_FILE = "hparams.yaml"
+
+Params = Union[Mapping[str, Any], Namespace, None]
+
+
+def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str = "-") -> Mapping[str, Any]:
+    """Return ``metrics`` with ``prefix`` and ``separator`` in front of every name.
+
+    Example:
+        >>> add_prefix({"loss": 1.0}, "run")
+        {'run-loss': 1.0}
+    """
+    if not prefix:
+        return metrics
+    return {f"{prefix}{separator}{name}": value for name, value in metrics.items()}
+
+
+def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``metrics`` with each one-element tensor replaced by its number; other values stay.
+
+    Values on an accelerator are read in one transfer per type, not one by one.
+
+    Raises:
+        ValueError: A tensor has more than one element.
+
+    Example:
+        >>> to_numbers({"loss": torch.tensor(2.0), "epoch": 1})
+        {'loss': 2.0, 'epoch': 1}
+    """
+    numbers = dict(metrics)
+    remote: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, value in metrics.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.numel() != 1:
+            raise ValueError(
+                f"metrics[{name!r}] must be a number or a tensor with one element, received a tensor of shape"
+                f" {tuple(value.shape)}. Reduce it first, for example with .mean()."
+            )
+        if value.device.type == "cpu":
+            numbers[name] = value.item()
+        else:
+            remote.setdefault((value.device, value.dtype), []).append(name)
+    for names in remote.values():
+        values = torch.stack([metrics[name].detach().reshape(()) for name in names]).tolist()
+        numbers.update(zip(names, values))
+    return numbers
+
+
+def to_dict(params: Params) -> dict[str, Any]:
+    """Return hyper-parameters as a new dict; None gives an empty one, OmegaConf containers are resolved."""
+    if params is None:
+        return {}
+    resolved = _resolve_omegaconf(params)
+    items = vars(resolved) if isinstance(resolved, Namespace) else resolved
+    return {key: _resolve_omegaconf(value) for key, value in items.items()}
+
+
+def _resolve_omegaconf(value: Any) -> Any:
+    omegaconf = sys.modules.get("omegaconf")
+    if omegaconf is not None and isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
+        return omegaconf.OmegaConf.to_container(value, resolve=True)
+    return value
+
+
+def flatten(params: Mapping[Any, Any], separator: str = "/") -> dict[str, Any]:
+    """Return nested hyper-parameters as one flat dict.
+
+    Mappings, namespaces, dataclass instances and lists of those are opened; everything else is a value.
+
+    Example:
+        >>> flatten({"model": {"width": 8, "layers": [{"kind": "conv"}]}})
+        {'model/width': 8, 'model/layers/0/kind': 'conv'}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        branch = _branch(value)
+        if branch is None:
+            flat[str(key)] = value
+        else:
+            flat.update((f"{key}{separator}{name}", leaf) for name, leaf in flatten(branch, separator).items())
+    return flat
+
+
+def _branch(value: Any) -> Optional[Mapping[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, Namespace):
+        return vars(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
+        return dict(enumerate(value))
+    return None
+
+
+def sanitize(params: Mapping[str, Any]) -> dict[str, Union[bool, int, float, str]]:
+    """Return ``params`` with every value as a bool, a number or a text, which is all that dashboards accept.
+
+    Example:
+        >>> sanitize({"lr": torch.tensor(0.5), "sizes": [1, 2], "name": None})
+        {'lr': 0.5, 'sizes': '[1, 2]', 'name': 'None'}
+    """
+    return {name: _primitive(value) for name, value in params.items()}
+
+
+def _primitive(value: Any) -> Union[bool, int, float, str]:
+    if isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, Tensor) and value.ndim == 0:
+        number: Union[bool, int, float] = value.item()
+        return number
+    # A number of numpy's, recognised without importing numpy.
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        number = value.item()
+        return number if isinstance(number, (bool, int, float)) else str(number)
+    return str(value)
+
+
+# ---- directories ----
+
+
+def join_path(*parts: Optional[PathLike]) -> str:
+    """Return the parts as one path; ``~`` and environment variables are expanded in local ones."""
+    path = os.path.join(*(os.fspath(part) for part in parts if part is not None))
+    return os.path.expanduser(os.path.expandvars(local_path(path))) if is_local(path) else path
+
+
+def version_name(version: Union[int, str, None]) -> str:
+    """Return the directory of a run: a text as it is, a number ``N`` as ``version_N``."""
+    return version if isinstance(version, str) else f"version_{version}"
+
+
+def next_version(directory: str) -> int:
+    """Return one more than the highest N of the folders ``version_N`` in ``directory``, 0 without any."""
+    numbers = [-1]
+    for name in _subfolders(directory):
+        match = re.fullmatch(r"version_(\d+)", name)
+        if match:
+            numbers.append(int(match[1]))
+    return max(numbers) + 1
+
+
+def _subfolders(directory: str) -> Iterable[str]:
+    if is_local(directory):
+        if not os.path.isdir(directory):
+            return []
+        with os.scandir(directory) as entries:
+            return [entry.name for entry in entries if entry.is_dir()]
+    filesystem = get_filesystem(directory)
+    if not filesystem.isdir(directory):
+        return []
+    entries_ = filesystem.ls(directory, detail=True)
+    return [os.path.basename(str(entry["name"]).rstrip("/")) for entry in entries_ if entry["type"] == "directory"]
+
+
+def make_directory(directory: str) -> None:
+    """Create ``directory`` with its parents if it is not there."""
+    if is_local(directory):
+        os.makedirs(directory, exist_ok=True)
+    else:
+        get_filesystem(directory).makedirs(directory, exist_ok=True)
+
+
+# ---- hparams.yaml ----
+
+
+# A value of a subclass becomes one of the class itself.
+_PLAIN_TYPES: tuple[Any, ...] = (bool, int, float, str, bytes)
+
+
+class _CannotHold(TypeError):
+    """YAML has no plain form for this value."""
+
+
+def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
+    """Write ``hparams.yaml`` into ``directory``.
+
+    The file holds plain YAML that any reader accepts. Enum members are written by name, paths as text, tensors and
+    arrays as lists, namespaces and dataclass instances as mappings. What YAML has no form for (modules, classes,
+    functions) is left out with a warning and mentioned in a comment.
+
+    Args:
+        directory: Local path or URL of an existing directory.
+        hparams: The hyper-parameters.
+    """
+    import yaml
+
+    left_out: dict[str, Any] = {}
+    plain = dict(_plain_items(hparams, "", left_out))
+    text = yaml.dump(plain, sort_keys=False)
+    if left_out:
+        text += "".join(f"# {name}: {_describe(value)}\n" for name, value in sorted(left_out.items()))
+        rank_zero_warn(
+            f"{HPARAMS_FILE} leaves out {sorted(left_out)}, because YAML has no form for values such as"
+            f" {_describe(next(iter(left_out.values())))}. Skip them with save_hyperparameters(ignore=[...])."
+        )
+    path = os.path.join(directory, HPARAMS_FILE)
+    if is_local(directory):
+        # Whoever reads while we write sees the old file or the new one.
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{path}.tmp", path)
+    else:
+        with get_filesystem(path).open(path, "w") as file:
+            file.write(text)
+
+
+def _plain_items(mapping: Mapping[Any, Any], parents: str, left_out: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
+    for key, value in mapping.items():
+        branch = None if isinstance(value, (list, tuple)) else _branch(value)
+        if branch is not None:
+            yield key, dict(_plain_items(branch, f"{parents}{key}.", left_out))
+            continue
+        try:
+            yield key, _plain(value)
+        except _CannotHold:
+            left_out[f"{parents}{key}"] = value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    for kind in _PLAIN_TYPES:
+        if isinstance(value, kind):
+            return kind(value)
+    if value is None:
+        return None
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    branch = None if isinstance(value, (list, tuple)) else _branch(value)
+    if branch is not None:
+        return {key: _plain(item) for key, item in branch.items()}
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    if isinstance(value, (set, frozenset)):
+        return {_plain(item) for item in value}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist") and hasattr(value, "dtype"):
+        return _plain(value.tolist())
+    raise _CannotHold
+
+
+def json_values(params: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return ``params`` with what YAML and JSON have no form for replaced by a text that describes it.
+
+    Example:
+        >>> json_values({"lr": 0.1, "activation": torch.nn.ReLU})
+        {'lr': 0.1, 'activation': 'torch.nn.modules.activation.ReLU'}
+    """
+    values: dict[Any, Any] = {}
+    for key, value in params.items():
+        branch = None if isinstance(value, (list, tuple)) else _branch(value)
+        if branch is not None:
+            values[key] = json_values(branch)
+            continue
+        try:
+            values[key] = _plain(value)
+        except _CannotHold:
+            values[key] = _describe(value)
+    return values
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return f"{value.__module__}.{value.__qualname__}"
+    return f"an instance of {type(value).__module__}.{type(value).__qualname__}"
+
+
+# ---- saved checkpoints ----
+
+
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint file that a ModelCheckpoint callback wrote."""
+
+    time: float
+    """Modification time in seconds since the epoch."""
+    path: str
+    score: Optional[float]
+    """The monitored value, None for the last checkpoint when it is not among the best."""
+    tag: str
+    """``"best"``, ``"latest"`` or ``"best_k"``."""
+
+
+def new_checkpoints(callback: ModelCheckpoint, logged: Mapping[str, float]) -> list[SavedCheckpoint]:
+    """Return the existing files of ``callback`` that are not in ``logged`` or are newer than noted there, oldest first.
+
+    Args:
+        callback: The callback that saves.
+        logged: Path -> modification time at which it was logged.
+    """
+    scores: dict[str, Optional[float]] = {
+        callback.last_model_path: _number(callback.current_score),
+        callback.best_model_path: _number(callback.best_model_score),
+        **{path: _number(score) for path, score in callback.best_k_models.items()},
+    }
+    found = []
+    for path, score in scores.items():
+        if not path or not os.path.isfile(path):
+            continue
+        if path == callback.last_model_path:
+            tag = "latest"
+        elif path == callback.best_model_path:
+            tag = "best"
+        else:
+            tag = "best_k"
+        modified = os.path.getmtime(path)
+        if path not in logged or logged[path] < modified:
+            found.append(SavedCheckpoint(modified, path, score, tag))
+    return sorted(found)
+
+
+def _number(value: Any) -> Optional[float]:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def checkpoint_metadata(callback: ModelCheckpoint, checkpoint: SavedCheckpoint, title: str) -> dict[str, Any]:
+    """Return what is noted beside an uploaded checkpoint.
+
+    Args:
+        callback: The callback that saved it.
+        checkpoint: The file.
+        title: Key for the settings of the callback.
+    """
+    settings = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only", "_every_n_train_steps")
+    return {
+        "score": checkpoint.score,
+        "original_filename": os.path.basename(checkpoint.path),
+        title: {name: getattr(callback, name) for name in settings if hasattr(callback, name)},
+    }

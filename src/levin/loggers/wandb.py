@@ -1,0 +1,376 @@
+"""Metrics, media and checkpoints on Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+
+from torch import Tensor
+from torch.nn import Module
+
+from levin.loggers.logger import Logger, rank_zero_experiment
+from levin.loggers.utilities import add_prefix, checkpoint_metadata, json_values, new_checkpoints, to_dict
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
+from levin.utilities.types import PathLike
+
+if TYPE_CHECKING:
+    from levin.callbacks.model_checkpoint import ModelCheckpoint
+
+STEP = "trainer/global_step"
+"""The metric that all others are drawn over."""
+
+
+class WandbLogger(Logger):
+    """Logs to Weights & Biases; needs ``wandb``.
+
+    A run that is under way in this process is used instead of a new one. The run stays open after training, so that one
+    can go on logging to it; ``wandb.finish()`` or the end of the process closes it.
+
+    Args:
+        name: Name of the run.
+        save_dir: Directory of the local files.
+        version: Id of the run, to go on with an earlier one.
+        offline: Keep everything in local files, to be uploaded by ``wandb sync``.
+        dir: The same as ``save_dir``.
+        id: The same as ``version``, which wins.
+        anonymous: Whether to log without an account.
+        project: Name of the project, by default that in the environment variable WANDB_PROJECT, else
+            ``"lightning_logs"``.
+        log_model: Which checkpoints become artifacts: those left at the end (True), each when it is saved (``"all"``), or
+            none.
+        experiment: A run to use.
+        prefix: Text in front of every metric's name, joined by ``-``.
+        checkpoint_name: Name of the artifacts, by default ``model-<id of the run>``.
+        add_file_policy: ``"mutable"`` copies a checkpoint before it is uploaded, ``"immutable"`` does not and so the file
+            must not change.
+        kwargs: For ``wandb.init``, for example ``entity``, ``group``, ``tags``, ``mode``.
+
+    Raises:
+        ModuleNotFoundError: ``wandb`` is not installed.
+        MisconfigurationException: ``log_model`` together with ``offline``.
+
+    Example:
+        >>> logger = WandbLogger(project="my_project", offline=True)  # doctest: +SKIP
+        >>> logger.log_metrics({"loss": 0.5}, step=1)  # doctest: +SKIP
+        >>> logger.log_image("samples", images=[torch.rand(3, 8, 8)])  # doctest: +SKIP
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+
+    def __init__(
+        self,
+        name: Optional[str] = None,
+        save_dir: PathLike = ".",
+        version: Optional[str] = None,
+        offline: bool = False,
+        dir: Optional[PathLike] = None,
+        id: Optional[str] = None,
+        anonymous: Optional[bool] = None,
+        project: Optional[str] = None,
+        log_model: Union[Literal["all"], bool] = False,
+        experiment: Any = None,
+        prefix: str = "",
+        checkpoint_name: Optional[str] = None,
+        add_file_policy: Literal["mutable", "immutable"] = "mutable",
+        **kwargs: Any,
+    ) -> None:
+        if find_spec("wandb") is None:
+            raise ModuleNotFoundError("WandbLogger needs the package wandb. Install it with: pip install wandb")
+        if offline and log_model:
+            raise MisconfigurationException(
+                f"log_model must be False with offline=True, received {log_model!r}, since checkpoints cannot be"
+                " uploaded then. Use offline=False, or log_model=False."
+            )
+        super().__init__()
+        self.add_file_policy: Literal["mutable", "immutable"] = add_file_policy
+        self._offline: bool = offline
+        self._log_model: Union[Literal["all"], bool] = log_model
+        self._prefix: str = prefix
+        self._experiment: Any = experiment
+        self._save_dir: str = os.fspath(dir if dir is not None and os.fspath(save_dir) == "." else save_dir)
+        self._project: str = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
+        self._id: Optional[str] = version or id
+        self._checkpoint_name: Optional[str] = checkpoint_name
+        self._logged_checkpoints: dict[str, float] = {}
+        self._callbacks: dict[int, ModelCheckpoint] = {}
+        # Set in a copy of the logger in another process, which joins the run of this one.
+        self._attach_id: Optional[str] = None
+        self._wandb_init: dict[str, Any] = {
+            "name": name, "project": self._project, "dir": self._save_dir, "id": self._id, "resume": "allow",
+            "anonymous": ("allow" if anonymous else None), **kwargs,
+        }  # fmt: skip
+        if offline:
+            self._wandb_init.setdefault("mode", "offline")
+
+    @property
+    def name(self) -> str:
+        """Name of the project."""
+        return self._project
+
+    @property
+    def version(self) -> Optional[str]:
+        """Id of the run; None before the first access to ``experiment`` when none was given."""
+        return self._experiment.id if self._experiment is not None else self._id
+
+    @property
+    def save_dir(self) -> str:
+        """Directory of the local files."""
+        return self._save_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The run; the first access starts it, or takes the one under way in this process."""
+        if self._experiment is None:
+            import wandb
+
+            attach = getattr(wandb, "_attach", None)
+            if wandb.run is not None:
+                rank_zero_warn(
+                    "There is a wandb run already in progress and newly created instances of `WandbLogger` will reuse"
+                    " this run. If this is not desired, call `wandb.finish()` before instantiating `WandbLogger`."
+                )
+                self._experiment = wandb.run
+            elif self._attach_id is not None and attach is not None:
+                self._experiment = attach(self._attach_id)
+            else:
+                os.makedirs(self._save_dir, exist_ok=True)
+                self._experiment = wandb.init(**self._wandb_init)
+            self._define_step()
+        return self._experiment
+
+    def _define_step(self) -> None:
+        define = getattr(self._experiment, "define_metric", None)
+        if define is not None:
+            define(STEP)
+            define("*", step_metric=STEP, step_sync=True)
+
+    def watch(
+        self, model: Module, log: Optional[str] = "gradients", log_freq: int = 100, log_graph: bool = True
+    ) -> None:
+        """Record histograms of a model's gradients or parameters.
+
+        Args:
+            model: The model.
+            log: ``"gradients"``, ``"parameters"``, ``"all"`` or None.
+            log_freq: Every so many backward passes.
+            log_graph: Whether to record the graph too.
+        """
+        self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+        """Record values.
+
+        Args:
+            metrics: Name -> number, tensor or anything that ``wandb.log`` takes.
+            step: Position on the x-axis, which is the metric ``trainer/global_step``.
+        """
+        values = {
+            name: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            for name, value in add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR).items()
+        }
+        if step is not None:
+            values[STEP] = step
+        self.experiment.log(values)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+        """Add hyper-parameters to the configuration of the run.
+
+        Args:
+            params: Name -> value, nested as you like.
+        """
+        self.experiment.config.update(json_values(to_dict(params)), allow_val_change=True)
+
+    @rank_zero_only
+    def log_table(
+        self,
+        key: str,
+        columns: Optional[list[str]] = None,
+        data: Optional[list[list[Any]]] = None,
+        dataframe: Any = None,
+        step: Optional[int] = None,
+    ) -> None:
+        """Record a table, given by columns and rows or as a data frame.
+
+        Args:
+            key: Name.
+            columns: Titles.
+            data: Rows.
+            dataframe: Of pandas, instead of ``columns`` and ``data``.
+            step: Position on the x-axis.
+        """
+        import wandb
+
+        self.log_metrics({key: wandb.Table(columns=columns, data=data, dataframe=dataframe)}, step)
+
+    @rank_zero_only
+    def log_text(
+        self,
+        key: str,
+        columns: Optional[list[str]] = None,
+        data: Optional[list[list[str]]] = None,
+        dataframe: Any = None,
+        step: Optional[int] = None,
+    ) -> None:
+        """Record texts as a table; see :meth:`log_table`.
+
+        Args:
+            key: Name.
+            columns: Titles.
+            data: Rows.
+            dataframe: Of pandas, instead of ``columns`` and ``data``.
+            step: Position on the x-axis.
+        """
+        self.log_table(key, columns, data, dataframe, step)
+
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+        """Record images.
+
+        Args:
+            key: Name.
+            images: Tensors (C x H x W), arrays, PIL images or paths.
+            step: Position on the x-axis.
+            kwargs: For ``wandb.Image``, each a list with one value per image, for example ``caption``.
+
+        Raises:
+            TypeError: ``images`` is no list.
+            ValueError: A list in ``kwargs`` has another length.
+        """
+        self._log_media("Image", key, "images", images, step, kwargs)
+
+    @rank_zero_only
+    def log_audio(self, key: str, audios: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+        """Record sounds.
+
+        Args:
+            key: Name.
+            audios: Arrays or paths.
+            step: Position on the x-axis.
+            kwargs: For ``wandb.Audio``, each a list with one value per sound, for example ``sample_rate``.
+
+        Raises:
+            TypeError: ``audios`` is no list.
+            ValueError: A list in ``kwargs`` has another length.
+        """
+        self._log_media("Audio", key, "audios", audios, step, kwargs)
+
+    @rank_zero_only
+    def log_video(self, key: str, videos: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+        """Record videos.
+
+        Args:
+            key: Name.
+            videos: Arrays (T x C x H x W) or paths.
+            step: Position on the x-axis.
+            kwargs: For ``wandb.Video``, each a list with one value per video, for example ``fps`` and ``format``.
+
+        Raises:
+            TypeError: ``videos`` is no list.
+            ValueError: A list in ``kwargs`` has another length.
+        """
+        self._log_media("Video", key, "videos", videos, step, kwargs)
+
+    def _log_media(
+        self, kind: str, key: str, argument: str, items: Any, step: Optional[int], options: dict[str, list[Any]]
+    ) -> None:
+        import wandb
+
+        if not isinstance(items, list):
+            raise TypeError(
+                f"{argument} must be a list, received {type(items).__name__}. Put a single one into a list."
+            )
+        for name, values in options.items():
+            if len(values) != len(items):
+                raise ValueError(
+                    f"{name} must have one value for each of {len(items)} {argument}, received {len(values)}."
+                )
+        make = getattr(wandb, kind)
+        media = [make(item, **{name: options[name][i] for name in options}) for i, item in enumerate(items)]
+        self.log_metrics({key: media}, step)
+
+    @staticmethod
+    @rank_zero_only
+    def download_artifact(
+        artifact: str,
+        save_dir: Optional[PathLike] = None,
+        artifact_type: Optional[str] = None,
+        use_artifact: Optional[bool] = True,
+    ) -> str:
+        """Download an artifact.
+
+        Args:
+            artifact: ``entity/project/name:version``.
+            save_dir: Where to; a folder of wandb's by default.
+            artifact_type: Its type.
+            use_artifact: Whether to note in the run that it used the artifact.
+
+        Returns:
+            The directory.
+        """
+        import wandb
+
+        if wandb.run is not None and use_artifact:
+            found = wandb.run.use_artifact(artifact)
+        else:
+            found = wandb.Api().artifact(artifact, type=artifact_type)
+        return str(found.download(root=None if save_dir is None else os.fspath(save_dir)))
+
+    def use_artifact(self, artifact: str, artifact_type: Optional[str] = None) -> Any:
+        """Note that the run uses an artifact, and return it.
+
+        Args:
+            artifact: ``entity/project/name:version``.
+            artifact_type: Its type.
+        """
+        return self.experiment.use_artifact(artifact, type=artifact_type)
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """Upload the new checkpoints now or remember to do it at the end, as ``log_model`` says.
+
+        Args:
+            checkpoint_callback: The callback that saved.
+        """
+        if self._log_model == "all" or (self._log_model is True and checkpoint_callback.save_top_k == -1):
+            self._log_checkpoints(checkpoint_callback)
+        elif self._log_model is True:
+            self._callbacks[id(checkpoint_callback)] = checkpoint_callback
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Upload the checkpoints that are left after a successful run.
+
+        Args:
+            status: How the run ended.
+        """
+        if status != "success" or self._experiment is None:
+            return
+        for callback in self._callbacks.values():
+            self._log_checkpoints(callback)
+
+    @rank_zero_only
+    def _log_checkpoints(self, callback: ModelCheckpoint) -> None:
+        import wandb
+
+        for checkpoint in new_checkpoints(callback, self._logged_checkpoints):
+            metadata = checkpoint_metadata(callback, checkpoint, type(callback).__name__)
+            name = self._checkpoint_name or f"model-{self.experiment.id}"
+            artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
+            artifact.add_file(checkpoint.path, name="model.ckpt", policy=self.add_file_policy)
+            is_best = checkpoint.path == callback.best_model_path
+            self.experiment.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+            self._logged_checkpoints[checkpoint.path] = checkpoint.time
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_experiment": None, "_callbacks": {}}
+        if self._experiment is not None:
+            # Runs have this only while a service process of wandb holds them.
+            state["_attach_id"] = getattr(self._experiment, "_attach_id", None)
+            state["_id"] = self._experiment.id
+        return state

@@ -1,0 +1,1 @@
+"""The loops: fit, evaluate and predict, as plain functions over a Run."""

@@ -1,0 +1,153 @@
+"""Validation and test, alone or inside fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from levin.hooks import has_hook
+from levin.loops.logging import send, to_floats
+from levin.loops.run import step_arguments
+from levin.utilities.exceptions import SIGTERMException
+
+if TYPE_CHECKING:
+    from levin.data.feed import Feed
+    from levin.log_store import LogStore
+    from levin.loops.progress import EvaluationLoop
+    from levin.loops.run import Run
+
+
+@contextmanager
+def kept_modes(module: torch.nn.Module) -> Iterator[None]:
+    """Give each submodule its own train or eval mode back."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+def validate_in_fit(run: Run, accumulates: bool) -> None:
+    """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
+    trainer = run.trainer
+    trainer.validating = True
+    if not accumulates:
+        run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
+    with torch.no_grad():
+        evaluate(run, "validation", trainer._val_feed(run), trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
+    trainer.training = True
+    trainer._last_validation_time = time.monotonic()
+
+
+def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:
+    """Return ``step(batch, batch_idx, dataloader_idx)`` that passes what the user's step takes."""
+    name = f"{stage}_step"
+    function = run.timed(f"[Strategy]{type(run.strategy).__name__}.{name}", run.strategy.step_function(name))
+    count = step_arguments(run.module, name, num_dataloaders)
+    if count == 3:
+        return function
+    if count == 2:
+        return lambda batch, batch_idx, dataloader_idx: function(batch, batch_idx)
+    return lambda batch, batch_idx, dataloader_idx: function(batch)
+
+
+def evaluate(
+    run: Run, stage: str, feed: Feed, step: Callable[[Any, int, int], Any], loop: EvaluationLoop
+) -> list[dict[str, float]]:
+    """Run ``validation`` or ``test`` over all batches once.
+
+    In pseudocode::
+
+        on_<stage>_model_eval, on_<stage>_start, on_<stage>_epoch_start
+        for batch in feed: on_<stage>_batch_start; step(batch); on_<stage>_batch_end
+        on_<stage>_epoch_end; log; on_<stage>_end; modes back
+
+    Returns:
+        The logged epoch values, one dict per loader.
+    """
+    trainer, module = run.trainer, run.module
+    store: LogStore = trainer._new_store(run, training=False)
+    outer = run.activate(store)
+    progress = loop.batch_progress
+    progress.reset()
+    try:
+        with nullcontext() if has_hook(module, f"on_{stage}_model_train") else kept_modes(module):
+            run.call_own(f"on_{stage}_model_eval", getattr(module, f"on_{stage}_model_eval"))
+            run.call(f"on_{stage}_start")
+            run.call(f"on_{stage}_epoch_start")
+            _batches(run, stage, feed, step, loop, store)
+            store.is_epoch_end = True
+            store.start_batch(None)
+            run.call(f"on_{stage}_epoch_end")
+            results = _finish(run, store, feed)
+            run.call(f"on_{stage}_end")
+            store.reset()
+    finally:
+        run.activate(outer)
+    if has_hook(module, f"on_{stage}_model_train"):
+        run.call_own(f"on_{stage}_model_train", getattr(module, f"on_{stage}_model_train"))
+    return results
+
+
+def _batches(
+    run: Run,
+    stage: str,
+    feed: Feed,
+    step: Callable[[Any, int, int], Any],
+    loop: EvaluationLoop,
+    store: LogStore,
+) -> None:
+    trainer, hooks, progress = run.trainer, run.hooks, loop.batch_progress
+    start, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
+    has_start, has_end = bool(hooks[start]), bool(hooks[end])
+    step_name = f"{stage}_step"
+    is_multiple = len(feed.sources) > 1
+    previous_loader = -1
+    logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
+    log_steps = run.eval_log_steps
+    for batch, batch_idx, dataloader_idx in feed:
+        progress.is_last_batch = feed.is_last
+        if dataloader_idx != previous_loader:
+            previous_loader = dataloader_idx
+            progress.current.set_all(0)
+        progress.increment_ready()
+        store.start_batch(batch, dataloader_idx if is_multiple else None)
+        index = (dataloader_idx,) if is_multiple else ()
+        if has_start:
+            run.call(start, batch, batch_idx, *index)
+        progress.increment_started()
+        store.hook = step_name
+        output = step(batch, batch_idx, dataloader_idx)
+        store.hook = None
+        progress.increment_processed()
+        if has_end:
+            run.call(end, output, batch, batch_idx, *index)
+        progress.increment_completed()
+        if store.has_step_slots:
+            metrics = trainer._merge(store.read(on_step=True))
+            if logs_steps:
+                send(trainer, metrics.logged, step=log_steps.get(dataloader_idx, 0))
+        if logs_steps:
+            log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
+        if trainer.received_sigterm and not feed.is_last:
+            raise SIGTERMException
+    store.dataloader_idx = None
+
+
+def _finish(run: Run, store: LogStore, feed: Feed) -> list[dict[str, float]]:
+    """Reduce, hand on to the trainer and the loggers, and return what the user gets."""
+    trainer = run.trainer
+    metrics = store.read(on_step=False)
+    if not trainer.sanity_checking:
+        trainer._merge(metrics)
+        send(trainer, metrics.logged)
+    else:
+        trainer._sanity_metrics = metrics
+    if trainer.state.fn == "fit":
+        return []
+    return [to_floats(result) for result in store.epoch_results(max(1, len(feed.sources)))]

@@ -1,0 +1,228 @@
+"""Training: epochs, batches, validation, logging and the stop conditions."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+from levin.loops import evaluate
+from levin.loops.logging import send
+from levin.loops.schedulers import step_schedulers
+from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
+from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info
+
+if TYPE_CHECKING:
+    from levin.data.feed import Feed
+    from levin.loops.run import Run
+    from levin.loops.step import Step
+    from levin.trainer import Trainer
+
+
+def fit(run: Run, feed: Feed, step: Step) -> None:
+    """Train until a limit is reached or somebody asks to stop.
+
+    In pseudocode::
+
+        on_train_start
+        while no limit is reached:
+            on_train_epoch_start
+            for batch in feed:
+                on_train_batch_start; step(batch); schedulers; on_train_batch_end
+                log; validate when due; stop when told
+            on_train_epoch_end; log; schedulers
+        on_train_end
+
+    Args:
+        run: The parts of the run.
+        feed: The training batches.
+        step: What is done with one; see ``loops/step.py``.
+    """
+    trainer = run.trainer
+    loop = trainer.fit_loop
+    if _is_done(run):
+        return
+    _check_restored_epoch(run)
+    run.call("on_train_start")
+    resumed = loop.restarted_mid_epoch
+    while not _is_done(run):
+        epoch = loop.epoch_progress
+        trainer._prepare_epoch(run, feed)
+        if not resumed:
+            loop.epoch_loop.batch_progress.reset()
+            loop.epoch_loop.scheduler_progress.reset()
+            loop.epoch_loop.optim_progress.reset()
+            loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
+            epoch.increment_ready()
+            run.store.reset()
+            run.call("on_train_epoch_start")
+            epoch.increment_started()
+        _epoch(run, feed, step, resumed)
+        trainer._position.finish()
+        resumed = loop.restarted_mid_epoch = False
+        epoch.increment_processed()
+        _end_epoch(run)
+        epoch.increment_completed()
+        if trainer.received_sigterm:
+            raise SIGTERMException
+    run.call("on_train_end")
+
+
+def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
+    """Run over the batches of one epoch, or over the rest of one that was interrupted."""
+    trainer = run.trainer
+    loop = trainer.fit_loop.epoch_loop
+    store, progress, hooks = run.store, loop.batch_progress, run.hooks
+    has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
+    schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
+    validates = trainer.enable_validation
+    if resumed and progress.current.ready and trainer._finish_restored_batch(run):
+        _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
+        if progress.is_last_batch or _stops_in_epoch(trainer):
+            return
+    batches = trainer._train_batches(run, feed, progress.current.ready)
+    next_batch = run.timed("[_TrainingEpochLoop].train_dataloader_next", next)
+    try:
+        while True:
+            item = next_batch(batches, None)
+            if item is None:
+                break
+            batch, batch_idx, _ = item
+            is_last = progress.is_last_batch = feed.is_last
+            progress.increment_ready()
+            store.start_batch(batch)
+            if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
+                break
+            progress.increment_started()
+            outputs = step(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
+            progress.increment_processed()
+            if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
+                step_schedulers(run, "step", plateau=False)
+            if is_last and run.schedulers and run.module.automatic_optimization:
+                step_schedulers(run, "epoch", plateau=False)
+            if has_end:
+                run.call("on_train_batch_end", outputs, batch, batch_idx)
+            _after_batch(run, batch_idx, is_last, validates)
+            if trainer.received_sigterm:
+                trainer._raise_sigterm_unless_done()
+            if trainer.should_stop or loop.max_steps >= 0:
+                if _stops_in_epoch(trainer):
+                    break
+    except StopIteration:
+        store.hook = None
+    finally:
+        batches.close()
+
+
+def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
+    """Whether the accumulation window is still open after this batch."""
+    every = trainer.accumulate_grad_batches
+    return every != 1 and not is_last and (batch_idx + 1) % every != 0
+
+
+def _after_batch(run: Run, batch_idx: int, is_last: bool, validates: bool) -> None:
+    """Log the step, validate when due, count the batch."""
+    trainer = run.trainer
+    loop = trainer.fit_loop.epoch_loop
+    accumulates = _accumulates(trainer, batch_idx, is_last)
+    loop.batch_progress.increment_completed()
+    if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
+        metrics = trainer._merge(run.store.read(on_step=True))
+        send(trainer, metrics.logged)
+    if validates and _validates_now(run, batch_idx, is_last):
+        evaluate.validate_in_fit(run, accumulates)
+    if run.schedulers and not accumulates and run.module.automatic_optimization:
+        step_schedulers(run, "step", plateau=True)
+    if not accumulates:
+        loop._batches_that_stepped += 1
+
+
+def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
+    every = trainer.log_every_n_steps
+    if every == 0:
+        return False
+    return bool((batches_that_stepped + 1) % every == 0 or trainer.should_stop or trainer.fast_dev_run)
+
+
+def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
+    """Whether validation follows this batch; the rules in the order of their precedence."""
+    trainer = run.trainer
+    every_epochs = trainer.check_val_every_n_epoch
+    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs != 0:
+        return False
+    if is_last and trainer.val_check_batch == math.inf:
+        return True
+    if trainer.should_stop and _may_stop(trainer):
+        return True
+    if trainer._val_check_seconds is not None:
+        return bool(time.monotonic() - trainer._last_validation_time >= trainer._val_check_seconds)
+    interval = trainer.val_check_batch
+    if interval == math.inf:
+        return False
+    if trainer.num_training_batches == math.inf and isinstance(trainer.limit_train_batches, int):
+        return bool((batch_idx + 1) % trainer.limit_train_batches == 0)
+    index = batch_idx if every_epochs is not None else trainer.fit_loop.epoch_loop.total_batch_idx
+    return bool((index + 1) % interval == 0)
+
+
+def _end_epoch(run: Run) -> None:
+    """Epoch-end hooks, values, schedulers."""
+    trainer = run.trainer
+    loop = trainer.fit_loop.epoch_loop
+    run.store.is_epoch_end = True
+    run.store.start_batch(None)
+    run.call("on_train_epoch_end")
+    if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
+        step_schedulers(run, "epoch", plateau=True)
+    trainer._merge(run.store.read(on_step=True))
+    metrics = trainer._merge(run.store.read(on_step=False))
+    if metrics.logged:
+        loop._batches_that_stepped -= 1
+        send(trainer, metrics.logged)
+        loop._batches_that_stepped += 1
+    run.store.reset()
+
+
+def _may_stop(trainer: Any) -> bool:
+    """Whether ``should_stop`` may be obeyed: the least numbers of epochs and steps are reached."""
+    loop = trainer.fit_loop
+    enough_epochs = not loop.min_epochs or loop.epoch_progress.current.processed >= loop.min_epochs
+    enough_steps = not loop.min_steps or trainer.global_step >= loop.min_steps
+    return bool(enough_epochs and enough_steps)
+
+
+def _stops_in_epoch(trainer: Any) -> bool:
+    loop = trainer.fit_loop
+    if 0 <= loop.max_steps <= trainer.global_step:
+        return True
+    return bool(trainer.should_stop and _may_stop(trainer))
+
+
+def _is_done(run: Run) -> bool:
+    trainer = run.trainer
+    loop = trainer.fit_loop
+    if trainer.num_training_batches == 0:
+        rank_zero_info("`Trainer.fit` stopped: No training batches.")
+        return True
+    if 0 <= loop.max_steps <= trainer.global_step:
+        rank_zero_info(f"`Trainer.fit` stopped: `max_steps={loop.max_steps!r}` reached.")
+        return True
+    if loop.max_epochs is not None and 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
+        rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={loop.max_epochs!r}` reached.")
+        return True
+    if trainer.should_stop:
+        if _may_stop(trainer):
+            rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
+            return True
+        trainer._explain_minima_once()
+    return False
+
+
+def _check_restored_epoch(run: Run) -> None:
+    trainer = run.trainer
+    maximum = trainer.fit_loop.max_epochs
+    if maximum is not None and 0 <= maximum < trainer.current_epoch:
+        raise MisconfigurationException(
+            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
+            f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
+        )

@@ -1,0 +1,230 @@
+"""All counters of a run, and the objects under ``trainer.fit_loop`` and its siblings that hold them."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+FIELDS = ("ready", "started", "processed", "completed")
+
+
+class Counter:
+    """How many times something was about to start, started, did its work and was completed."""
+
+    __slots__ = FIELDS
+
+    def __init__(self) -> None:
+        self.ready: int = 0
+        self.started: int = 0
+        self.processed: int = 0
+        self.completed: int = 0
+
+    def set_all(self, value: int) -> None:
+        """Set the four counts to ``value``."""
+        self.ready = self.started = self.processed = self.completed = value
+
+
+class Progress:
+    """A counter of the whole training and one of the present epoch or run.
+
+    Args:
+        fields: Which of the four counts are kept in a checkpoint.
+        has_last: Whether ``is_last_batch`` is kept too.
+    """
+
+    __slots__ = ("_fields", "_has_last", "current", "is_last_batch", "total")
+
+    def __init__(self, fields: tuple[str, ...] = FIELDS, has_last: bool = False) -> None:
+        self.total = Counter()
+        self.current = Counter()
+        self.is_last_batch: bool = False
+        self._fields = fields
+        self._has_last = has_last
+
+    def increment_ready(self) -> None:
+        """About to start."""
+        self.total.ready += 1
+        self.current.ready += 1
+
+    def increment_started(self) -> None:
+        """Started."""
+        self.total.started += 1
+        self.current.started += 1
+
+    def increment_processed(self) -> None:
+        """The work is done, the end hooks are not."""
+        self.total.processed += 1
+        self.current.processed += 1
+
+    def increment_completed(self) -> None:
+        """All done."""
+        self.total.completed += 1
+        self.current.completed += 1
+
+    def reset(self) -> None:
+        """Start the present epoch or run from zero."""
+        self.current.set_all(0)
+        self.is_last_batch = False
+
+    def reset_on_restart(self) -> None:
+        """Forget what was begun and not completed."""
+        self.current.ready = self.current.started = self.current.processed = self.current.completed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts in the layout of the checkpoint format."""
+        state: dict[str, Any] = {
+            "total": {name: getattr(self.total, name) for name in self._fields},
+            "current": {name: getattr(self.current, name) for name in self._fields},
+        }
+        if self._has_last:
+            state["is_last_batch"] = self.is_last_batch
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`; what is missing stays as it is."""
+        for part, counter in (("total", self.total), ("current", self.current)):
+            for name, value in state.get(part, {}).items():
+                setattr(counter, name, value)
+        self.is_last_batch = state.get("is_last_batch", False)
+
+
+class EvaluationLoop:
+    """The state of a validation or test loop."""
+
+    def __init__(self, has_last: bool = True) -> None:
+        self.batch_progress = Progress(has_last=has_last)
+        self.max_batches: list[int | float] = []
+        self.epoch_batch_indices: list[list[list[int]]] = []
+        self.current_batch_indices: list[int] = []
+        self._data_source: Any = None
+        self.restarting: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loop's part of a checkpoint."""
+        return {"state_dict": {}, "batch_progress": self.batch_progress.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        self.batch_progress.load_state_dict(state.get("batch_progress", {}))
+
+
+class OptimizerProgress:
+    """Steps of the optimizers and zeroings of gradients."""
+
+    def __init__(self) -> None:
+        self.step = Progress(("ready", "completed"))
+        self.zero_grad = Progress(("ready", "started", "completed"))
+
+    def reset(self) -> None:
+        """Start the present epoch from zero."""
+        self.step.reset()
+        self.zero_grad.reset()
+
+
+class EpochLoop:
+    """The state of the loop over the batches of one training epoch."""
+
+    def __init__(self, min_steps: Optional[int], max_steps: int) -> None:
+        self.min_steps: Optional[int] = min_steps
+        self.max_steps: int = max_steps
+        self.batch_progress = Progress(has_last=True)
+        self.scheduler_progress = Progress(("ready", "completed"))
+        self.optim_progress = OptimizerProgress()
+        self.manual_step_progress = Progress(("ready", "completed"))
+        self.val_loop = EvaluationLoop()
+        self._batches_that_stepped: int = 0
+
+    @property
+    def batch_idx(self) -> int:
+        """Index of the present batch in the epoch; -1 before the first."""
+        return self.batch_progress.current.ready - 1
+
+    @property
+    def total_batch_idx(self) -> int:
+        """Index of the present batch in the whole training; -1 before the first."""
+        return self.batch_progress.total.ready - 1
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken, by automatic and by manual optimization."""
+        return self.optim_progress.step.total.completed + self.manual_step_progress.total.completed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loop's part of a checkpoint, flattened as the format has it."""
+        step, zero_grad = self.optim_progress.step.state_dict(), self.optim_progress.zero_grad.state_dict()
+        return {
+            "epoch_loop.state_dict": {"_batches_that_stepped": self._batches_that_stepped},
+            "epoch_loop.batch_progress": self.batch_progress.state_dict(),
+            "epoch_loop.scheduler_progress": self.scheduler_progress.state_dict(),
+            "epoch_loop.automatic_optimization.state_dict": {},
+            "epoch_loop.automatic_optimization.optim_progress": {"optimizer": {"step": step, "zero_grad": zero_grad}},
+            "epoch_loop.manual_optimization.state_dict": {},
+            "epoch_loop.manual_optimization.optim_step_progress": self.manual_step_progress.state_dict(),
+            "epoch_loop.val_loop.state_dict": {},
+            "epoch_loop.val_loop.batch_progress": self.val_loop.batch_progress.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        own = state.get("epoch_loop.state_dict", {})
+        self._batches_that_stepped = own.get("_batches_that_stepped", self._batches_that_stepped)
+        optimizer = state.get("epoch_loop.automatic_optimization.optim_progress", {}).get("optimizer", {})
+        self.batch_progress.load_state_dict(state.get("epoch_loop.batch_progress", {}))
+        self.scheduler_progress.load_state_dict(state.get("epoch_loop.scheduler_progress", {}))
+        self.optim_progress.step.load_state_dict(optimizer.get("step", {}))
+        self.optim_progress.zero_grad.load_state_dict(optimizer.get("zero_grad", {}))
+        self.manual_step_progress.load_state_dict(state.get("epoch_loop.manual_optimization.optim_step_progress", {}))
+        self.val_loop.batch_progress.load_state_dict(state.get("epoch_loop.val_loop.batch_progress", {}))
+
+
+class FitLoop:
+    """The state of the loop over epochs: limits and counters.
+
+    Args:
+        min_epochs, max_epochs, min_steps, max_steps: As in the Trainer.
+    """
+
+    def __init__(
+        self, min_epochs: Optional[int], max_epochs: Optional[int], min_steps: Optional[int], max_steps: int
+    ) -> None:
+        self.min_epochs: Optional[int] = min_epochs
+        self.max_epochs: Optional[int] = max_epochs
+        self.epoch_progress = Progress()
+        self.epoch_loop = EpochLoop(min_steps, max_steps)
+        self.max_batches: int | float = float("inf")
+        self.restarting: bool = False
+        self.restarted_mid_epoch: bool = False
+
+    @property
+    def min_steps(self) -> Optional[int]:
+        """The least number of optimizer steps."""
+        return self.epoch_loop.min_steps
+
+    @property
+    def max_steps(self) -> int:
+        """The greatest number of optimizer steps; -1 for no limit."""
+        return self.epoch_loop.max_steps
+
+    @property
+    def batch_idx(self) -> int:
+        """Index of the present batch in the epoch; -1 before the first."""
+        return self.epoch_loop.batch_idx
+
+    @property
+    def total_batch_idx(self) -> int:
+        """Index of the present batch in the whole training; -1 before the first."""
+        return self.epoch_loop.total_batch_idx
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loop's part of a checkpoint."""
+        return {
+            "state_dict": {},
+            "epoch_loop.state_dict": {},
+            **self.epoch_loop.state_dict(),
+            "epoch_progress": self.epoch_progress.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        self.epoch_loop.load_state_dict(state)
+        self.epoch_progress.load_state_dict(state.get("epoch_progress", {}))
+        self.restarting = True

@@ -1,0 +1,53 @@
+"""When learning-rate schedulers are stepped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from levin.module import LightningModule
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.overrides import is_overridden
+from levin.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from levin.loops.run import Run
+
+
+def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
+    """Step the schedulers that are due.
+
+    Args:
+        interval: ``"step"`` or ``"epoch"``.
+        plateau: True for those that need a monitored value, False for the others.
+
+    Raises:
+        MisconfigurationException: The monitored value is missing and the scheduler is strict.
+    """
+    trainer = run.trainer
+    epoch_loop = trainer.fit_loop.epoch_loop
+    index = epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
+    own = is_overridden("lr_scheduler_step", run.module, LightningModule)
+    for config in run.schedulers:
+        if config.interval != interval or config.reduce_on_plateau != plateau or (index + 1) % config.frequency:
+            continue
+        value: Any = None
+        if config.reduce_on_plateau:
+            metrics = trainer.callback_metrics
+            value = metrics.get(str(config.monitor))
+            if value is None:
+                text = (
+                    f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. Logged are {sorted(metrics)}. "
+                    "Log it with self.log, or set 'strict': False in the scheduler dict."
+                )
+                if config.strict:
+                    raise MisconfigurationException(text)
+                rank_zero_warn(text)
+                continue
+        epoch_loop.scheduler_progress.increment_ready()
+        if own:
+            run.call_own("lr_scheduler_step", run.module.lr_scheduler_step, config.scheduler, value)
+        elif value is None:
+            config.scheduler.step()
+        else:
+            config.scheduler.step(value)
+        epoch_loop.scheduler_progress.increment_completed()

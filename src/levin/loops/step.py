@@ -1,0 +1,365 @@
+"""One optimization step, automatic or manual: composed once per run, then called for each batch.
+
+automatic                                        manual
+  optimizer.step(closure)                          training_step   (the user calls manual_backward, opt.step)
+    training_step -> loss / window
+    zero_grad (first batch of a window)
+    backward
+    on_before_optimizer_step, clipping
+  update
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+from torch import Tensor
+
+from levin.loops.run import step_arguments
+from levin.module import LightningModule
+from levin.precision.precision import Precision
+from levin.strategies.strategy import Strategy
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.overrides import is_overridden
+from levin.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from levin.loops.run import Run
+
+Step = Callable[[Any, int, bool], dict[str, Any]]
+
+
+def compose_step(run: Run) -> Step:
+    """Return the step for the module's kind of optimization: ``step(batch, batch_idx, is_last) -> outputs``."""
+    return AutomaticStep(run) if run.module.automatic_optimization else ManualStep(run)
+
+
+def compose_backward(run: Run) -> Callable[..., None]:
+    """Return ``backward(loss, *args, **kwargs)``: precision, hooks and the user's override around ``loss.backward``."""
+    hooks, store_owner = run.hooks, run
+    before, after = hooks["on_before_backward"], hooks["on_after_backward"]
+    strategy, precision, module = run.strategy, run.strategy.precision, run.module
+    own = _own(module, "backward")
+    scales = type(precision).pre_backward is not Precision.pre_backward
+    # Only backward passes inside of training_step need the strategy's help.
+    prepares = not module.automatic_optimization and type(strategy).pre_backward is not Strategy.pre_backward
+    custom = type(strategy).backward is not Strategy.backward or type(precision).backward is not Precision.backward
+
+    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if scales:
+            loss = precision.pre_backward(loss, module)
+        if prepares:
+            strategy.pre_backward(loss)
+        if before:
+            store_owner.call("on_before_backward", loss)
+        if own is not None:
+            store_owner.call_own("backward", own, loss, *args, **kwargs)
+        elif custom:
+            precision.backward(loss, module, *args, **kwargs)
+        else:
+            loss.backward(*args, **kwargs)
+        if after:
+            store_owner.call("on_after_backward")
+        if prepares:
+            strategy.post_backward(loss)
+
+    return backward
+
+
+class AutomaticStep:
+    """training_step, zero_grad, backward, clipping and update, by the Trainer."""
+
+    def __init__(self, run: Run) -> None:
+        trainer, module, strategy = run.trainer, run.module, run.strategy
+        self.run = run
+        self.trainer = trainer
+        self.optimizer: Any = run.optimizers[0]
+        self.lightning_optimizer = trainer._lightning_optimizers[0]
+        self.progress = trainer.fit_loop.epoch_loop.optim_progress
+        self.training_step = run.timed(
+            f"[Strategy]{type(strategy).__name__}.training_step", strategy.step_function("training_step")
+        )
+        self.num_arguments = step_arguments(module, "training_step", 1)
+        self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", compose_backward(run))
+        self.own_zero_grad = _own(module, "optimizer_zero_grad")
+        self.own_optimizer_step = _own(module, "optimizer_step")
+        self.own_clipping = _own(module, "configure_gradient_clipping")
+        self.clip_val = trainer.gradient_clip_val
+        self.clip_algorithm = trainer.gradient_clip_algorithm
+        self.zero_grad_hooks = run.hooks["on_before_zero_grad"]
+        self.step_hooks = run.hooks["on_before_optimizer_step"]
+        self.is_distributed = strategy.is_distributed
+        self.handles_accumulation = strategy.handles_gradient_accumulation
+        # The window: batches whose gradients are summed into one update.
+        self.window: int = 1
+        self.held: int = 0
+        self.weight: Any = 0
+        self.is_weighted: bool = False
+        self.batch: Any = None
+        self.batch_idx: int = 0
+        self.outputs: dict[str, Any] = {}
+        self._needs_before_step = bool(self.step_hooks or self.own_clipping or self.clip_val)
+        plain_strategy = type(strategy).optimizer_step is Strategy.optimizer_step
+        plain_precision = type(strategy.precision).optimizer_step is Precision.optimizer_step
+        self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
+        self.lightning_optimizer._on_step = self._step_through_strategy
+        self._closure_ran: bool = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the unfinished window: sizes, weight and gradients."""
+        if not self.held:
+            return {}
+        gradients = [
+            None if param.grad is None else param.grad.detach().clone() for param in self.run.module.parameters()
+        ]
+        return {
+            "window": self.window, "held": self.held, "weight": self.weight, "is_weighted": self.is_weighted,
+            "gradients": gradients,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        if not state:
+            return
+        self.window, self.held = state["window"], state["held"]
+        self.weight, self.is_weighted = state["weight"], state["is_weighted"]
+        for param, gradient in zip(self.run.module.parameters(), state["gradients"]):
+            param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
+
+    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+        """Train on one batch; returns what ``on_train_batch_end`` gets."""
+        self.batch, self.batch_idx = batch, batch_idx
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate == 1:
+            self.window = 1
+        elif self.held == 0:
+            remaining = self.trainer.num_training_batches - batch_idx
+            self.window = accumulate if remaining > accumulate else max(1, int(remaining))
+        self.held += 1
+        self._closure_ran = False
+        if accumulate == 1 or is_last or (batch_idx + 1) % accumulate == 0 or self.handles_accumulation:
+            step = self.progress.step
+            step.increment_ready()
+            if self.is_plain:
+                self.optimizer.step(self.closure_and_before_step)
+            elif self.own_optimizer_step is not None:
+                epoch = self.run.trainer.current_epoch
+                self.run.call_own(
+                    "optimizer_step", self.own_optimizer_step, epoch, batch_idx, self.lightning_optimizer, self.closure
+                )
+            else:
+                self._step_through_strategy(self.optimizer, self.closure)
+            if not self._closure_ran:
+                raise MisconfigurationException(
+                    "`optimizer_step` was overridden and did not run `optimizer_closure`, so no loss was computed. "
+                    "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` yourself."
+                )
+            step.increment_completed()
+            self.held = 0
+            self.weight = 0
+            self.is_weighted = False
+        else:
+            with self.run.strategy.no_sync(True) if self.is_distributed else nullcontext():
+                self.closure()
+        self.batch = None
+        return self.outputs
+
+    def closure(self) -> Optional[Tensor]:
+        """Compute the loss and its gradients. Returns the loss, or None when the user skipped the batch."""
+        self._closure_ran = True
+        run = self.run
+        store = run.store
+        previous, store.hook = store.hook, "training_step"
+        if self.num_arguments == 2:
+            output = self.training_step(self.batch, self.batch_idx)
+        else:
+            output = self.training_step(self.batch)
+        store.hook = previous
+        loss = self._take(output)
+        if self.held == 1:
+            self._zero_grad()
+        if loss is None:
+            return None
+        if self.is_weighted:
+            loss = loss * self.outputs["weight"]
+        elif self.window != 1:
+            loss = loss / self.window
+        self.backward(loss)
+        return loss
+
+    def _take(self, output: Any) -> Optional[Tensor]:
+        if isinstance(output, Tensor):
+            self.outputs = {"loss": output.detach()}
+            return output
+        if output is None:
+            self.outputs = {}
+            if self.is_distributed:
+                raise RuntimeError(
+                    "`training_step` returned None on one of several ranks, which would leave the others waiting. "
+                    "Return a loss of zero that depends on the parameters instead."
+                )
+            rank_zero_warn(
+                "`training_step` returned None: the batch is skipped. Return the loss if this was not meant."
+            )
+            return None
+        if not isinstance(output, Mapping):
+            raise MisconfigurationException(
+                "`training_step` must return a tensor (the loss), a dict with the key 'loss', or None, "
+                f"received {type(output).__name__}."
+            )
+        loss = output.get("loss")
+        if not isinstance(loss, Tensor):
+            if "loss" in output and loss is None:
+                self.outputs = dict(output)
+                return None
+            raise MisconfigurationException(
+                f"The dict that `training_step` returns must hold a tensor under 'loss', received keys {list(output)}."
+            )
+        self.outputs = dict(output)
+        self.outputs["loss"] = loss.detach()
+        if "weight" in output and (self.is_distributed or self.window != 1):
+            if self.held > 1 and not self.is_weighted:
+                raise MisconfigurationException(
+                    "`training_step` returned a 'weight' for some batches of an accumulation window and none for others. "
+                    "Return one for every batch."
+                )
+            self.is_weighted = True
+            self.weight = self.weight + output["weight"]
+        return loss
+
+    def _zero_grad(self) -> None:
+        progress = self.progress.zero_grad
+        progress.increment_ready()
+        if self.zero_grad_hooks:
+            self.run.call("on_before_zero_grad", self.optimizer)
+        progress.increment_started()
+        if self.own_zero_grad is not None:
+            run = self.run
+            run.call_own(
+                "optimizer_zero_grad", self.own_zero_grad, run.trainer.current_epoch, self.batch_idx, self.optimizer
+            )
+        else:
+            self.optimizer.zero_grad()
+        progress.increment_completed()
+
+    def closure_and_before_step(self) -> Optional[Tensor]:
+        """What a plain torch optimizer runs before it updates: the closure, then the hooks and clipping."""
+        loss = self.closure()
+        if self._needs_before_step or self.is_weighted or self.held != self.window:
+            self.before_step(self.optimizer)
+        return loss
+
+    def before_step(self, optimizer: Any) -> None:
+        """Average the window, call on_before_optimizer_step, clip."""
+        self._average_window()
+        if self.step_hooks:
+            self.run.call("on_before_optimizer_step", optimizer)
+        if self.own_clipping is not None:
+            self.run.call_own(
+                "configure_gradient_clipping", self.own_clipping, optimizer,
+                gradient_clip_val=self.clip_val, gradient_clip_algorithm=self.clip_algorithm,
+            )  # fmt: skip
+        elif self.clip_val:
+            self.run.strategy.precision.clip_gradients(optimizer, self.clip_val, self.clip_algorithm or "norm")
+
+    def _average_window(self) -> None:
+        """Divide the summed gradients by what the window really held, where that was not known beforehand."""
+        if self.is_weighted:
+            weight = self.weight
+            if self.is_distributed:
+                strategy = self.run.strategy
+                total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
+                weight = strategy.reduce(total, reduce_op="sum") / strategy.world_size
+            _scale_gradients(self.optimizer, 1.0 / weight)
+        elif self.held != self.window and not self.handles_accumulation:
+            _scale_gradients(self.optimizer, self.window / self.held)
+            self.window = self.held
+
+    def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+        closure = _nothing if closure is None else closure
+        return self.run.strategy.optimizer_step(
+            optimizer, closure, model=self.run.module, before_step=self.before_step, **kwargs
+        )
+
+
+class ManualStep:
+    """training_step alone; the user runs backward and steps the optimizers."""
+
+    def __init__(self, run: Run) -> None:
+        trainer, strategy = run.trainer, run.strategy
+        self.run = run
+        self.progress = trainer.fit_loop.epoch_loop.manual_step_progress
+        self.training_step = run.timed(
+            f"[Strategy]{type(strategy).__name__}.training_step", strategy.step_function("training_step")
+        )
+        self.num_arguments = step_arguments(run.module, "training_step", 1)
+        self.step_hooks = run.hooks["on_before_optimizer_step"]
+        self.backward = compose_backward(run)
+        for optimizer in trainer._lightning_optimizers:
+            optimizer._on_step = functools.partial(self._step)
+            optimizer._no_sync = functools.partial(strategy.no_sync, True)
+            optimizer._module = run.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is unfinished between batches that levin knows of; accumulated gradients are kept."""
+        gradients = [None if p.grad is None else p.grad.detach().clone() for p in self.run.module.parameters()]
+        return {"gradients": gradients} if any(gradient is not None for gradient in gradients) else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        for param, gradient in zip(self.run.module.parameters(), state.get("gradients", [])):
+            param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
+
+    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+        """Train on one batch; returns what ``on_train_batch_end`` gets."""
+        store = self.run.store
+        previous, store.hook = store.hook, "training_step"
+        if self.num_arguments == 2:
+            output = self.training_step(batch, batch_idx)
+        else:
+            output = self.training_step(batch)
+        store.hook = previous
+        if isinstance(output, Tensor):
+            return {"loss": output.detach()}
+        if output is None:
+            return {}
+        if isinstance(output, Mapping):
+            outputs = dict(output)
+            if isinstance(outputs.get("loss"), Tensor):
+                outputs["loss"] = outputs["loss"].detach()
+            return outputs
+        raise MisconfigurationException(
+            "In manual optimization `training_step` must return a tensor, a dict or None, "
+            f"received {type(output).__name__}."
+        )
+
+    def _step(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+        self.progress.increment_ready()
+        result = self.run.strategy.optimizer_step(
+            optimizer, _nothing if closure is None else closure, model=self.run.module,
+            before_step=self._before_step if self.step_hooks else None, **kwargs,
+        )  # fmt: skip
+        self.progress.increment_completed()
+        return result
+
+    def _before_step(self, optimizer: Any) -> None:
+        self.run.call("on_before_optimizer_step", optimizer)
+
+
+def _nothing() -> Any:
+    """Stand in for the closure of an optimizer that is stepped without one; not None, which would mean a skip."""
+    return torch.zeros(())
+
+
+def _own(module: Any, name: str) -> Optional[Callable[..., Any]]:
+    return getattr(module, name) if name in vars(module) or is_overridden(name, module, LightningModule) else None
+
+
+def _scale_gradients(optimizer: Any, factor: Any) -> None:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)

@@ -1,0 +1,179 @@
+"""What processes say to each other, as functions over torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from levin.utilities.collections import apply_to_collection
+from levin.utilities.exceptions import MisconfigurationException
+
+T = TypeVar("T")
+_NUMBERS = (Tensor, bool, int, float)
+_MEAN_NAMES = ("mean", "avg")
+_OP_NAMES = ("sum", "min", "max", "product", "band", "bor", "bxor")
+
+
+def reduce(data: Any, group: Any = None, reduce_op: Any = "mean", device: torch.device | None = None) -> Any:
+    """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
+
+    Args:
+        data: A tensor of the same shape in every process, a number, or a collection of these.
+        group: The processes that take part; all when None.
+        reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, ``"product"``, ``"band"``, ``"bor"``,
+            ``"bxor"``, or a ``torch.distributed.ReduceOp``. None means ``"sum"``.
+        device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
+
+    Returns:
+        A tensor (or the collection of tensors) without gradient. The mean of integers is a floating tensor.
+
+    Raises:
+        ValueError: ``reduce_op`` is unknown.
+    """
+    is_mean, op = parse_reduce_op(reduce_op)
+
+    def reduce_one(leaf: Any) -> Tensor:
+        tensor = _as_tensor(leaf, device).detach()
+        if is_mean and not (torch.is_floating_point(tensor) or torch.is_complex(tensor)):
+            tensor = tensor.to(torch.get_default_dtype())
+        elif tensor.dtype == torch.bool:
+            tensor = tensor.to(torch.int64)
+        # A collective writes into its argument.
+        result = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(result, op=op, group=group)
+        if is_mean:
+            # Gloo has no mean of its own.
+            result /= dist.get_world_size(group)
+        return result
+
+    return apply_to_collection(data, _NUMBERS, reduce_one)
+
+
+def parse_reduce_op(reduce_op: Any) -> tuple[bool, Any]:
+    """Return whether the operation is a mean, and torch's operation to run.
+
+    Raises:
+        ValueError: The operation is unknown.
+
+    Example:
+        >>> is_mean, op = parse_reduce_op("mean")
+        >>> is_mean, op == dist.ReduceOp.SUM
+        (True, True)
+    """
+    if reduce_op is None:
+        return False, dist.ReduceOp.SUM
+    if isinstance(reduce_op, str):
+        name = reduce_op.lower()
+        if name in _MEAN_NAMES:
+            return True, dist.ReduceOp.SUM
+        if name in _OP_NAMES:
+            return False, getattr(dist.ReduceOp, name.upper())
+    elif reduce_op == dist.ReduceOp.AVG:
+        return True, dist.ReduceOp.SUM
+    elif isinstance(reduce_op, (dist.ReduceOp, type(dist.ReduceOp.SUM))):
+        return False, reduce_op
+    names = ", ".join((*_MEAN_NAMES, *_OP_NAMES))
+    raise MisconfigurationException(
+        f"reduce_op must be a torch.distributed.ReduceOp or one of {names}, received {reduce_op!r}. "
+        "Use 'mean' to average over processes."
+    )
+
+
+def all_gather(data: Any, group: Any = None, sync_grads: bool = False, device: torch.device | None = None) -> Any:
+    """Return the tensors of all processes of ``group``, stacked along a new first dimension.
+
+    Args:
+        data: A tensor of the same shape in every process, a number, or a collection of these.
+        group: The processes that take part; all when None.
+        sync_grads: Whether gradients flow back to the process that a part came from.
+        device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
+    """
+
+    def gather_one(leaf: Any) -> Tensor:
+        tensor = _as_tensor(leaf, device)
+        if sync_grads:
+            gathered: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]  # torch has no type for it
+            return gathered
+        return _gather(tensor.detach(), group)
+
+    return apply_to_collection(data, _NUMBERS, gather_one)
+
+
+def broadcast_object(obj: T, src: int = 0, group: Any = None, device: torch.device | None = None) -> T:
+    """Return the object of global rank ``src`` in every process of ``group``.
+
+    Args:
+        obj: Anything that pickle can carry; only that of ``src`` matters.
+        src: The rank it comes from.
+        group: The processes that take part; all when None.
+        device: The device that the bytes travel over; that of the process group's choice when None.
+    """
+    holder: list[Any] = [obj]
+    dist.broadcast_object_list(holder, src=src, group=group, device=device)
+    result: T = holder[0]
+    return result
+
+
+def agree(decision: bool, all_must: bool, group: Any = None, device: torch.device | None = None) -> bool:
+    """Return whether all processes (or any of them) say yes, the same answer everywhere.
+
+    Args:
+        decision: What this process says.
+        all_must: Whether all have to say yes; otherwise one is enough.
+        group: The processes that take part; all when None.
+        device: The device of the process group.
+    """
+    vote = torch.tensor(int(decision), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN if all_must else dist.ReduceOp.MAX, group=group)
+    return bool(vote.item())
+
+
+def sync_tensors(tensors: Iterable[Tensor], src: int = 0, group: Any = None) -> None:
+    """Overwrite the tensors of every process by those of rank ``src``.
+
+    Args:
+        tensors: The same number of tensors, of the same shapes, in every process.
+        src: The rank they come from.
+        group: The processes that take part; all when None.
+    """
+    # Started all at once, so that the time on the way is paid once and not for each.
+    pending: list[tuple[Any, Tensor, Tensor]] = []
+    for tensor in tensors:
+        plain = tensor.detach()
+        sent = plain.contiguous()
+        pending.append((dist.broadcast(sent, src=src, group=group, async_op=True), plain, sent))
+    for work, plain, sent in pending:
+        work.wait()
+        if sent is not plain and sent.data_ptr() != plain.data_ptr():
+            plain.copy_(sent)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return _gather(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Every process used the part of this one: the sum of what they all say is its gradient.
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group)], None
+
+
+def _gather(tensor: Tensor, group: Any) -> Tensor:
+    tensor = tensor.contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, tensor, group=group)
+    return torch.stack(parts)
+
+
+def _as_tensor(leaf: Any, device: torch.device | None) -> Tensor:
+    if isinstance(leaf, Tensor):
+        return leaf if device is None else leaf.to(device)
+    return torch.tensor(leaf, device=device)

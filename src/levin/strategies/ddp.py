@@ -1,0 +1,357 @@
+"""A copy of the module in every process, gradients averaged by torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
+from levin.strategies import collectives
+from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
+from levin.strategies.strategy import in_forward_context
+from levin.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from levin.accelerators.accelerator import Accelerator
+    from levin.checkpoint.io import CheckpointIO
+    from levin.environments.environment import ClusterEnvironment
+    from levin.precision.precision import Precision
+
+START_METHODS = ("popen", "spawn", "fork", "forkserver")
+_SET_BY_US = ("self", "module", "device_ids", "output_device")
+
+
+class DDPStrategy(ParallelStrategy):
+    """A copy of the module in every process; gradients are averaged while the backward pass runs.
+
+    The module is wrapped in DistributedDataParallel for training only, and each training step goes through the wrapper's
+    ``forward``. Evaluation runs the plain module: it needs nothing from other processes, so it cannot hang on them.
+
+    Args:
+        accelerator: The hardware.
+        parallel_devices: One device per process of this machine.
+        cluster_environment: Who starts the processes.
+        checkpoint_io: Writes and reads checkpoints.
+        precision: The number format.
+        precision_plugin: Another name for ``precision``.
+        ddp_comm_state: State of ``ddp_comm_hook``.
+        ddp_comm_hook: Exchanges the gradients in place of DistributedDataParallel, for example
+            ``torch.distributed.algorithms.ddp_comm_hooks.default_hooks.fp16_compress_hook``.
+        ddp_comm_wrapper: Wraps ``ddp_comm_hook``.
+        model_averaging_period: With a ``PostLocalSGDState``: average the weights every so many steps.
+        process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
+        timeout: How long a process waits for the others before it gives up.
+        start_method: ``"popen"`` starts the script again for each process; ``"spawn"``, ``"fork"`` and ``"forkserver"``
+            start processes that run the function alone and bring its results back.
+        kwargs: Passed to DistributedDataParallel, for example ``find_unused_parameters=True`` or ``static_graph=True``.
+
+    Raises:
+        ValueError: ``start_method`` or a keyword is unknown, or the machine cannot fork.
+
+    Example:
+        >>> DDPStrategy(find_unused_parameters=True).ddp_kwargs
+        {'find_unused_parameters': True}
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        ddp_comm_state: object | None = None,
+        ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None,
+        model_averaging_period: int | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+        start_method: str = "popen",
+        precision_plugin: Precision | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision=precision,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        _check_start_method(start_method)
+        _check_ddp_kwargs(kwargs)
+        if ddp_comm_wrapper is not None and ddp_comm_hook is None:
+            raise MisconfigurationException(
+                f"ddp_comm_wrapper wraps a ddp_comm_hook, received {ddp_comm_wrapper!r} without one. Pass ddp_comm_hook."
+            )
+        self.ddp_kwargs: dict[str, Any] = kwargs
+        self._start_method = start_method
+        self._comm_state = ddp_comm_state
+        self._comm_hook = ddp_comm_hook
+        self._comm_wrapper = ddp_comm_wrapper
+        self._averaging_period = _averaging_period(ddp_comm_state, model_averaging_period)
+        self._averagers: list[RemovableHandle] = []
+        self._has_replaced_layers = False
+
+    def configure_launcher(self) -> None:
+        """Start the script again, or processes that run one function, as ``start_method`` says."""
+        if self.environment is None:
+            raise RuntimeError("DDPStrategy has no cluster environment. Pass it to Trainer(strategy=...).")
+        if self._start_method == "popen":
+            self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+        else:
+            self.launcher = MultiProcessingLauncher(
+                self.environment, self.num_processes, self._start_method, self.enter_process
+            )
+
+    # From set-up to teardown
+
+    def setup_module(self, module: Module, for_training: bool) -> Module:
+        """Prepare the module and wrap it for training; see :meth:`Strategy.setup_module`."""
+        self.connect(self.precision.convert_module(module))
+        self.model_to_device()
+        if for_training and self.layer_sync is not None:
+            self.connect(self.layer_sync.apply(self.lightning_module))
+            self._has_replaced_layers = True
+        self.model = self.wrap_module(self.lightning_module, for_training)
+        return self.model
+
+    def wrap_module(self, module: Module, for_training: bool = True) -> Module:
+        """Return the module in DistributedDataParallel; for evaluation, and when nothing learns, the module itself.
+
+        Either way all processes end up with the weights of rank 0.
+        """
+        if not for_training or not any(parameter.requires_grad for parameter in module.parameters()):
+            collectives.sync_tensors(_tensors_to_sync(module))
+            return module
+        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
+        wrapper = DistributedDataParallel(module, device_ids=device_ids, **self.ddp_kwargs)
+        if self._comm_hook is not None:
+            hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
+            wrapper.register_comm_hook(state=self._comm_state, hook=hook)  # type: ignore[no-untyped-call]  # torch
+        return wrapper
+
+    def setup_optimizers(self, optimizers: list[Optimizer]) -> list[Optimizer]:
+        """Return the optimizers, and let them average the weights after their steps where that is asked for."""
+        self._remove_averagers()
+        if self._averaging_period is not None:
+            warmup_steps = getattr(self._comm_state, "start_localSGD_iter", 0)
+            for optimizer in optimizers:
+                self._averagers.append(average_after_steps(optimizer, self._averaging_period, warmup_steps))
+        return super().setup_optimizers(optimizers)
+
+    def _remove_averagers(self) -> None:
+        for handle in self._averagers:
+            handle.remove()
+        self._averagers = []
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what to do about the commonest error of DistributedDataParallel."""
+        if exception.args and "Expected to have finished reduction in the prior iteration" in str(exception.args[0]):
+            hint = (
+                "Some parameters took no part in computing the loss. If that is intended, use "
+                "strategy='ddp_find_unused_parameters_true', or DDPStrategy(find_unused_parameters=True)."
+            )
+            exception.args = (f"{hint}\n{exception.args[0]}", *exception.args[1:])
+
+    def teardown(self) -> None:
+        """Unwrap the module, put replaced layers back and free the device."""
+        if self.lightning_module is not None:
+            if self._has_replaced_layers and self.layer_sync is not None:
+                self.layer_sync.revert(self.lightning_module)
+                self._has_replaced_layers = False
+            self.model = self.lightning_module
+        self._remove_averagers()
+        super().teardown()
+
+    # The step
+
+    def compose_step(self, name: str) -> Callable[..., Any]:
+        """Return the step; a training step goes through the wrapper's ``forward``."""
+        if name != "training_step" or not isinstance(self.model, DistributedDataParallel):
+            return super().compose_step(name)
+        step = run_through(self.model, self.lightning_module, getattr(self.lightning_module, name))
+        return in_forward_context(step, self.precision)
+
+    def pre_backward(self, loss: Tensor) -> None:
+        """Arm the gradient reduction for a backward pass inside of ``training_step`` (manual optimization)."""
+        wrapper = self.model
+        if not isinstance(wrapper, DistributedDataParallel) or _is_automatic(self.lightning_module):
+            return
+        # DistributedDataParallel does this itself at the end of its forward, which has not been reached yet.
+        if torch.is_grad_enabled() and wrapper.require_backward_grad_sync:
+            wrapper.require_forward_param_sync = True
+            # Also left to the next forward by torch; another backward may come before it.
+            wrapper.reducer._rebuild_buckets()
+            should_search = wrapper.find_unused_parameters and not wrapper.static_graph
+            wrapper.reducer.prepare_for_backward([loss] if should_search else [])
+        else:
+            wrapper.require_forward_param_sync = False
+
+    def no_sync(self, enabled: bool = True, module: Module | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which backward leaves the gradients of this process to itself.
+
+        Raises:
+            TypeError: The module is not wrapped in DistributedDataParallel.
+        """
+        wrapper = self.model if module is None else module
+        if not enabled:
+            return nullcontext()
+        if not isinstance(wrapper, DistributedDataParallel):
+            raise TypeError(
+                f"no_sync needs a module in DistributedDataParallel, received {type(wrapper).__name__}. Set the module up "
+                "for training first."
+            )
+        context: AbstractContextManager[Any] = wrapper.no_sync()
+        return context
+
+    def on_validation_start(self) -> None:
+        """Give all processes the buffers of rank 0, for example the statistics of batch normalization."""
+        wrapper = self.model
+        if isinstance(wrapper, DistributedDataParallel) and wrapper.broadcast_buffers:
+            collectives.sync_tensors(buffer for name, buffer in _named_buffers(self.lightning_module))
+
+
+def average_after_steps(optimizer: Optimizer, period: int, warmup_steps: int) -> RemovableHandle:
+    """Let an optimizer average its parameters over all processes after some of its steps.
+
+    Args:
+        optimizer: The optimizer.
+        period: Average after every so many steps.
+        warmup_steps: Steps at the beginning that are not followed by an average.
+
+    Returns:
+        A handle that takes it back.
+
+    Raises:
+        ValueError: The optimizer spreads or averages parameters itself.
+    """
+    if type(optimizer).__name__ in ("PostLocalSGDOptimizer", "ZeroRedundancyOptimizer", "DistributedOptimizer"):
+        raise MisconfigurationException(
+            f"model_averaging_period cannot be used with {type(optimizer).__name__}, which spreads or averages weights "
+            "itself. Leave one of them out."
+        )
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    averager: Any = PeriodicModelAverager(period=period, warmup_steps=warmup_steps)  # type: ignore[no-untyped-call]
+
+    def average(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        averager.average_parameters(optimizer.param_groups)
+
+    return optimizer.register_step_post_hook(average)
+
+
+def run_through(wrapper: DistributedDataParallel, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable that runs ``step`` where ``wrapper.forward`` expects ``module.forward``.
+
+    The wrapper prepares and finishes its work in its own ``forward``, and calls the module there. For the time of that
+    call the module's ``forward`` is ``step``; inside the step, ``self(x)`` is the module's own again.
+    """
+    attributes = module.__dict__
+    is_automatic = _is_automatic(module)
+
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        result = step(*args, **kwargs)
+        if not is_automatic:
+            # The backward passes are over: the wrapper must not wait for one after its forward.
+            wrapper.require_backward_grad_sync = False
+        return result
+
+    # A forward set on the instance (and not in the class) is put back, too.
+    own = attributes.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            attributes.pop("forward", None)
+        else:
+            attributes["forward"] = own
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        attributes["forward"] = redirected
+        try:
+            return wrapper(*args, **kwargs)
+        finally:
+            restore()
+            if not is_automatic:
+                wrapper.require_backward_grad_sync = True
+
+    return run
+
+
+def _is_automatic(module: Any) -> bool:
+    return bool(getattr(module, "automatic_optimization", True))
+
+
+def _tensors_to_sync(module: Module) -> Iterator[Tensor]:
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    for name, parameter in module.named_parameters():
+        if name not in ignored:
+            yield parameter
+    for _, buffer in _named_buffers(module):
+        yield buffer
+
+
+def _named_buffers(module: Module) -> Iterator[tuple[str, Tensor]]:
+    ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    return ((name, buffer) for name, buffer in module.named_buffers() if name not in ignored)
+
+
+def _check_start_method(start_method: str) -> None:
+    if start_method not in START_METHODS:
+        raise MisconfigurationException(
+            f"start_method must be one of {', '.join(START_METHODS)}, received {start_method!r}. "
+            "Use 'popen' for scripts and 'fork' for notebooks."
+        )
+    if start_method == "popen":
+        return
+    from multiprocessing import get_all_start_methods
+
+    if start_method not in get_all_start_methods():
+        raise MisconfigurationException(
+            f"start_method={start_method!r} is not supported on this machine, which has {get_all_start_methods()}. "
+            "Use 'spawn', or strategy='ddp_spawn'."
+        )
+
+
+def _check_ddp_kwargs(kwargs: dict[str, Any]) -> None:
+    known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in _SET_BY_US]
+    unknown = [name for name in kwargs if name not in known]
+    if unknown:
+        raise MisconfigurationException(
+            f"DDPStrategy takes the keywords of DistributedDataParallel, received {', '.join(unknown)}. "
+            f"Use one of: {', '.join(known)}."
+        )
+
+
+def _averaging_period(state: object | None, period: int | None) -> int | None:
+    is_local = type(state).__name__ == "PostLocalSGDState"
+    if period is None:
+        if is_local:
+            raise MisconfigurationException(
+                "ddp_comm_state is a PostLocalSGDState, with which processes drift apart, and model_averaging_period is "
+                "None. Set model_averaging_period to the number of steps between two averages."
+            )
+        return None
+    if not isinstance(period, int) or period < 1:
+        raise MisconfigurationException(
+            f"model_averaging_period must be an int >= 1, received {period!r}. Use 4 to average every fourth step."
+        )
+    if not is_local:
+        raise MisconfigurationException(
+            f"model_averaging_period={period} needs ddp_comm_state=PostLocalSGDState(...), received "
+            f"{type(state).__name__}: without it the gradients are averaged in every step already."
+        )
+    return period

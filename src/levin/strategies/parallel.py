@@ -1,0 +1,313 @@
+"""What all strategies with several processes have in common: ranks, the process group, collectives."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from abc import ABC
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from levin.strategies import collectives
+from levin.strategies.strategy import Strategy
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
+from levin.utilities.seed import reset_seed
+
+if TYPE_CHECKING:
+    from levin.accelerators.accelerator import Accelerator
+    from levin.checkpoint.io import CheckpointIO
+    from levin.environments.environment import ClusterEnvironment
+    from levin.precision.precision import Precision
+    from levin.strategies.layer_sync import LayerSync
+
+T = TypeVar("T")
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+# Which of torch's transports carries tensors of which device.
+_BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
+
+
+class ParallelStrategy(Strategy, ABC):
+    """One process per device, on one or several machines, connected by torch.distributed.
+
+    Args:
+        accelerator: The hardware.
+        parallel_devices: One device per process of this machine.
+        cluster_environment: Who starts the processes.
+        checkpoint_io: Writes and reads checkpoints.
+        precision: The number format.
+        precision_plugin: Another name for ``precision``.
+        process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
+        timeout: How long a process waits for the others before it gives up.
+    """
+
+    is_distributed = True
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
+        if not isinstance(timeout, (timedelta, type(None))):
+            raise MisconfigurationException(
+                f"timeout must be a timedelta, received {timeout!r}. Use datetime.timedelta(seconds=...)."
+            )
+        self.given.environment = cluster_environment
+        self.given.parallel_devices = parallel_devices
+        self.environment = cluster_environment
+        self.parallel_devices: list[torch.device] = list(parallel_devices or [])
+        self.timeout = timeout
+        self._process_group_backend = process_group_backend
+        # Set in processes that a launcher of ours started without going through the environment.
+        self._started_local_rank: int | None = None
+
+    def assemble(
+        self,
+        *,
+        accelerator: Accelerator,
+        precision: Precision,
+        parallel_devices: list[torch.device],
+        num_nodes: int = 1,
+        environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        layer_sync: LayerSync | None = None,
+    ) -> None:
+        """Take the parts that the engine chose; see :meth:`Strategy.assemble`."""
+        super().assemble(
+            accelerator=accelerator,
+            precision=precision,
+            parallel_devices=parallel_devices,
+            num_nodes=num_nodes,
+            environment=environment,
+            checkpoint_io=checkpoint_io,
+            layer_sync=layer_sync,
+        )
+        self.parallel_devices = list(parallel_devices)
+        self.configure_launcher()
+        self.set_world_ranks()
+
+    def configure_launcher(self) -> None:
+        """Set :attr:`launcher`, for strategies that start processes."""
+
+    # Where this process stands
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes of this machine."""
+        return len(self.parallel_devices)
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        if not self.parallel_devices:
+            raise RuntimeError(
+                f"{type(self).__name__} has no devices yet. Pass it to Trainer(strategy=...), or give it parallel_devices=..."
+            )
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the first of all."""
+        return self.global_rank == 0
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes over all machines."""
+        return self.environment.world_size() if self.environment is not None else 1
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process among all."""
+        return self.environment.global_rank() if self.environment is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its machine."""
+        if self._started_local_rank is not None:
+            return self._started_local_rank
+        return self.environment.local_rank() if self.environment is not None else 0
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this machine."""
+        return self.environment.node_rank() if self.environment is not None else 0
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """``num_replicas`` and ``rank`` for samplers."""
+        return {"num_replicas": self.world_size, "rank": self.global_rank}
+
+    @property
+    def process_group_backend(self) -> str:
+        """torch.distributed's transport."""
+        return self._process_group_backend or _BACKENDS.get(self.root_device.type, "gloo")
+
+    @property
+    def supports_inference_mode(self) -> bool:  # type: ignore[override]  # a constant in single-process strategies
+        """Whether the transport can send tensors made under ``torch.inference_mode``: Gloo cannot."""
+        return "gloo" not in self.process_group_backend
+
+    def set_world_ranks(self) -> None:
+        """Tell the environment and rank-zero functions where this process stands."""
+        if self.environment is None:
+            return
+        self.environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.environment.set_world_size(self.num_nodes * self.num_processes)
+        setattr(rank_zero_only, "rank", self.environment.global_rank())  # noqa: B010  (a function attribute)
+
+    def enter_process(self, local_rank: int) -> None:
+        """Take note that this process was started as number ``local_rank`` of its machine."""
+        self._started_local_rank = local_rank
+        self.set_world_ranks()
+
+    # From set-up to teardown
+
+    def setup_environment(self) -> None:
+        """Prepare the device of this process and connect it with the others. Runs in every process, once."""
+        super().setup_environment()
+        self.set_world_ranks()
+        share_processors(self.num_processes)
+        if self.environment is None:
+            raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
+        connect_processes(self.environment, self.process_group_backend, self.timeout)
+        # All processes start from the same weights and draw the same numbers.
+        reset_seed()
+
+    def model_to_device(self) -> None:
+        """Move the module to the device of this process."""
+        self.lightning_module.to(self.root_device)
+
+    def teardown(self) -> None:
+        """Free the device and what was written into the process environment. The process group stays for the next run."""
+        super().teardown()
+        if self.environment is not None:
+            self.environment.teardown()
+
+    # Talking to the other processes
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
+        return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
+
+    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`."""
+        return collectives.all_gather(tensor, group=group, sync_grads=sync_grads, device=self._transport_device)
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return the object of rank ``src`` in every process; before the processes are connected, ``obj``."""
+        if not is_connected():
+            return obj
+        return collectives.broadcast_object(obj, src=src, device=self._transport_device)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until all processes are here; before they are connected, return at once."""
+        if not is_connected():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Return whether all processes (or any of them) say yes, the same answer everywhere."""
+        return collectives.agree(decision, all_must=all, device=self._transport_device)
+
+    @property
+    def _transport_device(self) -> torch.device | None:
+        # Gloo carries tensors of any device; the others only those of their own.
+        return None if self.process_group_backend == "gloo" else self.root_device
+
+    # State
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""
+        consolidate = getattr(optimizer, "consolidate_state_dict", None)
+        if consolidate is None:
+            return optimizer.state_dict()
+        consolidate()
+        return optimizer.state_dict() if self.is_global_zero else {}
+
+
+def is_connected() -> bool:
+    """Return whether this process has a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def connect_processes(environment: ClusterEnvironment, backend: str, timeout: timedelta | None) -> None:
+    """Make the process group; once there is one, do nothing.
+
+    Args:
+        environment: Knows the rank of this process and where rank 0 listens.
+        backend: torch.distributed's transport.
+        timeout: How long a process waits for the others; torch's default when None.
+
+    Raises:
+        RuntimeError: torch was built without torch.distributed, or the processes cannot connect.
+    """
+    if not dist.is_available():
+        raise RuntimeError(
+            "Several processes need torch.distributed, which this torch was built without. "
+            "Use devices=1, or install another build of torch."
+        )
+    rank, world_size = environment.global_rank(), environment.world_size()
+    if dist.is_initialized():
+        if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+            raise RuntimeError(
+                f"This process shall be rank {rank} of {world_size}, but it is rank {dist.get_rank()} of "
+                f"{dist.get_world_size()} in the process group that it has. Call torch.distributed.destroy_process_group() "
+                "before, or use the same devices and num_nodes."
+            )
+        return
+    with _environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+    # torch warns, and NCCL may hang, when a process leaves without this.
+    atexit.register(disconnect_processes)
+    rank_zero_info(f"{world_size} processes are connected through {backend}.")
+
+
+@contextmanager
+def _environment_variables(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def disconnect_processes() -> None:
+    """Take the process group down; without one, do nothing."""
+    if is_connected():
+        dist.destroy_process_group()
+
+
+def share_processors(num_processes: int) -> None:
+    """Give each process of this machine its part of the processors, unless ``OMP_NUM_THREADS`` says how many.
+
+    Args:
+        num_processes: Number of processes of this machine.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_threads = max(1, available // num_processes)
+    torch.set_num_threads(num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -1,0 +1,77 @@
+"""One process on one device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from levin.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from levin.accelerators.accelerator import Accelerator
+    from levin.checkpoint.io import CheckpointIO
+    from levin.precision.precision import Precision
+
+T = TypeVar("T")
+
+
+class SingleDeviceStrategy(Strategy):
+    """One process on one device: nothing is wrapped and there is nobody to talk to.
+
+    Args:
+        device: The device.
+        accelerator: The hardware; by default the one that ``device`` belongs to.
+        checkpoint_io: Writes and reads checkpoints.
+        precision: The number format.
+        precision_plugin: Another name for ``precision``.
+
+    Example:
+        >>> SingleDeviceStrategy("cpu").reduce(torch.tensor(2.0))
+        tensor(2.)
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int = "cpu",
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
+        self._root_device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device."""
+        return self._root_device
+
+    @root_device.setter
+    def root_device(self, device: torch.device) -> None:
+        self._root_device = device
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True: this is the only process."""
+        return True
+
+    def model_to_device(self) -> None:
+        """Move the module to the device."""
+        self.lightning_module.to(self.root_device)
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return ``tensor``."""
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return ``tensor``."""
+        return tensor
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return ``obj``."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """Return at once."""

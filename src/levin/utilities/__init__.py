@@ -1,0 +1,1 @@
+"""Seeds, ranks, trees, types, errors and warnings: the ground floor, which imports nothing else of levin's."""

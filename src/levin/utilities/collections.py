@@ -1,0 +1,65 @@
+"""Walks over nested collections of values."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, Iterator, Union
+
+Types = Union[type, tuple[type, ...]]
+
+
+def is_namedtuple(obj: object) -> bool:
+    """Return whether ``obj`` is an instance of a named tuple."""
+    return isinstance(obj, tuple) and hasattr(obj, "_asdict") and hasattr(obj, "_fields")
+
+
+def apply_to_collection(data: Any, dtype: Types, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return a copy of ``data`` in which each leaf of type ``dtype`` is replaced by ``function(leaf)``.
+
+    Args:
+        data: A leaf, or any nesting of mappings, sequences, named tuples and dataclass instances.
+        dtype: Type or types of the leaves to change; all others are kept as they are.
+        function: Called with the leaf, ``args`` and ``kwargs``.
+
+    Example:
+        >>> apply_to_collection({"a": [1, "x"]}, int, lambda v: v + 1)
+        {'a': [2, 'x']}
+    """
+    if isinstance(data, dtype):
+        return function(data, *args, **kwargs)
+    kind: Any = type(data)
+    if isinstance(data, Mapping):
+        items = [(key, apply_to_collection(value, dtype, function, *args, **kwargs)) for key, value in data.items()]
+        if isinstance(data, defaultdict):
+            return defaultdict(data.default_factory, OrderedDict(items))
+        return dict(items) if kind is dict else kind(OrderedDict(items))
+    if is_namedtuple(data):
+        return kind(*(apply_to_collection(value, dtype, function, *args, **kwargs) for value in data))
+    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        values = [apply_to_collection(value, dtype, function, *args, **kwargs) for value in data]
+        return values if kind is list else kind(values)
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        result = copy.copy(data)
+        for field in dataclasses.fields(data):
+            value = apply_to_collection(getattr(data, field.name), dtype, function, *args, **kwargs)
+            object.__setattr__(result, field.name, value)
+        return result
+    return data
+
+
+def leaves(data: Any) -> Iterator[Any]:
+    """Yield the leaves of nested mappings, sequences and dataclass instances, depth first."""
+    if isinstance(data, Mapping):
+        for value in data.values():
+            yield from leaves(value)
+    elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        for value in data:
+            yield from leaves(value)
+    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
+        for field in dataclasses.fields(data):
+            yield from leaves(getattr(data, field.name))
+    else:
+        yield data

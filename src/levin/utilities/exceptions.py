@@ -1,0 +1,31 @@
+"""The exceptions that levin defines itself; everything else is a builtin exception."""
+
+from __future__ import annotations
+
+
+class MisconfigurationException(ValueError):
+    """The settings, hooks or loaders that were given cannot work together."""
+
+
+class SIGTERMException(SystemExit):
+    """Ends a run that was asked to terminate; the process leaves with status 143 (128 + SIGTERM)."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
+def value_error(argument: str, received: object, expected: str, remedy: str = "") -> MisconfigurationException:
+    """Return the error for a wrong argument value in levin's form: what is expected, what came, the way out.
+
+    Args:
+        argument: Name of the argument as the user types it.
+        received: The value that was given.
+        expected: What the value must be, for example ``"must be >= 1"``.
+        remedy: One sentence with the way out.
+
+    Example:
+        >>> str(value_error("devices", 0, "must be >= 1", "Use 1 for one device."))
+        'devices must be >= 1, received 0. Use 1 for one device.'
+    """
+    text = f"{argument} {expected}, received {received!r}."
+    return MisconfigurationException(f"{text} {remedy}" if remedy else text)

@@ -1,0 +1,58 @@
+"""Moving batches between devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from levin.utilities.collections import apply_to_collection
+
+# A copy to these devices returns before it is done without the result being safe to read.
+_BLOCKING_DEVICES = ("cpu", "mps")
+
+
+class _Movable(type):
+    def __instancecheck__(cls, instance: object) -> bool:
+        return callable(getattr(instance, "to", None)) and not isinstance(instance, type)
+
+
+class Movable(metaclass=_Movable):
+    """Anything with a ``to(device)`` method."""
+
+
+def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
+    """Return ``batch`` with every leaf that has a ``to`` method on ``device``.
+
+    Args:
+        batch: A leaf or any nesting of mappings, sequences and dataclass instances.
+        device: Where to. Tensors go there without waiting, except to ``cpu`` and ``mps``.
+
+    Returns:
+        The moved batch. An object whose ``to`` returns None is kept itself.
+
+    Example:
+        >>> move_data_to_device([torch.zeros(2), "name"], torch.device("cpu"))
+        [tensor([0., 0.]), 'name']
+    """
+    if type(device) is not torch.device:
+        device = torch.device(device)
+    kind = device.type
+    # Tensors that are there already, alone or one level deep, need no walk and no copy.
+    if kind == "cpu":
+        if type(batch) is torch.Tensor:
+            if batch.is_cpu:
+                return batch
+        elif type(batch) is list or type(batch) is tuple:
+            for item in batch:
+                if type(item) is not torch.Tensor or not item.is_cpu:
+                    break
+            else:
+                return batch
+    non_blocking = kind not in _BLOCKING_DEVICES
+
+    def move(leaf: Any) -> Any:
+        moved = leaf.to(device, non_blocking=non_blocking) if isinstance(leaf, torch.Tensor) else leaf.to(device)
+        return leaf if moved is None else moved
+
+    return apply_to_collection(batch, Movable, move)

@@ -1,0 +1,51 @@
+"""Whether a user's class replaces a method of ours."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Optional
+
+
+def is_overridden(method_name: str, instance: object, parent: Optional[type] = None) -> bool:
+    """Return whether ``instance`` has a method of its own in place of the one in ``parent``.
+
+    Args:
+        method_name: Name of the method.
+        instance: The object to look at; attributes set on the instance itself count.
+        parent: The class with the default. By default the class of levin's that ``instance`` inherits from.
+
+    Raises:
+        ValueError: ``parent`` is not given and ``instance`` inherits from no class of levin's with that method.
+    """
+    if parent is None:
+        parent = _parent_with(type(instance), method_name)
+        if parent is None:
+            raise ValueError(
+                f"instance must inherit from a class of levin's with {method_name!r}, received {instance!r}."
+            )
+    own: Any = getattr(instance, method_name, None)
+    default: Any = getattr(parent, method_name, None)
+    if own is None:
+        return False
+    if default is None:
+        raise ValueError(f"{parent.__name__} has no method {method_name!r} that could be overridden.")
+    return _function(own) is not _function(default)
+
+
+def _parent_with(kind: type, method_name: str) -> Optional[type]:
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("levin.") and hasattr(base, method_name):
+            return base
+    return None
+
+
+def _function(method: Any) -> Any:
+    while True:
+        if isinstance(method, functools.partial):
+            method = method.func
+        elif hasattr(method, "__wrapped__"):
+            method = method.__wrapped__
+        elif hasattr(method, "__func__"):
+            method = method.__func__
+        else:
+            return method

@@ -1,0 +1,92 @@
+"""Messages and functions that only the first rank prints or runs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from typing import Any, Callable, Optional, TypeVar
+
+T = TypeVar("T")
+
+log = logging.getLogger("levin")
+if not log.handlers and not logging.root.handlers:
+    # Nobody configured logging, so the messages of a run are shown as they are.
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO)
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def rank_from_environment() -> Optional[int]:
+    """Return the rank that the launcher wrote into the environment, or None when there was no launcher."""
+    for name in _RANK_VARIABLES:
+        value = os.environ.get(name)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def rank_zero_only(fn: Callable[..., T], default: Optional[T] = None) -> Callable[..., Optional[T]]:
+    """Wrap ``fn`` so that it runs on global rank 0 and returns ``default`` elsewhere.
+
+    The rank is ``rank_zero_only.rank``; the strategy sets it once it knows the global rank.
+
+    Example:
+        >>> @rank_zero_only
+        ... def where() -> str:
+        ...     return "rank 0"
+        >>> where()
+        'rank 0'
+    """
+
+    @functools.wraps(fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Optional[T]:
+        if _rank() == 0:
+            return fn(*args, **kwargs)
+        return default
+
+    return wrapped
+
+
+def _rank() -> int:
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank
+
+
+setattr(rank_zero_only, "rank", rank_from_environment() or 0)  # noqa: B010  (a function attribute is unknown to mypy)
+
+
+def rank_zero_info(message: object, *args: object) -> None:
+    """Log ``message`` at level INFO on rank 0."""
+    if _rank() == 0:
+        log.info(message, *args, stacklevel=2)
+
+
+def rank_zero_debug(message: object, *args: object) -> None:
+    """Log ``message`` at level DEBUG on rank 0."""
+    if _rank() == 0:
+        log.debug(message, *args, stacklevel=2)
+
+
+def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stacklevel: int = 4) -> None:
+    """Warn on rank 0.
+
+    Args:
+        message: The text.
+        category: Class of the warning.
+        stacklevel: How many frames up the warning points to.
+    """
+    if _rank() == 0:
+        warnings.warn(str(message), category=category, stacklevel=stacklevel)
+
+
+def rank_zero_deprecation(message: object, stacklevel: int = 5) -> None:
+    """Warn on rank 0 that something will go away."""
+    rank_zero_warn(message, category=DeprecationWarning, stacklevel=stacklevel)
+
+
+def rank_prefixed_message(message: str, rank: Optional[int]) -> str:
+    """Return ``message`` with ``[rank: N]`` in front, or unchanged when the rank is unknown."""
+    return message if rank is None else f"[rank: {rank}] {message}"

@@ -1,0 +1,74 @@
+"""What a Trainer is doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Optional
+
+
+class _StrEnum(str, Enum):
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class TrainerStatus(_StrEnum):
+    """How far the present call is."""
+
+    INITIALIZING = "initializing"
+    RUNNING = "running"
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing runs any more."""
+        return self in (self.FINISHED, self.INTERRUPTED)
+
+
+class TrainerFn(_StrEnum):
+    """The method that was called."""
+
+    FITTING = "fit"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+
+class RunningStage(_StrEnum):
+    """The loop that runs."""
+
+    TRAINING = "train"
+    SANITY_CHECKING = "sanity_check"
+    VALIDATING = "validate"
+    TESTING = "test"
+    PREDICTING = "predict"
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether it is validation, test or sanity check."""
+        return self in (self.VALIDATING, self.TESTING, self.SANITY_CHECKING)
+
+    @property
+    def dataloader_prefix(self) -> str:
+        """How the loader hooks of the stage begin."""
+        return "val" if self in (self.VALIDATING, self.SANITY_CHECKING) else self.value
+
+
+@dataclass
+class TrainerState:
+    """Status, method and stage of a Trainer."""
+
+    status: TrainerStatus = TrainerStatus.INITIALIZING
+    fn: Optional[TrainerFn] = None
+    stage: Optional[RunningStage] = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the call ended well."""
+        return self.status == TrainerStatus.FINISHED
+
+    @property
+    def stopped(self) -> bool:
+        """Whether nothing runs any more."""
+        return self.status.stopped

@@ -1,0 +1,84 @@
+"""Names for the types in public signatures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable, Optional, TypedDict, Union
+
+import torch
+from torch.optim import Optimizer
+
+STEP_OUTPUT = Optional[Union[torch.Tensor, Mapping[str, Any]]]
+TRAIN_DATALOADERS = Any
+EVAL_DATALOADERS = Any
+PathLike = Union[str, "os.PathLike[str]"]
+_PATH = PathLike
+_DEVICE = Union[torch.device, str, int]
+_MAP_LOCATION_TYPE = Optional[Union[_DEVICE, Callable[[Any, str], Any], dict[str, str]]]
+LRSchedulerType = Union[torch.optim.lr_scheduler.LRScheduler, torch.optim.lr_scheduler.ReduceLROnPlateau]
+LRScheduler = torch.optim.lr_scheduler.LRScheduler
+ReduceLROnPlateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+
+
+@dataclass
+class LRSchedulerConfig:
+    """When and on what a learning-rate scheduler is stepped.
+
+    Args:
+        scheduler: The scheduler.
+        name: Label for LearningRateMonitor.
+        interval: ``"epoch"`` or ``"step"``.
+        frequency: Step every so many intervals.
+        reduce_on_plateau: Whether the scheduler needs the monitored value.
+        monitor: Key in ``callback_metrics`` that a plateau scheduler reads.
+        strict: Whether a missing ``monitor`` is an error (True) or a warning (False).
+    """
+
+    scheduler: Any
+    name: Optional[str] = None
+    interval: str = "epoch"
+    frequency: int = 1
+    reduce_on_plateau: bool = False
+    monitor: Optional[str] = None
+    strict: bool = True
+
+
+class LRSchedulerConfigType(TypedDict, total=False):
+    """The dict form in which ``configure_optimizers`` may return a scheduler."""
+
+    scheduler: Any
+    name: Optional[str]
+    interval: str
+    frequency: int
+    reduce_on_plateau: bool
+    monitor: Optional[str]
+    strict: bool
+
+
+class OptimizerConfig(TypedDict):
+    """The dict form with an optimizer alone."""
+
+    optimizer: Optimizer
+
+
+class OptimizerLRSchedulerConfig(TypedDict, total=False):
+    """The dict form with an optimizer and its scheduler."""
+
+    optimizer: Optimizer
+    lr_scheduler: Any
+    monitor: str
+
+
+OptimizerLRScheduler = Optional[
+    Union[
+        Optimizer,
+        Sequence[Optimizer],
+        tuple[Sequence[Optimizer], Sequence[Any]],
+        OptimizerConfig,
+        OptimizerLRSchedulerConfig,
+        Sequence[OptimizerConfig],
+        Sequence[OptimizerLRSchedulerConfig],
+    ]
+]

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import io
+import sys
+from typing import Any
+
+import pytest
+from tests.callbacks.progress.models import Logging, loader, trainer
+from tests.callbacks.progress.screen import Terminal
+
+from levin.callbacks import RichProgressBar, RichProgressBarTheme
+from levin.callbacks.progress import clocked
+
+
+def test_rich_missing_is_an_error_that_names_the_other_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(ModuleNotFoundError, match="requires `rich`.*TQDMProgressBar"):
+        RichProgressBar()
+
+
+def test_refresh_rate_is_a_number_of_drawings_per_second() -> None:
+    assert RichProgressBar(refresh_rate=1)._interval_s == 1.0
+    assert RichProgressBar(refresh_rate=100)._interval_s == clocked.DRAW_INTERVAL_S
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "epoch", "label"), [(10, 3, "Epoch 3/9 "), (-1, 3, "Epoch 3   "), (None, 0, "Epoch 0   ")]
+)
+def test_label_of_an_epoch(max_epochs: Any, epoch: int, label: str) -> None:
+    from types import SimpleNamespace
+
+    bar = RichProgressBar()
+    bar.setup(SimpleNamespace(is_global_zero=True, max_epochs=max_epochs), None, "fit")
+    assert bar._get_train_description(epoch) == label
+
+
+def test_theme_formats_the_values(terminal: Terminal) -> None:
+    class Fixed(RichProgressBar):
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            return {"a": 0.5, "small": 1e-5, "n": 3, "v_num": "[x]"}
+
+    theme = RichProgressBarTheme(metrics_text_delimiter=" | ", metrics_format=".2f")
+    trainer(Fixed(theme=theme)).fit(Logging(), loader(3))
+    assert "a: 0.50 | small: 1.0e-05 | n: 3 | v_num: [x]" in terminal.screen[0]
+
+
+def test_values_that_do_not_fit_get_lines_of_their_own(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Many(RichProgressBar):
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            return {f"metric_{index}": float(index) for index in range(12)}
+
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer(Many()).fit(Logging(), loader(3))
+    first, *rest = terminal.screen
+    assert "3/3" in first and "metric" not in first
+    assert len(rest) == 3
+    assert all(len(line) <= 80 for line in terminal.screen)
+    assert " ".join(rest).split()[-2:] == ["metric_11:", "11.000"]
+
+
+def test_columns_can_be_configured(terminal: Terminal) -> None:
+    from rich.progress import TextColumn
+
+    from levin.callbacks.progress.rich_progress import BatchesProcessedColumn
+
+    class Custom(RichProgressBar):
+        def configure_columns(self, trainer: Any) -> list[Any]:
+            return [TextColumn("max {task.total}"), BatchesProcessedColumn(style="red")]
+
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            return {}
+
+    trainer(Custom()).fit(Logging(), loader(3))
+    assert terminal.screen == ["max 3 3/3"]
+
+
+def test_console_arguments_reach_the_console(terminal: Terminal) -> None:
+    file = Terminal()
+    trainer(RichProgressBar(console_kwargs={"file": file, "width": 60})).fit(Logging(), loader(3))
+    assert terminal.getvalue() == ""
+    assert "3/3" in file.screen[0]
+    assert all(len(line) <= 60 for line in file.screen)
+
+
+def test_a_log_stays_a_log_even_with_forced_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO()
+    trainer(RichProgressBar(console_kwargs={"file": file})).fit(Logging(), loader(3))
+    assert "\x1b" not in file.getvalue() and "\r" not in file.getvalue()
+    assert file.getvalue().startswith("Epoch 0/0: 100% 3/3 [")
+
+
+def test_renderables_and_text_are_printed_above_the_bar(terminal: Terminal) -> None:
+    from rich.table import Table
+
+    class Prints(Logging):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 1:
+                self.print("[not] markup", [1, 2])
+                table = Table("Column")
+                table.add_row("cell")
+                self.print(table)
+            return super().training_step(batch, batch_idx)
+
+    trainer(RichProgressBar()).fit(Prints(), loader(3))
+    assert terminal.screen[0] == "[not] markup [1, 2]"
+    assert "cell" in "".join(terminal.screen[1:-1])
+    assert "3/3" in "".join(terminal.screen[5:])
+
+
+def test_tasks_of_the_bars(terminal: Terminal) -> None:
+    seen = []
+
+    class Looks(RichProgressBar):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_epoch_end(trainer, pl_module)
+            seen.append((self.train_progress_bar.completed, self.train_progress_bar.total))
+
+    bar = Looks()
+    trainer(bar).fit(Logging(), loader(3))
+    assert seen == [(3, 3)]
+    with pytest.raises(TypeError, match="is not there"):
+        _ = bar.val_progress_bar
+
+
+def test_a_slow_loop_shows_seconds_per_batch() -> None:
+    from rich.progress import Task
+
+    from levin.callbacks.progress.rich_columns import ProcessingSpeedColumn
+
+    now = [0.0]
+    task = Task(0, "x", 10, 0, _get_time=lambda: now[0], fields={"first": 4})  # type: ignore[arg-type]
+    task.start_time = 0.0
+    column = ProcessingSpeedColumn(style="")
+    task.completed = 4
+    assert column.render(task).plain == "-.--it/s"
+    now[0], task.completed = 40.0, 6
+    assert column.render(task).plain == "20.0s/it"
+    now[0] = 4.0
+    assert column.render(task).plain == "0.50it/s"

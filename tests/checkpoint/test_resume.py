@@ -1,0 +1,123 @@
+"""A run that was stopped and resumed is the unbroken run, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from levin import Callback, LightningModule, Trainer
+
+
+class Noisy(Dataset):
+    """Augments at random when a sample is loaded."""
+
+    def __init__(self, length: int = 14) -> None:
+        self.data = torch.randn(length, 4, generator=torch.Generator().manual_seed(5))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.data[index] + 0.1 * torch.randn(4)
+
+
+class Model(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch).pow(2).mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.net(batch).mean())
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Watch(Callback):
+    """Saves at one moment and records what is logged after it."""
+
+    def __init__(self, path=None, moment=None, at=(0, 0)) -> None:
+        self.path, self.moment, self.at = path, moment, at
+        self.seen: list = []
+
+    def _maybe(self, trainer, moment) -> None:
+        if self.path and moment == self.moment and (trainer.current_epoch, trainer.fit_loop.batch_idx) == self.at:
+            trainer.save_checkpoint(self.path)
+            self.seen.clear()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.seen.append((trainer.current_epoch, batch_idx, outputs["loss"].item()))
+        self._maybe(trainer, "on_train_batch_end")
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if not trainer.sanity_checking:
+            self.seen.append(("val", trainer.callback_metrics["val"].item()))
+        self._maybe(trainer, "on_validation_end")
+
+    def on_train_epoch_end(self, trainer, pl_module) -> None:
+        self.seen.append(("epoch", trainer.callback_metrics["loss_epoch"].item()))
+        self._maybe(trainer, "on_train_epoch_end")
+
+
+def run(watch, flags, shuffle, ckpt_path=None):
+    torch.manual_seed(11)
+    model = Model()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[watch], **flags,
+    )  # fmt: skip
+    train = DataLoader(Noisy(), batch_size=2, shuffle=shuffle)
+    val = DataLoader(Noisy(4), batch_size=2)
+    trainer.fit(model, train, val, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+FLAGS = [
+    {},
+    {"accumulate_grad_batches": 2},
+    {"val_check_interval": 3},
+    {"accumulate_grad_batches": 3, "val_check_interval": 2},
+]
+MOMENTS = [
+    ("on_train_epoch_end", (0, 6)),
+    ("on_train_epoch_end", (1, 6)),
+    ("on_train_batch_end", (0, 2)),
+    ("on_train_batch_end", (1, 3)),
+    ("on_train_batch_end", (1, 6)),
+]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "moment", "at"),
+    [
+        *((flags, moment, at) for flags in FLAGS for moment, at in MOMENTS),
+        *((flags, "on_validation_end", (1, 5 if "val_check_interval" in flags else 6)) for flags in FLAGS),
+    ],
+)
+def test_resumed_run_equals_the_unbroken_one(tmp_path, flags, shuffle, moment, at):
+    path = str(tmp_path / "stop.ckpt")
+    unbroken = Watch(path, moment, at)
+    expected, first = run(unbroken, flags, shuffle)
+    assert (tmp_path / "stop.ckpt").exists()
+    resumed = Watch()
+    torch.manual_seed(99)
+    model, trainer = run(resumed, flags, shuffle, ckpt_path=path)
+    assert resumed.seen == unbroken.seen
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert trainer.global_step == first.global_step
+    assert trainer.current_epoch == first.current_epoch
+    a, b = trainer.optimizers[0].state_dict(), first.optimizers[0].state_dict()
+    for key, state in a["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["state"][key][name])
+    assert a["param_groups"] == b["param_groups"]

@@ -1,0 +1,239 @@
+"""Who started the processes: each environment under the variables of a real allocation."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+
+from levin.environments import (
+    ClusterEnvironment,
+    KubeflowEnvironment,
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+    XLAEnvironment,
+)
+from levin.environments.lsf import read_rank_file
+from levin.environments.slurm import first_node
+from levin.utilities.rank_zero import rank_zero_only
+
+PREFIXES = ("SLURM_", "LSB_", "JSM_", "TORCHELASTIC_")
+NAMES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "STANDALONE_PORT")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    for name in list(os.environ):
+        if name in NAMES or name.startswith(PREFIXES):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+
+
+def set_variables(monkeypatch, **values: object) -> None:
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_lightning_defaults():
+    environment = LightningEnvironment()
+    assert LightningEnvironment.detect()
+    assert not environment.creates_processes_externally
+    assert environment.main_address == "127.0.0.1"
+    assert environment.main_port == environment.main_port
+    with socket.socket() as probe:
+        probe.bind(("", environment.main_port))
+    assert (environment.world_size(), environment.global_rank()) == (1, 0)
+    assert (environment.local_rank(), environment.node_rank()) == (0, 0)
+    environment.set_world_size(4)
+    environment.set_global_rank(3)
+    assert (environment.world_size(), environment.global_rank(), rank_zero_only.rank) == (4, 3, 3)
+
+
+def test_lightning_by_hand(monkeypatch):
+    set_variables(monkeypatch, MASTER_ADDR="10.0.0.1", MASTER_PORT=1234, LOCAL_RANK=2, NODE_RANK=1, WORLD_SIZE=8)
+    environment = LightningEnvironment()
+    assert environment.creates_processes_externally
+    assert (environment.main_address, environment.main_port) == ("10.0.0.1", 1234)
+    assert (environment.local_rank(), environment.node_rank()) == (2, 1)
+    monkeypatch.setenv("GROUP_RANK", "5")
+    assert environment.node_rank() == 5
+    environment.teardown()
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_lightning_port_for_single_runs(monkeypatch):
+    monkeypatch.setenv("STANDALONE_PORT", "2345")
+    assert LightningEnvironment().main_port == 2345
+
+
+def test_a_variable_that_is_no_number(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "first")
+    with pytest.raises(RuntimeError, match=r"LOCAL_RANK must be a number, received 'first'"):
+        LightningEnvironment().local_rank()
+
+
+def test_torchelastic(monkeypatch):
+    assert not TorchElasticEnvironment.detect()
+    set_variables(
+        monkeypatch, TORCHELASTIC_RUN_ID="x", MASTER_ADDR="host", MASTER_PORT=29400, WORLD_SIZE=4, RANK=3, LOCAL_RANK=1,
+        GROUP_RANK=1,
+    )  # fmt: skip
+    assert TorchElasticEnvironment.detect()
+    environment = TorchElasticEnvironment()
+    assert environment.creates_processes_externally
+    assert (environment.main_address, environment.main_port) == ("host", 29400)
+    assert (environment.world_size(), environment.global_rank()) == (4, 3)
+    assert (environment.local_rank(), environment.node_rank()) == (1, 1)
+    environment.set_world_size(9)
+    environment.set_global_rank(9)
+    assert (environment.world_size(), environment.global_rank()) == (4, 3)
+    environment.validate_settings(num_devices=2, num_nodes=2)
+    with pytest.raises(
+        ValueError, match=r"must be the 4 processes that torchrun started, received devices=2 and num_nodes=1"
+    ):
+        environment.validate_settings(num_devices=2, num_nodes=1)
+
+
+def test_torchelastic_defaults_warn():
+    environment = TorchElasticEnvironment()
+    with pytest.warns(UserWarning, match="MASTER_ADDR is not set"):
+        assert environment.main_address == "127.0.0.1"
+    with pytest.warns(UserWarning, match="MASTER_PORT is not set"):
+        assert environment.main_port == 12910
+    del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+
+
+ALLOCATION = {
+    "SLURM_JOB_ID": 4815162342, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 8, "SLURM_NTASKS_PER_NODE": 4,
+    "SLURM_NNODES": 2, "SLURM_NODELIST": "gpu[07-08]", "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NODEID": 1,
+}  # fmt: skip
+
+
+def test_slurm(monkeypatch):
+    assert not SLURMEnvironment.detect()
+    set_variables(monkeypatch, **ALLOCATION)
+    assert SLURMEnvironment.detect()
+    environment = SLURMEnvironment()
+    assert environment.creates_processes_externally
+    assert environment.auto_requeue
+    assert environment.requeue_signal == signal.SIGUSR1
+    assert (environment.main_address, environment.main_port) == ("gpu07", 17342)
+    assert (environment.world_size(), environment.global_rank()) == (8, 5)
+    assert (environment.local_rank(), environment.node_rank()) == (1, 1)
+    assert (environment.job_id(), environment.job_name()) == (4815162342, "train")
+    environment.validate_settings(num_devices=4, num_nodes=2)
+    with pytest.raises(ValueError, match=r"devices must equal SLURM's --ntasks-per-node=4, received devices=2"):
+        environment.validate_settings(num_devices=2, num_nodes=2)
+    with pytest.raises(ValueError, match=r"num_nodes must equal SLURM's --nodes=2, received num_nodes=1"):
+        environment.validate_settings(num_devices=4, num_nodes=1)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(RuntimeError, match=r"--ntasks=8 without .* Use --ntasks-per-node=4 instead"):
+        environment.validate_settings(num_devices=4, num_nodes=2)
+    set_variables(monkeypatch, MASTER_ADDR="other", MASTER_PORT=99)
+    assert (environment.main_address, environment.main_port) == ("other", 99)
+
+
+@pytest.mark.parametrize("name", ["bash", "interactive"])
+def test_an_interactive_slurm_job_is_no_launch(monkeypatch, name):
+    set_variables(monkeypatch, **{**ALLOCATION, "SLURM_JOB_NAME": name})
+    assert not SLURMEnvironment.detect()
+    assert SLURMEnvironment.job_id() is None
+    SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
+
+
+def test_slurm_without_a_job_number():
+    assert SLURMEnvironment().main_port == 12910
+    assert SLURMEnvironment.job_id() is None
+
+
+def test_forgotten_srun_is_pointed_out(monkeypatch, tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text("#!/bin/sh\n")
+    srun.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.warns(UserWarning, match=r"The command `srun` is on this machine but was not used"):
+        SLURMEnvironment()
+    assert not SLURMEnvironment.detect()
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "expected"),
+    [
+        ("alpha", "alpha"),
+        ("alpha,beta,gamma", "alpha"),
+        ("alpha beta", "alpha"),
+        ("gpu[07-09,12],cpu3", "gpu07"),
+        ("host[22]", "host22"),
+        ("1-2-[3-4]", "1-2-3"),
+        ("rack-[5,7-9]-x", "rack-5-x"),
+        ("127.0.0.1", "127.0.0.1"),
+    ],
+)
+def test_first_node(nodelist, expected):
+    assert first_node(nodelist) == expected
+
+
+def test_lsf(monkeypatch, tmp_path):
+    assert not LSFEnvironment.detect()
+    ranks = tmp_path / "ranks"
+    here = socket.gethostname()
+    ranks.write_text(f"launch\nnode10\nnode10\n{here}\n{here}\n")
+    set_variables(
+        monkeypatch, LSB_JOBID=1234567, LSB_DJOB_RANKFILE=ranks, JSM_NAMESPACE_LOCAL_RANK=1, JSM_NAMESPACE_SIZE=4,
+        JSM_NAMESPACE_RANK=3,
+    )  # fmt: skip
+    assert LSFEnvironment.detect()
+    environment = LSFEnvironment()
+    assert environment.creates_processes_externally
+    assert (environment.main_address, environment.main_port) == ("node10", 10567)
+    assert (environment.world_size(), environment.global_rank()) == (4, 3)
+    assert (environment.local_rank(), environment.node_rank()) == (1, 1)
+    monkeypatch.setenv("MASTER_PORT", "77")
+    assert environment.main_port == 77
+    monkeypatch.delenv("JSM_NAMESPACE_RANK")
+    with pytest.raises(RuntimeError, match=r"The environment variable JSM_NAMESPACE_RANK must be set"):
+        environment.global_rank()
+
+
+def test_lsf_rank_files(tmp_path):
+    with pytest.raises(ValueError, match=r"LSB_DJOB_RANKFILE must name the rank file of the job, received '/nowhere'"):
+        read_rank_file("/nowhere")
+    empty = tmp_path / "empty"
+    empty.write_text("launch\n")
+    with pytest.raises(ValueError, match=r"at least one other line, received 1 lines"):
+        read_rank_file(str(empty))
+
+
+def test_kubeflow(monkeypatch):
+    environment = KubeflowEnvironment()
+    with pytest.raises(RuntimeError, match=r"MASTER_ADDR must be set"):
+        _ = environment.main_address
+    set_variables(monkeypatch, MASTER_ADDR="pod-0", MASTER_PORT=23456, WORLD_SIZE=3, RANK=2)
+    assert environment.creates_processes_externally
+    assert (environment.main_address, environment.main_port) == ("pod-0", 23456)
+    assert (environment.world_size(), environment.global_rank()) == (3, 2)
+    assert (environment.local_rank(), environment.node_rank()) == (0, 2)
+    with pytest.raises(NotImplementedError, match=r"Pass Trainer\(plugins=\[KubeflowEnvironment\(\)\]\)"):
+        KubeflowEnvironment.detect()
+
+
+def test_mpi_and_tpu_without_their_packages():
+    for environment, package in ((MPIEnvironment, "mpi4py"), (XLAEnvironment, "torch_xla")):
+        if not environment.detect():
+            with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, which is not installed"):
+                environment()
+
+
+def test_a_custom_environment_needs_all_methods():
+    class Half(ClusterEnvironment):
+        @property
+        def main_address(self) -> str:
+            return "here"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()

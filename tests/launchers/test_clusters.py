@@ -1,0 +1,110 @@
+"""Real processes under the variables of each launcher and scheduler: one script, the same weights everywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.distributed import _free_port
+
+SCRIPT = """
+import sys
+import torch
+from levin import Trainer
+from levin.environments import KubeflowEnvironment
+from tests.strategies.small import QUIET, Small
+
+if __name__ == "__main__":
+    folder, plugin, devices, nodes = sys.argv[1:5]
+    plugins = [KubeflowEnvironment()] if plugin == "kubeflow" else None
+    trainer = Trainer(**{**QUIET, "devices": int(devices), "num_nodes": int(nodes), "strategy": "ddp", "max_epochs": 1,
+                         "enable_checkpointing": False, "plugins": plugins})
+    module = Small()
+    trainer.fit(module)
+    torch.save({"weights": module.state_dict(), "seen": module.seen, "loss": trainer.callback_metrics["loss"],
+                "environment": type(trainer.strategy.cluster_environment).__name__},
+               f"{folder}/result-{trainer.global_rank}")
+"""
+ROOT = Path(__file__).parents[2]
+OURS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+def run(command: list[str], tmp_path: Path, ranks: list[dict[str, object]], arguments: tuple[str, ...]) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    base = {name: value for name, value in os.environ.items() if name not in OURS}
+    base["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    base["OMP_NUM_THREADS"] = "1"
+    processes = [
+        subprocess.Popen(
+            [*command, str(script), str(tmp_path), *arguments],
+            env={**base, **{name: str(value) for name, value in variables.items()}},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for variables in ranks
+    ]
+    errors = [process.communicate(timeout=150)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+
+
+def check(tmp_path: Path, environment: str) -> None:
+    import torch
+
+    results = [torch.load(tmp_path / f"result-{rank}", weights_only=False) for rank in range(2)]
+    assert [result["environment"] for result in results] == [environment] * 2
+    assert sorted(results[0]["seen"] + results[1]["seen"]) == list(range(16))
+    assert results[0]["loss"] == results[1]["loss"]
+    for first, second in zip(results[0]["weights"].values(), results[1]["weights"].values(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_the_script_alone(tmp_path):
+    run([sys.executable], tmp_path, [{}], ("-", "2", "1"))
+    check(tmp_path, "LightningEnvironment")
+
+
+def test_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
+    run(command, tmp_path, [{}], ("-", "2", "1"))
+    check(tmp_path, "TorchElasticEnvironment")
+
+
+def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:
+    port = _free_port()
+    if cluster == "srun":
+        common = {
+            "SLURM_JOB_ID": 12345, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2,
+            "SLURM_NNODES": 1, "SLURM_NODELIST": "localhost", "SLURM_NODEID": 0, "MASTER_PORT": port,
+        }  # fmt: skip
+        return [{**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(2)]
+    if cluster == "jsrun":
+        hosts = tmp_path / "hosts"
+        hosts.write_text("launch\nlocalhost\nlocalhost\n")
+        common = {"LSB_JOBID": 777, "LSB_DJOB_RANKFILE": hosts, "JSM_NAMESPACE_SIZE": 2, "MASTER_PORT": port}
+        return [{**common, "JSM_NAMESPACE_RANK": rank, "JSM_NAMESPACE_LOCAL_RANK": rank} for rank in range(2)]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if cluster == "kubeflow":
+        return [{**common, "WORLD_SIZE": 2, "RANK": rank} for rank in range(2)]
+    if cluster == "two machines by hand":
+        return [{**common, "NODE_RANK": rank} for rank in range(2)]
+    return [{**common, "LOCAL_RANK": rank} for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "devices", "nodes", "environment"),
+    [
+        ("srun", 2, 1, "SLURMEnvironment"),
+        ("jsrun", 2, 1, "LSFEnvironment"),
+        ("kubeflow", 1, 2, "KubeflowEnvironment"),
+        ("two machines by hand", 1, 2, "LightningEnvironment"),
+        ("by hand", 2, 1, "LightningEnvironment"),
+    ],
+)
+def test_started_from_outside(cluster, devices, nodes, environment, tmp_path):
+    run([sys.executable], tmp_path, variables_of(cluster, tmp_path), (cluster, str(devices), str(nodes)))
+    check(tmp_path, environment)

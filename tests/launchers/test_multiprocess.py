@@ -1,0 +1,249 @@
+"""Processes that run one function: their results, their failures, and what they inherit."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import warnings
+
+import pytest
+import torch
+
+from levin.environments import LightningEnvironment
+from levin.launchers import MultiProcessingLauncher
+
+METHODS = ["spawn", "fork", "forkserver"]
+
+
+class Entered:
+    """Knows its rank once the launcher has told it, as a strategy does."""
+
+    def __init__(self) -> None:
+        self.rank: int | None = None
+
+    def enter(self, local_rank: int) -> None:
+        self.rank = local_rank
+
+
+def launcher_for(start_method: str, entered: Entered, size: int = 2) -> MultiProcessingLauncher:
+    return MultiProcessingLauncher(LightningEnvironment(), size, start_method, entered.enter)
+
+
+def describe(entered: Entered, module: torch.nn.Module, shared: torch.Tensor, factor: int = 1):
+    with torch.no_grad():
+        module.weight.add_(10.0 * (entered.rank + 1))
+    shared[entered.rank] += 1
+    return {
+        "rank": entered.rank,
+        "weight": module.weight.detach(),
+        "pid": os.getpid(),
+        "factor": factor,
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "random": torch.rand(1),
+    }
+
+
+@pytest.mark.parametrize("start_method", METHODS)
+def test_the_result_of_rank_zero_comes_back(start_method):
+    entered = Entered()
+    module = torch.nn.Linear(1, 1)
+    with torch.no_grad():
+        module.weight.fill_(1.0)
+    shared = torch.zeros(2).share_memory_()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    result = launcher_for(start_method, entered).launch(describe, entered, module, shared, factor=4)
+    torch.set_rng_state(state)
+    assert result["rank"] == 0
+    assert result["pid"] != os.getpid()
+    assert result["factor"] == 4
+    # The other rank has weights of its own, and this process too; what was shared by intention stays shared.
+    assert result["weight"].item() == 11.0
+    assert module.weight.item() == 1.0
+    assert shared.tolist() == [1.0, 1.0]
+    assert entered.rank is None
+    # Settings and random states are those of this process.
+    assert result["threads"] == torch.get_num_threads()
+    assert not result["deterministic"]
+    assert torch.equal(result["random"], torch.rand(1))
+
+
+def fail_on(entered: Entered, rank: int, others_wait_s: float) -> None:
+    if entered.rank == rank:
+        raise KeyError(f"broken on {rank}")
+    time.sleep(others_wait_s)
+    raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("others_wait_s", [2.0, 100.0])
+def test_the_first_failure_ends_all_and_is_raised_with_its_traceback(start_method, rank, others_wait_s):
+    entered = Entered()
+    launcher = launcher_for(start_method, entered)
+    start = time.monotonic()
+    with pytest.raises(KeyError, match=f"broken on {rank}") as caught:
+        launcher.launch(fail_on, entered, rank, others_wait_s)
+    assert time.monotonic() - start < 30
+    assert f"The process with local rank {rank} failed" in str(caught.value.__cause__)
+    assert "in fail_on" in str(caught.value.__cause__)
+    assert not any(process.is_alive() for process in launcher._processes)
+
+
+def kill_one(entered: Entered, rank: int) -> None:
+    if entered.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+    raise RuntimeError("Connection closed by peer")
+
+
+def test_a_killed_process_is_named():
+    entered = Entered()
+    with pytest.raises(
+        RuntimeError, match=r"local rank 1 failed:\s+It left no traceback: it was ended by signal SIGKILL"
+    ):
+        launcher_for("fork", entered).launch(kill_one, entered, 1)
+
+
+class Unpicklable(Exception):
+    def __init__(self, first, second) -> None:
+        super().__init__("one text")
+
+
+def raise_unpicklable() -> None:
+    raise Unpicklable(1, 2)
+
+
+def test_an_exception_that_pickle_cannot_carry_still_tells_its_text():
+    with pytest.raises(RuntimeError, match=r"Unpicklable: one text"):
+        launcher_for("fork", Entered(), size=1).launch(raise_unpicklable)
+
+
+def leave(code: int) -> None:
+    raise SystemExit(code)
+
+
+def test_an_exit_status_passes_on():
+    with pytest.raises(SystemExit) as caught:
+        launcher_for("fork", Entered(), size=1).launch(leave, 143)
+    assert caught.value.code == 143
+
+
+def test_what_cannot_be_pickled_is_explained():
+    with pytest.raises(ValueError, match=r"start_method='spawn' sends the function .* use start_method='fork'"):
+        launcher_for("spawn", Entered()).launch(lambda: None)
+    assert launcher_for("fork", Entered()).launch(lambda: 5) == 5
+
+
+def count_queue(queue) -> None:
+    queue.put(1)
+
+
+def test_queues_can_be_arguments():
+    queue = multiprocessing.get_context("spawn").Queue()
+    launcher_for("spawn", Entered()).launch(count_queue, queue)
+    assert [queue.get(timeout=5), queue.get(timeout=5)] == [1, 1]
+    queue.close()
+
+
+class FakeTrainer:
+    """The part of a Trainer that the launcher knows."""
+
+    def __init__(self) -> None:
+        self.weights = torch.zeros(2)
+        self.state = type("State", (), {})()
+        self.state.fn = "fit"
+        self.restored: object = None
+
+    def collect_results(self):
+        return {"weights": self.weights}
+
+    def restore_results(self, results) -> None:
+        self.restored = results
+
+    def __getstate__(self):
+        return {"weights": self.weights, "restored": None, "state": None}
+
+
+def train(trainer: FakeTrainer, entered: Entered) -> str:
+    trainer.weights += entered.rank + 1
+    return "done"
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "fork"])
+def test_a_trainer_gets_the_results_of_rank_zero_and_fits_once(start_method):
+    trainer, entered = FakeTrainer(), Entered()
+    launcher = launcher_for(start_method, entered)
+    assert launcher.launch(train, trainer, entered, trainer=trainer) == "done"
+    assert trainer.restored["weights"].tolist() == [1.0, 1.0]
+    trainer.state.fn = "test"
+    launcher.launch(train, trainer, entered, trainer=trainer)
+    trainer.state.fn = "fit"
+    with pytest.raises(NotImplementedError, match=r"fit\(\) was called twice on one Trainer"):
+        launcher.launch(train, trainer, entered, trainer=trainer)
+
+
+def sleep_long(path: str) -> None:
+    with open(f"{path}-{os.getpid()}", "w"):
+        time.sleep(60)
+
+
+def test_kill_reaches_the_processes(tmp_path):
+    launcher = launcher_for("fork", Entered())
+
+    def kill_soon() -> None:
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        launcher.kill(signal.SIGTERM)
+
+    thread = threading.Thread(target=kill_soon)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="ended by signal SIGTERM"):
+        launcher.launch(sleep_long, str(tmp_path / "up"))
+    thread.join()
+    assert time.monotonic() - start < 30
+
+
+def launch_from_child(path: str) -> None:
+    launcher_for("fork", Entered()).launch(sleep_long, path)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    context = multiprocessing.get_context("fork")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python 3.12 warns about forks beside threads
+        middle = context.Process(target=launch_from_child, args=(str(tmp_path / "up"),))
+        middle.start()
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.02)
+    pids = [int(path.name.split("-")[1]) for path in tmp_path.iterdir()]
+    middle.kill()
+    middle.join()
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids)
+
+
+def test_which_methods_work_at_a_prompt():
+    assert launcher_for("fork", Entered()).is_interactive_compatible
+    assert not launcher_for("spawn", Entered()).is_interactive_compatible
+
+
+def multiply() -> float:
+    return float((torch.ones(400, 400) @ torch.ones(400, 400)).sum())
+
+
+def test_forked_processes_may_use_threads_after_this_one_did():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        expected = multiply()
+        assert launcher_for("fork", Entered()).launch(multiply) == expected
+    finally:
+        torch.set_num_threads(before)

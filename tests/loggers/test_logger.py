@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+
+from levin import loggers
+from levin.loggers import CSVLogger, DummyLogger, Logger, rank_zero_experiment
+from levin.loggers.logger import DummyExperiment
+from levin.utilities.rank_zero import rank_zero_only
+
+
+class ListLogger(Logger):
+    name = "list"
+    version = 3
+
+    def __init__(self) -> None:
+        self.lines: list = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.lines.append(params)
+
+    def save(self):
+        self.lines.append("save")
+
+
+def test_the_package_names_what_it_has():
+    assert dir(loggers) == sorted(loggers.__all__)
+    with pytest.raises(AttributeError, match="NoLogger"):
+        loggers.NoLogger
+
+
+def test_a_logger_needs_four_members():
+    with pytest.raises(TypeError, match="log_hyperparams"):
+        Logger()
+    logger = ListLogger()
+    assert (logger.save_dir, logger.root_dir, logger.log_dir, logger.group_separator) == (None, None, None, "/")
+    logger.log_graph(None)
+    logger.after_save_checkpoint(None)
+    logger.finalize("success")
+    assert logger.lines == ["save"]
+
+
+def test_the_dummy_accepts_everything():
+    logger = DummyLogger()
+    assert (logger.name, logger.version, logger.save_dir, logger.log_dir) == ("", "", None, None)
+    logger.log_metrics(1, 2, x=3)
+    logger.log_hyperparams()
+    logger.anything(1, a=2)
+    logger.experiment.add_scalar("a", 1)
+    logger.experiment["a"] = 1
+    assert logger[0] is logger
+    assert list(logger) == [logger]
+    assert isinstance(logger.experiment["a"], DummyExperiment)
+    assert list(logger.experiment) == []
+    for clone in (copy.deepcopy(logger), pickle.loads(pickle.dumps(logger))):
+        assert clone.name == ""
+
+
+def test_other_ranks_get_a_dummy_experiment(monkeypatch, tmp_path):
+    class Mine(DummyLogger):
+        @property
+        @rank_zero_experiment
+        def experiment(self):
+            """Mine."""
+            return "real"
+
+    assert Mine().experiment == "real"
+    assert Mine.experiment.fget.__doc__ == "Mine."
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert isinstance(Mine().experiment, DummyExperiment)
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1})
+    logger.log_hyperparams({"a": 1})
+    logger.save()
+    logger.finalize("success")
+    assert list(tmp_path.iterdir()) == []

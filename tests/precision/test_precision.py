@@ -1,0 +1,220 @@
+"""Number formats: what is converted, where, and how the loss is scaled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+
+# torch's loss scale is off on machines without CUDA unless it is made for the CPU.
+SCALER_DEVICE = "cpu"
+
+
+def test_single_precision_does_nothing():
+    precision = Precision()
+    module, batch = nn.Linear(2, 2), {"x": torch.zeros(1)}
+    assert precision.convert_module(module) is module
+    assert precision.convert_input(batch) is batch
+    assert precision.convert_output(batch) is batch
+    assert precision.scaler is None
+    assert precision.state_dict() == {}
+    with precision.forward_context(), precision.tensor_init_context(), precision.module_init_context():
+        assert torch.zeros(1).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        (HalfPrecision("16-true"), torch.float16),
+        (HalfPrecision("bf16-true"), torch.bfloat16),
+        (DoublePrecision(), torch.float64),
+    ],
+)
+def test_true_precisions_convert_everything_that_floats(precision, dtype):
+    module = precision.convert_module(nn.BatchNorm1d(2))
+    assert module.weight.dtype == module.running_mean.dtype == dtype
+    assert module.num_batches_tracked.dtype == torch.int64
+    batch = precision.convert_input({"x": [torch.zeros(1)], "y": torch.zeros(1, dtype=torch.int64), "name": "a"})
+    assert batch["x"][0].dtype == dtype
+    assert batch["y"].dtype == torch.int64
+    assert precision.convert_output(torch.zeros(1, dtype=dtype)).dtype == torch.float32
+    for context in (precision.forward_context, precision.tensor_init_context, precision.module_init_context):
+        with context():
+            assert torch.zeros(1).dtype == nn.Linear(1, 1).weight.dtype == dtype
+        with pytest.raises(RuntimeError, match="inside"), context():
+            raise RuntimeError("inside")
+        assert torch.get_default_dtype() == torch.float32
+
+
+def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():
+    precision = MixedPrecision("bf16-mixed", "cpu")
+    module = precision.convert_module(nn.Linear(2, 2))
+    assert module.weight.dtype == torch.float32
+    with precision.forward_context():
+        out = module(torch.zeros(1, 2))
+    assert out.dtype == torch.bfloat16
+    assert precision.convert_output([out])[0].dtype == torch.float32
+    assert precision.scaler is None
+    assert precision.precision == "bf16-mixed"
+
+
+def test_wrong_precision_names():
+    with pytest.raises(ValueError, match=r"must be '16-true' or 'bf16-true' for HalfPrecision, received '16-mixed'"):
+        HalfPrecision("16-mixed")
+    with pytest.raises(ValueError, match=r"must be '16-mixed' or 'bf16-mixed' for MixedPrecision, received '16'"):
+        MixedPrecision("16", "cpu")
+    with pytest.raises(ValueError, match=r"precision='bf16-mixed' takes no scaler"):
+        MixedPrecision("bf16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+
+
+class Recorder:
+    """A tiny training step that writes down in which order things happen."""
+
+    def __init__(self, precision: Precision, optimizer_class=torch.optim.SGD, skip: bool = False, **kwargs) -> None:
+        torch.manual_seed(0)
+        self.precision = precision
+        self.module = nn.Linear(2, 1)
+        self.optimizer = optimizer_class(self.module.parameters(), lr=0.1, **kwargs)
+        self.skip = skip
+        self.events: list[str] = []
+        self.gradient: torch.Tensor | None = None
+
+    def closure(self):
+        self.events.append("closure")
+        if self.skip:
+            return None
+        loss = self.module(torch.ones(1, 2)).sum()
+        self.optimizer.zero_grad()
+        self.precision.backward(self.precision.pre_backward(loss, self.module), self.module)
+        return loss
+
+    def before_step(self, optimizer) -> None:
+        self.events.append("before_step")
+        self.gradient = None if self.skip else self.module.weight.grad.clone()
+
+    def step(self):
+        return self.precision.optimizer_step(self.optimizer, self.module, self.closure, self.before_step)
+
+
+def test_the_step_runs_closure_then_hooks_then_update():
+    recorder = Recorder(Precision())
+    before = recorder.module.weight.detach().clone()
+    loss = recorder.step()
+    assert recorder.events == ["closure", "before_step"]
+    assert loss.item() == pytest.approx((before.sum() + recorder.module.bias + 0.1).item())
+    assert torch.allclose(recorder.module.weight, before - 0.1)
+    # Without a hook the closure goes to the optimizer as it is.
+    recorder.precision.optimizer_step(recorder.optimizer, recorder.module, recorder.closure)
+    # Without a closure the gradients that are there are used.
+    recorder.precision.optimizer_step(recorder.optimizer, before_step=recorder.before_step)
+    assert torch.allclose(recorder.module.weight, before - 0.3)
+
+
+def test_the_scaled_step_shows_hooks_unscaled_gradients():
+    precision = MixedPrecision("16-mixed", SCALER_DEVICE)
+    recorder = Recorder(precision)
+    before = recorder.module.weight.detach().clone()
+    loss = recorder.step()
+    assert recorder.events == ["closure", "before_step"]
+    assert torch.equal(recorder.gradient, torch.ones(1, 2))
+    assert torch.allclose(recorder.module.weight, before - 0.1)
+    assert isinstance(loss, torch.Tensor)
+    assert precision.scaler.get_scale() == 65536.0
+
+
+def test_an_overflow_skips_the_step_and_lowers_the_scale():
+    precision = MixedPrecision("16-mixed", SCALER_DEVICE)
+    recorder = Recorder(precision)
+    before = recorder.module.weight.detach().clone()
+
+    def closure():
+        recorder.closure()
+        recorder.module.weight.grad.fill_(float("inf"))
+        return torch.zeros(())
+
+    precision.optimizer_step(recorder.optimizer, recorder.module, closure)
+    assert torch.equal(recorder.module.weight, before)
+    assert precision.scaler.get_scale() == 32768.0
+    state = precision.state_dict()
+    fresh = MixedPrecision("16-mixed", SCALER_DEVICE)
+    fresh.load_state_dict(state)
+    recorder.precision = fresh
+    recorder.step()
+    assert fresh.scaler.get_scale() == 32768.0
+
+
+def test_a_skipped_batch_leaves_the_scaler_alone():
+    recorder = Recorder(MixedPrecision("16-mixed", SCALER_DEVICE), skip=True)
+    before = recorder.module.weight.detach().clone()
+    assert recorder.step() is None
+    assert torch.equal(recorder.module.weight, before)
+
+
+def test_what_a_loss_scale_cannot_do():
+    recorder = Recorder(MixedPrecision("16-mixed", SCALER_DEVICE), torch.optim.LBFGS)
+    with pytest.raises(ValueError, match=r"precision='16-mixed' cannot be used with LBFGS"):
+        recorder.step()
+    Recorder(MixedPrecision("bf16-mixed", "cpu"), torch.optim.LBFGS).step()
+    recorder = Recorder(MixedPrecision("16-mixed", SCALER_DEVICE), torch.optim.Adam, fused=True)
+    with pytest.raises(RuntimeError, match=r"cannot be used with the fused optimizer Adam .* Pass fused=False"):
+        recorder.precision.clip_gradients(recorder.optimizer, 1.0)
+    # Without clipping a fused optimizer divides by the scale itself.
+    before = recorder.module.weight.detach().clone()
+    recorder.step()
+    assert torch.allclose(recorder.module.weight, before - 0.1, atol=1e-4)
+
+
+def test_clipping():
+    module = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    precision = Precision()
+
+    def clipped(value, algorithm="norm"):
+        module.weight.grad = torch.tensor([[3.0, 4.0]])
+        precision.clip_gradients(optimizer, value, algorithm)
+        return module.weight.grad
+
+    torch.testing.assert_close(clipped(1.0), torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(clipped(3.5, "value"), torch.tensor([[3.0, 3.5]]))
+    for nothing in (None, 0, 0.0, -1):
+        assert torch.equal(clipped(nothing), torch.tensor([[3.0, 4.0]]))
+    with pytest.raises(ValueError, match=r"gradient_clip_algorithm must be 'norm' or 'value', received 'max'"):
+        clipped(1.0, "max")
+
+
+def test_gradients_can_be_unscaled_by_hand():
+    precision = MixedPrecision("16-mixed", SCALER_DEVICE)
+    recorder = Recorder(precision)
+    recorder.closure()
+    assert recorder.module.weight.grad[0, 0] == 65536.0
+    precision.unscale_gradients(recorder.optimizer)
+    assert recorder.module.weight.grad[0, 0] == 1.0
+    Precision().unscale_gradients(recorder.optimizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_half_precision_training_on_cuda():
+    precision = MixedPrecision("16-mixed", "cuda")
+    module = nn.Linear(8, 1).cuda()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    losses = []
+    batch = torch.randn(32, 8, device="cuda")
+
+    def closure():
+        with precision.forward_context():
+            out = module(batch)
+            assert out.dtype == torch.float16
+            loss = out.float().pow(2).mean()
+        optimizer.zero_grad()
+        precision.backward(precision.pre_backward(loss, module), module)
+        return loss
+
+    for _ in range(20):
+        loss = precision.optimizer_step(
+            optimizer, module, closure, lambda optimizer: precision.clip_gradients(optimizer, 10.0)
+        )
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import pstats
+import sys
+import time
+from types import ModuleType
+
+import pytest
+import torch
+
+from levin import profilers
+from levin.profilers import (
+    AdvancedProfiler,
+    PassThroughProfiler,
+    Profiler,
+    PyTorchProfiler,
+    SimpleProfiler,
+    XLAProfiler,
+)
+from levin.utilities.exceptions import MisconfigurationException
+
+
+class Recorder(Profiler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, str]] = []
+
+    def start(self, action_name: str) -> None:
+        self.calls.append(("start", action_name))
+
+    def stop(self, action_name: str) -> None:
+        self.calls.append(("stop", action_name))
+
+
+def test_the_package_names_what_it_has():
+    assert dir(profilers) == sorted(profilers.__all__)
+    with pytest.raises(AttributeError, match="NoProfiler"):
+        profilers.NoProfiler
+
+
+def test_profile_stops_even_when_the_body_fails():
+    profiler = Recorder()
+    with pytest.raises(RuntimeError, match="meant"), profiler.profile("a") as name:
+        assert name == "a"
+        raise RuntimeError("meant")
+    assert profiler.calls == [("start", "a"), ("stop", "a")]
+    assert profiler.local_rank == 0
+    assert profiler.summary() == ""
+    with pytest.raises(TypeError):
+        Profiler()
+
+
+def test_pass_through_does_nothing(caplog):
+    profiler = PassThroughProfiler()
+    with profiler.profile("a"):
+        pass
+    with caplog.at_level(logging.INFO, logger="levin"):
+        profiler.describe()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("profiler", [SimpleProfiler(), AdvancedProfiler()])
+def test_unbalanced_starts_and_stops_are_errors(profiler):
+    with pytest.raises(ValueError, match="never started"):
+        profiler.stop("a")
+    profiler.start("a")
+    with pytest.raises(ValueError, match="already started"):
+        profiler.start("a")
+    profiler.stop("a")
+    profiler.start("b")
+    profiler.teardown("fit")
+    profiler.start("b")
+    profiler.stop("b")
+
+
+def test_simple_profiler_counts_calls_and_seconds():
+    profiler = SimpleProfiler()
+    for _ in range(3):
+        with profiler.profile("sleep"):
+            time.sleep(0.01)
+    with profiler.profile("quick"):
+        pass
+    assert len(profiler.recorded_durations["sleep"]) == 3
+    assert all(0.01 <= duration < 0.1 for duration in profiler.recorded_durations["sleep"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in profiler.summary().splitlines() if "|" in line]
+    assert rows[0] == ["Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %"]
+    assert rows[1][0] == "Total" and rows[1][2] == "4" and rows[1][4] == "100 %"
+    assert [row[0] for row in rows[2:]] == ["sleep", "quick"]
+    assert rows[2][2] == "3"
+    assert 0 < float(rows[2][4]) <= 100
+    assert len({len(line) for line in profiler.summary().splitlines()[2:]}) == 1
+
+
+def test_simple_profiler_without_extension_leaves_columns_out():
+    profiler = SimpleProfiler(extended=False)
+    with profiler.profile("a"):
+        pass
+    assert "Num calls" not in profiler.summary()
+    assert SimpleProfiler().summary() and SimpleProfiler(extended=False).summary()
+
+
+def test_the_report_goes_to_a_file_named_after_stage_and_rank(tmp_path):
+    profiler = SimpleProfiler(filename="a/b")
+    profiler.setup("fit", local_rank=None, log_dir=str(tmp_path / "logs"))
+    with profiler.profile("x"):
+        pass
+    profiler.describe()
+    profiler.setup("test", local_rank=1, log_dir=str(tmp_path / "logs"))
+    profiler.describe()
+    assert sorted(os.listdir(tmp_path / "logs")) == ["fit-a_b.txt", "test-a_b-1.txt"]
+    assert (tmp_path / "logs" / "fit-a_b.txt").read_text().startswith("FIT Profiler Report")
+    own = SimpleProfiler(dirpath=tmp_path / "own", filename="p")
+    own.setup("fit", log_dir=str(tmp_path / "logs"))
+    own.describe()
+    assert os.listdir(tmp_path / "own") == ["fit-p.txt"]
+
+
+def test_the_report_goes_to_a_remote_file():
+    import fsspec
+
+    profiler = SimpleProfiler(dirpath="memory://reports", filename="p")
+    profiler.setup("fit")
+    profiler.describe()
+    assert "Profiler Report" in fsspec.filesystem("memory").cat_file("/reports/fit-p.txt").decode()
+
+
+def test_without_a_filename_the_report_is_printed(caplog):
+    profiler = SimpleProfiler()
+    with caplog.at_level(logging.INFO, logger="levin"):
+        profiler.describe()
+    assert "Profiler Report" in caplog.text
+
+
+def busy() -> list[int]:
+    return sorted(range(1000))
+
+
+def test_advanced_profiler_lists_functions_under_their_own_action():
+    profiler = AdvancedProfiler()
+    with profiler.profile("outer"):
+        with profiler.profile("inner"):
+            busy()
+        sum(range(10))
+    outer = profiler.summary().split("Profile stats for: inner")[0]
+    inner = profiler.summary().split("Profile stats for: inner")[1]
+    assert "(busy)" in inner and "(busy)" not in outer
+    assert "built-in method builtins.sum" in outer
+
+
+def test_advanced_profiler_shortens_lists_and_dumps_stats(tmp_path):
+    profiler = AdvancedProfiler(dirpath=tmp_path, filename="p", line_count_restriction=1, dump_stats=True)
+    profiler.setup("fit", local_rank=0)
+    with profiler.profile("[M]a/b"):
+        busy()
+    profiler.describe()
+    assert sorted(os.listdir(tmp_path)) == ["fit-p-0-[M]a_b.prof", "fit-p-0.txt"]
+    text = (tmp_path / "fit-p-0.txt").read_text()
+    assert "Profile stats for: [M]a/b rank: 0" in text and "due to restriction <1>" in text
+    assert any(name == "busy" for _, _, name in pstats.Stats(str(tmp_path / "fit-p-0-[M]a_b.prof")).stats)
+    profiler = AdvancedProfiler(dump_stats=True)
+    with profiler.profile("a"):
+        pass
+    with pytest.raises(ValueError, match="dirpath"):
+        profiler.describe()
+
+
+# ---- PyTorchProfiler ----
+
+
+def step(profiler: PyTorchProfiler, name: str, model: torch.nn.Module) -> None:
+    with profiler.profile(f"[Strategy]S.{name}"):
+        model(torch.zeros(1, 2)).sum()
+
+
+def make_model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU())
+
+
+def test_pytorch_profiler_records_three_steps_of_each_function(tmp_path):
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="p")
+    profiler.setup("fit")
+    model = make_model()
+    profiler.attach(model)
+    for _ in range(8):
+        with profiler.profile("run_training_batch"):
+            step(profiler, "training_step", model)
+    for _ in range(5):
+        step(profiler, "validation_step", model)
+    step(profiler, "training_step", model)
+    profiler.describe()
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
+    traces = sorted(path for path in os.listdir(tmp_path) if path.endswith(".pt.trace.json"))
+    assert [path.split(".")[1] for path in traces] == ["training_step", "validation_step"]
+    text = (tmp_path / "fit-p.txt").read_text()
+    assert "Profile stats for: [Strategy]S.training_step" in text
+    assert "Profile stats for: [Strategy]S.validation_step" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("aten::addmm")]
+    assert [row[-1] for row in rows] == ["3", "3"]
+    assert "Linear" in (tmp_path / traces[0]).read_text()
+    profiler.teardown("fit")
+    assert profiler.summary() == ""
+
+
+def test_pytorch_profiler_keeps_what_another_function_interrupts():
+    profiler = PyTorchProfiler(export_to_chrome=False, record_module_names=False)
+    model = make_model()
+    for _ in range(4):
+        step(profiler, "training_step", model)
+    for _ in range(2):
+        step(profiler, "validation_step", model)
+    text = profiler.summary()
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("aten::addmm")]
+    assert [row[-1] for row in rows] == ["2"]
+
+
+def test_pytorch_profiler_without_schedule_records_everything():
+    ready = []
+    profiler = PyTorchProfiler(schedule=None, on_trace_ready=ready.append, group_by_input_shapes=True, row_limit=5)
+    for size in (1, 2):
+        with profiler.profile("work"):
+            torch.zeros(size).sum()
+    text = profiler.summary()
+    assert len(ready) == 1
+    assert "Input Shapes" in text and "[levin]work" in text
+
+
+def test_pytorch_profiler_says_when_the_run_was_too_short(caplog):
+    profiler = PyTorchProfiler()
+    step(profiler, "training_step", make_model())
+    with caplog.at_level(logging.INFO, logger="levin"):
+        assert profiler.summary() == ""
+    assert "training_step ran 1 times" in caplog.text and "schedule=None" in caplog.text
+
+
+def test_pytorch_profiler_survives_a_failing_step(tmp_path):
+    profiler = PyTorchProfiler(schedule=None, export_to_chrome=False)
+    with pytest.raises(RuntimeError), profiler.profile("work"):
+        torch.zeros(2) @ torch.zeros(3)
+    profiler.teardown("fit")
+    other = PyTorchProfiler(schedule=None, export_to_chrome=False)
+    with other.profile("work"):
+        torch.zeros(2).sum()
+    assert "aten::sum" in other.summary()
+
+
+def test_pytorch_profiler_can_be_pickled_while_it_runs():
+    profiler = PyTorchProfiler(schedule=None, export_to_chrome=False)
+    profiler.start("work")
+    copy = pickle.loads(pickle.dumps(profiler))
+    profiler.stop("work")
+    profiler.teardown("fit")
+    assert copy.summary() == ""
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "match"),
+    [
+        ({"sort_by_key": "x"}, MisconfigurationException, "sort_by_key"),
+        ({"schedule": 3}, MisconfigurationException, "schedule"),
+        ({"schedule": lambda step: 3}, MisconfigurationException, "ProfilerAction"),
+        ({"table_kwargs": {"row_limit": 3}}, KeyError, "row_limit"),
+        ({"table_kwargs": {"nonsense": 3}}, KeyError, "nonsense"),
+        ({"nonsense": 3}, TypeError, "nonsense"),
+    ],
+)
+def test_pytorch_profiler_refuses_wrong_settings(kwargs, error, match):
+    with pytest.raises(error, match=match):
+        PyTorchProfiler(**kwargs)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a machine without CUDA")
+def test_nvtx_ranges_need_cuda():
+    with pytest.raises(MisconfigurationException, match="CUDA"):
+        PyTorchProfiler(emit_nvtx=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_pytorch_profiler_records_kernels():
+    profiler = PyTorchProfiler(schedule=None, export_to_chrome=False)
+    with profiler.profile("work"):
+        torch.zeros(1000, device="cuda").sum().item()
+    assert "CUDA total" in profiler.summary()
+    profiler = PyTorchProfiler(emit_nvtx=True)
+    with profiler.profile("work"):
+        torch.zeros(1000, device="cuda").sum().item()
+    assert profiler.summary() == ""
+
+
+# ---- XLAProfiler ----
+
+
+def test_xla_profiler_needs_torch_xla():
+    if "torch_xla" in sys.modules:
+        pytest.skip("torch_xla is installed")
+    with pytest.raises(ModuleNotFoundError, match="pip install torch_xla"):
+        XLAProfiler()
+
+
+def test_xla_profiler_marks_steps_and_backward(monkeypatch):
+    """There is no XLA device here, so its profiler is replaced by one that notes what is asked of it."""
+    calls: list[tuple] = []
+
+    class Trace:
+        def __init__(self, *args, **kwargs):
+            calls.append((type(self).__name__, *args, *kwargs.values()))
+
+        def __enter__(self):
+            calls.append(("enter",))
+
+        def __exit__(self, *args):
+            calls.append(("exit",))
+
+    class StepTrace(Trace):
+        pass
+
+    module = ModuleType("torch_xla.debug.profiler")
+    module.Trace, module.StepTrace = Trace, StepTrace
+    module.start_server = lambda port: calls.append(("server", port)) or object()
+    monkeypatch.setattr("levin.profilers.xla.find_spec", lambda name: object())
+    for name in ("torch_xla", "torch_xla.debug"):
+        parent = ModuleType(name)
+        parent.__path__ = []
+        monkeypatch.setitem(sys.modules, name, parent)
+    monkeypatch.setitem(sys.modules, "torch_xla.debug.profiler", module)
+    sys.modules["torch_xla.debug"].profiler = module
+    profiler = XLAProfiler(port=1)
+    for action in ("M.setup", "S.training_step", "S.backward", "S.training_step"):
+        with profiler.profile(action):
+            pass
+    assert [call for call in calls if call[0] not in ("enter", "exit")] == [
+        ("server", 1), ("StepTrace", "S.training_step", 0), ("Trace", "S.backward"), ("StepTrace", "S.training_step", 1),
+    ]  # fmt: skip
+    assert calls.count(("enter",)) == calls.count(("exit",)) == 3

@@ -1,0 +1,32 @@
+"""``import levin`` costs what ``import torch`` costs."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+LATER = ("torchmetrics", "rich", "tqdm", "tensorboard", "yaml", "fsspec", "jsonargparse", "omegaconf", "lightning")
+
+
+def seconds(statement: str) -> float:
+    code = f"import torch, time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.timing
+def test_import_adds_at_most_150_ms_to_torch():
+    assert statistics.median(seconds("import levin") for _ in range(3)) < 0.15
+    assert (
+        statistics.median(seconds("from levin import Trainer, LightningModule, LightningDataModule") for _ in range(3))
+        < 0.5
+    )
+
+
+def test_import_loads_nothing_that_is_used_later():
+    code = "import torch, sys; before = set(sys.modules); import levin; levin.Trainer; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    loaded = {name.split(".")[0] for name in eval(done.stdout)}
+    assert not loaded & set(LATER)
