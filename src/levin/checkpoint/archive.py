@@ -155,6 +155,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor._backward_hooks
         and not tensor.__dict__
+        and not tensor.is_nested
     )
 
 
