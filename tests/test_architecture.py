@@ -19,7 +19,7 @@ FLOORS = [
     ["data"],
     ["datamodule"],
     ["module"],
-    ["optimizer", "loading"],
+    ["optimizer", "loading", "exports"],
     ["hparams"],
     ["hooks"],
     ["engine"],

@@ -30,3 +30,21 @@ def test_import_loads_nothing_that_is_used_later():
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     loaded = {name.split(".")[0] for name in eval(done.stdout)}
     assert not loaded & set(LATER)
+
+
+def public_names() -> list[tuple[str, str]]:
+    code = (
+        "import importlib, levin\n"
+        "for room in ('levin', *(f'levin.{name}' for name in levin._ROOMS)):\n"
+        "    module = importlib.import_module(room)\n"
+        "    for name in getattr(module, '__all__', []):\n"
+        "        try:\n"
+        "            getattr(module, name)\n"
+        "        except (ImportError, AttributeError) as error:\n"
+        "            print(f'{room}.{name}: {error}')\n"
+    )
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_every_public_name_is_there():
+    assert public_names() == []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from levin import loading
+from levin.exports import Exports
 from levin.hooks import CheckpointHooks, DataHooks, ModelHooks
 from levin.hparams import HyperparametersMixin
 from levin.optimizer import LightningOptimizer
@@ -29,7 +30,7 @@ log = logging.getLogger("levin")
 Numbers = Union[int, float]
 
 
-class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
+class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     """A model with its training: layers in ``__init__``, a loss in ``training_step``, an optimizer in ``configure_optimizers``.
 
     Example:
@@ -46,6 +47,9 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY: str = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: str = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: str = "hparams_type"
     __jit_unused_properties__: list[str] = [
         "example_input_array", "on_gpu", "current_epoch", "global_step", "global_rank", "local_rank", "logger",
         "loggers", "automatic_optimization", "trainer", "fabric", "strict_loading", "device_mesh", "hparams",
@@ -63,6 +67,7 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         self._device_mesh: Any = None
         self._requires_grad_before_toggle: dict[nn.Parameter, bool] = {}
         self._compiler_ctx: Any = None
+        self._is_scripting: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -83,6 +88,8 @@ class LightningModule(HyperparametersMixin, ModelHooks, DataHooks, CheckpointHoo
         if self._fabric is not None and self._trainer is None:
             return self._fabric.trainer_shim(self)  # type: ignore[no-any-return]  # Fabric's stand-in for a Trainer
         if self._trainer is None:
+            if self._is_scripting:
+                return None  # type: ignore[return-value]  # TorchScript looks at every attribute
             raise RuntimeError(
                 f"{type(self).__qualname__} is not attached to a `Trainer`. Call `trainer.fit(model)` first."
             )

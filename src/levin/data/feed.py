@@ -21,6 +21,7 @@ class Feed:
         device: Where batches go.
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
+        on_demand: Yield an :class:`OnDemand` in place of each batch, and leave the batches where they are.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Feed:
         device: torch.device,
         convert: Optional[Callable[[Any], Any]] = None,
         transfer: Optional[Callable[[Any, torch.device, int], Any]] = None,
+        on_demand: bool = False,
     ) -> None:
         self.sources = sources
         self.limits = limits
@@ -40,9 +42,12 @@ class Feed:
         self.position: Optional[Position] = None
         self._convert = convert
         self._transfer = transfer
+        self._on_demand = on_demand
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
+        if self._on_demand:
+            return batch
         if self._convert is not None:
             batch = self._convert(batch)
         if self._transfer is None:
@@ -65,6 +70,10 @@ class Feed:
             start: Index of the first batch of the first source that ``iterator`` will give.
             iterator: Continues the first source; by default a new iterator of it.
         """
+        batches = self._batches(start, iterator)
+        return on_demand(batches) if self._on_demand else batches
+
+    def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
         place = self.place
         last_source = max((i for i, limit in enumerate(self.limits) if limit > 0 and self.lengths[i] > 0), default=-1)
         for dataloader_idx, source in enumerate(self.sources):
@@ -91,6 +100,37 @@ class Feed:
                     if batch_idx >= limit:
                         break
             iterator = None
+
+
+class OnDemand(Iterator[tuple[Any, int, int]]):
+    """What a step with an argument ``dataloader_iter`` gets: its batch, and after it those that follow.
+
+    Args:
+        item: ``(batch, batch_idx, dataloader_idx)`` of this step.
+        following: The rest; what is taken from it is not given to later steps.
+
+    Example:
+        >>> batches = OnDemand(("a", 0, 0), iter([("b", 1, 0)]))
+        >>> next(batches), next(batches)
+        (('a', 0, 0), ('b', 1, 0))
+    """
+
+    def __init__(self, item: tuple[Any, int, int], following: Iterator[tuple[Any, int, int]]) -> None:
+        self._item: Optional[tuple[Any, int, int]] = item
+        self._following = following
+
+    def __next__(self) -> tuple[Any, int, int]:
+        item, self._item = self._item, None
+        return next(self._following) if item is None else item
+
+
+def on_demand(items: Generator[tuple[Any, int, int], None, None]) -> Generator[tuple[Any, int, int], None, None]:
+    """Yield an :class:`OnDemand` over ``items`` in place of each batch."""
+    try:
+        for item in items:
+            yield OnDemand(item, items), item[1], item[2]
+    finally:
+        items.close()
 
 
 def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

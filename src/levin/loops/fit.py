@@ -96,6 +96,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             progress.increment_started()
             outputs = step(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
             progress.increment_processed()
+            is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
             if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
                 step_schedulers(run, "step", plateau=False)
             if is_last and run.schedulers and run.module.automatic_optimization:

@@ -118,6 +118,8 @@ def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> 
         raise RuntimeError(
             f"`{name}` has an argument `optimizer_idx`, which is not supported. Use manual optimization for several optimizers."
         )
+    if "dataloader_iter" in names:
+        return 1
     is_variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     takes_index = is_variadic or "dataloader_idx" in names or len(by_position) > 2

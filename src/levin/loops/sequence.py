@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Callable, Optional
@@ -25,7 +26,7 @@ from levin.precision.precision import Precision
 from levin.settings import num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
-from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
 
@@ -60,8 +61,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         callback.setup(trainer, module, stage=fn)
     module.setup(stage=fn)
     trainer._is_setting_up = False
-    with strategy.module_init_context() if has_hook(module, "configure_model") else nullcontext():
-        module.configure_model()
+    configure_model(trainer)
     checkpoint: Optional[dict[str, Any]] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
@@ -100,6 +100,20 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         logger.finalize("success")
     trainer.profiler.describe()
     return result
+
+
+def configure_model(trainer: Trainer) -> None:
+    """Let the module make its layers, on the device and in the precision where they will be."""
+    module = trainer.lightning_module
+    old = getattr(module, "configure_sharded_model", None)
+    is_new = has_hook(module, "configure_model")
+    if old is not None:
+        name = f"{type(module).__name__}.configure_sharded_model"
+        if is_new:
+            raise RuntimeError(f"`{name}` and `configure_model` are both defined. Keep `configure_model` alone.")
+        rank_zero_deprecation(f"`{name}` is deprecated. Rename it to `configure_model`.")
+    with trainer.strategy.module_init_context() if is_new or old is not None else nullcontext():
+        (old or module.configure_model)()
 
 
 def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
@@ -338,9 +352,11 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     """Return the feed of a stage."""
     precision = run.strategy.precision
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
+    step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
+    on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
     return Feed(
         loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
-        run.strategy.root_device, convert, run.transfer,
+        run.strategy.root_device, convert, run.transfer, on_demand,
     )  # fmt: skip
 
 

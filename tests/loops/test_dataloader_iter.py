@@ -1,0 +1,83 @@
+"""Steps that take the iterator itself, argument ``dataloader_iter``."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.parity import both
+
+QUIET = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "num_sanity_val_steps": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def module_of(lib, takes=1):
+    class Model(lib.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+            self.seen = []
+
+        def take(self, iterator, what):
+            batch, batch_idx, dataloader_idx = next(iterator)
+            self.seen.append((what, batch.tolist(), batch_idx, dataloader_idx))
+            return self.layer(batch).sum()
+
+        def training_step(self, dataloader_iter):
+            losses = [self.take(dataloader_iter, "train") for _ in range(takes)]
+            self.log("loss", losses[-1], on_epoch=True, batch_size=2)
+            return sum(losses)
+
+        def validation_step(self, dataloader_iter):
+            self.log("val", self.take(dataloader_iter, "val"), batch_size=2)
+
+        def test_step(self, dataloader_iter):
+            self.log("test", self.take(dataloader_iter, "test"), batch_size=2)
+
+        def predict_step(self, dataloader_iter):
+            return self.take(dataloader_iter, "predict")
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            raise AssertionError("transfer hooks are not run")
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Model()
+
+
+def outcome(lib, takes, limit):
+    torch.manual_seed(1)
+    model = module_of(lib, takes)
+    data = DataLoader(torch.arange(32.0).view(8, 4), batch_size=2)
+    trainer = lib.Trainer(max_epochs=2, limit_train_batches=limit, **QUIET)
+    trainer.fit(model, data, data)
+    fit = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    results = trainer.validate(model, data, verbose=False), trainer.test(model, data, verbose=False)
+    predictions = [float(value) for value in trainer.predict(model, data)]
+    return model.seen, fit, results, predictions, trainer.global_step
+
+
+@pytest.mark.parametrize(("takes", "limit"), [(1, 1.0), (1, 3), (2, 1.0)])
+def test_a_run_is_that_of_lightning(takes, limit):
+    assert outcome(both.levin(), takes, limit) == outcome(both.lightning(), takes, limit)
+
+
+def test_an_iterator_that_ends_inside_of_a_step_ends_the_epoch():
+    model = module_of(both.levin(), takes=3)
+    trainer = both.levin().Trainer(max_epochs=1, **QUIET)
+    trainer.fit(model, DataLoader(torch.zeros(8, 4), batch_size=2))
+    assert trainer.global_step == 1
+    assert [index for _, _, index, _ in model.seen] == [0, 1, 2, 3]
