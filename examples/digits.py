@@ -84,7 +84,7 @@ class DigitsData(levin.LightningDataModule):
 class DigitClassifier(levin.LightningModule):
     """A small convolutional network: 8 x 8 pixels -> 4 x 4 -> 2 x 2 -> ten scores."""
 
-    def __init__(self, width: int = 48, learning_rate: float = 3e-3, dropout: float = 0.5) -> None:
+    def __init__(self, width: int = 32, learning_rate: float = 3e-3, dropout: float = 0.5) -> None:
         super().__init__()
         # Stores the arguments in `self.hparams`, in the logs and in every checkpoint, so that
         # `DigitClassifier.load_from_checkpoint(path)` needs nothing but the path.
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> float:
     """Trains and tests; returns the test accuracy."""
     parser = argparse.ArgumentParser(description="Trains a small convolutional network on handwritten digits.")
     parser.add_argument("--seed", type=int, default=0, help="of the split, the weights, the order and the augmentation")
-    parser.add_argument("--max-epochs", type=int, default=40)
+    parser.add_argument("--max-epochs", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where the run folder goes (default: runs)")
     args = parser.parse_args(argv)
 

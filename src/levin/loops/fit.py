@@ -151,7 +151,7 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     every_epochs = trainer.check_val_every_n_epoch
     if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs != 0:
         return False
-    if is_last and trainer.val_check_batch == math.inf:
+    if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
     if trainer.should_stop and _may_stop(trainer):
         return True
@@ -164,6 +164,11 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return bool((batch_idx + 1) % trainer.limit_train_batches == 0)
     index = batch_idx if every_epochs is not None else trainer.fit_loop.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
+
+
+def _is_once_an_epoch(trainer: Trainer) -> bool:
+    """Whether the interval is the whole epoch, however many batches each step of it took."""
+    return trainer.check_val_every_n_epoch is not None and trainer.val_check_batch == trainer.num_training_batches
 
 
 def _end_epoch(run: Run) -> None:
