@@ -247,4 +247,4 @@ class CountingStream(StatefulStream):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.epoch = state["epoch"]
-        self.goes_on = True
+        self.goes_on = state["made"] > 0

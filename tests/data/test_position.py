@@ -146,13 +146,13 @@ in_workers = st.builds(
 stops = st.tuples(st.integers(0, EPOCHS - 1), st.integers(1, 30))
 
 
-@examples(150)
+@examples(80)
 @given(config=in_process, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_without_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
 
 
-@examples(25)
+@examples(12)
 @given(config=in_workers, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_with_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
@@ -173,13 +173,13 @@ def test_spawned_workers_go_on_exactly(persistent):
     assert stopped.seen + resumed.seen == unbroken.seen
 
 
-@examples(60)
+@examples(40)
 @given(config=in_process, epochs=st.integers(1, 2))
 def test_following_changes_no_number_without_workers(config, epochs):
     assert followed(config, epochs) == plain(config, epochs)
 
 
-@examples(8)
+@examples(5)
 @given(config=in_workers)
 def test_following_changes_no_number_in_workers(config):
     assert followed(config, 2) == plain(config, 2)
@@ -276,7 +276,7 @@ def test_data_set_with_state_goes_on_exactly(size, batch_size, drop_last, resets
     check(make, stop, limit, lookahead)
 
 
-@examples(15)
+@examples(8)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     num_workers=st.integers(1, 3),
@@ -391,9 +391,14 @@ def test_generator_of_an_iterable_goes_on_in_the_next_epoch(stop):
     check(Drawing, stop, limit=3)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(("stop", "limit"), [((0, 2), None), ((1, 3), None), ((0, 9), None), ((0, 9), 4), ((1, 4), 4)])
-def test_torchdata_loader_goes_on_through_its_state(num_workers, stop, limit):
+@pytest.mark.parametrize(
+    ("stop", "limit", "num_workers"),
+    [
+        ((0, 2), None, 0), ((1, 3), None, 0), ((0, 9), None, 0), ((0, 9), 4, 0), ((1, 4), 4, 0),
+        ((1, 3), None, 2), ((0, 9), 4, 2),
+    ],
+)  # fmt: skip
+def test_torchdata_loader_goes_on_through_its_state(stop, limit, num_workers):
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
     torch_data = list(range(12))
 
@@ -414,7 +419,7 @@ def test_torchdata_loader_goes_on_through_its_state(num_workers, stop, limit):
 # ---------------------------------------------------------------- joint loaders
 
 
-@examples(60)
+@examples(40)
 @given(
     first=in_process,
     second=in_process,
@@ -427,7 +432,7 @@ def test_joint_loaders_go_on_exactly(first, second, mode, stop, limit, lookahead
     check(lambda: Joint([first.make(), range(4), second.make()], mode, list), stop, limit, lookahead)
 
 
-@examples(6)
+@examples(4)
 @given(mode=st.sampled_from(["min_size", "max_size_cycle", "max_size"]), stop=stops, persistent=st.booleans())
 def test_joint_loaders_with_workers_go_on_exactly(mode, stop, persistent):
     first = Config(sources="tpnogl", num_workers=2, persistent=persistent)
