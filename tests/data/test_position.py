@@ -146,13 +146,13 @@ in_workers = st.builds(
 stops = st.tuples(st.integers(0, EPOCHS - 1), st.integers(1, 30))
 
 
-@examples(80)
+@examples(150)
 @given(config=in_process, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_without_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
 
 
-@examples(12)
+@examples(20)
 @given(config=in_workers, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_with_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
@@ -260,7 +260,7 @@ def stream_loader(kind: type[Stream], sizes: list[int], num_workers: int, **kwar
     return make
 
 
-@examples(60)
+@examples(150)
 @given(
     size=st.integers(0, 20),
     batch_size=st.integers(1, 4),
@@ -276,7 +276,7 @@ def test_data_set_with_state_goes_on_exactly(size, batch_size, drop_last, resets
     check(make, stop, limit, lookahead)
 
 
-@examples(8)
+@examples(20)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     num_workers=st.integers(1, 3),
@@ -292,6 +292,18 @@ def test_data_set_with_state_in_workers_goes_on_exactly(
 ):
     make = stream_loader(kind, sizes, num_workers, batch_size=batch_size, persistent=persistent, resets=resets)
     check(make, stop, None, lookahead)
+
+
+@pytest.mark.parametrize("stop", [(0, 1), (0, 2)])
+@pytest.mark.parametrize(("num_workers", "limit"), [(0, None), (0, 1), (1, None)])
+@pytest.mark.parametrize("kind", [StatefulStream, ContinuingStream, CountingStream])
+def test_data_set_with_state_begins_the_next_epoch_at_its_start(kind, num_workers, limit, stop):
+    check(stream_loader(kind, [1], num_workers, batch_size=2, persistent=True), stop, limit)
+    check(stream_loader(kind, [5], num_workers, batch_size=2, persistent=True), stop, limit)
+
+
+def test_data_set_in_flight_begins_the_next_epoch_at_its_start():
+    check(stream_loader(StatefulStream, [3], 0, batch_size=1), (0, 1), None, lookahead=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -419,7 +431,7 @@ def test_torchdata_loader_goes_on_through_its_state(stop, limit, num_workers):
 # ---------------------------------------------------------------- joint loaders
 
 
-@examples(40)
+@examples(80)
 @given(
     first=in_process,
     second=in_process,
@@ -438,6 +450,11 @@ def test_joint_loaders_with_workers_go_on_exactly(mode, stop, persistent):
     first = Config(sources="tpnogl", num_workers=2, persistent=persistent)
     second = Config(sources="t", sampler="in_place", batch_size=5)
     check(lambda: Joint([first.make(), second.make()], mode, list), stop)
+
+
+@pytest.mark.parametrize("stop", [(0, 2), (0, 3), (0, 5), (0, 6)])
+def test_exhausted_joint_loader_gives_again_in_the_next_epoch(stop):
+    check(lambda: Joint([range(5), range(2)], "max_size", list), stop)
 
 
 @pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
