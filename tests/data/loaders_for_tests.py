@@ -31,7 +31,9 @@ class Augmented(Dataset):
     def __init__(self, sources: str = "", size: int = SIZE):
         self.sources = sources
         self.size = size
-        self.own = [numpy.random.default_rng(5), random.Random(6), torch.Generator().manual_seed(7)]
+        self.own = [numpy.random.default_rng(5), random.Random(6)]
+        if "g" in sources:  # PyTorch cannot send one to a spawned worker
+            self.own.append(torch.Generator().manual_seed(7))
         self.legacy = {"state": numpy.random.RandomState(8)}
         self.lazy = None
         self.loaded = []
@@ -49,8 +51,9 @@ class Augmented(Dataset):
         if "n" in self.sources:
             noise += numpy.random.rand() + numpy.random.randn()
         if "o" in self.sources:
-            noise += self.own[0].random() + self.own[1].random() + torch.rand((), generator=self.own[2]).item()
-            noise += self.legacy["state"].randn()
+            noise += self.own[0].random() + self.own[1].random() + self.legacy["state"].randn()
+        if "g" in self.sources:
+            noise += torch.rand((), generator=self.own[2]).item()
         if "l" in self.sources:
             if self.lazy is None:
                 info = get_worker_info()
@@ -207,3 +210,41 @@ class StatefulStream(Stream):
 
     def load_state_dict(self, state):
         self.start = self.made = state["made"]
+
+
+class ContinuingStream(StatefulStream):
+    """Goes on where it is in every iteration, and starts again only after its end."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker = 0 if info is None else info.id
+        while self.made < self.sizes[worker % len(self.sizes)]:
+            self.made += 1
+            yield worker, self.made, (random.random() if self.noise else 0.0)
+        self.made = 0
+
+    def load_state_dict(self, state):
+        self.made = state["made"]
+
+
+class CountingStream(StatefulStream):
+    """Gives other numbers in every epoch, by a counter that is part of its state."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.epoch = 0
+        self.goes_on = False
+
+    def __iter__(self):
+        self.epoch += not self.goes_on
+        self.goes_on = False
+        for worker, number, noise in super().__iter__():
+            yield worker, number + 100 * self.epoch, noise
+
+    def state_dict(self):
+        return {"made": self.made, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.epoch = state["epoch"]
+        self.goes_on = state["made"] > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from levin.data.position import Joint, Position
 from levin.utilities.seed import collect_rng_states, set_rng_states
-from tests.data.loaders_for_tests import SAMPLERS, Config, StatefulStream, Stream
+from tests.data.loaders_for_tests import SAMPLERS, Config, ContinuingStream, CountingStream, StatefulStream, Stream
 
 EPOCHS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -65,8 +66,11 @@ def saved_and_loaded(state: Any) -> Any:
 class Run:
     """Iterates a loader for some epochs, from where a state says, and keeps what it sees."""
 
-    def __init__(self, make: Callable[[], Any], limit: int | None = None, lookahead: int = 0) -> None:
+    def __init__(
+        self, make: Callable[[], Any], limit: int | None = None, lookahead: int = 0, epochs: int = EPOCHS
+    ) -> None:
         self.loader = make()
+        self.epochs = epochs
         self.limit = limit
         self.lookahead = lookahead
         self.position = Position()
@@ -80,7 +84,7 @@ class Run:
             first, begun = state["epoch"], state["num_done"]
             self.position.load_state_dict(state["position"])
             set_rng_states(state["rng"])
-        for epoch in range(first, EPOCHS):
+        for epoch in range(first, self.epochs):
             num_done = begun if epoch == first else 0
             batches = with_lookahead(self.position.iterate(self.loader, self.lookahead), self.lookahead)
             if num_done != self.limit:
@@ -124,14 +128,14 @@ def check(make: Callable[[], Any], stop: tuple[int, int], limit: int | None = No
 in_process = st.builds(
     Config,
     sampler=st.sampled_from(sorted(SAMPLERS)),
-    sources=st.sampled_from(["", "t", "p", "n", "o", "l", "tpnol"]),
+    sources=st.sampled_from(["", "t", "p", "n", "o", "g", "l", "tpnogl"]),
     batch_size=st.integers(1, 5),
     collates=st.booleans(),
 )
 in_workers = st.builds(
     Config,
     sampler=st.sampled_from(sorted(SAMPLERS)),
-    sources=st.sampled_from(["", "tpn", "ol", "tpnol"]),
+    sources=st.sampled_from(["", "tpn", "ogl", "tpnogl"]),
     batch_size=st.integers(2, 5),
     num_workers=st.integers(1, 3),
     persistent=st.booleans(),
@@ -148,7 +152,7 @@ def test_loader_without_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
 
 
-@examples(25)
+@examples(20)
 @given(config=in_workers, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_with_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
@@ -156,26 +160,26 @@ def test_loader_with_workers_goes_on_exactly(config, stop, limit, lookahead):
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_spawned_workers_go_on_exactly(persistent):
-    config = Config(sources="tpnol", num_workers=1, persistent=persistent, context="spawn", sampler="shuffle")
+    forked = Config(sources="tpnol", num_workers=1, persistent=persistent, sampler="shuffle")
+    spawned = replace(forked, context="spawn")
     seed(11)
-    unbroken = Run(config.make, limit=3)
+    unbroken = Run(forked.make, limit=3, epochs=2)
     unbroken.go()
-    for stop in ((0, 2), (1, 2)):
-        seed(11)
-        stopped = Run(config.make, limit=3)
-        state = stopped.go(stop=stop)
-        resumed = Run(config.make, limit=3)
-        resumed.go(state)
-        assert stopped.seen + resumed.seen == unbroken.seen
+    seed(11)
+    stopped = Run(spawned.make, limit=3, epochs=2)
+    state = stopped.go(stop=(1, 2))
+    resumed = Run(spawned.make, limit=3, epochs=2)
+    resumed.go(state)
+    assert stopped.seen + resumed.seen == unbroken.seen
 
 
-@examples(60)
+@examples(40)
 @given(config=in_process, epochs=st.integers(1, 2))
 def test_following_changes_no_number_without_workers(config, epochs):
     assert followed(config, epochs) == plain(config, epochs)
 
 
-@examples(8)
+@examples(5)
 @given(config=in_workers)
 def test_following_changes_no_number_in_workers(config):
     assert followed(config, 2) == plain(config, 2)
@@ -256,7 +260,7 @@ def stream_loader(kind: type[Stream], sizes: list[int], num_workers: int, **kwar
     return make
 
 
-@examples(60)
+@examples(150)
 @given(
     size=st.integers(0, 20),
     batch_size=st.integers(1, 4),
@@ -265,13 +269,14 @@ def stream_loader(kind: type[Stream], sizes: list[int], num_workers: int, **kwar
     stop=stops,
     limit=st.none() | st.integers(1, 5),
     lookahead=st.integers(0, 2),
+    kind=st.sampled_from([StatefulStream, ContinuingStream, CountingStream]),
 )
-def test_data_set_with_state_goes_on_exactly(size, batch_size, drop_last, resets, stop, limit, lookahead):
-    make = stream_loader(StatefulStream, [size], 0, batch_size=batch_size, drop_last=drop_last, resets=resets)
+def test_data_set_with_state_goes_on_exactly(size, batch_size, drop_last, resets, stop, limit, lookahead, kind):
+    make = stream_loader(kind, [size], 0, batch_size=batch_size, drop_last=drop_last, resets=resets)
     check(make, stop, limit, lookahead)
 
 
-@examples(15)
+@examples(20)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3),
     num_workers=st.integers(1, 3),
@@ -280,14 +285,25 @@ def test_data_set_with_state_goes_on_exactly(size, batch_size, drop_last, resets
     resets=st.booleans(),
     stop=stops,
     lookahead=st.integers(0, 2),
+    kind=st.sampled_from([StatefulStream, ContinuingStream, CountingStream]),
 )
 def test_data_set_with_state_in_workers_goes_on_exactly(
-    sizes, num_workers, persistent, batch_size, resets, stop, lookahead
+    sizes, num_workers, persistent, batch_size, resets, stop, lookahead, kind
 ):
-    make = stream_loader(
-        StatefulStream, sizes, num_workers, batch_size=batch_size, persistent=persistent, resets=resets
-    )
+    make = stream_loader(kind, sizes, num_workers, batch_size=batch_size, persistent=persistent, resets=resets)
     check(make, stop, None, lookahead)
+
+
+@pytest.mark.parametrize("stop", [(0, 1), (0, 2)])
+@pytest.mark.parametrize(("num_workers", "limit"), [(0, None), (0, 1), (1, None)])
+@pytest.mark.parametrize("kind", [StatefulStream, ContinuingStream, CountingStream])
+def test_data_set_with_state_begins_the_next_epoch_at_its_start(kind, num_workers, limit, stop):
+    check(stream_loader(kind, [1], num_workers, batch_size=2, persistent=True), stop, limit)
+    check(stream_loader(kind, [5], num_workers, batch_size=2, persistent=True), stop, limit)
+
+
+def test_data_set_in_flight_begins_the_next_epoch_at_its_start():
+    check(stream_loader(StatefulStream, [3], 0, batch_size=1), (0, 1), None, lookahead=2)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -319,7 +335,7 @@ def test_data_loader_that_changes_its_batches_is_read_again():
                 yield batch
 
     with pytest.warns(UserWarning, match="Doubled cannot say where it is"):
-        check(lambda: Doubled(range(10), batch_size=2, shuffle=True), (1, 3))
+        check(lambda: Doubled(range(10), batch_size=2, shuffle=True, collate_fn=list), (1, 3))
 
 
 class StatefulLoader:
@@ -340,14 +356,61 @@ class StatefulLoader:
 
 
 @pytest.mark.parametrize("lookahead", [0, 1, 2])
-@pytest.mark.parametrize("stop", [(0, 1), (1, 3), (2, 6)])
-def test_loader_with_state_goes_on_through_it(stop, lookahead):
-    check(StatefulLoader, stop, None, lookahead)
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("stop", [(0, 1), (1, 3), (1, 4), (2, 6), (1, 7), (0, 8)])
+def test_loader_with_state_goes_on_through_it(stop, lookahead, limit):
+    check(StatefulLoader, stop, limit, lookahead)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("stop", [(0, 2), (1, 3)])
-def test_torchdata_loader_goes_on_through_its_state(num_workers, stop):
+class RestartingLoader(StatefulLoader):
+    """Goes on from a loaded state once, and starts again otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = 0
+
+    def __iter__(self):
+        begin, self.begin = self.begin, 0
+        for self.index in range(begin + 1, 8):
+            yield self.index
+
+    def load_state_dict(self, state):
+        self.index = self.begin = state["index"]
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("limit", [None, 4])
+@pytest.mark.parametrize("stop", [(0, 1), (1, 4), (1, 7), (0, 8)])
+def test_loader_that_goes_on_once_starts_the_next_epoch_anew(stop, lookahead, limit):
+    check(RestartingLoader, stop, limit, lookahead)
+
+
+class Drawing:
+    """An iterable without state whose own generator goes on from epoch to epoch."""
+
+    def __init__(self) -> None:
+        self.rng = random.Random(1)
+
+    def __iter__(self):
+        for _ in range(5):
+            yield self.rng.random()
+
+
+@pytest.mark.parametrize("stop", [(0, 2), (1, 5), (0, 6)])
+@pytest.mark.filterwarnings("ignore:Drawing cannot say where it is")
+def test_generator_of_an_iterable_goes_on_in_the_next_epoch(stop):
+    check(Drawing, stop)
+    check(Drawing, stop, limit=3)
+
+
+@pytest.mark.parametrize(
+    ("stop", "limit", "num_workers"),
+    [
+        ((0, 2), None, 0), ((1, 3), None, 0), ((0, 9), None, 0), ((0, 9), 4, 0), ((1, 4), 4, 0),
+        ((1, 3), None, 2), ((0, 9), 4, 2),
+    ],
+)  # fmt: skip
+def test_torchdata_loader_goes_on_through_its_state(stop, limit, num_workers):
     stateful = pytest.importorskip("torchdata.stateful_dataloader")
     torch_data = list(range(12))
 
@@ -357,9 +420,9 @@ def test_torchdata_loader_goes_on_through_its_state(num_workers, stop):
     seen = []
     for state in (None, stop):
         seed(4)
-        run = Run(make)
+        run = Run(make, limit)
         seen.append([run, run.go(stop=state)])
-    resumed = Run(make)
+    resumed = Run(make, limit)
     resumed.go(seen[1][1])
     whole = [batch.tolist() for _, _, batch in seen[0][0].seen]
     assert [batch.tolist() for _, _, batch in seen[1][0].seen + resumed.seen] == whole
@@ -368,7 +431,7 @@ def test_torchdata_loader_goes_on_through_its_state(num_workers, stop):
 # ---------------------------------------------------------------- joint loaders
 
 
-@examples(60)
+@examples(80)
 @given(
     first=in_process,
     second=in_process,
@@ -381,12 +444,34 @@ def test_joint_loaders_go_on_exactly(first, second, mode, stop, limit, lookahead
     check(lambda: Joint([first.make(), range(4), second.make()], mode, list), stop, limit, lookahead)
 
 
-@examples(6)
+@examples(4)
 @given(mode=st.sampled_from(["min_size", "max_size_cycle", "max_size"]), stop=stops, persistent=st.booleans())
 def test_joint_loaders_with_workers_go_on_exactly(mode, stop, persistent):
-    first = Config(sources="tpnol", num_workers=2, persistent=persistent)
+    first = Config(sources="tpnogl", num_workers=2, persistent=persistent)
     second = Config(sources="t", sampler="in_place", batch_size=5)
     check(lambda: Joint([first.make(), second.make()], mode, list), stop)
+
+
+@pytest.mark.parametrize("stop", [(0, 2), (0, 3), (0, 5), (0, 6)])
+def test_exhausted_joint_loader_gives_again_in_the_next_epoch(stop):
+    check(lambda: Joint([range(5), range(2)], "max_size", list), stop)
+
+
+@pytest.mark.parametrize("mode", ["min_size", "max_size_cycle", "max_size"])
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (4, 8), (6, 6), (2, 4), (1, 4)])
+def test_last_joint_batch_is_given_again_when_the_end_was_seen(mode, sizes):
+    def make() -> Joint:
+        return Joint(
+            [DataLoader(range(size), batch_size=2, shuffle=True, collate_fn=list) for size in sizes], mode, list
+        )
+
+    seed(7)
+    position = Position()
+    batches = list(position.iterate(make(), lookahead=1))
+    state = saved_and_loaded(position.state_dict(len(batches) - 1))
+    later = Position()
+    later.load_state_dict(state)
+    assert list(later.iterate(make(), lookahead=1)) == batches[-1:]
 
 
 # ---------------------------------------------------------------- what cannot be exact
@@ -406,7 +491,7 @@ def go_on_with(before: Config, after: Config, stop: tuple[int, int]) -> list[int
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_sample_is_seen_once_with_another_batch_size(num_workers):
-    before, after = Config(batch_size=3), Config(batch_size=4, num_workers=num_workers)
+    before, after = (Config(batch_size=size, num_workers=num_workers) for size in (3, 4))
     with pytest.warns(UserWarning, match="batch_size was 3"):
         samples = go_on_with(before, after, (0, 5))
     assert sorted(samples) == list(range(23))

@@ -12,8 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from levin.data.combined import Mode, Rebuild, joint
-from levin.data.trackers import Tracker, tracker_for
+from torch.utils.data import DataLoader, IterableDataset
+
+from levin.data.combined import Mode, Rebuild, is_stateful, joint
+from levin.data.loader_trackers import IndexTracker, IterableTracker
+from levin.data.trackers import ReplayTracker, StatefulTracker, Tracker
 
 State = dict[str, Any]
 
@@ -52,18 +55,18 @@ class Position:
         """
         tracker = self._tracker
         if tracker is None or tracker.loader is not loader or tracker.lookahead != lookahead:
-            joins = isinstance(loader, Joint)
-            tracker = JointTracker(loader, lookahead) if joins else tracker_for(loader, lookahead)
-            self._tracker = tracker
+            self._tracker = tracker = tracker_for(loader, lookahead)
         loaded, self._loaded = self._loaded, None
         self._is_finished = False
         self.num_pulled = 0
         if loaded is not None and not loaded["is_finished"]:
+            tracker.is_ended = loaded["is_ended"]
             iterator = tracker.resume(loaded)
             self.num_pulled = loaded["num_done"]
         else:
             if loaded is not None:
                 tracker.reopen(loaded)
+            tracker.is_ended = False
             iterator = tracker.start()
         return self._pull(tracker, iterator)
 
@@ -84,8 +87,13 @@ class Position:
         if self._tracker is None:
             return {}
         num_done = self.num_pulled if num_done is None else min(num_done, self.num_pulled)
-        state = self._tracker.state(num_done, self.num_pulled - num_done)
-        return {"kind": self._tracker.kind, "is_finished": self._is_finished, "num_done": num_done, **state}
+        return {
+            "kind": self._tracker.kind,
+            "is_finished": self._is_finished,
+            "is_ended": self._tracker.is_ended and num_done == self.num_pulled,
+            "num_done": num_done,
+            **self._tracker.state(num_done, self.num_pulled - num_done),
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Take what :meth:`state_dict` returned; the next :meth:`iterate` goes on there."""
@@ -98,6 +106,7 @@ class Position:
         for batch in iterator:
             self.num_pulled += 1
             yield batch
+        tracker.is_ended = True
 
 
 class Joint(Iterable[Any]):
@@ -134,6 +143,11 @@ class JointTracker(Tracker):
         self.exhausted: list[bool] = []
         # Which loaders gave something to each of the last batches.
         self._givers: deque[list[int]] = deque(maxlen=lookahead + 1)
+        self._num_openings: list[int] = [0] * len(self.positions)
+        # The state of each loader that started again, before its last item until then.
+        self._before_last: list[State] = [{} for _ in self.positions]
+        # Looking for another batch at the end takes items and sets marks; this is what was there before.
+        self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
@@ -141,8 +155,15 @@ class JointTracker(Tracker):
 
     def resume(self, state: State) -> Iterator[Any]:
         """Go on in the epoch that ``state`` was saved in."""
-        for position, loaded in zip(self.positions, state["loaders"], strict=True):
+        if state["is_ended"]:
+            self.reopen(state)
+            self.exhausted = list(state["exhausted"])
+            return iter(())
+        for position, loaded, ended in zip(self.positions, state["loaders"], state["exhausted"], strict=True):
             position.load_state_dict(loaded)
+            if ended and self.loader.mode == "max_size":
+                # It is not iterated again in this epoch.
+                position.finish()
         return self._begin(list(state["exhausted"]))
 
     def reopen(self, state: State) -> None:
@@ -154,24 +175,78 @@ class JointTracker(Tracker):
     def state(self, num_done: int, in_flight: int) -> State:
         """Return what :meth:`resume` needs."""
         givers = list(self._givers)[len(self._givers) - in_flight :] if in_flight else []
+        exhausted = list(self.exhausted)
+        pulled = [position.num_pulled for position in self.positions]
+        openings = self._num_openings
+        if in_flight and self._before_end is not None:
+            exhausted, pulled, openings = self._before_end
         states = []
         for index, position in enumerate(self.positions):
             num_undone = sum(index in indices for indices in givers)
-            states.append(position.state_dict(max(0, position.num_pulled - num_undone)))
-        return {"loaders": states, "exhausted": list(self.exhausted)}
+            if openings[index] != self._num_openings[index]:
+                states.append(self._before_last[index])
+            else:
+                states.append(position.state_dict(max(0, pulled[index] - num_undone)))
+        if self.loader.mode == "max_size":
+            # One that gave something in flight must give it again.
+            exhausted = [
+                ended and all(index not in indices for indices in givers) for index, ended in enumerate(exhausted)
+            ]
+        return {"loaders": states, "exhausted": list(exhausted)}
+
+    def before_pull(self) -> Any:
+        """Return which loaders came to their end, and how often each was taken from and opened."""
+        return list(self.exhausted), [position.num_pulled for position in self.positions], list(self._num_openings)
 
     def after_pull(self) -> None:
         """Remember which loaders gave something to the batch."""
         keeps_all = self.loader.mode != "max_size"
         self._givers.append([index for index, ended in enumerate(self.exhausted) if keeps_all or not ended])
 
+    def after_end(self, before: Any) -> None:
+        """Remember what was there before the end."""
+        self._before_end = before
+
     def _begin(self, exhausted: list[bool]) -> Iterator[Any]:
         self.exhausted = exhausted
         self._givers.clear()
-        openers = [
-            self._opener(position, loader) for position, loader in zip(self.positions, self.loader.loaders, strict=True)
-        ]
+        self._before_end = None
+        self._num_openings = [0] * len(self.positions)
+        openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)
 
-    def _opener(self, position: Position, loader: Iterable[Any]) -> Callable[[], Iterator[Any]]:
-        return lambda: position.iterate(loader, self.lookahead)
+    def _opener(self, index: int) -> Callable[[], Iterator[Any]]:
+        position = self.positions[index]
+
+        def open_loader() -> Iterator[Any]:
+            if self.lookahead and self._num_openings[index]:
+                self._before_last[index] = position.state_dict(max(0, position.num_pulled - 1))
+            self._num_openings[index] += 1
+            return position.iterate(self.loader.loaders[index], self.lookahead)
+
+        return open_loader
+
+
+def tracker_for(loader: Any, lookahead: int = 0) -> Tracker:
+    """Return the tracker for this kind of loader."""
+    if isinstance(loader, Joint):
+        return JointTracker(loader, lookahead)
+    if is_stateful(loader):
+        return StatefulTracker(loader, lookahead)
+    if _is_plain(loader):
+        if not isinstance(loader.dataset, IterableDataset):
+            return IndexTracker(loader, lookahead)
+        if is_stateful(loader.dataset):
+            return IterableTracker(loader, lookahead)
+    return ReplayTracker(loader, lookahead)
+
+
+def _is_plain(loader: Any) -> bool:
+    """Whether the batches of ``loader`` correspond to the indices of its sampler, one to one."""
+    kind: Any = type(loader)
+    return (
+        isinstance(loader, DataLoader)
+        and kind.__iter__ is DataLoader.__iter__
+        and kind._get_iterator is DataLoader._get_iterator
+        and {"sampler", "batch_sampler", "collate_fn"} <= vars(loader).keys()
+    )

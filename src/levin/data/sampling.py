@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -292,6 +293,11 @@ class _Rest(Sampler[Any]):
 def without_samples(sampler: BatchSampler, num_seen: int) -> BatchSampler:
     """Return a batch sampler like ``sampler`` that leaves out the first ``num_seen`` samples."""
     return BatchSampler(_Rest(sampler.sampler, num_seen), sampler.batch_size, sampler.drop_last)
+
+
+def begun_now(indices: Iterator[Any]) -> Iterator[Any]:
+    """Return an iterator like ``indices`` whose first item is drawn at once: many samplers draw their order with it."""
+    return chain(list(islice(indices, 1)), indices)
 
 
 def samples_seen(num_global: int, sampler: Any) -> int:

@@ -13,10 +13,11 @@ from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 from torch import nn
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from levin.data.combined import is_stateful
 from levin.data.generators import GlobalGenerators, find_generators, read_generators, write_generators
+from levin.data.stateful import end_once, leave_epoch
 
 # The three global generators take 10 kB; the rest is for those of the data set.
 _SLOT_BYTES = 32 * 1024
@@ -102,6 +103,7 @@ class RecordingCollate:
         self._worker: int = -1
 
     def __call__(self, samples: Any) -> Any:
+        """Return the batch of ``samples``."""
         batch = self.collate_fn(samples)
         if self._state is None:
             info = get_worker_info()
@@ -170,6 +172,17 @@ class WorkerState:
         if "dataset" in state and self.has_state:
             self.dataset.load_state_dict(state["dataset"])
 
+    def write_left(self, state: Mapping[str, Any], is_ended: bool) -> None:
+        """Set all but the global generators to a state saved where an epoch was left, to begin a new one.
+
+        The data set may be iterated, which draws from the global generators.
+        """
+        if "dataset" in state and self.has_state and isinstance(self.dataset, IterableDataset):
+            leave_epoch(self.dataset, state["dataset"], is_ended)
+            write_generators(self.owners, state.get("generators", {}))
+        else:
+            self.write_own(state)
+
 
 class RestoringInit:
     """A ``worker_init_fn`` that calls the user's and then sets each worker to a saved state.
@@ -188,24 +201,17 @@ class RestoringInit:
         self.collate_fn: Any = collate_fn
 
     def __call__(self, worker_id: int) -> None:
+        """Set up the worker that this is called in."""
         if self.worker_init_fn is not None:
             self.worker_init_fn(worker_id)
         state = self.states.get(worker_id)
         info = get_worker_info()
         if state is None or info is None:
             return
-        WorkerState(info.dataset, self.collate_fn).write(state)
+        worker = WorkerState(info.dataset, self.collate_fn)
         if state.get("ended"):
+            worker.write_left(state, is_ended=True)
             end_once(info.dataset)
-
-
-def end_once(dataset: Any) -> None:
-    """Make the next iteration over ``dataset`` empty; those after it are as ever."""
-    kind: Any = type(dataset)
-
-    class Ended(kind):  # type: ignore[misc]  # the base is known at run time only
-        def __iter__(self) -> Any:
-            self.__class__ = kind
-            return iter(())
-
-    dataset.__class__ = Ended
+        else:
+            worker.write_own(state)
+        GlobalGenerators().write(state["globals"])
