@@ -13,6 +13,9 @@ from levin.callbacks import TQDMProgressBar
 from levin.callbacks.progress import clocked
 from levin.callbacks.progress.tqdm_progress import Tqdm
 
+# Most runs here have no validation data.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+
 
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,8 @@ else:
     from tqdm import tqdm as _tqdm  # type: ignore[assignment]  # the notebook bar has the same interface
 
 COLAB_REFRESH_RATE = 20
+_UNTIL_OPENED_S = 1e9
+"""tqdm draws a new bar at once, still without the label and the length of the loop, unless it is told to wait."""
 
 
 class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
@@ -176,6 +178,7 @@ class TQDMProgressBar(ClockedProgressBar):
             file=sys.stdout,
             smoothing=0,
             bar_format=self.BAR_FORMAT,
+            delay=0 if is_notebook() else _UNTIL_OPENED_S,
         )
 
     # ---------------------------------------------------------------- drawing
@@ -195,6 +198,7 @@ class TQDMProgressBar(ClockedProgressBar):
         if bar is None or loop.stage not in self._shown:
             bar = getattr(self, init)()
             setattr(self, name, bar)
+            bar.delay = 0
             if self._is_terminal:
                 self._redirection.start()
         if self._shown.get(loop.stage) is not loop:
