@@ -21,6 +21,7 @@ class Feed:
         device: Where batches go.
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
+        draw: Called as ``next(iterator, default)`` is, for each batch, so that the wait can be measured; or None.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Feed:
         device: torch.device,
         convert: Optional[Callable[[Any], Any]] = None,
         transfer: Optional[Callable[[Any, torch.device, int], Any]] = None,
+        draw: Optional[Callable[[Iterator[Any], Any], Any]] = None,
     ) -> None:
         self.sources = sources
         self.limits = limits
@@ -40,6 +42,7 @@ class Feed:
         self.position: Optional[Position] = None
         self._convert = convert
         self._transfer = transfer
+        self._draw = draw
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
@@ -78,6 +81,8 @@ class Feed:
             if iterator is None:
                 lookahead = 1 if limit == float("inf") else 0
                 iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+            if self._draw is not None:
+                iterator = drawn(iterator, self._draw)
             if limit == float("inf"):
                 for batch, ends in with_end(iterator):
                     self.is_last = ends and is_final
@@ -91,6 +96,13 @@ class Feed:
                     if batch_idx >= limit:
                         break
             iterator = None
+
+
+def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) -> Iterator[Any]:
+    """Yield the items of ``iterator``, each fetched by ``draw(iterator, default)``."""
+    end = object()
+    while (item := draw(iterator, end)) is not end:
+        yield item
 
 
 def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

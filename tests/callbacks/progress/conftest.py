@@ -7,6 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+
 from tests.callbacks.progress.screen import Terminal
 
 

@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 import pytest
-from tests.callbacks.progress.models import Logging, loader, trainer
-from tests.callbacks.progress.screen import Terminal
 
 from levin.callbacks import RichProgressBar, RichProgressBarTheme
 from levin.callbacks.progress import clocked
+from tests.callbacks.progress.models import Logging, loader, trainer
+from tests.callbacks.progress.screen import Terminal
 
 # Most runs here have no validation data.
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -69,6 +69,12 @@ def test_a_value_longer_than_the_line_is_broken(terminal: Terminal) -> None:
 
     trainer(Long()).fit(Logging(), loader(3))
     assert "".join(terminal.screen[1:]) == "text:" + "x" * 100
+
+
+def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
+    """The terminal echoes ``^C`` behind the bar, which must not make the line longer than the screen."""
+    trainer(RichProgressBar()).fit(Logging(), loader(3))
+    assert 70 <= max(map(len, terminal.screen)) <= 78
 
 
 def test_columns_can_be_configured(terminal: Terminal) -> None:

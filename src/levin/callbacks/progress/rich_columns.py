@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.style import StyleType
@@ -14,6 +15,8 @@ from rich.table import Column
 from rich.text import Text
 
 BAR_WIDTH = 40
+MARGIN = 2
+"""Cells left free at the right: there the terminal writes ``^C``, which would break a full line."""
 MIN_RATE = 0.1
 """Batches per second below which the speed is written in seconds per batch."""
 
@@ -131,15 +134,15 @@ class MetricsProgress(Progress):
             return
         self._metrics_column.is_empty = True
         table = self.make_tasks_table(tasks)
-        column, width = self._metrics_column, self.console.width
+        column, width = self._metrics_column, self.console.width - MARGIN
         metrics = next((task.fields["metrics"] for task in tasks if task.fields.get("metrics")), ())
         # The bar may give way until it is half as wide.
         natural = Measurement.get(self.console, self.console.options, table).maximum
         if natural - BAR_WIDTH // 2 + cell_len(column.delimiter.join(metrics)) <= width:
             column.is_empty = False
-            yield self.make_tasks_table(tasks)
+            yield Constrain(self.make_tasks_table(tasks), width)
         else:
-            yield table
+            yield Constrain(table, width)
             yield column.fold(metrics, width)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, TextIO
 
@@ -33,11 +35,20 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
         file = bypassed(kwargs.get("file") or sys.stderr)
         kwargs["file"] = file if draws_in_place(file) else NoStream()
         super().__init__(*args, **kwargs)
+        measure = getattr(self, "dynamic_ncols", None)
+        if callable(measure):
+            self.dynamic_ncols = functools.partial(_with_margin, measure)  # type: ignore[assignment]  # a function, in spite of the stubs
 
     @staticmethod
     def format_num(n: int | float | str) -> str:
         """Return a number of the postfix in five characters where that is enough."""
         return format_value(n)
+
+
+def _with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: Any) -> tuple[int | None, int | None]:
+    """Leave two cells free at the right: there the terminal writes ``^C``, which would break a full line."""
+    columns, rows = measure(file)
+    return columns and columns - 2, rows
 
 
 class TQDMProgressBar(ClockedProgressBar):
