@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 from levin.callbacks import TQDMProgressBar
 from levin.callbacks.progress import clocked
-from levin.callbacks.progress.tqdm_progress import Tqdm
+from levin.callbacks.progress.tqdm_progress import Tqdm, with_margin
 from tests.callbacks.progress.models import Logging, loader, trainer
 from tests.callbacks.progress.screen import Terminal
 
@@ -128,8 +129,12 @@ def test_tqdm_formats_numbers_in_an_even_width() -> None:
 
 def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
     """The terminal echoes ``^C`` behind the bar, which must not make the line longer than the screen."""
-    trainer(TQDMProgressBar()).fit(Logging(), loader(3))
-    assert 70 <= max(map(len, terminal.screen)) <= 78
+    bar = Tqdm(total=3, file=terminal, dynamic_ncols=True)
+    bar.dynamic_ncols = functools.partial(with_margin, lambda file: (80, 24))
+    bar.update(3)
+    bar.close()
+    assert max(map(len, terminal.screen)) == 78
+    assert with_margin(lambda file: (None, None), terminal) == (None, None)
 
 
 def test_tqdm_writes_nothing_into_a_file() -> None:

@@ -37,7 +37,7 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
         super().__init__(*args, **kwargs)
         measure = getattr(self, "dynamic_ncols", None)
         if callable(measure):
-            self.dynamic_ncols = functools.partial(_with_margin, measure)  # type: ignore[assignment]  # a function, in spite of the stubs
+            self.dynamic_ncols = functools.partial(with_margin, measure)  # type: ignore[assignment]  # a function, in spite of the stubs
 
     @staticmethod
     def format_num(n: int | float | str) -> str:
@@ -45,7 +45,7 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
         return format_value(n)
 
 
-def _with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: Any) -> tuple[int | None, int | None]:
+def with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: Any) -> tuple[int | None, int | None]:
     """Leave two cells free at the right: there the terminal writes ``^C``, which would break a full line."""
     columns, rows = measure(file)
     return columns and columns - 2, rows
