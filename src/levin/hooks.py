@@ -12,6 +12,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
+from levin.utilities.timing import action_name
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS
 
 Hooks = tuple[Callable[..., Any], ...]
+Profile = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 class ModelHooks:
@@ -426,7 +428,8 @@ class HookTable:
         trainer: First argument of every callback's hook.
         module: Second argument of every callback's hook; its own hooks follow the callbacks'.
         callbacks: In list order.
-        profile: Wraps a hook so that it is timed: ``profile(action_name, function) -> function``. None: no timing.
+        profile: Wraps a hook so that it is timed: ``profile(action_name, function) -> function``; then hooks that do
+            nothing are in the table, too. None: no timing.
         strategy: Its hooks come last.
     """
 
@@ -435,36 +438,46 @@ class HookTable:
         trainer: Trainer,
         module: LightningModule,
         callbacks: Sequence[Callback],
-        profile: Optional[Callable[[str, Callable[..., Any]], Callable[..., Any]]] = None,
+        profile: Optional[Profile] = None,
         strategy: Optional[Strategy] = None,
     ) -> None:
         self._table: dict[str, Hooks] = {}
         for name in RUN_HOOKS:
-            hooks = [(callback.is_monitor, _callback_hook(callback, name, trainer, module)) for callback in callbacks]
-            own = getattr(module, name) if has_hook(module, name) else None
-            if profile is not None:
-                hooks = [
-                    (monitor, hook and profile(f"[Callback]{callback.state_key}.{name}", hook))
-                    for callback, (monitor, hook) in zip(callbacks, hooks)
-                ]
-                own = own and profile(f"[LightningModule]{type(module).__name__}.{name}", own)
+            hooks = [
+                (callback.is_monitor, _callback_hook(callback, name, profile, trainer, module))
+                for callback in callbacks
+            ]
+            own = _timed_hook("LightningModule", module, name, profile, has_hook(module, name))
             if name == "on_train_epoch_end":
                 ordered = [hook for monitor, hook in hooks if not monitor]
                 ordered += [own, *(hook for monitor, hook in hooks if monitor)]
             else:
                 ordered = [*(hook for _, hook in hooks), own]
-            if strategy is not None and getattr(type(strategy), name, None) is not getattr(Strategy, name, None):
-                ordered.append(getattr(strategy, name))
+            if strategy is not None:
+                is_own = getattr(type(strategy), name, None) is not getattr(Strategy, name, None)
+                ordered.append(_timed_hook("Strategy", strategy, name, profile, is_own))
             self._table[name] = tuple(hook for hook in ordered if hook is not None)
 
     def __getitem__(self, name: str) -> Hooks:
         return self._table[name]
 
 
-def _callback_hook(callback: Callback, name: str, *args: Any) -> Optional[Callable[..., Any]]:
-    if name in vars(callback) or is_overridden(name, callback, Callback):
-        return functools.partial(getattr(callback, name), *args)
-    return None
+def _callback_hook(
+    callback: Callback, name: str, profile: Optional[Profile], *args: Any
+) -> Optional[Callable[..., Any]]:
+    is_own = name in vars(callback) or is_overridden(name, callback, Callback)
+    hook = _timed_hook("Callback", callback, name, profile, is_own)
+    return None if hook is None else functools.partial(hook, *args)
+
+
+def _timed_hook(
+    kind: str, owner: Any, name: str, profile: Optional[Profile], is_own: bool
+) -> Optional[Callable[..., Any]]:
+    """Return the hook if it ``is_own``, no default that does nothing; a profiler measures those as well."""
+    if profile is None:
+        return getattr(owner, name) if is_own else None
+    hook = getattr(owner, name, None)
+    return None if hook is None else profile(action_name(kind, owner, name), hook)
 
 
 def has_hook(module: Any, name: str) -> bool:

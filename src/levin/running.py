@@ -32,6 +32,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -169,7 +170,7 @@ class Running:
             self.state.stage = None
             return
         for callback in self.callbacks:
-            callback.on_exception(self, self._module, error)
+            call_timed(self, "Callback", callback, "on_exception", self, self._module, error)
         if self.datamodule is not None:
             self.datamodule.on_exception(error)
         self.strategy.on_exception(error)
@@ -177,12 +178,14 @@ class Running:
             logger.finalize("failed")
         sequence._detach_log_store(self._module)
         self.strategy.teardown()
+        self.profiler.teardown(str(self.state.fn))
         self.state.stage = None
 
     def _attach_model_callbacks(self: Any) -> None:
         from levin.callbacks.defaults import merge_model_callbacks
 
-        self.callbacks = merge_model_callbacks(self.callbacks, self._module.configure_callbacks())
+        configured = call_timed(self, "LightningModule", self._module, "configure_callbacks")
+        self.callbacks = merge_model_callbacks(self.callbacks, configured)
         for callback in self.callbacks:
             callback.log = self._module.log
             callback.log_dict = self._module.log_dict
@@ -534,9 +537,10 @@ class Running:
             raise AttributeError(
                 "Saving a checkpoint is only possible after a model was attached, received none. Call `fit` first."
             )
-        checkpoint = tree.collect(self, weights_only=bool(weights_only))
-        self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        self.strategy.barrier("Trainer.save_checkpoint")
+        with self.profiler.profile("save_checkpoint"):
+            checkpoint = tree.collect(self, weights_only=bool(weights_only))
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.strategy.barrier("Trainer.save_checkpoint")
 
 
 def resolve_profiler(profiler: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import collect_rng_states, set_rng_states
+from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
@@ -61,29 +62,30 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             else:
                 checkpoint[value_key] = dict(owner.hparams)
     if datamodule is not None:
-        state = datamodule.state_dict()
+        state = call_timed(trainer, "LightningDataModule", datamodule, "state_dict")
         if state:
             checkpoint[type(datamodule).__qualname__] = state
     if not weights_only:
         for callback in trainer.callbacks:
-            callback.on_save_checkpoint(trainer, module, checkpoint)
-    module.on_save_checkpoint(checkpoint)
+            call_timed(trainer, "Callback", callback, "on_save_checkpoint", trainer, module, checkpoint)
+    call_timed(trainer, "LightningModule", module, "on_save_checkpoint", checkpoint)
     return checkpoint
 
 
 def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Load weights, data module and callbacks out of ``checkpoint``."""
     module = trainer.lightning_module
-    module.on_load_checkpoint(checkpoint)
+    call_timed(trainer, "LightningModule", module, "on_load_checkpoint", checkpoint)
     trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     datamodule = trainer.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
-        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+        state = checkpoint[type(datamodule).__qualname__]
+        call_timed(trainer, "LightningDataModule", datamodule, "load_state_dict", state)
     states = checkpoint.get("callbacks")
     if states is None:
         return
     for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
+        call_timed(trainer, "Callback", callback, "on_load_checkpoint", trainer, module, checkpoint)
     present = {callback.state_key for callback in trainer.callbacks}
     absent = sorted(str(key) for key in states if key not in present)
     if absent:

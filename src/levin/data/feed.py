@@ -22,6 +22,7 @@ class Feed:
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
         on_demand: Yield an :class:`OnDemand` in place of each batch, and leave the batches where they are.
+        draw: Called as ``next(iterator, default)`` is, for each batch, so that the wait can be measured; or None.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Feed:
         convert: Optional[Callable[[Any], Any]] = None,
         transfer: Optional[Callable[[Any, torch.device, int], Any]] = None,
         on_demand: bool = False,
+        draw: Optional[Callable[[Iterator[Any], Any], Any]] = None,
     ) -> None:
         self.sources = sources
         self.limits = limits
@@ -43,6 +45,7 @@ class Feed:
         self._convert = convert
         self._transfer = transfer
         self._on_demand = on_demand
+        self._draw = draw
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
@@ -87,6 +90,8 @@ class Feed:
             if iterator is None:
                 lookahead = 1 if limit == float("inf") else 0
                 iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+            if self._draw is not None:
+                iterator = drawn(iterator, self._draw)
             if limit == float("inf"):
                 for batch, ends in with_end(iterator):
                     self.is_last = ends and is_final
@@ -131,6 +136,13 @@ def on_demand(items: Generator[tuple[Any, int, int], None, None]) -> Generator[t
             yield OnDemand(item, items), item[1], item[2]
     finally:
         items.close()
+
+
+def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) -> Iterator[Any]:
+    """Yield the items of ``iterator``, each fetched by ``draw(iterator, default)``."""
+    end = object()
+    while (item := draw(iterator, end)) is not end:
+        yield item
 
 
 def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:

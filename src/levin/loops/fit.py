@@ -57,7 +57,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
             run.store.reset()
             run.call("on_train_epoch_start")
             epoch.increment_started()
-        _epoch(run, feed, step, resumed)
+        run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
         trainer._position.finish()
         resumed = loop.restarted_mid_epoch = False
         epoch.increment_processed()
@@ -81,20 +81,16 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
         if progress.is_last_batch or _stops_in_epoch(trainer):
             return
     batches = trainer._train_batches(run, feed, progress.current.ready)
-    next_batch = run.timed("[_TrainingEpochLoop].train_dataloader_next", next)
+    train = run.timed("run_training_batch", step)
     try:
-        while True:
-            item = next_batch(batches, None)
-            if item is None:
-                break
-            batch, batch_idx, _ = item
+        for batch, batch_idx, _ in batches:
             is_last = progress.is_last_batch = feed.is_last
             progress.increment_ready()
             store.start_batch(batch)
             if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
                 break
             progress.increment_started()
-            outputs = step(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
+            outputs = train(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
             if schedules_steps and not _accumulates(trainer, batch_idx, is_last):

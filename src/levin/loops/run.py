@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -48,6 +48,9 @@ class Run:
     optimizers: list[Any]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int] = field(default_factory=dict)
+
+    is_profiled: ClassVar[bool] = False
+    """Whether a profiler measures the parts of the run."""
 
     def call(self, name: str, *args: Any) -> Any:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.

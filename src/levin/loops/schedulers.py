@@ -26,7 +26,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
     trainer = run.trainer
     epoch_loop = trainer.fit_loop.epoch_loop
     index = epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
-    own = is_overridden("lr_scheduler_step", run.module, LightningModule)
+    own = run.is_profiled or is_overridden("lr_scheduler_step", run.module, LightningModule)
     for config in run.schedulers:
         if config.interval != interval or config.reduce_on_plateau != plateau or (index + 1) % config.frequency:
             continue

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
@@ -18,6 +18,7 @@ from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.predict import predict
+from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, new_store
 from levin.loops.step import compose_step
 from levin.module import LightningModule
@@ -29,6 +30,7 @@ from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
+from levin.utilities.timing import action_name, call_timed
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
@@ -51,15 +53,16 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
-    trainer.profiler.setup(stage=fn, local_rank=trainer.local_rank, log_dir=trainer._profiler_dir())
+    local_rank = trainer.local_rank if trainer.world_size > 1 else None
+    trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer._profiler_dir())
     prepare_data(trainer)
     for logger in trainer.loggers:
         getattr(logger, "experiment", None)
     if datamodule is not None:
-        datamodule.setup(stage=fn)
+        call_timed(trainer, "LightningDataModule", datamodule, "setup", stage=fn)
     for callback in trainer.callbacks:
-        callback.setup(trainer, module, stage=fn)
-    module.setup(stage=fn)
+        call_timed(trainer, "Callback", callback, "setup", trainer, module, stage=fn)
+    call_timed(trainer, "LightningModule", module, "setup", stage=fn)
     trainer._is_setting_up = False
     configure_model(trainer)
     checkpoint: Optional[dict[str, Any]] = None
@@ -70,6 +73,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
             tree.restore_module(trainer, checkpoint)
     strategy.setup_module(module, for_training=fn == "fit")
     trainer._moved_metrics_to(strategy.root_device)
+    trainer.profiler.attach(module)
     run = compose_run(trainer, fn)
     trainer._run = run
     trainer._reset_metrics()
@@ -92,13 +96,14 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     if fn == "fit":
         run.call("on_fit_end")
     if datamodule is not None:
-        datamodule.teardown(stage=fn)
+        call_timed(trainer, "LightningDataModule", datamodule, "teardown", stage=fn)
     for callback in trainer.callbacks:
-        callback.teardown(trainer, module, stage=fn)
-    module.teardown(stage=fn)
+        call_timed(trainer, "Callback", callback, "teardown", trainer, module, stage=fn)
+    call_timed(trainer, "LightningModule", module, "teardown", stage=fn)
     for logger in trainer.loggers:
         logger.finalize("success")
     trainer.profiler.describe()
+    trainer.profiler.teardown(fn)
     return result
 
 
@@ -112,8 +117,9 @@ def configure_model(trainer: Trainer) -> None:
         if is_new:
             raise RuntimeError(f"`{name}` and `configure_model` are both defined. Keep `configure_model` alone.")
         rank_zero_deprecation(f"`{name}` is deprecated. Rename it to `configure_model`.")
-    with trainer.strategy.module_init_context() if is_new or old is not None else nullcontext():
-        (old or module.configure_model)()
+    if is_new or old is not None:
+        with trainer.strategy.module_init_context():
+            call_timed(trainer, "LightningModule", module, "configure_model" if is_new else "configure_sharded_model")
 
 
 def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
@@ -166,6 +172,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
             return
     load_training(trainer)
     step = compose_step(run)
+    if run.is_profiled:
+        time_step(run, step)
     trainer._step = step
     run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
@@ -292,54 +300,38 @@ def prepare_data(trainer: Trainer) -> None:
             continue
         per_node = getattr(owner, "prepare_data_per_node", True)
         if trainer.local_rank == 0 if per_node else trainer.is_global_zero:
-            owner.prepare_data()
+            call_timed(trainer, kind_of(owner), owner, "prepare_data")
         trainer.strategy.barrier("prepare_data")
 
 
 def compose_run(trainer: Trainer, fn: str) -> Run:
     """Resolve everything that can be known before the first batch."""
     module, strategy = trainer.lightning_module, trainer.strategy
-    profile = _profile(trainer) if trainer._is_profiling else None
+    timed = timer(trainer.profiler) if trainer._is_profiling else None
     optimizers: list[Any] = []
     schedulers: list[Any] = []
     if fn == "fit":
-        optimizers, schedulers = resolve_optimizers(module.configure_optimizers(), module)
+        configured = call_timed(trainer, "LightningModule", module, "configure_optimizers")
+        optimizers, schedulers = resolve_optimizers(configured, module)
         optimizers = strategy.setup_optimizers(optimizers)
         strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedulers
         trainer._lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]
         for optimizer in trainer._lightning_optimizers:
             optimizer._module = module
     owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
-    run = Run(
+    run = (Run if timed is None else ProfiledRun)(
         trainer=trainer,
         module=module,
         strategy=strategy,
-        hooks=HookTable(trainer, module, trainer.callbacks, profile, strategy),
-        transfer=transfer_hooks(owners),
-        timed=profile or _untimed,
+        hooks=HookTable(trainer, module, trainer.callbacks, timed, strategy),
+        transfer=transfer_hooks(owners) if timed is None else timed_transfer(timed, owners, strategy),
+        timed=timed or untimed,
         store=new_store(trainer, module, training=fn == "fit"),
         optimizers=optimizers,
         schedulers=schedulers,
     )
     run.activate(run.store)
     return run
-
-
-def _untimed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-def _profile(trainer: Trainer) -> Callable[[str, Callable[..., Any]], Callable[..., Any]]:
-    profiler = trainer.profiler
-
-    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with profiler.profile(name):
-                return function(*args, **kwargs)
-
-        return timed
-
-    return wrap
 
 
 def _detach_log_store(module: torch.nn.Module) -> None:
@@ -357,6 +349,7 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     return Feed(
         loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
         run.strategy.root_device, convert, run.transfer, on_demand,
+        run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
     )  # fmt: skip
 
 
@@ -364,7 +357,9 @@ def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
     """Ask for the loaders of a stage and measure them."""
     sampler_kwargs = trainer.distributed_sampler_kwargs if trainer._use_distributed_sampler else None
     is_overfit = bool(trainer.overfit_batches) and loaders.stage in ("train", "val") and str(trainer.state.fn) == "fit"
-    loaders.load(sampler_kwargs, is_overfit)
+    owner = loaders.owner
+    with nullcontext() if owner is None else trainer.profiler.profile(action_name(kind_of(owner), owner, loaders.hook)):
+        loaders.load(sampler_kwargs, is_overfit)
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )

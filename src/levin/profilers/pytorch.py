@@ -26,6 +26,9 @@ SORT_KEYS = frozenset(
     | {f"{own}{device}_memory_usage" for device in ("cpu", "cuda", "device") for own in ("", "self_")}
 )
 
+_RECORDS = "records"
+"""Owner of a window that a schedule does not end."""
+
 Schedule = Callable[[int], ProfilerAction]
 
 
@@ -114,9 +117,22 @@ class PyTorchProfiler(Profiler):
         self._module_names: Optional[_ModuleNames] = None
         self._profile: Any = None
         self._owner: Optional[str] = None
+        self._last_step: Optional[str] = None
         self._num_steps: dict[str, int] = {}
         self._running: dict[str, record_function] = {}
         self._events: dict[str, Any] = {}
+        self._is_over: bool = False
+
+    def setup(self, stage: str, local_rank: Optional[int] = None, log_dir: Optional[str] = None) -> None:
+        """Prepare for a run.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+            local_rank: Rank on this machine; None in a run of one process.
+            log_dir: Directory of the report when none was given.
+        """
+        super().setup(stage, local_rank, log_dir)
+        self._is_over = False
 
     def attach(self, module: Module) -> None:
         """Get to know the module, whose layers are named in the trace.
@@ -125,6 +141,8 @@ class PyTorchProfiler(Profiler):
             module: The user's module.
         """
         self._module = module
+        if self._profile is not None:
+            self._name_layers()
 
     def start(self, action_name: str) -> None:
         """Mark the start of an action in the trace; a step function opens, goes on with or ends a window.
@@ -132,11 +150,15 @@ class PyTorchProfiler(Profiler):
         Args:
             action_name: Name of the action; what follows the last dot tells a step function.
         """
+        if self._is_over:
+            return
         if self._emit_nvtx or self._schedule is None:
             if self._profile is None:
-                self._open("records", None)
-        elif action_name.rpartition(".")[2] in STEP_FUNCTIONS:
-            self._advance(action_name)
+                self._open(_RECORDS, None)
+        if action_name.rpartition(".")[2] in STEP_FUNCTIONS:
+            self._last_step = action_name
+            if self._owner != _RECORDS:
+                self._advance(action_name)
         if self._profile is not None and action_name not in self._running:
             marker = record_function(f"[levin]{action_name}")
             marker.__enter__()
@@ -173,13 +195,15 @@ class PyTorchProfiler(Profiler):
         )
 
     def teardown(self, stage: Optional[str]) -> None:
-        """End the window that is open and forget everything.
+        """End the window that is open, forget everything and record nothing until the next run.
 
         Args:
             stage: As given to ``setup``.
         """
         self._close()
+        self._is_over = True
         self._module = None
+        self._last_step = None
         self._num_steps = {}
         self._running = {}
         self._events = {}
@@ -205,9 +229,12 @@ class PyTorchProfiler(Profiler):
             self._profile = torch.profiler.profile(
                 schedule=schedule, on_trace_ready=self._save_trace, **self._profiler_kwargs
             )
-        if self._record_module_names and self._module is not None:
-            self._module_names = _ModuleNames(self._module)
+        self._name_layers()
         self._profile.start()
+
+    def _name_layers(self) -> None:
+        if self._record_module_names and self._module is not None and self._module_names is None:
+            self._module_names = _ModuleNames(self._module)
 
     def _close(self) -> None:
         if self._profile is None:
@@ -233,7 +260,9 @@ class PyTorchProfiler(Profiler):
                 rank_zero_info("PyTorchProfiler writes no trace, since it has no directory. Give it a dirpath.")
                 return
             os.makedirs(directory, exist_ok=True)
-            name = self._prepare_filename(owner, extension=f".{time.time_ns()}.pt.trace.json")
+            # A window over everything is called after the last step in it.
+            action = self._last_step or owner if owner == _RECORDS else owner
+            name = self._prepare_filename(action, extension=f".{time.time_ns()}.pt.trace.json")
             profile.export_chrome_trace(os.path.join(directory, name))
 
     def __getstate__(self) -> dict[str, Any]:

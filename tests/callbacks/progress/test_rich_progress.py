@@ -5,11 +5,14 @@ import sys
 from typing import Any
 
 import pytest
-from tests.callbacks.progress.models import Logging, loader, trainer
-from tests.callbacks.progress.screen import Terminal
 
 from levin.callbacks import RichProgressBar, RichProgressBarTheme
 from levin.callbacks.progress import clocked
+from tests.callbacks.progress.models import Logging, loader, trainer
+from tests.callbacks.progress.screen import Terminal
+
+# Most runs here have no validation data.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
 def test_rich_missing_is_an_error_that_names_the_other_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,7 +44,7 @@ def test_theme_formats_the_values(terminal: Terminal) -> None:
 
     theme = RichProgressBarTheme(metrics_text_delimiter=" | ", metrics_format=".2f")
     trainer(Fixed(theme=theme)).fit(Logging(), loader(3))
-    assert "a: 0.50 | small: 1.0e-05 | n: 3 | v_num: [x]" in terminal.screen[0]
+    assert terminal.screen[1] == "a: 0.50 | small: 1.0e-05 | n: 3 | v_num: [x]"
 
 
 def test_values_that_do_not_fit_get_lines_of_their_own(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +59,22 @@ def test_values_that_do_not_fit_get_lines_of_their_own(terminal: Terminal, monke
     assert len(rest) == 3
     assert all(len(line) <= 80 for line in terminal.screen)
     assert " ".join(rest).split()[-2:] == ["metric_11:", "11.000"]
+    assert not any(line.endswith(":") for line in rest), "a name is parted from its value"
+
+
+def test_a_value_longer_than_the_line_is_broken(terminal: Terminal) -> None:
+    class Long(RichProgressBar):
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            return {"text": "x" * 100}
+
+    trainer(Long()).fit(Logging(), loader(3))
+    assert "".join(terminal.screen[1:]) == "text:" + "x" * 100
+
+
+def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
+    """The terminal echoes ``^C`` behind the bar, which must not make the line longer than the screen."""
+    trainer(RichProgressBar()).fit(Logging(), loader(3))
+    assert 70 <= max(map(len, terminal.screen)) <= 78
 
 
 def test_columns_can_be_configured(terminal: Terminal) -> None:

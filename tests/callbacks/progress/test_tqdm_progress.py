@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import functools
 import io
 import subprocess
 import sys
 from typing import Any
 
 import pytest
-from tests.callbacks.progress.models import Logging, loader, trainer
-from tests.callbacks.progress.screen import Terminal
 
 from levin.callbacks import TQDMProgressBar
 from levin.callbacks.progress import clocked
-from levin.callbacks.progress.tqdm_progress import Tqdm
+from levin.callbacks.progress.tqdm_progress import Tqdm, with_margin
+from tests.callbacks.progress.models import Logging, loader, trainer
+from tests.callbacks.progress.screen import Terminal
+
+# Most runs here have no validation data.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 
 
 @pytest.fixture
@@ -121,6 +125,16 @@ def test_environment_raises_the_refresh_rate(
 
 def test_tqdm_formats_numbers_in_an_even_width() -> None:
     assert [Tqdm.format_num(number) for number in (0.5, 3, 1e-5, "text")] == ["0.500", "3", "1e-5", "text"]
+
+
+def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
+    """The terminal echoes ``^C`` behind the bar, which must not make the line longer than the screen."""
+    bar = Tqdm(total=3, file=terminal, dynamic_ncols=True)
+    bar.dynamic_ncols = functools.partial(with_margin, lambda file: (80, 24))
+    bar.update(3)
+    bar.close()
+    assert max(map(len, terminal.screen)) == 78
+    assert with_margin(lambda file: (None, None), terminal) == (None, None)
 
 
 def test_tqdm_writes_nothing_into_a_file() -> None:

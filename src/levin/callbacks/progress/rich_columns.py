@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import timedelta
 
+from rich.cells import cell_len
 from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.style import StyleType
@@ -13,6 +15,8 @@ from rich.table import Column
 from rich.text import Text
 
 BAR_WIDTH = 40
+MARGIN = 2
+"""Cells left free at the right: there the terminal writes ``^C``, which would break a full line."""
 MIN_RATE = 0.1
 """Batches per second below which the speed is written in seconds per batch."""
 
@@ -82,16 +86,30 @@ class MetricsTextColumn(ProgressColumn):
 
     Args:
         style: Rich style.
+        delimiter: Text between two values.
     """
 
-    def __init__(self, style: StyleType) -> None:
+    def __init__(self, style: StyleType, delimiter: str = " ") -> None:
         super().__init__(table_column=Column(no_wrap=True))
         self.style: StyleType = style
+        self.delimiter: str = delimiter
         self.is_empty: bool = False
 
     def render(self, task: Task) -> Text:
         """Return the cell of ``task``."""
-        return Text("" if self.is_empty else task.fields.get("metrics", ""), style=self.style)
+        metrics = () if self.is_empty else task.fields.get("metrics", ())
+        return Text(self.delimiter.join(metrics), style=self.style)
+
+    def fold(self, metrics: Iterable[str], width: int) -> Text:
+        """Return the values on lines of at most ``width`` cells, broken between two values where that is possible."""
+        lines: list[str] = []
+        for value in metrics:
+            longer = f"{lines[-1]}{self.delimiter}{value}" if lines else value
+            if lines and cell_len(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(value)
+        return Text("\n".join(lines), style=self.style)
 
 
 class MetricsProgress(Progress):
@@ -116,16 +134,16 @@ class MetricsProgress(Progress):
             return
         self._metrics_column.is_empty = True
         table = self.make_tasks_table(tasks)
-        metrics = next((task.fields["metrics"] for task in tasks if task.fields.get("metrics")), "")
-        text = Text(metrics, style=self._metrics_column.style)
+        column, width = self._metrics_column, self.console.width - MARGIN
+        metrics = next((task.fields["metrics"] for task in tasks if task.fields.get("metrics")), ())
         # The bar may give way until it is half as wide.
         natural = Measurement.get(self.console, self.console.options, table).maximum
-        if natural - BAR_WIDTH // 2 + text.cell_len <= self.console.width:
-            self._metrics_column.is_empty = False
-            yield self.make_tasks_table(tasks)
+        if natural - BAR_WIDTH // 2 + cell_len(column.delimiter.join(metrics)) <= width:
+            column.is_empty = False
+            yield Constrain(self.make_tasks_table(tasks), width)
         else:
-            yield table
-            yield text
+            yield Constrain(table, width)
+            yield column.fold(metrics, width)
 
 
 def _as_time(seconds: float | None) -> str:

@@ -240,7 +240,7 @@ class RichProgressBar(ClockedProgressBar):
 
             self.progress = MetricsProgress(
                 *self.configure_columns(self.trainer),
-                metrics=MetricsTextColumn(style=self.theme.metrics),
+                metrics=MetricsTextColumn(style=self.theme.metrics, delimiter=self.theme.metrics_text_delimiter),
                 console=self._console,
             )
         if not self.progress.live.is_started:
@@ -255,16 +255,14 @@ class RichProgressBar(ClockedProgressBar):
             task_id = progress.add_task(loop.description, total=None, completed=loop.first)
             self._tasks[loop.stage] = task = next(task for task in progress.tasks if task.id == task_id)
         else:
-            fields = {"metrics": task.fields.get("metrics", "")}
+            fields = {"metrics": task.fields.get("metrics", ())}
             progress.reset(task.id, completed=loop.first, visible=True, description=loop.description, **fields)
         task.fields["first"] = loop.first
         task.total = convert_inf(loop.total)
         task.start_time = loop.start
 
-    def _format_metrics(self, metrics: Metrics) -> str:
-        return self.theme.metrics_text_delimiter.join(
-            f"{name}: {self._format(value)}" for name, value in metrics.items()
-        )
+    def _format_metrics(self, metrics: Metrics) -> tuple[str, ...]:
+        return tuple(f"{name}: {self._format(value)}" for name, value in metrics.items())
 
     def _format(self, value: Any) -> str:
         if not isinstance(value, float):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, TextIO
 
@@ -20,6 +22,8 @@ else:
     from tqdm import tqdm as _tqdm  # type: ignore[assignment]  # the notebook bar has the same interface
 
 COLAB_REFRESH_RATE = 20
+_UNTIL_OPENED_S = 1e9
+"""tqdm draws a new bar at once, still without the label and the length of the loop, unless it is told to wait."""
 
 
 class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alone
@@ -31,11 +35,20 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
         file = bypassed(kwargs.get("file") or sys.stderr)
         kwargs["file"] = file if draws_in_place(file) else NoStream()
         super().__init__(*args, **kwargs)
+        measure = getattr(self, "dynamic_ncols", None)
+        if callable(measure):
+            self.dynamic_ncols = functools.partial(with_margin, measure)  # type: ignore[assignment]  # a function, in spite of the stubs
 
     @staticmethod
     def format_num(n: int | float | str) -> str:
         """Return a number of the postfix in five characters where that is enough."""
         return format_value(n)
+
+
+def with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: Any) -> tuple[int | None, int | None]:
+    """Leave two cells free at the right: there the terminal writes ``^C``, which would break a full line."""
+    columns, rows = measure(file)
+    return columns and columns - 2, rows
 
 
 class TQDMProgressBar(ClockedProgressBar):
@@ -176,6 +189,7 @@ class TQDMProgressBar(ClockedProgressBar):
             file=sys.stdout,
             smoothing=0,
             bar_format=self.BAR_FORMAT,
+            delay=0 if is_notebook() else _UNTIL_OPENED_S,
         )
 
     # ---------------------------------------------------------------- drawing
@@ -195,6 +209,7 @@ class TQDMProgressBar(ClockedProgressBar):
         if bar is None or loop.stage not in self._shown:
             bar = getattr(self, init)()
             setattr(self, name, bar)
+            bar.delay = 0
             if self._is_terminal:
                 self._redirection.start()
         if self._shown.get(loop.stage) is not loop:
