@@ -189,8 +189,15 @@ class CheckpointKeeper(Checkpoint):
             return self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST, version)
 
         previous = self.last_model_path
-        path = self._free_path(trainer, name, reusable=previous)
-        if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
+        link = name(None)
+        if not previous and self.save_last == "link" and trainer.ckpt_path is not None and os.path.islink(link):
+            # The file that the link points to, and the run went on from, was written before there was a link.
+            path = self._free_path(trainer, name, reusable=link)
+        else:
+            path = self._free_path(trainer, name, reusable=previous)
+        # A resumed run may have saved nothing but `last` so far, and a link must not point to itself.
+        can_link = self._last_checkpoint_saved not in ("", previous)
+        if self.save_last == "link" and can_link and self.save_top_k != 0:
             self._link_checkpoint(trainer, self._last_checkpoint_saved, path)
             self._written.add(path)
             if self._pending is not None:
