@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 HERE = Path(__file__).parent
 BUFFER_BYTES = 4 * 2**20
-NUM_USUAL_STEPS = 30
+NUM_USUAL_STEPS = 60
 NUM_STEPS_AFTER = 5
 
 
@@ -86,7 +86,7 @@ def saver_for(framework: Any, folder: Path, num_saves: int) -> Any:
             self.call_s = self.before - self.began
 
         def finish(self, trainer) -> None:
-            usual_s = statistics.median(self.usual[1:])
+            usual_s = statistics.mean(self.usual[1:])
             slower_s = sum(self.steps) - usual_s * len(self.steps)
             self.results.append({"call": self.call_s, "slower": slower_s, "written": self.written_s})
             self.path.unlink()
@@ -111,10 +111,11 @@ def measure(framework: Any, plugin: Any, num_bytes: int, num_saves: int, folder:
 
 
 def contestants() -> list[tuple[str, Any, Any]]:
-    import levin
-    import levin.plugins
     import lightning.pytorch
     import lightning.pytorch.plugins
+
+    import levin
+    import levin.plugins
 
     theirs = f"Lightning {lightning.pytorch.__version__}"
     return [
