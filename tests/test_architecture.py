@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "src" / "levin"
 FLOORS = [
     ["__init__", "__main__"],
     ["trainer"],
+    ["plugins"],
     ["running"],
     ["callbacks"],
     ["loggers", "profilers"],

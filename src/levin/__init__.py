@@ -33,6 +33,7 @@ _ROOMS = (
     "environments",
     "launchers",
     "loggers",
+    "plugins",
     "precision",
     "profilers",
     "strategies",

@@ -20,7 +20,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="levin", description="A training framework for PyTorch.")
     parser.add_argument("--version", action="version", version=f"levin {__version__}")
-    parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    verify = commands.add_parser("verify", help="say which checkpoints are intact, and what is wrong with the others")
+    verify.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
+    parsed = parser.parse_args(arguments)
+    if parsed.command == "verify":
+        from levin.checkpoint.verify import main as verify_files
+
+        return verify_files(parsed.files)
     parser.print_help()
     return 0
 

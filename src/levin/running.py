@@ -169,17 +169,19 @@ class Running:
         if is_told:
             self.state.stage = None
             return
-        for callback in self.callbacks:
-            call_timed(self, "Callback", callback, "on_exception", self, self._module, error)
-        if self.datamodule is not None:
-            self.datamodule.on_exception(error)
-        self.strategy.on_exception(error)
-        for logger in self.loggers:
-            logger.finalize("failed")
-        sequence._detach_log_store(self._module)
-        self.strategy.teardown()
-        self.profiler.teardown(str(self.state.fn))
-        self.state.stage = None
+        try:
+            for callback in self.callbacks:
+                call_timed(self, "Callback", callback, "on_exception", self, self._module, error)
+            if self.datamodule is not None:
+                self.datamodule.on_exception(error)
+        finally:
+            self.strategy.on_exception(error)
+            for logger in self.loggers:
+                logger.finalize("failed")
+            sequence._detach_log_store(self._module)
+            self.strategy.teardown()
+            self.profiler.teardown(str(self.state.fn))
+            self.state.stage = None
 
     def _attach_model_callbacks(self: Any) -> None:
         from levin.callbacks.defaults import merge_model_callbacks

@@ -161,6 +161,15 @@ def test_the_link_never_points_to_nothing(tmp_path):
     fit(tmp_path, Watch(tmp_path, save_last="link"))
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_the_link_never_points_to_itself_in_a_resumed_run_that_saves_nothing_better(tmp_path):
+    for max_epochs, ckpt_path in ((1, None), (2, str(tmp_path / "last.ckpt"))):
+        callback = ModelCheckpoint(tmp_path, monitor="train", every_n_train_steps=1, save_last="link")
+        fit(tmp_path, callback, TrainOnly(), ckpt_path=ckpt_path, max_epochs=max_epochs)
+    assert names(tmp_path) == ["epoch=0-step=1.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 8
+
+
 def test_last_may_have_fields_and_the_old_one_goes(tmp_path):
     class Named(ModelCheckpoint):
         CHECKPOINT_NAME_LAST = "last-{epoch}"

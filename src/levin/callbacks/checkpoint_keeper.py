@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -13,6 +15,7 @@ from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.checkpoint_files import is_inside, link_or_copy, list_directory, path_exists
 from levin.callbacks.checkpoint_names import check_template, fill_template, first_free_name, template_pattern
 from levin.callbacks.checkpoint_ranking import Mode, comparable, improves, ranked, worst_score
+from levin.checkpoint.background import AsyncCheckpointIO
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -22,11 +25,30 @@ if TYPE_CHECKING:
     from levin.trainer import Trainer
 
 
+@dataclass
+class _Pending:
+    """A file that is being written in the background.
+
+    Args:
+        path: Its path.
+        old: What the callback has to remember in case that it fails.
+        is_written: Whether the file is complete; the writer sets it.
+    """
+
+    path: str
+    old: dict[str, Any] = field(default_factory=dict)
+    is_written: bool = False
+
+    def complete(self) -> None:
+        """Note that the file is complete."""
+        self.is_written = True
+
+
 class CheckpointKeeper(Checkpoint):
     """The part of :class:`~levin.callbacks.ModelCheckpoint` that saves, names, ranks and deletes files; not when.
 
-    A file is always written before the one that it replaces is deleted, and what the callback knows about its files
-    changes only when the new one is there.
+    A file is always written before the one that it replaces is deleted. What the callback knows about its files changes
+    when a save begins, so that the file says so too, and changes back if it fails.
 
     Args: as in ModelCheckpoint.
 
@@ -52,6 +74,7 @@ class CheckpointKeeper(Checkpoint):
         mode: str,
         auto_insert_metric_name: bool,
         enable_version_counter: bool,
+        async_save: bool,
     ) -> None:
         super().__init__()
         if save_top_k < -1:
@@ -84,6 +107,7 @@ class CheckpointKeeper(Checkpoint):
         self.mode: Mode = "min" if mode == "min" else "max"
         self.auto_insert_metric_name: bool = auto_insert_metric_name
         self._enable_version_counter: bool = enable_version_counter
+        self.async_save: bool = async_save
 
         self.current_score: Tensor | None = None
         self.best_k_models: dict[str, Tensor] = {}
@@ -96,6 +120,8 @@ class CheckpointKeeper(Checkpoint):
         self._last_global_step_saved: int = 0
         # Files of this run, among them those that are still being written in the background.
         self._written: set[str] = set()
+        self._background: AsyncCheckpointIO | None = None
+        self._pending: _Pending | None = None
         self._has_validated: bool = False
         self._has_saved_last: bool = False
 
@@ -163,10 +189,19 @@ class CheckpointKeeper(Checkpoint):
             return self.format_checkpoint_name(candidates, self.CHECKPOINT_NAME_LAST, version)
 
         previous = self.last_model_path
-        path = self._free_path(trainer, name, reusable=previous)
-        if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
+        link = name(None)
+        if not previous and self.save_last == "link" and trainer.ckpt_path is not None and os.path.islink(link):
+            # The file that the link points to, and the run went on from, was written before there was a link.
+            path = self._free_path(trainer, name, reusable=link)
+        else:
+            path = self._free_path(trainer, name, reusable=previous)
+        # A resumed run may have saved nothing but `last` so far, and a link must not point to itself.
+        can_link = self._last_checkpoint_saved not in ("", previous)
+        if self.save_last == "link" and can_link and self.save_top_k != 0:
             self._link_checkpoint(trainer, self._last_checkpoint_saved, path)
             self._written.add(path)
+            if self._pending is not None:
+                self._pending.old.setdefault("last_model_path", previous)
             self.last_model_path = path
         else:
             self._save_and_take_up(trainer, path, {"last_model_path": path})
@@ -176,37 +211,123 @@ class CheckpointKeeper(Checkpoint):
 
     def _save_and_take_up(self, trainer: Trainer, path: str, new: dict[str, Any]) -> None:
         """Save with the attributes ``new`` in place, so that the file knows them; if that fails they are undone."""
-        old = {name: getattr(self, name) for name in new}
+        self._settle(trainer, should_wait=True)
+        old = {name: getattr(self, name) for name in (*new, "_last_global_step_saved", "_last_checkpoint_saved")}
         vars(self).update(new)
         try:
             self._save_checkpoint(trainer, path)
         except BaseException:
             vars(self).update(old)
             raise
+        if self._pending is not None:
+            self._pending.old = old
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.save_checkpoint(filepath, self.save_weights_only)
+        with self._own_checkpoint_io(trainer):
+            trainer.save_checkpoint(filepath, self.save_weights_only)
         self._written.add(filepath)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(cast("ModelCheckpoint", self))
+        if not trainer.is_global_zero:
+            return
+        background = self._find_background(trainer)
+        if background is None:
+            self._tell_loggers(trainer)
+        else:
+            self._pending = _Pending(filepath)
+            background.call_after_saves(self._pending.complete, f"Noting {filepath}")
 
-    @staticmethod
-    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+    def _tell_loggers(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(cast("ModelCheckpoint", self))
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero:
-            call_later = getattr(trainer.strategy.checkpoint_io, "call_after_saves", None)
-            if call_later is None:
+            background = self._find_background(trainer)
+            if background is None:
                 link_or_copy(filepath, linkpath)
             else:
                 # A link to a file that is still being written would point to nothing if the process died now.
-                call_later(lambda: link_or_copy(filepath, linkpath), f"Linking {linkpath}")
+                background.call_after_saves(lambda: link_or_copy(filepath, linkpath), f"Linking {linkpath}")
         trainer.strategy.barrier()
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        trainer.strategy.remove_checkpoint(filepath)
+        with self._own_checkpoint_io(trainer):
+            trainer.strategy.remove_checkpoint(filepath)
         self._written.discard(filepath)
+
+    # Saving in the background -----------------------------------------------------------------------------------------
+
+    def _find_background(self, trainer: Trainer) -> AsyncCheckpointIO | None:
+        """Return what saves in the background, this callback's own or the Trainer's plugin, if either does."""
+        if self._background is not None:
+            return self._background
+        checkpoint_io = trainer.strategy.checkpoint_io
+        return checkpoint_io if isinstance(checkpoint_io, AsyncCheckpointIO) else None
+
+    @contextmanager
+    def _own_checkpoint_io(self, trainer: Trainer) -> Iterator[None]:
+        """Let the strategy save and remove by this callback's own CheckpointIO, if it has one."""
+        strategy, own = trainer.strategy, self._background
+        if own is None:
+            yield
+            return
+        before = strategy.checkpoint_io
+        strategy.checkpoint_io = own
+        try:
+            yield
+        finally:
+            strategy.checkpoint_io = before
+
+    def _settle(self, trainer: Trainer, should_wait: bool) -> None:
+        """Take note of what became of the file that is being written in the background, if there is one.
+
+        Raises:
+            Exception: Whatever writing it failed with; the callback knows nothing of the file any more.
+        """
+        if self._pending is None and self._background is None:
+            return
+        background = self._find_background(trainer)
+        if background is None:
+            return
+        if should_wait:
+            background.wait()
+        try:
+            background.check()
+        except BaseException:
+            self._forget_unwritten()
+            raise
+        if self._pending is not None and self._pending.is_written:
+            self._pending = None
+            self._tell_loggers(trainer)
+
+    def _settle_failed_run(self, trainer: Trainer, exception: BaseException) -> None:
+        """Wait for the file that is being written in the background, and raise nothing."""
+        background = self._find_background(trainer)
+        if background is not None:
+            background.on_exception(exception)
+        self._forget_unwritten()
+        if self._pending is not None:
+            self._pending = None
+            self._tell_loggers(trainer)
+
+    def _forget_unwritten(self) -> None:
+        """Go back to what was known before the save that has failed."""
+        pending = self._pending
+        if pending is not None and not pending.is_written:
+            vars(self).update(pending.old)
+            self._written.discard(pending.path)
+            self._pending = None
+
+    def _leave_background(self) -> None:
+        """Wait for this callback's own writer and give its memory back.
+
+        Raises:
+            Exception: Whatever it failed with.
+        """
+        background, self._background = self._background, None
+        if background is not None:
+            background.end()
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         """Whether ``previous`` is a file of this callback's own, neither written anew nor the one the run began with."""

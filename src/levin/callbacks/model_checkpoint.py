@@ -15,6 +15,7 @@ from levin.callbacks.checkpoint_trigger import (
     validates_after_last_batch,
     validates_once_per_epoch,
 )
+from levin.checkpoint.background import AsyncCheckpointIO
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class ModelCheckpoint(CheckpointKeeper):
             (False). By default the former, unless validation runs more than or less than once per epoch.
         enable_version_counter: Whether a file that is there already is left alone and ``-v1``, ``-v2``... is added
             to the name.
+        async_save: Whether the files are written in the background: training waits for a copy in host memory only, and
+            for the save before if that is still going on. A failed save raises at the end of the next batch. Only
+            complete files count for ``save_top_k``, and loggers hear of no others. ``save_last=True`` writes a second
+            file at the same moment, which has to wait for the first; ``"link"`` does not.
 
     Raises:
         MisconfigurationException: Arguments that exclude each other or are out of range.
@@ -78,10 +83,11 @@ class ModelCheckpoint(CheckpointKeeper):
         every_n_epochs: int | None = None,
         save_on_train_epoch_end: bool | None = None,
         enable_version_counter: bool = True,
+        async_save: bool = False,
     ) -> None:
         super().__init__(
             dirpath, filename, monitor, verbose, save_last, save_top_k, save_weights_only, mode, auto_insert_metric_name,
-            enable_version_counter,
+            enable_version_counter, async_save,
         )  # fmt: skip
         check_triggers(every_n_train_steps, every_n_epochs, train_time_interval)
         self.save_on_exception: bool = save_on_exception
@@ -113,6 +119,9 @@ class ModelCheckpoint(CheckpointKeeper):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder; all ranks take that of rank 0, whose logger knows the version."""
+        self._pending = None
+        if self.async_save and stage == "fit" and self._find_background(trainer) is None:
+            self._background = AsyncCheckpointIO(trainer.strategy.checkpoint_io)
         found = self._resolve_ckpt_dir(trainer) if trainer.is_global_zero else ""
         dirpath: str = trainer.strategy.broadcast(found)
         self.dirpath = dirpath
@@ -138,6 +147,7 @@ class ModelCheckpoint(CheckpointKeeper):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
+        self._settle(trainer, should_wait=False)
         if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
             return
         if self._clock is not None:
@@ -175,9 +185,12 @@ class ModelCheckpoint(CheckpointKeeper):
         )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``last`` if nothing else has kept the end of training."""
-        if self._should_skip_saving_checkpoint(trainer):
-            return
+        """Write ``last`` if nothing else has kept the end of training, and wait for what is in the background."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_end(trainer)
+        self._settle(trainer, should_wait=True)
+
+    def _save_end(self, trainer: Trainer) -> None:
         if self._defer_save_until_validation:
             self._defer_save_until_validation = False
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -185,9 +198,20 @@ class ModelCheckpoint(CheckpointKeeper):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save what there is, if the user asked for it."""
-        if not self.save_on_exception or self._should_skip_saving_checkpoint(trainer):
-            return
+        """Wait for what is in the background, and save what there is, if the user asked for it."""
+        self._settle_failed_run(trainer, exception)
+        try:
+            if self.save_on_exception and not self._should_skip_saving_checkpoint(trainer):
+                self._save_failed_run(trainer, exception)
+                self._settle(trainer, should_wait=True)
+        finally:
+            self._leave_background()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give back the memory for saving in the background."""
+        self._leave_background()
+
+    def _save_failed_run(self, trainer: Trainer, exception: BaseException) -> None:
         candidates = self._monitor_candidates(trainer)
         path = self._free_path(trainer, self._names(candidates))
         self._save_checkpoint(trainer, path)

@@ -258,7 +258,7 @@ class _Unpickler(pickle.Unpickler):
             storage = self._storages[int(key)]
             if isinstance(storage, StagedStorage):
                 storage = _storage_over(storage.data)
-            dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
+            dtype = torch.uint8 if kind is torch.UntypedStorage else kind._dtype  # the public one warns
             self._typed[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
         return self._typed[key]
 

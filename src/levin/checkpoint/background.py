@@ -95,11 +95,22 @@ class AsyncCheckpointIO(CheckpointIO):
         """Wait until all that is under way is done or has failed."""
         self._worker.wait()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Wait for all that is under way; an error of it stays in the log, since the run has failed with another."""
+        self.wait()
+        if self._worker.error is not None:
+            self._worker.take_error()
+
     def teardown(self) -> None:
         """Wait for all that is under way, give back the memory, and raise the error there was, if any."""
         self.wait()
-        self._stager.release()
         self.checkpoint_io.teardown()
+        self.end()
+
+    def end(self) -> None:
+        """Do what :meth:`teardown` does, except that the inner CheckpointIO stays in use."""
+        self.wait()
+        self._stager.release()
         self.check()
 
     def __getstate__(self) -> dict[str, Any]:

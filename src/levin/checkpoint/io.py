@@ -135,10 +135,7 @@ def _download(url: str) -> str:
 
 
 class CheckpointIO(ABC):
-    """Where and how checkpoints are kept. Subclass it to keep them elsewhere; pass it as ``Trainer(plugins=...)``.
-
-    A subclass may also have a method ``check()``, which the trainer calls once per step.
-    """
+    """Where and how checkpoints are kept. Subclass it to keep them elsewhere; pass it as ``Trainer(plugins=...)``."""
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
@@ -165,6 +162,16 @@ class CheckpointIO(ABC):
     @abstractmethod
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the checkpoint under ``path``."""
+
+    def check(self) -> None:
+        """Raise the error of something that went on in the background; called once per step."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End what is under way, and raise nothing; called when a run fails, before :meth:`teardown`.
+
+        Args:
+            exception: What it failed with.
+        """
 
     def teardown(self) -> None:
         """End what is under way; called at the end of a run."""

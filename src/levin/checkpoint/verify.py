@@ -94,9 +94,6 @@ def main(arguments: Sequence[str]) -> int:
 
     This is the command ``levin verify FILE...``.
     """
-    if not arguments:
-        print("Usage: levin verify FILE...", file=sys.stderr)
-        return 2
     num_bad = 0
     for path in arguments:
         try:

@@ -74,6 +74,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     loop = trainer.fit_loop.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
+    check_saves = run.strategy.checkpoint_io.check
     schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._finish_restored_batch(run):
@@ -99,6 +100,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 step_schedulers(run, "epoch", plateau=False)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
+            check_saves()
             _after_batch(run, batch_idx, is_last, validates)
             if trainer.received_sigterm:
                 trainer._raise_sigterm_unless_done()

@@ -26,6 +26,8 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         FileNotFoundError: The path does not exist.
         ValueError: The name stands for nothing.
     """
+    if (wait := getattr(trainer.strategy.checkpoint_io, "wait", None)) is not None:
+        wait()  # what is being written in the background may be what is asked for
     if given is None and trainer._ckpt_path_is_set:
         return trainer._ckpt_path
     if given is not None and trainer._ckpt_path_is_set:

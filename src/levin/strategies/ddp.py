@@ -159,6 +159,7 @@ class DDPStrategy(ParallelStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do about the commonest error of DistributedDataParallel."""
+        super().on_exception(exception)
         if exception.args and "Expected to have finished reduction in the prior iteration" in str(exception.args[0]):
             hint = (
                 "Some parameters took no part in computing the loss. If that is intended, use "

@@ -249,6 +249,8 @@ class Strategy(ABC):
 
     def on_exception(self, exception: BaseException) -> None:
         """Run when the run fails."""
+        if self._checkpoint_io is not None:
+            self._checkpoint_io.on_exception(exception)
 
     def teardown(self) -> None:
         """Move the module and the states of the optimizers to the CPU and free the device."""

@@ -1,0 +1,190 @@
+"""What saving a checkpoint costs the training loop: levin and Lightning, blocking and in the background.
+
+A small model is trained whose buffers make up the size of the state. Every so often a checkpoint is saved, and training
+goes on until the file is complete. The loop is held up by the time that the call takes, and by the time that the steps
+take longer than usual until the file is complete. Printed are the first save, which finds no memory to copy to yet, and
+the median of the others. Files lie in a temporary folder and are removed.
+
+    python benchmarks/checkpoint.py [--large] [--quick] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+HERE = Path(__file__).parent
+BUFFER_BYTES = 4 * 2**20
+NUM_USUAL_STEPS = 60
+NUM_STEPS_AFTER = 5
+
+
+def module_for(framework: Any, num_bytes: int) -> Any:
+    class Model(framework.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(384, 384)
+            for number, start in enumerate(range(0, num_bytes, BUFFER_BYTES)):
+                size = min(BUFFER_BYTES, num_bytes - start)
+                self.register_buffer(f"state_{number}", torch.rand(size // 4))
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).pow(2).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    return Model()
+
+
+def saver_for(framework: Any, folder: Path, num_saves: int) -> Any:
+    """A callback that saves, watches the steps and notes by how much the loop is held up."""
+
+    class Saver(framework.Callback):
+        def __init__(self) -> None:
+            self.usual: list[float] = []
+            self.steps: list[float] = []
+            self.results: list[dict[str, float]] = []
+            self.path: Path | None = None
+            self.num_complete = 0
+            self.before = time.perf_counter()
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            now = time.perf_counter()
+            step_s, self.before = now - self.before, now
+            if self.path is None:
+                self.usual.append(step_s)
+                if len(self.usual) > NUM_USUAL_STEPS:
+                    self.save(trainer)
+                return
+            self.steps.append(step_s)
+            if self.num_complete == 0 and self.path.exists():
+                self.written_s = now - self.began
+            self.num_complete += self.path.exists()
+            if self.num_complete > NUM_STEPS_AFTER:
+                self.finish(trainer)
+
+        def save(self, trainer) -> None:
+            self.path = folder / f"{len(self.results)}.ckpt"
+            self.steps, self.num_complete, self.written_s = [], 0, 0.0
+            self.began = time.perf_counter()
+            trainer.save_checkpoint(str(self.path))
+            self.before = time.perf_counter()
+            self.call_s = self.before - self.began
+
+        def finish(self, trainer) -> None:
+            usual_s = statistics.mean(self.usual[1:])
+            slower_s = sum(self.steps) - usual_s * len(self.steps)
+            self.results.append({"call": self.call_s, "slower": slower_s, "written": self.written_s})
+            self.path.unlink()
+            self.path, self.usual = None, []
+            trainer.should_stop = len(self.results) >= num_saves
+            self.before = time.perf_counter()
+
+    return Saver()
+
+
+def measure(framework: Any, plugin: Any, num_bytes: int, num_saves: int, folder: Path) -> list[dict[str, float]]:
+    saver = saver_for(framework, folder, num_saves)
+    trainer = framework.Trainer(
+        accelerator="cpu", devices=1, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[saver], plugins=[plugin] if plugin is not None else None,
+        default_root_dir=str(folder),
+    )  # fmt: skip
+    data = DataLoader(TensorDataset(torch.randn(100 * 256, 384)), batch_size=256)
+    trainer.fit(module_for(framework, num_bytes), data)
+    gc.collect()
+    return saver.results
+
+
+def contestants() -> list[tuple[str, Any, Any]]:
+    import lightning.pytorch
+    import lightning.pytorch.plugins
+
+    import levin
+    import levin.plugins
+
+    theirs = f"Lightning {lightning.pytorch.__version__}"
+    return [
+        ("levin, blocking", levin, lambda: None),
+        ("levin, background", levin, levin.plugins.AsyncCheckpointIO),
+        (f"{theirs}, blocking", lightning.pytorch, lambda: None),
+        (f"{theirs}, background", lightning.pytorch, lightning.pytorch.plugins.AsyncCheckpointIO),
+    ]
+
+
+def median(results: list[dict[str, float]], *keys: str) -> float:
+    return statistics.median(sum(result[key] for key in keys) for result in results)
+
+
+def rows_for(num_bytes: int, num_saves: int, folder: Path) -> list[str]:
+    rows, blocking_s = [], {}
+    for name, framework, make_plugin in contestants():
+        results = measure(framework, make_plugin(), num_bytes, num_saves, folder)
+        first, others = results[:1], results[1:]
+        held_up_s = median(others, "call", "slower")
+        owner = name.split(",")[0]
+        blocking_s.setdefault(owner, held_up_s)
+        times = (
+            median(first, "call", "slower"), held_up_s, median(others, "call"), median(others, "slower"),
+            median(others, "written"),
+        )  # fmt: skip
+        cells = [f"{num_bytes / 1e6:.0f} MB", name, *(f"{1e3 * seconds:.1f}" for seconds in times)]
+        cells.append(f"{held_up_s / blocking_s[owner]:.3f}")
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--large", action="store_true", help="also 2 GB")
+    parser.add_argument("--quick", action="store_true", help="10 MB and few saves; writes no file")
+    parser.add_argument("--folder", help="where the temporary folder is made")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "levin"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    header = [
+        "| state | who | first save held up training, ms | others, median, ms | of which the call | and slower steps "
+        "| file complete after, ms | share of the blocking save |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(header), flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="levin-bench-", dir=options.folder))
+    sizes = [10 * 10**6] if options.quick else [10 * 10**6, 500 * 10**6, *([2 * 10**9] if options.large else [])]
+    try:
+        rows = [
+            row
+            for num_bytes in sizes
+            for row in rows_for(num_bytes, 3 if options.quick else 6 if num_bytes > 10**8 else 11, folder)
+        ]
+    finally:
+        shutil.rmtree(folder)
+    if not options.quick:
+        text = f"""# What saving a checkpoint costs the training loop
+
+{os.cpu_count()} CPUs, one thread, Python {platform.python_version()}, torch {torch.__version__}; times in milliseconds.
+levin syncs each file to the disk before it takes its name, blocking or not; Lightning leaves that to the system.
+Made by `python benchmarks/checkpoint.py`, which says what is measured.
+
+"""
+        (HERE / "checkpoint.md").write_text(text + "\n".join([*header, *rows]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
