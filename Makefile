@@ -3,11 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Long, with many processes: a target of their own.
-PARTS := tests/data tests/launchers tests/strategies tests/parity/test_callbacks.py tests/parity/test_engine.py tests/parity/test_loggers.py tests/callbacks/test_model_checkpoint.py tests/loggers tests/profilers tests/environments tests/accelerators
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-parts test-slow lint bench docs clean
+.PHONY: help demo test test-slow lint bench bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -22,11 +20,8 @@ demo: $(STAMP)  ## Train on handwritten digits, evaluate, save, show
 	$(BIN)/python examples/digits.py
 
 test: $(STAMP)  ## Run the tests
-	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing" $(addprefix --ignore=,$(PARTS))
+	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing"
 	$(RUN) $(BIN)/python -m pytest -q -m "timing and not slow"
-
-test-parts: $(STAMP)  ## Run the long tests of the parts (data position, processes)
-	$(RUN) $(BIN)/python -m pytest -q $(PARTS)
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 	$(RUN) $(BIN)/python -m pytest -q -m slow
@@ -38,6 +33,9 @@ lint: $(STAMP)  ## Check style and types
 
 bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 	$(RUN) $(BIN)/python benchmarks/run.py
+
+bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
+	$(RUN) $(BIN)/python benchmarks/checkpoint.py
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet

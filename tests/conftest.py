@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    logging.getLogger("levin").setLevel(logging.INFO)
+    for name in ("levin.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+        if name in sys.modules:
+            # A strategy on several ranks sets it for the whole process.
+            sys.modules[name].rank_zero_only.rank = 0
     before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")}
     torch.manual_seed(0)
     random.seed(0)

@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from levin import profilers
 from levin.checkpoint import state as tree
+from levin.checkpoint.metric_states import collect_metric_states, load_metric_states
 from levin.data.loaders import set_epoch
 from levin.data.position import Position
 from levin.data.source import StageLoaders
 from levin.datamodule import LightningDataModule
 from levin.log_store import LogStore, Metrics
 from levin.loops import launched, sequence
+from levin.loops.logging import to_floats
 from levin.loops.progress import EvaluationLoop, FitLoop
 from levin.loops.results_table import print_results
 from levin.loops.resume import select_checkpoint
 from levin.loops.run import new_store
 from levin.module import LightningModule
-from levin.utilities.exceptions import MisconfigurationException, SIGTERMException, value_error
+from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -305,7 +306,7 @@ class Running:
             "window": self._step.state_dict(),
             "log_store": self._train_store.state_dict() if self._train_store is not None else [],
             "data": self._position.state_dict(self.fit_loop.epoch_loop.batch_progress.current.processed),
-            "metrics": _metric_states(run.module),
+            "metrics": collect_metric_states(run.module),
             "callback_metrics": dict(self._metrics.callback),
         }
 
@@ -324,7 +325,7 @@ class Running:
             self._resume_exact = exact
             step.load_state_dict(exact["window"])
             run.store.load_state_dict(exact["log_store"])
-            _load_metric_states(run.module, exact.get("metrics", {}))
+            load_metric_states(run.module, exact.get("metrics", {}))
             self._metrics.callback.update(exact.get("callback_metrics", {}))
         tree.restore_rng(exact)
 
@@ -341,30 +342,7 @@ class Running:
         index = self.predict_loop.batch_progress.current.ready - 1
         return seen[index] if seen and index < len(seen) else None
 
-    # ---------------------------------------------------------------- hyper-parameters and signals
-
-    def _log_hyperparams(self: Any) -> None:
-        if not self.loggers or not self.enable_autolog_hparams:
-            return
-        module, datamodule = self._module, self.datamodule
-        merged: dict[str, Any] = {}
-        for owner in (module, datamodule):
-            if owner is None or not owner._log_hyperparams:
-                continue
-            for name, value in owner.hparams_initial.items():
-                if name == "_class_path" or name == "_instantiator":
-                    continue
-                if name in merged and not _same(merged[name], value):
-                    raise RuntimeError(
-                        f"The hyper-parameter {name!r} has different values in the module and the data module, "
-                        f"received {merged[name]!r} and {value!r}. Rename one, or use save_hyperparameters(logger=False)."
-                    )
-                merged[name] = value
-        for logger in self.loggers:
-            if merged or (module is not None and module._log_hyperparams):
-                logger.log_hyperparams(merged)
-            logger.log_graph(module)
-            logger.save()
+    # ---------------------------------------------------------------- signals
 
     @contextmanager
     def _signal_handlers(self: Any) -> Iterator[None]:
@@ -512,6 +490,40 @@ class Running:
         steps: int | float = math.ceil(batches / self.accumulate_grad_batches) * max(self.max_epochs or 1, 1)
         return min(self.max_steps, steps) if self.max_steps != -1 else steps
 
+    # ---------------------------------------------------------------- metrics
+
+    @property
+    def callback_metrics(self: Any) -> dict[str, Any]:
+        """All logged values: in training those of the step and the epoch, in evaluation those of the epoch."""
+        self._refresh_metrics()
+        found: dict[str, Any] = self._metrics.callback
+        return found
+
+    @property
+    def logged_metrics(self: Any) -> dict[str, Any]:
+        """The values that went, or go, to the loggers."""
+        self._refresh_metrics()
+        found: dict[str, Any] = self._metrics.logged
+        return found
+
+    @property
+    def progress_bar_metrics(self: Any) -> dict[str, float]:
+        """The values logged with ``prog_bar=True``, as floats; reading them waits for the device."""
+        self._refresh_metrics()
+        return to_floats(self._metrics.progress_bar)
+
+    def _refresh_metrics(self: Any) -> None:
+        run = self._run
+        if run is not None and self.state.status == TrainerStatus.RUNNING:
+            store = run.store
+            metrics: Metrics = store.read(on_step=not store.is_epoch_end)
+            if self.sanity_checking:
+                self._metrics = metrics
+            else:
+                self._merge(metrics)
+
+    # ---------------------------------------------------------------- checkpoints
+
     @property
     def ckpt_path(self) -> Optional[PathLike]:
         """The checkpoint that the present or last run started from."""
@@ -545,27 +557,6 @@ class Running:
             self.strategy.barrier("Trainer.save_checkpoint")
 
 
-def resolve_profiler(profiler: Any) -> Any:
-    """Return the profiler for ``Trainer(profiler=...)``: None, a name or a Profiler.
-
-    Raises:
-        MisconfigurationException: An unknown name.
-    """
-    if profiler is None:
-        return profilers.PassThroughProfiler()
-    if not isinstance(profiler, str):
-        return profiler
-    names = {
-        "simple": "SimpleProfiler",
-        "advanced": "AdvancedProfiler",
-        "pytorch": "PyTorchProfiler",
-        "xla": "XLAProfiler",
-    }
-    if profiler.lower() not in names:
-        raise value_error("profiler", profiler, f"must be one of {', '.join(names)}, a Profiler or None")
-    return getattr(profilers, names[profiler.lower()])()
-
-
 def fit_is_done(trainer: Any) -> bool:
     """Whether training has reached a limit."""
     loop = trainer.fit_loop
@@ -583,28 +574,3 @@ def _uncompiled(model: Any) -> Any:
             )
     original._compiler_ctx = model.dynamo_ctx
     return original
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-    return bool(a == b)
-
-
-def _metric_states(module: torch.nn.Module) -> dict[str, Any]:
-    """Return the states of the torchmetrics objects of ``module``, which its state_dict leaves out."""
-    return {
-        name: {"update_count": child._update_count, **{key: getattr(child, key) for key in child._defaults}}
-        for name, child in module.named_modules()
-        if hasattr(child, "_defaults") and hasattr(child, "_update_count")
-    }
-
-
-def _load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
-    children = dict(module.named_modules())
-    for name, state in states.items():
-        child: Any = children.get(name)
-        if child is not None:
-            child._update_count = state["update_count"]
-            for key in child._defaults:
-                setattr(child, key, move_data_to_device(state[key], child.device))

@@ -19,10 +19,9 @@ from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.data.source import StageLoaders
 from levin.datamodule import LightningDataModule
 from levin.engine import build_engine, describe_devices
-from levin.log_store import Metrics
-from levin.loops.logging import to_floats
 from levin.loops.progress import FitLoop
 from levin.module import LightningModule
+from levin.profilers.choose import resolve_profiler
 from levin.settings import (
     check_at_least,
     check_barebones,
@@ -32,7 +31,7 @@ from levin.settings import (
 )
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.filesystem import is_local
-from levin.utilities.states import TrainerFn, TrainerStatus
+from levin.utilities.states import TrainerFn
 
 if TYPE_CHECKING:
     from levin.accelerators import Accelerator
@@ -227,7 +226,7 @@ class Trainer(running.Running):
             plugins=plugins, sync_batchnorm=sync_batchnorm,
         )  # fmt: skip
         describe_devices(self._engine)
-        self.profiler: Profiler = running.resolve_profiler(profiler)
+        self.profiler: Profiler = resolve_profiler(profiler)
 
         # Folders, loggers, callbacks
         root = os.getcwd() if default_root_dir is None else os.fspath(default_root_dir)
@@ -534,36 +533,6 @@ class Trainer(running.Running):
     def progress_bar_callback(self) -> Optional[ProgressBar]:
         """The progress bar, or None."""
         return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
-
-    # ---------------------------------------------------------------- metrics
-
-    @property
-    def callback_metrics(self) -> dict[str, Any]:
-        """All logged values: in training those of the step and the epoch, in evaluation those of the epoch."""
-        self._refresh_metrics()
-        return self._metrics.callback
-
-    @property
-    def logged_metrics(self) -> dict[str, Any]:
-        """The values that went, or go, to the loggers."""
-        self._refresh_metrics()
-        return self._metrics.logged
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        """The values logged with ``prog_bar=True``, as floats; reading them waits for the device."""
-        self._refresh_metrics()
-        return to_floats(self._metrics.progress_bar)
-
-    def _refresh_metrics(self) -> None:
-        run = self._run
-        if run is not None and self.state.status == TrainerStatus.RUNNING:
-            store = run.store
-            metrics: Metrics = store.read(on_step=not store.is_epoch_end)
-            if self.sanity_checking:
-                self._metrics = metrics
-            else:
-                self._merge(metrics)
 
     # ---------------------------------------------------------------- batches and limits
 

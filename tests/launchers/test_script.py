@@ -190,6 +190,9 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path):
     program = write_program(
         tmp_path / "program.py",
         """
+        import signal
+        # As in a terminal: a process that a shell starts in the background ignores Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def wait(folder):
             with open(os.path.join(folder, f"up-{os.getpid()}"), "w"):
                 time.sleep(100)

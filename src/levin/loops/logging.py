@@ -54,3 +54,38 @@ def send(trainer: Trainer, metrics: Mapping[str, Any], step: Optional[int] = Non
     for logger in trainer.loggers:
         logger.log_metrics(metrics=dict(values), step=step)
         logger.save()
+
+
+def send_hyperparameters(trainer: Any) -> None:
+    """Send the hyper-parameters of module and data module, and the graph, to every logger.
+
+    Raises:
+        RuntimeError: Module and data module have different values under one name.
+    """
+    if not trainer.loggers or not trainer.enable_autolog_hparams:
+        return
+    module, datamodule = trainer._module, trainer.datamodule
+    merged: dict[str, Any] = {}
+    for owner in (module, datamodule):
+        if owner is None or not owner._log_hyperparams:
+            continue
+        for name, value in owner.hparams_initial.items():
+            if name == "_class_path" or name == "_instantiator":
+                continue
+            if name in merged and not _same(merged[name], value):
+                raise RuntimeError(
+                    f"The hyper-parameter {name!r} has different values in the module and the data module, "
+                    f"received {merged[name]!r} and {value!r}. Rename one, or use save_hyperparameters(logger=False)."
+                )
+            merged[name] = value
+    for logger in trainer.loggers:
+        if merged or (module is not None and module._log_hyperparams):
+            logger.log_hyperparams(merged)
+        logger.log_graph(module)
+        logger.save()
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+    return bool(a == b)

@@ -17,6 +17,7 @@ from levin.data.source import StageLoaders
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
+from levin.loops.logging import send_hyperparameters
 from levin.loops.predict import predict
 from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, new_store
@@ -79,7 +80,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     trainer._reset_metrics()
     if fn == "fit":
         run.call("on_fit_start")
-    trainer._log_hyperparams()
+    send_hyperparameters(trainer)
     if checkpoint is not None:
         if strategy.restore_checkpoint_after_setup:
             tree.restore_module(trainer, checkpoint)

@@ -1,0 +1,29 @@
+"""The states of torchmetrics objects, which a module's state_dict leaves out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from levin.utilities.move import move_data_to_device
+
+
+def collect_metric_states(module: torch.nn.Module) -> dict[str, Any]:
+    """Return the states of the torchmetrics objects of ``module`` by their names."""
+    return {
+        name: {"update_count": child._update_count, **{key: getattr(child, key) for key in child._defaults}}
+        for name, child in module.named_modules()
+        if hasattr(child, "_defaults") and hasattr(child, "_update_count")
+    }
+
+
+def load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
+    """Set the states that :func:`collect_metric_states` returned."""
+    children = dict(module.named_modules())
+    for name, state in states.items():
+        child: Any = children.get(name)
+        if child is not None:
+            child._update_count = state["update_count"]
+            for key in child._defaults:
+                setattr(child, key, move_data_to_device(state[key], child.device))

@@ -1,0 +1,32 @@
+"""Which profiler ``Trainer(profiler=...)`` means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from levin import profilers
+from levin.profilers.profiler import PassThroughProfiler, Profiler
+from levin.utilities.exceptions import value_error
+
+
+def resolve_profiler(profiler: Any) -> Profiler:
+    """Return the profiler for ``Trainer(profiler=...)``: None, a name or a Profiler.
+
+    Raises:
+        MisconfigurationException: An unknown name.
+    """
+    if profiler is None:
+        return PassThroughProfiler()
+    if not isinstance(profiler, str):
+        given: Profiler = profiler
+        return given
+    names = {
+        "simple": "SimpleProfiler",
+        "advanced": "AdvancedProfiler",
+        "pytorch": "PyTorchProfiler",
+        "xla": "XLAProfiler",
+    }
+    if profiler.lower() not in names:
+        raise value_error("profiler", profiler, f"must be one of {', '.join(names)}, a Profiler or None")
+    chosen: Profiler = getattr(profilers, names[profiler.lower()])()
+    return chosen
