@@ -23,13 +23,11 @@ def isolation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         if name in sys.modules:
             # A strategy on several ranks sets it for the whole process.
             sys.modules[name].rank_zero_only.rank = 0
-    before = {name: os.environ.get(name) for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")}
+    before = dict(os.environ)
     torch.manual_seed(0)
     random.seed(0)
     yield
     torch.use_deterministic_algorithms(False)
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    # Strategies and environments leave addresses and ranks there for the processes that they start.
+    os.environ.clear()
+    os.environ.update(before)
