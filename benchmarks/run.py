@@ -181,7 +181,7 @@ def epoch_case(count: int) -> Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    n = 300 if quick else 1500
+    n = 300 if quick else 800
     return [
         fit_case("tiny linear step, nothing logged", 1.10, n),
         fit_case("+ three self.log, on_step", 1.25, n, "step"),
@@ -266,7 +266,7 @@ def main() -> int:
     for case in cases(options.quick):
         if options.only not in case.name:
             continue
-        row = case.measure(frameworks, 3 if options.quick else 15)
+        row = case.measure(frameworks, 3 if options.quick else 9)
         low, high = row["levin_quartiles"]
         holds = row["levin"] <= row["budget"]
         failed += not holds

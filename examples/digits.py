@@ -4,7 +4,7 @@ The data are the 1,797 scanned digits (8 x 8 pixels) that ship inside scikit-lea
 
     python examples/digits.py
 
-It takes well under a minute on two CPU cores and leaves a folder `runs/digits/version_N` with the checkpoints,
+It takes about ten seconds on two CPU cores and leaves a folder `runs/digits/version_N` with the checkpoints,
 `metrics.csv`, TensorBoard events (`tensorboard --logdir runs`) and the picture `results.png`.
 """
 
