@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from levin.checkpoint import state as tree
-from levin.checkpoint.metric_states import collect_metric_states, load_metric_states
 from levin.data.loaders import set_epoch
-from levin.data.position import Position
 from levin.data.source import StageLoaders
 from levin.datamodule import LightningDataModule
 from levin.log_store import LogStore, Metrics
 from levin.loops import launched, sequence
+from levin.loops.exact import Exact
 from levin.loops.logging import to_floats
 from levin.loops.progress import EvaluationLoop, FitLoop
 from levin.loops.results_table import print_results
@@ -78,11 +73,7 @@ class Running:
         self._last_validation_time: float = 0.0
         self._warns_about_max_epochs: bool = False
         self._explained_minima: bool = False
-        self._restored_batch_is_unfinished: bool = False
-        self._restored_validation_is_unfinished: bool = False
-        self._position = Position()
-        self._train_store: Optional[LogStore] = None
-        self._resume_exact: Optional[dict[str, Any]] = None
+        self._exact = Exact()
         self._ckpt_path: Optional[PathLike] = None
         self._ckpt_path_is_set: bool = False
 
@@ -274,7 +265,7 @@ class Running:
         if not fit_is_done(self):
             raise SIGTERMException
 
-    # ---------------------------------------------------------------- the exact position
+    # ---------------------------------------------------------------- data
 
     def _prepare_epoch(self: Any, run: Run, feed: Feed) -> None:
         """Load the training data again when that is due, and tell samplers the epoch."""
@@ -284,90 +275,12 @@ class Running:
         for loader in self._train_loaders.combined.flattened:
             set_epoch(loader, self.current_epoch)
 
-    def _train_batches(self: Any, run: Run, feed: Feed, start: int) -> Generator[Any, None, None]:
-        """Return the batches of the epoch from index ``start`` on."""
-        state, self._resume_exact = self._resume_exact, None
-        if not start:
-            return feed.iterate(0)
-        if state is None or "data" not in state:
-            rank_zero_warn(
-                "The checkpoint was saved in the middle of an epoch without the position in the data: "
-                f"the loader starts again, from batch {start} on."
-            )
-            return feed.iterate(start)
-        return feed.iterate(start)
-
-    def _exact_state(self: Any) -> dict[str, Any]:
-        """Return what an exact resume needs besides Lightning's keys."""
-        run = self._run
-        if run is None or self.state.fn != TrainerFn.FITTING or self._step is None:
-            return {}
-        return {
-            "window": self._step.state_dict(),
-            "log_store": self._train_store.state_dict() if self._train_store is not None else [],
-            "data": self._position.state_dict(self.fit_loop.epoch_loop.batch_progress.current.processed),
-            "metrics": collect_metric_states(run.module),
-            "callback_metrics": dict(self._metrics.callback),
-        }
-
-    def _take_exact_state(self: Any, run: Run, feed: Feed, step: Any, exact: Optional[dict[str, Any]]) -> None:
-        """Follow the data from here on, and go on where ``exact`` was collected."""
-        self._train_store = run.store
-        self._position = Position()
-        feed.track(self._position)
-        self._resume_exact = None
-        if exact is None:
-            return
-        self._position.load_state_dict(exact.get("data", {}))
-        if not self.fit_loop.restarted_mid_epoch:
-            self._position.finish()
-        if self.fit_loop.restarted_mid_epoch and "window" in exact:
-            self._resume_exact = exact
-            step.load_state_dict(exact["window"])
-            run.store.load_state_dict(exact["log_store"])
-            load_metric_states(run.module, exact.get("metrics", {}))
-            self._metrics.callback.update(exact.get("callback_metrics", {}))
-        tree.restore_rng(exact)
-
-    def _finish_restored_batch(self: Any, run: Run) -> bool:
-        """Whether the batch that the checkpoint was saved in still has its validation and logging to do."""
-        unfinished: bool = self._restored_batch_is_unfinished or self._restored_validation_is_unfinished
-        self._restored_batch_is_unfinished = self._restored_validation_is_unfinished = False
-        return unfinished
-
     def _batch_indices(self: Any, feed: Feed, dataloader_idx: int) -> Optional[list[int]]:
         sampler: Any = getattr(feed.sources[dataloader_idx], "batch_sampler", None)
         seen: Optional[list[list[int]]] = getattr(sampler, "seen_batch_indices", None)
         # A loader with workers draws ahead, so the batch is found by its own index.
         index = self.predict_loop.batch_progress.current.ready - 1
         return seen[index] if seen and index < len(seen) else None
-
-    # ---------------------------------------------------------------- signals
-
-    @contextmanager
-    def _signal_handlers(self: Any) -> Iterator[None]:
-        """Let SIGTERM end the run at the next safe point; the user's own handlers are called too."""
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGTERM"):
-            yield
-            return
-        self.received_sigterm = False
-        previous = signal.getsignal(signal.SIGTERM)
-
-        def on_sigterm(number: int, frame: Any) -> None:
-            if self.received_sigterm:
-                os._exit(143)
-            self.received_sigterm = True
-            launcher = self.strategy.launcher
-            if launcher is not None and hasattr(launcher, "kill"):
-                launcher.kill(number)
-            if callable(previous):
-                previous(number, frame)
-
-        signal.signal(signal.SIGTERM, on_sigterm)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
     # ---------------------------------------------------------------- what users read and set
 

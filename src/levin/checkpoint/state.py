@@ -49,7 +49,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
-        checkpoint[OWN_KEY] = {"version": 1, "rng": collect_rng_states(), **trainer._exact_state()}
+        checkpoint[OWN_KEY] = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
             name = owner._hparams_name

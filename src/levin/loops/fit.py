@@ -58,7 +58,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
             run.call("on_train_epoch_start")
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
-        trainer._position.finish()
+        trainer._exact.position.finish()
         resumed = loop.restarted_mid_epoch = False
         epoch.increment_processed()
         _end_epoch(run)
@@ -77,11 +77,11 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     check_saves = run.strategy.checkpoint_io.check
     schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
-    if resumed and progress.current.ready and trainer._finish_restored_batch(run):
+    if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
         if progress.is_last_batch or _stops_in_epoch(trainer):
             return
-    batches = trainer._train_batches(run, feed, progress.current.ready)
+    batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
     try:
         for batch, batch_idx, _ in batches:

@@ -21,6 +21,7 @@ from levin.loops.logging import send_hyperparameters
 from levin.loops.predict import predict
 from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, new_store
+from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
 from levin.module import LightningModule
 from levin.optimizer import LightningOptimizer, resolve_optimizers
@@ -88,7 +89,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         if fn == "fit":
             tree.restore_optimizers(trainer, checkpoint)
         rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
-    with trainer._signal_handlers():
+    with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
     _detach_log_store(module)
@@ -160,7 +161,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     loop.restarted_mid_epoch = False
     exact = None
     if loop.restarting:
-        _settle_restored_counters(trainer)
+        trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     trainer.training = True
@@ -178,34 +179,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     trainer._step = step
     run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
-    trainer._take_exact_state(run, feed, step, exact)
+    trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)
-
-
-def _settle_restored_counters(trainer: Trainer) -> None:
-    """Turn what was being counted when the file was saved into where to go on."""
-    loop = trainer.fit_loop
-    epoch, batch = loop.epoch_progress, loop.epoch_loop.batch_progress
-    for counter in (epoch.current, epoch.total):
-        if counter.processed > counter.completed:
-            counter.completed = counter.processed
-    mid_epoch = epoch.current.started > epoch.current.processed and batch.current.processed > 0
-    loop.restarted_mid_epoch = mid_epoch
-    trainer._restored_batch_is_unfinished = mid_epoch and batch.current.processed > batch.current.completed
-    validation = loop.epoch_loop.val_loop.batch_progress
-    if mid_epoch and not trainer._restored_batch_is_unfinished:
-        was_validating = validation.current.started > 0 and not (
-            validation.is_last_batch and validation.current.completed == validation.current.ready
-        )
-        trainer._restored_validation_is_unfinished = was_validating
-    if mid_epoch:
-        for counter in (batch.current, batch.total):
-            counter.ready = counter.started = counter.processed
-            counter.completed = counter.processed
-    else:
-        epoch.current.ready = epoch.current.started = epoch.current.processed
-        if batch.current.ready:
-            batch.reset()
 
 
 def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
