@@ -47,6 +47,7 @@ class TrainerProperties:
     accumulate_grad_batches: int
     callbacks: list[Callback]
     limit_val_batches: int | float
+    num_sanity_val_steps: int | float
     loggers: list[Logger]
     profiler: Profiler
 
@@ -70,7 +71,6 @@ class TrainerProperties:
         self._predictions: list[list[Any]] = []
         self._returns_predictions: bool = True
         self._num_training_batches: int | float = math.inf
-        self._num_sanity_val_batches: list[int | float] = []
         self._last_validation_time: float = 0.0
         self._warns_about_max_epochs: bool = False
         self._explained_minima: bool = False
@@ -260,7 +260,7 @@ class TrainerProperties:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Batches of the sanity check, per loader."""
-        return self._num_sanity_val_batches
+        return [min(self.num_sanity_val_steps, count) for count in self.num_val_batches]
 
     @property
     def num_val_batches(self) -> list[int | float]:
@@ -415,7 +415,8 @@ class TrainerProperties:
 
     def _refresh_metrics(self) -> None:
         run = self._run
-        if run is not None and self.state.status == TrainerStatus.RUNNING:
+        # After a failure the values of the batch that failed are still there, and looked at when somebody asks.
+        if run is not None and self.state.status in (TrainerStatus.RUNNING, TrainerStatus.INTERRUPTED):
             store = run.store
             metrics: Metrics = store.read(on_step=not store.is_epoch_end)
             if self.sanity_checking:

@@ -189,7 +189,7 @@ class Trainer(TrainerProperties):
         self.num_sanity_val_steps: int | float = math.inf if num_sanity_val_steps == -1 else num_sanity_val_steps
         self.log_every_n_steps: int = log_every_n_steps
         self.check_val_every_n_epoch: Optional[int] = check_val_every_n_epoch
-        self.val_check_batch: int | float = math.inf
+        self.val_check_batch: Optional[int | float] = None
         self._take_val_check_interval(val_check_interval)
         self.reload_dataloaders_every_n_epochs: int = reload_dataloaders_every_n_epochs
         self.fast_dev_run: int | bool = True if fast_dev_run is True or fast_dev_run == 1 else fast_dev_run

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from levin.loops import evaluate
-from levin.loops.loading import prepare_epoch
+from levin.loops.loading import load_validation, prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -41,22 +41,26 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     """
     trainer = run.trainer
     loop = trainer.fit_loop
-    if _is_done(run):
+    if is_done(run):
         return
     _check_restored_epoch(run)
+    if trainer.enable_validation and _validates_in_epoch(trainer):
+        trainer.validating = True
+        load_validation(trainer)
+        trainer.training = True
     run.call("on_train_start")
     resumed = loop.restarted_mid_epoch
-    while not _is_done(run):
+    while not is_done(run):
         epoch = loop.epoch_progress
         prepare_epoch(run, feed)
         if not resumed:
+            epoch.increment_ready()
+            run.store.reset()
+            run.call("on_train_epoch_start")
             loop.epoch_loop.batch_progress.reset()
             loop.epoch_loop.scheduler_progress.reset()
             loop.epoch_loop.optim_progress.reset()
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
-            epoch.increment_ready()
-            run.store.reset()
-            run.call("on_train_epoch_start")
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
         trainer._exact.position.finish()
@@ -80,8 +84,10 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
-        if progress.is_last_batch or _stops_in_epoch(trainer):
+        if progress.is_last_batch:
             return
+    if _stops_in_epoch(trainer):
+        return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
     try:
@@ -147,8 +153,7 @@ def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
 def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether validation follows this batch; the rules in the order of their precedence."""
     trainer = run.trainer
-    every_epochs = trainer.check_val_every_n_epoch
-    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs != 0:
+    if not _validates_in_epoch(trainer):
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
@@ -157,12 +162,18 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     if trainer._val_check_seconds is not None:
         return bool(time.monotonic() - trainer._last_validation_time >= trainer._val_check_seconds)
     interval = trainer.val_check_batch
-    if interval == math.inf:
+    if interval is None or interval == math.inf:
         return False
     if trainer.num_training_batches == math.inf and isinstance(trainer.limit_train_batches, int):
         return bool((batch_idx + 1) % trainer.limit_train_batches == 0)
-    index = batch_idx if every_epochs is not None else trainer.fit_loop.epoch_loop.total_batch_idx
+    index = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
+
+
+def _validates_in_epoch(trainer: Trainer) -> bool:
+    """Whether validation may run in the present epoch at all."""
+    every = trainer.check_val_every_n_epoch
+    return every is None or (trainer.current_epoch + 1) % every == 0
 
 
 def _is_once_an_epoch(trainer: Trainer) -> bool:
@@ -203,7 +214,8 @@ def _stops_in_epoch(trainer: Trainer) -> bool:
     return bool(trainer.should_stop and _may_stop(trainer))
 
 
-def _is_done(run: Run) -> bool:
+def is_done(run: Run) -> bool:
+    """Whether a limit of training is reached, or a stop was asked for and may be obeyed; says which."""
     trainer = run.trainer
     loop = trainer.fit_loop
     if trainer.num_training_batches == 0:

@@ -12,7 +12,7 @@ from levin.checkpoint import state as tree
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
-from levin.loops.fit import fit
+from levin.loops.fit import fit, is_done
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
 from levin.loops.predict import predict
@@ -162,10 +162,9 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
     torch.set_grad_enabled(True)
     loop.restarting = False
-    if trainer.limit_train_batches == 0 or trainer.fit_loop.max_epochs == 0:
-        trainer._num_training_batches = 0 if trainer.limit_train_batches == 0 else trainer._num_training_batches
-        if trainer.limit_train_batches == 0:
-            return
+    if trainer.limit_train_batches == 0:
+        is_done(run)  # says so when a limit is reached as well
+        return
     load_training(trainer)
     step = compose_step(run)
     if run.is_profiled:
@@ -187,8 +186,7 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         run.call("on_sanity_check_start")
         load_validation(trainer)
         loaders = trainer._val_loaders
-        limits = [min(steps, count) for count in loaders.num_batches]
-        trainer._num_sanity_val_batches = limits
+        limits = trainer.num_sanity_val_batches
         if sum(limits) > 0:
             feed = make_feed(run, loaders, limits)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
