@@ -161,6 +161,7 @@ class Running:
         if is_told:
             self.state.stage = None
             return
+        self.strategy.explain(error)
         try:
             for callback in self.callbacks:
                 call_timed(self, "Callback", callback, "on_exception", self, self._module, error)

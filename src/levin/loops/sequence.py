@@ -18,6 +18,7 @@ from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.logging import send_hyperparameters
+from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, new_store
@@ -89,6 +90,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         if fn == "fit":
             tree.restore_optimizers(trainer, checkpoint)
         rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
+    strategy.follow(functools.partial(place_of, trainer))
     with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
