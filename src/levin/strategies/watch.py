@@ -121,7 +121,7 @@ class Watch(threading.Thread):
             has_left: Whether the run has ended well here; others that still wait are told.
         """
         atexit.unregister(self.stop)
-        if has_left and self._failure is None:
+        if has_left and not self._is_raising:
             self._failure = self._report(has_left=True)
         self._is_over.set()
         self._wake.set()
