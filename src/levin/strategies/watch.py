@@ -69,6 +69,7 @@ class Watch(threading.Thread):
         plain = plain.clone()
         plain.set_timeout(_STORE_TIMEOUT)
         self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{next(_generations)}", plain)
+        self._ends_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._main = threading.main_thread().ident or 0
         self._place: Callable[[], Place] = lambda: Place(0, "set-up")
         self._num_batches_before = 0
@@ -106,6 +107,11 @@ class Watch(threading.Thread):
         self._wake.set()
         if not self._wants_verdict:
             self._published.wait(2.0)
+            if self._ends_the_store and isinstance(error, Exception):
+                # With this process goes what the others would read the reason from.
+                self._wants_verdict = True
+                self._wake.set()
+                self._judged.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
             return
         self._judged.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
         verdict = self.verdict or (
@@ -208,8 +214,23 @@ class Watch(threading.Thread):
         if not self._store.check(["verdict"]):
             self._store.set("verdict", judge({**self._missing(), **self._read("report")}.values()))
         self.verdict = self._store.get("verdict").decode()
+        self._store.set(f"told/{self._rank}", "")
+        if self._ends_the_store:
+            self._wait_until_told()
         self._judged.set()
         self._end_unless_raised()
+
+    def _wait_until_told(self) -> None:
+        """Keep the store until the others have read the verdict, or need none."""
+        deadline = time.monotonic() + _ANSWER_BEATS * self.beat_s
+        while time.monotonic() < deadline:
+            reports = self._read("report")
+            waiting = [r for r in reports.values() if not (r.has_left or (r.failure and not r.is_echo))]
+            if all(self._store.check([f"told/{report.rank}"]) for report in waiting) and not any(
+                not report.process_state for report in self._missing().values()
+            ):
+                return
+            time.sleep(min(0.1, self.beat_s))
 
     def _end_unless_raised(self) -> None:
         """Wait for the main thread to raise; when it does not, end the process: the others have given up."""
