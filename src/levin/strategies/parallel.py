@@ -18,6 +18,7 @@ from levin.strategies import collectives
 from levin.strategies.strategy import Strategy
 from levin.strategies.watch import Place, Watch, start_watch
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
 from levin.utilities.seed import reset_seed
 
@@ -334,7 +335,6 @@ def share_processors(num_processes: int) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = max(1, available // num_processes)
+    num_threads = max(1, count_processors() // num_processes)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

@@ -74,6 +74,7 @@ class Watch(threading.Thread):
         self._place: Callable[[], Place] = lambda: Place(0, "set-up")
         self._num_batches_before = 0
         self._is_short = False
+        self._shortened: dict[Any, timedelta] = {}
         self._last: tuple[Place, int] = (Place(0, ""), -1)
         self._moved_at = time.monotonic()
         self._failure: Report | None = None
@@ -133,8 +134,9 @@ class Watch(threading.Thread):
         self._wake.set()
         if self.is_alive() and threading.current_thread() is not self:
             self.join(2.0)
-        if self._is_short and dist.is_initialized():
-            self._set_timeout(self._first_timeout or distributed_c10d.default_pg_timeout)
+        if dist.is_initialized():
+            for group, timeout in self._shortened.items():
+                distributed_c10d._set_pg_timeout(timeout, group)
 
     # What the thread does
 
@@ -165,11 +167,22 @@ class Watch(threading.Thread):
         now = (self._place(), self._count_collectives())
         if now != self._last:
             self._last, self._moved_at = now, time.monotonic()
-        if now[0].num_batches > self._num_batches_before and not self._is_short:
-            self._is_short = True
-            self._set_timeout(self._step_timeout)
+        if now[0].num_batches > self._num_batches_before:
+            self._shorten()
         self._store.set(f"state/{self._rank}", self._report().dump())
         self._publish_failure()
+
+    def _shorten(self) -> None:
+        """Let the groups that wait as long as the first step may take wait as long as a step from now on."""
+        self._is_short = True
+        for group in list(distributed_c10d._world.pg_map):
+            if group in self._shortened:
+                continue
+            timeout = group._get_backend(group._device_types[0]).options._timeout
+            self._shortened[group] = timeout
+            # One that the user made with a timeout of its own keeps it.
+            if timeout == (self._first_timeout or timeout):
+                distributed_c10d._set_pg_timeout(self._step_timeout, group)
 
     def _count_collectives(self) -> int:
         # torch counts those of each group; a rank is in as many groups as the others, and all of them move together.
@@ -271,9 +284,6 @@ class Watch(threading.Thread):
             if report.host == socket.gethostname():
                 report.process_state = state_of_process(report.pid)
         return missing
-
-    def _set_timeout(self, timeout: timedelta) -> None:
-        distributed_c10d._set_pg_timeout(timeout)
 
 
 def start_watch(rank: int, world_size: int, first_timeout: timedelta | None, step_timeout: timedelta) -> Watch | None:
