@@ -75,7 +75,7 @@ def stops(heard: dict[str, list[str]]) -> list[str]:
 
 def plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return round(value.item(), 5)
+        return plain(value.tolist())
     if isinstance(value, float) and math.isfinite(value):
         return round(value, 5)
     if isinstance(value, dict):
