@@ -68,8 +68,11 @@ def begin(
     trainer.state.fn = fn
     trainer.state.status = TrainerStatus.RUNNING
     trainer.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
-    for stage, value in given.items():
-        getattr(trainer, f"_{stage}_loaders").attach(value, trainer.datamodule, model)
+    all_loaders = (trainer._train_loaders, trainer._val_loaders, trainer._test_loaders, trainer._predict_loaders)
+    for loaders in all_loaders:
+        loaders.combined = None  # those of the call before are let go
+        if loaders.stage in given:
+            loaders.attach(given[loaders.stage], trainer.datamodule, model)
     if fn == TrainerFn.FITTING:
         trainer._val_step = None
         trainer._last_validation_time = time.monotonic()

@@ -47,7 +47,6 @@ class TrainerProperties:
     accumulate_grad_batches: int
     callbacks: list[Callback]
     limit_val_batches: int | float
-    num_sanity_val_steps: int | float
     loggers: list[Logger]
     profiler: Profiler
 
@@ -71,6 +70,7 @@ class TrainerProperties:
         self._predictions: list[list[Any]] = []
         self._returns_predictions: bool = True
         self._num_training_batches: int | float = math.inf
+        self._num_sanity_val_batches: list[int | float] = []
         self._last_validation_time: float = 0.0
         self._warns_about_max_epochs: bool = False
         self._explained_minima: bool = False
@@ -260,7 +260,7 @@ class TrainerProperties:
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
         """Batches of the sanity check, per loader."""
-        return [min(self.num_sanity_val_steps, count) for count in self.num_val_batches]
+        return self._num_sanity_val_batches
 
     @property
     def num_val_batches(self) -> list[int | float]:

@@ -205,7 +205,7 @@ def test_predict_takes_loaders_in_sequence_only(tmp_path):
 def test_the_model_is_remembered_between_calls(tmp_path):
     results = []
     for framework in (both.lightning(), both.levin()):
-        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        trainer = both.quiet(framework, tmp_path, max_epochs=1, enable_checkpointing=True)
         module = make(framework)
         with listening() as heard:
             trainer.fit(module, both.loader(), both.loader(2, seed=5))
@@ -215,33 +215,36 @@ def test_the_model_is_remembered_between_calls(tmp_path):
                 plain(trainer.predict(dataloaders=both.loader(2, seed=5))),
             ]
         assert trainer.lightning_module is module
-        results.append((rest, view_all(trainer), [line for line in heard["warnings"] if "ckpt_path" in line]))
+        best = [line.count("ckpt_path=None") for line in heard["warnings"] if "ckpt_path=None" in line]
+        results.append((rest, view_all(trainer), best))
     assert results[0] == results[1]
 
 
-def test_data_modules_are_remembered_like_there(tmp_path):
-    results = []
-    for framework in (both.lightning(), both.levin()):
+def test_a_call_without_a_model_needs_a_best_checkpoint(tmp_path, framework):
+    trainer = both.quiet(framework, tmp_path, max_epochs=1)
+    with listening():
+        trainer.fit(make(framework), both.loader(1), both.loader(1))
+        with pytest.raises(ValueError, match="`ModelCheckpoint` is not configured"):
+            trainer.validate(dataloaders=both.loader(1))
+
+
+def test_the_data_module_of_the_call_before(tmp_path):
+    # There it stays attached and is set up again, and its loaders are refused; here a call without data uses them,
+    # and one with loaders of its own lets go of it.
+    for framework, works in ((both.lightning(), False), (both.levin(), True)):
         calls: list = []
         trainer = both.quiet(framework, tmp_path, max_epochs=1, limit_train_batches=1, limit_val_batches=1)
         module, data = make(framework), recording_data(framework, calls)
-        seen = []
         with listening():
             trainer.fit(module, datamodule=data)
-            seen.append(trainer.datamodule is data)
-            for name, arguments in (
-                ("validate", (module,)),
-                ("test", ()),
-                ("validate", (module, both.loader(1))),
-                ("test", (module,)),
-            ):
-                try:
-                    getattr(trainer, name)(*arguments)
-                except Exception as error:
-                    seen.append(type(error).__name__)
-                seen.append(trainer.datamodule is data)
-        results.append((seen, calls))
-    assert results[0] == results[1]
+            if works:
+                trainer.test(module)
+                assert ("D", "test_dataloader") in calls
+            else:
+                with pytest.raises(Exception, match="test_dataloader"):
+                    trainer.test(module)
+            trainer.validate(module, both.loader(1))
+        assert (trainer.datamodule is data) is not works
 
 
 def test_a_second_fit_goes_on_from_the_first(tmp_path):

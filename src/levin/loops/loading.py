@@ -95,6 +95,7 @@ def load_validation(trainer: Trainer) -> bool:
     if not _due(trainer, loaders):
         return False
     load(trainer, loaders, trainer.limit_val_batches)
+    trainer._num_sanity_val_batches = [min(trainer.num_sanity_val_steps, count) for count in loaders.num_batches]
     return True
 
 

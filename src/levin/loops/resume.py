@@ -74,8 +74,6 @@ def _implicit(trainer: Trainer, model_given: bool) -> Optional[str]:
         if os.environ.get("SLURM_JOB_ID") and find_hpc_checkpoint(trainer.default_root_dir):
             return "hpc"
         return None
-    if not trainer.checkpoint_callbacks or not getattr(trainer.checkpoint_callback, "best_model_path", ""):
-        return None
     rank_zero_warn(
         f"`.{trainer.state.fn}(ckpt_path=None)` was called without a model. The best model of the previous `fit` call will be used. "
         f'Pass `ckpt_path="best"` to say so, or the model to use its present weights.'
@@ -87,7 +85,8 @@ def _best(trainer: Trainer) -> str:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     if not callbacks:
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. Add one to Trainer(callbacks=...).'
+            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. '
+            "Add one to Trainer(callbacks=...), or pass the model to use the weights that it has."
         )
     if len(callbacks) > 1:
         rank_zero_warn(
@@ -101,7 +100,8 @@ def _best(trainer: Trainer) -> str:
                 "Pass an exact path, or leave ckpt_path out."
             )
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. Call `fit` first.'
+            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. '
+            "Call `fit` first, or pass the model to use the weights that it has."
         )
     return str(best)
 

@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from levin.trainer import Trainer
 
 
+_REMOVED = {
+    "fit": ("training_epoch_end", "validation_epoch_end"),
+    "validate": ("validation_epoch_end",),
+    "test": ("test_epoch_end",),
+}
+"""Method -> hooks of Lightning 1 that it would have called, and that nothing calls any more."""
+
+
 def verify(trainer: Trainer) -> None:
     """Check that the hooks a run needs are there, before anything starts.
 
@@ -25,7 +33,7 @@ def verify(trainer: Trainer) -> None:
     def has(name: str) -> bool:
         return name in vars(module) or is_overridden(name, module, LightningModule)
 
-    for old in ("training_epoch_end", "validation_epoch_end", "test_epoch_end"):
+    for old in _REMOVED.get(fn, ()):
         if callable(getattr(module, old, None)):
             new = f"on_{old.replace('training', 'train')}"
             raise NotImplementedError(
