@@ -277,7 +277,7 @@ class LogStore:
         self.hook: Optional[str] = None
         self.batch: Any = None
         self.dataloader_idx: Optional[int] = None
-        self.is_epoch_end: bool = False
+        self.is_between_batches: bool = True
         self.has_step_slots: bool = False
         self._size: Optional[int] = None
         self._slots: dict[tuple[str, str, Optional[int]], Slot] = {}
@@ -287,9 +287,15 @@ class LogStore:
 
     def start_batch(self, batch: Any, dataloader_idx: Optional[int] = None) -> None:
         """A new batch: its size is found when a mean needs it."""
+        self.is_between_batches = False
         self.batch = batch
         self.dataloader_idx = dataloader_idx
         self._size = None
+
+    def end_batches(self) -> None:
+        """No batch is there any more (or not yet): who reads now gets the values of the epoch."""
+        self.batch = self.dataloader_idx = None
+        self.is_between_batches = True
 
     def log(self, name: str, value: Any, arguments: tuple[Any, ...], batch_size: Optional[int]) -> None:
         """Add ``value`` under ``name`` for the present hook. See ``LightningModule.log`` for the arguments."""
@@ -353,8 +359,14 @@ class LogStore:
                 )
         if arguments.logger and not self._has_loggers:
             rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
-        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, self.dataloader_idx, metric, self._sync)
-        self._slots[hook, name, self.dataloader_idx] = slot
+        index = self.dataloader_idx
+        if not arguments.add_dataloader_idx and index and (hook, name, index - 1) in self._slots:
+            raise MisconfigurationException(
+                f"self.log({name!r}, add_dataloader_idx=False) was called for loader {index - 1} and for loader {index}, "
+                "which would mix their values. Give each loader a name of its own, or leave add_dataloader_idx=True."
+            )
+        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, index, metric, self._sync)
+        self._slots[hook, name, index] = slot
         self.has_step_slots = self.has_step_slots or on_step
         return slot
 
@@ -372,8 +384,7 @@ class LogStore:
         """Forget the values of an epoch, and reset the metrics that were logged."""
         for slot in self._slots.values():
             slot.reset()
-        self.is_epoch_end = False
-        self.dataloader_idx = None
+        self.end_batches()
 
     def slots(self) -> Iterator[Slot]:
         """Yield the slots that hold a value."""
@@ -381,17 +392,18 @@ class LogStore:
             if slot.has_value:
                 yield slot
 
-    def read(self, on_step: bool) -> Metrics:
+    def read(self, on_step: bool, only_this_loader: bool = False) -> Metrics:
         """Return the step values, or the epoch values, by destination.
 
         Args:
             on_step: True for the last values of the step, False for the epoch's.
+            only_this_loader: Whether to leave out values of other loaders, which step values always do.
         """
         metrics = Metrics({}, {}, {})
         for slot in self.slots():
             if not (slot.on_step if on_step else slot.on_epoch):
                 continue
-            if on_step and slot.dataloader_idx != self.dataloader_idx:
+            if (on_step or only_this_loader) and slot.dataloader_idx != self.dataloader_idx:
                 continue
             value = slot.step_value() if on_step else slot.epoch_value()
             name = forked = slot.name
@@ -477,8 +489,8 @@ def resolve_moments(name: str, hook: Optional[str], arguments: Arguments) -> tup
 def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:
     if isinstance(value, (int, float, Tensor)):
         return
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-        return
+    if type(value).__module__ == "numpy" and not hasattr(value, "__setitem__") and not isinstance(value, (str, bytes)):
+        return  # a scalar, no array
     hint = (
         "Use self.log_dict for a dict of values."
         if isinstance(value, Mapping)

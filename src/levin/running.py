@@ -63,7 +63,6 @@ class Running:
         self._step: Any = None
         self._val_step: Any = None
         self._metrics = Metrics({}, {}, {})
-        self._sanity_metrics: Optional[Metrics] = None
         self._lightning_optimizers: list[Any] = []
         self._is_setting_up: bool = False
         self._predictions: list[list[Any]] = []
@@ -429,11 +428,7 @@ class Running:
         run = self._run
         if run is not None and self.state.status == TrainerStatus.RUNNING:
             store = run.store
-            metrics: Metrics = store.read(on_step=not store.is_epoch_end)
-            if self.sanity_checking:
-                self._metrics = metrics
-            else:
-                self._merge(metrics)
+            self._merge(store.read(on_step=not store.is_between_batches))
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -73,6 +73,7 @@ def evaluate(
     trainer, module = run.trainer, run.module
     store: LogStore = trainer._new_store(run, training=False)
     outer = run.activate(store)
+    store.is_between_batches = outer.is_between_batches
     progress = loop.batch_progress
     progress.reset()
     try:
@@ -81,14 +82,14 @@ def evaluate(
             run.call(f"on_{stage}_start")
             run.call(f"on_{stage}_epoch_start")
             _batches(run, stage, feed, step, loop, store)
-            store.is_epoch_end = True
-            store.start_batch(None)
+            store.end_batches()
             run.call(f"on_{stage}_epoch_end")
             results = _finish(run, store, feed)
             run.call(f"on_{stage}_end")
             store.reset()
     finally:
         run.activate(outer)
+        outer.is_between_batches = True
     if has_hook(module, f"on_{stage}_model_train"):
         run.call_own(f"on_{stage}_model_train", getattr(module, f"on_{stage}_model_train"))
     return results
@@ -113,6 +114,8 @@ def _batches(
     for batch, batch_idx, dataloader_idx in feed:
         progress.is_last_batch = feed.is_last
         if dataloader_idx != previous_loader:
+            if previous_loader >= 0:
+                trainer._merge(store.read(on_step=False, only_this_loader=True))
             previous_loader = dataloader_idx
             progress.current.set_all(0)
         progress.increment_ready()
@@ -136,18 +139,15 @@ def _batches(
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
         if trainer.received_sigterm and not feed.is_last:
             raise SIGTERMException
-    store.dataloader_idx = None
 
 
 def _finish(run: Run, store: LogStore, feed: Feed) -> list[dict[str, float]]:
     """Reduce, hand on to the trainer and the loggers, and return what the user gets."""
     trainer = run.trainer
     metrics = store.read(on_step=False)
+    trainer._merge(metrics)
     if not trainer.sanity_checking:
-        trainer._merge(metrics)
         send(trainer, metrics.logged)
-    else:
-        trainer._sanity_metrics = metrics
     if trainer.state.fn == "fit":
         return []
     return [to_floats(result) for result in store.epoch_results(max(1, len(feed.sources)))]

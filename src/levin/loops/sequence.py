@@ -177,7 +177,6 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     if run.is_profiled:
         time_step(run, step)
     trainer._step = step
-    run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)
@@ -204,7 +203,6 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
             val_loop.batch_progress.total.set_all(0)
             val_loop.batch_progress.reset()
         run.call("on_sanity_check_end")
-    trainer._sanity_metrics = None
     trainer._reset_metrics()
 
 
