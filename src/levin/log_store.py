@@ -160,7 +160,9 @@ class Slot:
         position = self.filled
         is_tensor = isinstance(value, Tensor)
         if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
-            self._allocate(value.device if is_tensor else torch.device("cpu"))
+            is_double = is_tensor and value.dtype is torch.float64
+            dtype = torch.float64 if is_double else torch.get_default_dtype()
+            self._allocate(value.device if is_tensor else torch.device("cpu"), dtype)
         elif position == BLOCK:
             self._fold()
             position = 0
@@ -176,10 +178,10 @@ class Slot:
             self.weights.append(weight)
             self.filled = position + 1
 
-    def _allocate(self, device: torch.device) -> None:
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
             old, old_total = self.block, self.total
-            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=torch.get_default_dtype(), device=device)
+            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=dtype, device=device)
             if old is not None:
                 self.block.copy_(old)
             self.cells = list(self.block.unbind())
@@ -210,10 +212,10 @@ class Slot:
         return folded if self.total is None else pick(self.total, folded)
 
     def step_value(self) -> Any:
-        """Return the last value."""
+        """Return the last value; None for a metric that was updated without computing it for the batch."""
         if self.metric is not None:
-            cache = self.metric._forward_cache
-            return self.metric.compute() if cache is None else cache.detach()
+            value = self.metric._forward_cache
+            return value.detach() if isinstance(value, Tensor) else value
         assert self.block is not None
         return self.cells[self.filled - 1 if self.filled else 0].clone()
 
@@ -222,7 +224,7 @@ class Slot:
         if self.metric is not None:
             value = self.metric.compute()
             if not isinstance(value, Tensor):
-                raise MisconfigurationException(
+                raise ValueError(
                     f"The compute() of a logged metric must return a Tensor, received {value!r} for {self.name!r}. "
                     "Log its parts with self.log_dict(metric.compute()) at the end of the epoch."
                 )
@@ -248,7 +250,7 @@ class Slot:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`."""
         if state["block"] is not None:
-            self._allocate(state["block"].device)
+            self._allocate(state["block"].device, state["block"].dtype)
             assert self.block is not None
             self.block.copy_(state["block"])
         self.weights = list(state["weights"])
@@ -325,7 +327,7 @@ class LogStore:
             slot.add(value, 1.0)
         elif batch_size is not None:
             slot.add(value, batch_size)
-        elif self.batch is None or not isinstance(value, Tensor) or hook in EPOCH_ONLY:
+        elif self.batch is None or hook in EPOCH_ONLY:
             slot.add(value, 1.0)
         else:
             size = self._size
@@ -346,7 +348,7 @@ class LogStore:
         if metric is None:
             _check_value(name, value, None)
             key = arguments.reduce_fx
-            reduction = _REDUCTIONS.get(key, "") if isinstance(key, str) or callable(key) else ""
+            reduction = _REDUCTIONS.get(key.lower() if isinstance(key, str) else key, "") if key.__hash__ else ""
             if not reduction:
                 raise value_error(
                     f"self.log({name!r}, reduce_fx=...)", key, "must be one of 'mean', 'sum', 'min', 'max'",
@@ -392,20 +394,19 @@ class LogStore:
             if slot.has_value:
                 yield slot
 
-    def read(self, on_step: bool, only_this_loader: bool = False) -> Metrics:
-        """Return the step values, or the epoch values, by destination.
+    def read(self, on_step: bool) -> Metrics:
+        """Return the step values, or the epoch values, by destination; of several loaders those of the present one.
 
         Args:
             on_step: True for the last values of the step, False for the epoch's.
-            only_this_loader: Whether to leave out values of other loaders, which step values always do.
         """
         metrics = Metrics({}, {}, {})
         for slot in self.slots():
-            if not (slot.on_step if on_step else slot.on_epoch):
-                continue
-            if (on_step or only_this_loader) and slot.dataloader_idx != self.dataloader_idx:
+            if not (slot.on_step if on_step else slot.on_epoch) or slot.dataloader_idx != self.dataloader_idx:
                 continue
             value = slot.step_value() if on_step else slot.epoch_value()
+            if value is None:
+                continue
             name = forked = slot.name
             if slot.on_step and slot.on_epoch:
                 forked = f"{name}_step" if on_step else f"{name}_epoch"
@@ -420,22 +421,6 @@ class LogStore:
             if slot.prog_bar:
                 metrics.progress_bar[forked] = value
         return metrics
-
-    def epoch_results(self, num_dataloaders: int) -> list[dict[str, Any]]:
-        """Return, for each loader, the logged epoch values with the names that ``validate`` and ``test`` return."""
-        results: list[dict[str, Any]] = [{} for _ in range(num_dataloaders)]
-        shared: dict[str, Any] = {}
-        for slot in self.slots():
-            if not (slot.on_epoch and slot.logger):
-                continue
-            name = f"{slot.name}_epoch" if slot.on_step else slot.name
-            if slot.dataloader_idx is not None and slot.arguments.add_dataloader_idx:
-                name += f"/dataloader_idx_{slot.dataloader_idx}"
-            target = (
-                shared if slot.dataloader_idx is None and num_dataloaders > 1 else results[slot.dataloader_idx or 0]
-            )
-            target[name] = slot.epoch_value()
-        return [{**result, **shared} for result in results]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the values of an unfinished epoch; of metric objects only their names, their states are the module's."""
@@ -511,12 +496,9 @@ def extract_batch_size(batch: Any) -> int:
         return batch.size(0) if batch.dim() else 1
     size: Optional[int] = None
     for leaf in leaves(batch):
-        if isinstance(leaf, Tensor):
-            found = leaf.size(0) if leaf.dim() else 1
-        elif isinstance(leaf, str):
-            found = len(leaf)
-        else:
+        if not isinstance(leaf, Tensor):
             continue
+        found = leaf.size(0) if leaf.dim() else 1
         if size is None:
             size = found
         elif size != found:

@@ -227,10 +227,10 @@ def run_one(
     }  # fmt: skip
 
 
-def run_both(folder: Any, script: Iterable[Log], **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_both(folder: Any, script: Iterable[Log], flags: Any = None, **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the script on Lightning and on levin; ``how`` as in :func:`run_one`."""
     script = list(script)
-    return run_one(both.lightning(), folder, script, **how), run_one(both.levin(), folder, script, **how)
+    return run_one(both.lightning(), folder, script, flags, **how), run_one(both.levin(), folder, script, flags, **how)
 
 
 def assert_same(theirs: dict[str, Any], ours: dict[str, Any]) -> None:

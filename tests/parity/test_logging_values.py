@@ -96,7 +96,7 @@ def test_reductions(tmp_path, reduce_fx, on_step):
     assert_same(*run_both(tmp_path, [Log("training_step", "a", values, arguments)], SHORT))
 
 
-@pytest.mark.parametrize(("reduce_fx", "batch_size"), itertools.product(["mean", "sum", "min", "max"], [None, 1, 3, 0, 2.5]))
+@pytest.mark.parametrize(("reduce_fx", "batch_size"), [*itertools.product(["mean", "sum", "min", "max"], [None, 1, 3, 0, 2.5])])
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 def test_weights_of_the_batches(tmp_path, reduce_fx, batch_size, kind):
     def values(module, batch, index):

@@ -88,4 +88,4 @@ def send_hyperparameters(trainer: Any) -> None:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    return type(a) is type(b) and bool(a == b)
