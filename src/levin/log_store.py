@@ -8,7 +8,7 @@ device nor keeps a graph alive. Reduction to one value happens when someone read
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -305,13 +305,8 @@ class LogStore:
         slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
         if slot is None:
             slot = self._new_slot(name, value, Arguments._make(arguments))
-        elif slot.arguments != arguments and slot.is_restored:
-            slot.arguments, slot.is_restored = Arguments._make(arguments), False
         elif slot.arguments != arguments:
-            raise MisconfigurationException(
-                f"self.log({name!r}, ...) was called twice in {hook} with different arguments: "
-                f"{arguments} after {slot.arguments}. Use two names, or the same arguments."
-            )
+            self._take_arguments(slot, Arguments._make(arguments))
         if slot.metric is not None:
             slot.has_value = True
             return
@@ -347,13 +342,7 @@ class LogStore:
         reduction = "mean"
         if metric is None:
             _check_value(name, value, None)
-            key = arguments.reduce_fx
-            reduction = _REDUCTIONS.get(key.lower() if isinstance(key, str) else key, "") if key.__hash__ else ""
-            if not reduction:
-                raise value_error(
-                    f"self.log({name!r}, reduce_fx=...)", key, "must be one of 'mean', 'sum', 'min', 'max'",
-                    "Use a torchmetrics.Metric for any other reduction.",
-                )  # fmt: skip
+            reduction = resolve_reduction(name, arguments.reduce_fx)
             if isinstance(value, Tensor) and not value.is_floating_point():
                 rank_zero_warn(
                     f"self.log({name!r}, ...) received a tensor of dtype {value.dtype}, kept as a float. "
@@ -371,6 +360,23 @@ class LogStore:
         self._slots[hook, name, index] = slot
         self.has_step_slots = self.has_step_slots or on_step
         return slot
+
+    def _take_arguments(self, slot: Slot, arguments: Arguments) -> None:
+        """Go on with ``arguments`` that are written another way and mean the same as those of ``slot``."""
+        if not slot.is_restored and self._meaning(slot, arguments) != self._meaning(slot, slot.arguments):
+            raise MisconfigurationException(
+                f"self.log({slot.name!r}, ...) was called twice in {slot.hook} with different arguments: "
+                f"{tuple(arguments)} after {tuple(slot.arguments)}. Use two names, or the same arguments."
+            )
+        slot.arguments, slot.is_restored = arguments, False
+
+    def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[Any, ...]:
+        return (
+            arguments.prog_bar, arguments.logger is not False, resolve_moments(slot.name, slot.hook, arguments),
+            None if slot.metric is not None else resolve_reduction(slot.name, arguments.reduce_fx),
+            None if self._sync is None else (arguments.sync_dist, arguments.sync_dist_group),
+            arguments.add_dataloader_idx, arguments.rank_zero_only,
+        )  # fmt: skip
 
     def _find_metric(self, name: str, value: Any, arguments: Arguments) -> Any:
         if not isinstance(value, metric_class()):
@@ -469,6 +475,22 @@ def resolve_moments(name: str, hook: Optional[str], arguments: Arguments) -> tup
             f"self.log({name!r}, on_step=False, on_epoch=False) would log nothing. Set one of them to True."
         )
     return on_step, on_epoch
+
+
+def resolve_reduction(name: str, reduce_fx: Any) -> str:
+    """Return "mean", "sum", "min" or "max".
+
+    Raises:
+        MisconfigurationException: ``reduce_fx`` is none of these, nor one of the functions of torch or Python for them.
+    """
+    key = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+    reduction = _REDUCTIONS.get(key, "") if isinstance(key, Hashable) else ""
+    if not reduction:
+        raise value_error(
+            f"self.log({name!r}, reduce_fx=...)", reduce_fx, "must be one of 'mean', 'sum', 'min', 'max'",
+            "Use a torchmetrics.Metric for any other reduction.",
+        )  # fmt: skip
+    return reduction
 
 
 def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:

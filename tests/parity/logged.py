@@ -105,7 +105,9 @@ def scripted(
                 except Exception as error:
                     seen.append((who, hook, entry.name, "raises", type(error).__name__))
                     raise
-            seen.extend((who, hook, entry.name, "warns", kind) for kind in sorted({w.category.__name__ for w in caught}))
+            seen.extend(
+                (who, hook, entry.name, "warns", kind) for kind in sorted({w.category.__name__ for w in caught})
+            )
         if did and reads and trainer is not None:
             seen.append((who, hook, "after", observe(trainer)))
 
@@ -227,7 +229,9 @@ def run_one(
     }  # fmt: skip
 
 
-def run_both(folder: Any, script: Iterable[Log], flags: Any = None, **how: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def run_both(
+    folder: Any, script: Iterable[Log], flags: Any = None, **how: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the script on Lightning and on levin; ``how`` as in :func:`run_one`."""
     script = list(script)
     return run_one(both.lightning(), folder, script, flags, **how), run_one(both.levin(), folder, script, flags, **how)

@@ -210,7 +210,9 @@ def bases(framework: SimpleNamespace) -> SimpleNamespace:
             self.hparams["new"] = 3
             self.hparams.added = 4
 
-    return SimpleNamespace(**{name: kind for name, kind in locals().items() if isinstance(kind, type) and name != "Module"})
+    return SimpleNamespace(
+        **{name: kind for name, kind in locals().items() if isinstance(kind, type) and name != "Module"}
+    )
 
 
 def with_all(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -321,7 +323,9 @@ def test_the_same_is_kept(name):
 
 def test_a_child_keeps_its_own_arguments_only():
     """Differs on purpose: Lightning also takes those of the module that the child is made in."""
-    theirs, ours = (made(framework, MAKERS["child in parent"])["hparams"] for framework in (both.lightning(), both.levin()))
+    theirs, ours = (
+        made(framework, MAKERS["child in parent"])["hparams"] for framework in (both.lightning(), both.levin())
+    )
     assert ours == {"width": 4, "depth": 2, "flag": True}
     assert theirs == {**ours, "size": 3, "colour": "blue"}
 
@@ -449,7 +453,9 @@ def test_equal_tensors_are_the_same_value(tmp_path):
         Net, Data = values_of(framework)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = both.quiet(framework, tmp_path, max_epochs=1, logger=both.recording_logger(framework, both.Lines()))
+            trainer = both.quiet(
+                framework, tmp_path, max_epochs=1, logger=both.recording_logger(framework, both.Lines())
+            )
             try:
                 trainer.fit(Net(tensor=torch.ones(2)), datamodule=Data(tensor=torch.ones(2)))
                 errors.append(None)
@@ -510,7 +516,9 @@ def test_entries_that_cannot_be_pickled_are_left_out(tmp_path):
             path = tmp_path / f"{framework.name}.ckpt"
             trainer.save_checkpoint(path)
         about = [str(warning.message) for warning in caught if "width" in str(warning.message)]
-        results.append((plain(module.hparams), len(about) > 0, plain(torch.load(path, weights_only=False)["hyper_parameters"])))
+        results.append(
+            (plain(module.hparams), len(about) > 0, plain(torch.load(path, weights_only=False)["hyper_parameters"]))
+        )
     assert results[1] == results[0]
 
 

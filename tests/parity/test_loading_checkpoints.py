@@ -119,7 +119,9 @@ def saved(framework: SimpleNamespace, folder: Path, name: str, *args: Any, **kwa
     return path
 
 
-def loaded(framework: SimpleNamespace, name: str, path: Any, *args: Any, before: Any = None, **kwargs: Any) -> dict[str, Any]:
+def loaded(
+    framework: SimpleNamespace, name: str, path: Any, *args: Any, before: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """What a user sees of a loaded object, or of the failure."""
     kind = getattr(classes(framework), name)
     if before is not None:
@@ -132,7 +134,9 @@ def loaded(framework: SimpleNamespace, name: str, path: Any, *args: Any, before:
             return {"error": type(error).__name__}
     weights = {}
     if isinstance(found, torch.nn.Module):
-        weights = {key: (str(value.device), value.dtype, value.flatten().tolist()) for key, value in found.state_dict().items()}
+        weights = {
+            key: (str(value.device), value.dtype, value.flatten().tolist()) for key, value in found.state_dict().items()
+        }
     return {
         "hparams": plain(found.hparams), "weights": weights, "training": getattr(found, "training", None),
         "own": {key: plain(getattr(found, key, None)) for key in ("options", "conf", "other", "seen", "position")},
@@ -140,7 +144,9 @@ def loaded(framework: SimpleNamespace, name: str, path: Any, *args: Any, before:
     }  # fmt: skip
 
 
-def assert_loads_alike(tmp_path: Path, name: str, args: tuple = (), kwargs: Any = None, *how: Any, as_name: str = "", **more: Any) -> None:
+def assert_loads_alike(
+    tmp_path: Path, name: str, args: tuple = (), kwargs: Any = None, *how: Any, as_name: str = "", **more: Any
+) -> None:
     """Each framework loads the file of each, and all four see the same."""
     results = {}
     for writer, make in FRAMEWORKS.items():
@@ -151,7 +157,10 @@ def assert_loads_alike(tmp_path: Path, name: str, args: tuple = (), kwargs: Any 
     for pair, result in results.items():
         if "own" in first and first["own"]["seen"] and pair[0] == "levin":
             # Files of levin hold one key more.
-            strip = [[s[0], [k for k in s[1] if k != "levin"], s[2]] if s[0] == "on_load_checkpoint" else s for s in result["own"]["seen"]]
+            strip = [
+                [s[0], [k for k in s[1] if k != "levin"], s[2]] if s[0] == "on_load_checkpoint" else s
+                for s in result["own"]["seen"]
+            ]
             expected = [list(s) if s[0] == "on_load_checkpoint" else s for s in first["own"]["seen"]]
             assert strip == expected
             result["own"]["seen"] = first["own"]["seen"]
@@ -204,7 +213,9 @@ def test_omegaconf_hparams(tmp_path, weights_only):
     assert_loads_alike(tmp_path, "Conf", (OmegaConf.create({"width": 3}),), weights_only=weights_only)
 
 
-@pytest.mark.parametrize("location", [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, place: storage], ids=str)
+@pytest.mark.parametrize(
+    "location", [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, place: storage], ids=str
+)
 def test_map_location(tmp_path, location):
     assert_loads_alike(tmp_path, "Net", (3,), map_location=location)
 
@@ -299,14 +310,23 @@ def write_csv(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "write"),
-    [("h.yaml", write_yaml), ("h.yml", write_yaml), ("h.csv", write_csv), ("h.json", write_yaml), ("h.txt", write_csv), ("h.YAML", write_yaml)],
+    [
+        ("h.yaml", write_yaml),
+        ("h.yml", write_yaml),
+        ("h.csv", write_csv),
+        ("h.json", write_yaml),
+        ("h.txt", write_csv),
+        ("h.YAML", write_yaml),
+    ],
 )
 @pytest.mark.parametrize("how", [{}, {"depth": 8}], ids=str)
 def test_hyper_parameters_from_a_file(tmp_path, file, write, how):
     write(tmp_path / file)
     for name in ("Net", "Open"):
         path = saved(both.lightning(), tmp_path, name, 3)
-        theirs, ours = (loaded(f, name, path, hparams_file=str(tmp_path / file), **how) for f in (both.lightning(), both.levin()))
+        theirs, ours = (
+            loaded(f, name, path, hparams_file=str(tmp_path / file), **how) for f in (both.lightning(), both.levin())
+        )
         # Lightning makes an OmegaConf list of a list in YAML, where omegaconf happens to be installed.
         assert ours == without_omegaconf(theirs)
 
@@ -330,7 +350,9 @@ def test_where_a_checkpoint_may_lie(tmp_path, kind):
     path = saved(both.lightning(), tmp_path, "Net", 3)
     results = []
     for framework in (both.lightning(), both.levin()):
-        where: Any = {"str": str(path), "Path": path, "bytes": io.BytesIO(path.read_bytes())}.get(kind) or open(path, "rb")
+        where: Any = {"str": str(path), "Path": path, "bytes": io.BytesIO(path.read_bytes())}.get(kind) or open(
+            path, "rb"
+        )
         results.append(loaded(framework, "Net", where))
         if kind == "file":
             where.close()
@@ -384,7 +406,9 @@ def test_a_datamodule_with_a_file_of_hyper_parameters(tmp_path, file):
     path = saved(both.lightning(), tmp_path, "Net", 3)
     text = "key,value\nsize,8\nshuffle,True\n" if file.endswith("csv") else "size: 8\nshuffle: true\n"
     (tmp_path / file).write_text(text)
-    theirs, ours = (loaded(f, "Data", path, hparams_file=str(tmp_path / file)) for f in (both.lightning(), both.levin()))
+    theirs, ours = (
+        loaded(f, "Data", path, hparams_file=str(tmp_path / file)) for f in (both.lightning(), both.levin())
+    )
     assert ours == theirs
 
 
@@ -402,7 +426,9 @@ def test_a_checkpoint_without_a_datamodule(tmp_path):
 # Instantiators --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["os.system", "builtins.eval", "tests.parity.test_loading_checkpoints.build", "nonsense", ""])
+@pytest.mark.parametrize(
+    "path", ["os.system", "builtins.eval", "tests.parity.test_loading_checkpoints.build", "nonsense", ""]
+)
 def test_a_file_does_not_choose_what_is_called(tmp_path, path):
     file = saved(both.lightning(), tmp_path, "Net", 3)
     checkpoint = torch.load(file, weights_only=False)

@@ -59,7 +59,12 @@ def run(tmp_path, script, flags=None, **how):
     return run_both(tmp_path, script, flags or {}, metrics=made, **how)
 
 
-MOMENTS = [{"on_step": True}, {"on_epoch": True}, {"on_step": False, "on_epoch": True}, {"on_step": True, "on_epoch": True}]
+MOMENTS = [
+    {"on_step": True},
+    {"on_epoch": True},
+    {"on_step": False, "on_epoch": True},
+    {"on_step": True, "on_epoch": True},
+]
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)
@@ -69,7 +74,9 @@ def test_a_metric(tmp_path, hook, moment, forward):
     assert_same(*run(tmp_path, [Log(hook, "m", updated("m", forward), moment)]))
 
 
-@pytest.mark.parametrize("flags", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 2}, {"val_check_interval": 1}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"accumulate_grad_batches": 2}, {"log_every_n_steps": 2}, {"val_check_interval": 1}], ids=str
+)
 def test_a_metric_with_other_flags(tmp_path, flags):
     script = [
         Log("training_step", "m", updated("m", True), {"on_step": True, "on_epoch": True, "prog_bar": True}),
@@ -78,7 +85,9 @@ def test_a_metric_with_other_flags(tmp_path, flags):
     assert_same(*run(tmp_path, script, flags, sizes=(2, 2, 1, 3)))
 
 
-@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end", "on_train_start", "on_validation_epoch_start"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_epoch_end", "on_validation_epoch_end", "on_train_start", "on_validation_epoch_start"]
+)
 def test_a_metric_at_an_epoch_hook(tmp_path, hook):
     def keep(module, batch, index):
         module.m.update(batch[0])
@@ -145,7 +154,9 @@ def test_a_metric_that_is_no_module_of_the_model(tmp_path, hook, attribute):
         free[0].update(batch[0])
         return free[0]
 
-    theirs, ours = run(tmp_path, [Log(hook, "m", value, {"metric_attribute": attribute})], {"max_epochs": 1, "num_sanity_val_steps": 0})
+    theirs, ours = run(
+        tmp_path, [Log(hook, "m", value, {"metric_attribute": attribute})], {"max_epochs": 1, "num_sanity_val_steps": 0}
+    )
     assert theirs["error"] == ours["error"]
     assert (ours["error"] == "MisconfigurationException") == (attribute is None)
 
@@ -191,7 +202,13 @@ def fit_and_look(framework: SimpleNamespace, folder, steps: dict[str, Any]) -> l
 
         setattr(Look, name, hook)
 
-    for name in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end", "on_train_end"):
+    for name in (
+        "on_train_batch_start",
+        "on_train_batch_end",
+        "on_train_epoch_start",
+        "on_train_epoch_end",
+        "on_train_end",
+    ):
         add(name)
     trainer = both.quiet(framework, folder, max_epochs=2, callbacks=[Look()], log_every_n_steps=1)
     trainer.fit(Model(), batches((2, 2, 1)))

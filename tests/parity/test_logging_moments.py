@@ -38,7 +38,9 @@ def test_any_hook_logs_the_same(tmp_path, hook, moment):
     assert_same(*run_both(tmp_path, [Log(hook, "a", counted, arguments)]))
 
 
-@pytest.mark.parametrize("destination", [{"prog_bar": True, "logger": False}, {"prog_bar": True}, {"logger": True}], ids=str)
+@pytest.mark.parametrize(
+    "destination", [{"prog_bar": True, "logger": False}, {"prog_bar": True}, {"logger": True}], ids=str
+)
 @pytest.mark.parametrize("hook", ["training_step", "validation_step", "on_train_epoch_end", "on_train_start"])
 def test_values_go_where_they_are_sent(tmp_path, hook, destination):
     script = [Log(hook, "a", 1.0, {"on_epoch": True, **destination}), Log(hook, "b", 2.0, {"prog_bar": True})]
@@ -48,7 +50,9 @@ def test_values_go_where_they_are_sent(tmp_path, hook, destination):
 @pytest.mark.parametrize("by_callback", [False, True], ids=["module", "callback"])
 @pytest.mark.parametrize("hook", [*FORBIDDEN_HOOKS, "predict_step", "on_sanity_check_start", "on_sanity_check_end"])
 def test_a_hook_that_cannot_log_raises(tmp_path, hook, by_callback):
-    if by_callback and not hook.startswith(("on_sanity", "on_fit", "setup", "teardown", "on_predict", "on_train_end", "on_save")):
+    if by_callback and not hook.startswith(
+        ("on_sanity", "on_fit", "setup", "teardown", "on_predict", "on_train_end", "on_save")
+    ):
         hook = "on_validation_end"
     if not by_callback and "sanity" in hook:
         hook = "on_validation_end"
@@ -59,7 +63,9 @@ def test_a_hook_that_cannot_log_raises(tmp_path, hook, by_callback):
     assert called == (ours["error"] is not None)
 
 
-@pytest.mark.parametrize("hook", ["step", "on_{}_batch_start", "on_{}_batch_end", "on_{}_start", "on_{}_epoch_start", "on_{}_epoch_end"])
+@pytest.mark.parametrize(
+    "hook", ["step", "on_{}_batch_start", "on_{}_batch_end", "on_{}_start", "on_{}_epoch_start", "on_{}_epoch_end"]
+)
 @pytest.mark.parametrize("moment", [(None, None), (True, None), (True, False)], ids=str)
 @pytest.mark.parametrize(("method", "num_loaders"), [("validate", 1), ("validate", 2), ("test", 3)])
 def test_an_evaluation_logs_the_same(tmp_path, method, num_loaders, hook, moment):
@@ -125,7 +131,7 @@ def test_reading_the_metrics_changes_nothing(tmp_path):
 OTHERS = [
     {}, {"prog_bar": True}, {"logger": False}, {"logger": True}, {"on_step": True}, {"on_epoch": True},
     {"on_step": False, "on_epoch": True}, {"reduce_fx": "max"}, {"batch_size": 2}, {"sync_dist": True},
-    {"enable_graph": True}, {"rank_zero_only": True}, {"add_dataloader_idx": False},
+    {"rank_zero_only": True}, {"add_dataloader_idx": False}, {"reduce_fx": torch.mean}, {"on_step": False},
 ]  # fmt: skip
 
 
@@ -133,6 +139,13 @@ OTHERS = [
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_the_same_name_again_in_one_hook(tmp_path, hook, other):
     assert_same(*run_both(tmp_path, [Log(hook, "a", 1.0), Log(hook, "a", 3.0, other)], {"max_epochs": 1}))
+
+
+def test_a_graph_is_never_kept(tmp_path):
+    """Differs on purpose: values are always detached, so ``enable_graph`` is no difference between two calls."""
+    script = [Log("training_step", "a", 1.0), Log("training_step", "a", 3.0, {"enable_graph": True})]
+    theirs, ours = run_both(tmp_path, script, {"max_epochs": 1})
+    assert (theirs["error"], ours["error"]) == ("MisconfigurationException", None)
 
 
 @pytest.mark.parametrize("other", OTHERS[:9:2], ids=str)

@@ -51,7 +51,9 @@ def test_tensors_of_integers_become_floats_with_a_warning(tmp_path, dtype):
     name = f"count_{dtype}"
     theirs, ours = run_both(tmp_path, [Log("training_step", name, torch.tensor(1, dtype=dtype))], SHORT)
     assert_same(theirs, ours)
-    assert [entry for entry in ours["seen"] if "warns" in entry] == [("M", "training_step", name, "warns", "UserWarning")]
+    assert [entry for entry in ours["seen"] if "warns" in entry] == [
+        ("M", "training_step", name, "warns", "UserWarning")
+    ]
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
@@ -77,7 +79,9 @@ def test_kept_in_the_default_type(tmp_path, default, value):
             theirs, ours = kept(both.lightning()), kept(both.levin())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert {name: (x.dtype, x.item()) for name, x in ours.items()} == {n: (x.dtype, x.item()) for n, x in theirs.items()}
+    assert {name: (x.dtype, x.item()) for name, x in ours.items()} == {
+        n: (x.dtype, x.item()) for n, x in theirs.items()
+    }
 
 
 NAMES = {"mean": "mean", "avg": "avg", "sum": "sum", "min": "min", "max": "max", "torch.mean": torch.mean,
@@ -96,14 +100,18 @@ def test_reductions(tmp_path, reduce_fx, on_step):
     assert_same(*run_both(tmp_path, [Log("training_step", "a", values, arguments)], SHORT))
 
 
-@pytest.mark.parametrize(("reduce_fx", "batch_size"), [*itertools.product(["mean", "sum", "min", "max"], [None, 1, 3, 0, 2.5])])
+@pytest.mark.parametrize(
+    ("reduce_fx", "batch_size"), [*itertools.product(["mean", "sum", "min", "max"], [None, 1, 3, 0, 2.5])]
+)
 @pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
 def test_weights_of_the_batches(tmp_path, reduce_fx, batch_size, kind):
     def values(module, batch, index):
         return kind([3.0, 1.0, 2.0][index])
 
     arguments = {"reduce_fx": reduce_fx, "on_epoch": True, "batch_size": batch_size}
-    script = [Log(hook, hook, values, arguments) for hook in ("training_step", "on_train_batch_end", "on_after_backward")]
+    script = [
+        Log(hook, hook, values, arguments) for hook in ("training_step", "on_train_batch_end", "on_after_backward")
+    ]
     script += [Log("validation_step", "v", values, {"reduce_fx": reduce_fx, "batch_size": batch_size})]
     assert_same(*run_both(tmp_path, script, {"accumulate_grad_batches": 2}))
 
@@ -174,7 +182,9 @@ def evaluated(framework: SimpleNamespace, folder, batch, value, arguments):
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("arguments", [{}, {"batch_size": 4}, {"reduce_fx": "sum"}, {"on_step": True, "on_epoch": False}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"batch_size": 4}, {"reduce_fx": "sum"}, {"on_step": True, "on_epoch": False}], ids=str
+)
 def test_the_size_of_a_batch(tmp_path, batch, arguments):
     theirs = evaluated(both.lightning(), tmp_path, batch, torch.tensor(1.0), arguments)
     ours = evaluated(both.levin(), tmp_path, batch, torch.tensor(1.0), arguments)
@@ -183,6 +193,7 @@ def test_the_size_of_a_batch(tmp_path, batch, arguments):
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_the_size_of_a_batch_for_numbers(tmp_path, batch):
-    theirs = evaluated(both.lightning(), tmp_path, batch, 1.0, {})
-    ours = evaluated(both.levin(), tmp_path, batch, 1.0, {})
+    # Lightning warns about different sizes once in a process, so the warnings are left to the test above.
+    theirs, _ = evaluated(both.lightning(), tmp_path, batch, 1.0, {})
+    ours, _ = evaluated(both.levin(), tmp_path, batch, 1.0, {})
     assert ours == theirs
