@@ -10,7 +10,7 @@ from levin.loops import evaluate
 from levin.loops.loading import load_validation, prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
-from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
+from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     loop = trainer.fit_loop
     if is_done(run):
         return
-    _check_restored_epoch(run)
     if trainer.enable_validation and _validates_in_epoch(trainer):
         trainer.validating = True
         load_validation(trainer)
@@ -55,7 +54,6 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         prepare_epoch(run, feed)
         if not resumed:
             epoch.increment_ready()
-            run.store.reset()
             run.call("on_train_epoch_start")
             loop.epoch_loop.batch_progress.reset()
             loop.epoch_loop.scheduler_progress.reset()
@@ -185,8 +183,7 @@ def _end_epoch(run: Run) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
-    run.store.is_epoch_end = True
-    run.store.start_batch(None)
+    run.store.end_batches()
     run.call("on_train_epoch_end")
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
@@ -247,13 +244,3 @@ def _explain_minima_once(trainer: Trainer) -> None:
 def _skip_empty_batch() -> dict[str, Any]:
     rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
     return {}
-
-
-def _check_restored_epoch(run: Run) -> None:
-    trainer = run.trainer
-    maximum = trainer.fit_loop.max_epochs
-    if maximum is not None and 0 <= maximum < trainer.current_epoch:
-        raise MisconfigurationException(
-            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
-            f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
-        )

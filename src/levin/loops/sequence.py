@@ -11,6 +11,7 @@ import torch
 from levin.checkpoint import state as tree
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.hparams import drop_unpicklable
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit, is_done
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
@@ -18,10 +19,11 @@ from levin.loops.logging import send_hyperparameters
 from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
+from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-from levin.loops.verify import verify
+from levin.loops.verify import check_restored_epoch, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -46,9 +48,13 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     fn = str(trainer.state.fn)
     verify(trainer)
+    for owner in (module, datamodule):
+        if owner is not None:
+            drop_unpicklable(owner.hparams)
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
+    ckpt_path = agree(trainer, ckpt_path)
     local_rank = trainer.local_rank if trainer.world_size > 1 else None
     trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer.log_dir if is_profiling(trainer) else None)
     prepare_data(trainer)
@@ -81,8 +87,10 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
             tree.restore_module(trainer, checkpoint)
         tree.restore_precision_and_loops(trainer, checkpoint)
         if fn == "fit":
+            check_restored_epoch(trainer)
             tree.restore_optimizers(trainer, checkpoint)
-        rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
+        what = "Restored all states" if fn == "fit" else "Loaded model weights"
+        rank_zero_info(f"{what} from the checkpoint at {ckpt_path}")
     strategy.follow(functools.partial(place_of, trainer))
     with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
@@ -172,7 +180,6 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     if run.is_profiled:
         time_step(run, step)
     trainer._step = step
-    run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)

@@ -81,3 +81,13 @@ def verify(trainer: Trainer) -> None:
         raise MisconfigurationException(
             f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
         )
+
+
+def check_restored_epoch(trainer: Trainer) -> None:
+    """Raise MisconfigurationException when a checkpoint is from a later epoch than training may reach."""
+    maximum = trainer.max_epochs
+    if maximum is not None and 0 <= maximum < trainer.current_epoch:
+        raise MisconfigurationException(
+            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
+            f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
+        )
