@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops.newest import find_newest, modified
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn
 
@@ -35,6 +35,7 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         rank_zero_warn(
             f"`trainer.ckpt_path = {trainer._ckpt_path!r}` was set, but {given!r} was passed, which is used."
         )
+        trainer._ckpt_path_is_set = False
     if given is None:
         given = _implicit(trainer, model_given)
     path: Any = None
@@ -58,7 +59,7 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         path = find_newest(trainer)
     else:
         path = given
-        if is_local(path) and not os.path.exists(path):
+        if is_local(path) and not os.path.exists(local_path(path)):
             raise FileNotFoundError(
                 f"ckpt_path must be an existing file, received {str(path)!r}. Aborting {trainer.state.fn}."
             )
