@@ -272,6 +272,7 @@ class Running:
         if sequence.load_training(self):
             fresh = sequence.make_feed(run, self._train_loaders)
             feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
+            self._exact.follow_reloaded()
         for loader in self._train_loaders.combined.flattened:
             set_epoch(loader, self.current_epoch)
 

@@ -41,7 +41,7 @@ class Feed:
         self.lengths = lengths
         self.device = device
         self.is_last: bool = False
-        self.position: Optional[Position] = None
+        self.positions: Optional[list[Position]] = None
         self._convert = convert
         self._transfer = transfer
         self._on_demand = on_demand
@@ -60,9 +60,9 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         return self.iterate(0)
 
-    def track(self, position: Position) -> None:
-        """Let ``position`` follow the first source, so that a run can go on in the middle of it."""
-        self.position = position
+    def track(self, positions: list[Position]) -> None:
+        """Let one of ``positions`` follow each source, so that a run can go on in the middle of it."""
+        self.positions = positions
 
     def iterate(
         self, start: int, iterator: Optional[Iterator[Any]] = None
@@ -89,7 +89,8 @@ class Feed:
             start = 0
             if iterator is None:
                 lookahead = 1 if limit == float("inf") else 0
-                iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+                followed = None if self.positions is None else self.positions[dataloader_idx]
+                iterator = iter(source) if followed is None else followed.iterate(source, lookahead)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
             if limit == float("inf"):

@@ -16,6 +16,7 @@ from levin.utilities.exceptions import SIGTERMException
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
+    from levin.loops.exact import Unfinished
     from levin.log_store import LogStore
     from levin.loops.progress import EvaluationLoop
     from levin.loops.run import Run
@@ -36,12 +37,27 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
     trainer = run.trainer
     trainer.validating = True
+    trainer._exact.begin_validation(trainer, run)
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
     with torch.no_grad():
         evaluate(run, "validation", trainer._val_feed(run), trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
+    trainer._exact.end_validation()
     trainer.training = True
     trainer._last_validation_time = time.monotonic()
+
+
+def end_validation_in_fit(run: Run, unfinished: Unfinished) -> None:
+    """Do what was left to do at the end of a validation when the checkpoint was saved."""
+    trainer, module = run.trainer, run.module
+    trainer.validating = True
+    has_own_train = has_hook(module, "on_validation_model_train")
+    with torch.no_grad(), nullcontext() if has_own_train else kept_modes(module):
+        module.eval()
+        trainer._exact.call_rest(run, "on_validation_end", unfinished)
+    if has_own_train:
+        run.call_own("on_validation_model_train", module.on_validation_model_train)
+    trainer.training = True
 
 
 def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:

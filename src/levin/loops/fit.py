@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops import evaluate
+from levin.loops.exact import Place, Unfinished
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -45,6 +46,8 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     _check_restored_epoch(run)
     run.call("on_train_start")
     resumed = loop.restarted_mid_epoch
+    if (unfinished := trainer._exact.take_unfinished(Place.EPOCH_END)) is not None:
+        _end_unfinished_epoch(run, unfinished)
     while not _is_done(run):
         epoch = loop.epoch_progress
         trainer._prepare_epoch(run, feed)
@@ -77,9 +80,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     check_saves = run.strategy.checkpoint_io.check
     schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
-    if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
-        _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
-        if progress.is_last_batch or _stops_in_epoch(trainer):
+    if resumed and progress.current.ready:
+        if _end_unfinished_batch(run, validates):
             return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
@@ -109,6 +111,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                     break
     except StopIteration:
         store.hook = None
+        run.under_way = ("", None, ())
     finally:
         batches.close()
 
@@ -119,21 +122,43 @@ def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
     return every != 1 and not is_last and (batch_idx + 1) % every != 0
 
 
-def _after_batch(run: Run, batch_idx: int, is_last: bool, validates: bool) -> None:
-    """Log the step, validate when due, count the batch."""
+def _after_batch(
+    run: Run, batch_idx: int, is_last: bool, validates: bool, unfinished: Optional[Unfinished] = None
+) -> None:
+    """Log the step, validate when due, count the batch; or do what is left of that."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     accumulates = _accumulates(trainer, batch_idx, is_last)
-    loop.batch_progress.increment_completed()
-    if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
-        metrics = trainer._merge(run.store.read(on_step=True))
-        send(trainer, metrics.logged)
-    if validates and _validates_now(run, batch_idx, is_last):
+    if unfinished is None or unfinished.place == Place.BATCH_END:
+        loop.batch_progress.increment_completed()
+        if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
+            metrics = trainer._merge(run.store.read(on_step=True))
+            send(trainer, metrics.logged)
+        if validates and _validates_now(run, batch_idx, is_last):
+            evaluate.validate_in_fit(run, accumulates)
+    elif unfinished.place == Place.VALIDATION_END:
+        evaluate.end_validation_in_fit(run, unfinished)
+    elif validates:
         evaluate.validate_in_fit(run, accumulates)
     if run.schedulers and not accumulates and run.module.automatic_optimization:
         step_schedulers(run, "step", plateau=True)
     if not accumulates:
         loop._batches_that_stepped += 1
+
+
+def _end_unfinished_batch(run: Run, validates: bool) -> bool:
+    """Do what was left to do after the last batch when the checkpoint was saved. Returns whether the epoch is over."""
+    trainer, exact = run.trainer, run.trainer._exact
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
+    unfinished = exact.take_unfinished(Place.BATCH_END, Place.VALIDATION, Place.VALIDATION_END)
+    if unfinished is not None:
+        if unfinished.place == Place.BATCH_END:
+            exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
+        _after_batch(run, batch_idx, is_last, validates, unfinished)
+        if trainer.received_sigterm:
+            trainer._raise_sigterm_unless_done()
+    return is_last or _stops_in_epoch(trainer)
 
 
 def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
@@ -169,13 +194,25 @@ def _is_once_an_epoch(trainer: Trainer) -> bool:
     return trainer.check_val_every_n_epoch is not None and trainer.val_check_batch == trainer.num_training_batches
 
 
-def _end_epoch(run: Run) -> None:
+def _end_unfinished_epoch(run: Run, unfinished: Unfinished) -> None:
+    """Do what was left to do at the end of the epoch when the checkpoint was saved."""
+    epoch = run.trainer.fit_loop.epoch_progress
+    for counter in (epoch.current, epoch.total):
+        counter.completed -= 1
+    _end_epoch(run, unfinished)
+    epoch.increment_completed()
+
+
+def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     run.store.is_epoch_end = True
     run.store.start_batch(None)
-    run.call("on_train_epoch_end")
+    if unfinished is None:
+        run.call("on_train_epoch_end")
+    else:
+        trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
     trainer._merge(run.store.read(on_step=True))

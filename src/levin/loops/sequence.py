@@ -16,6 +16,7 @@ from levin.data.loaders import set_epoch
 from levin.data.source import StageLoaders
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
+from levin.loops.exact import Exact
 from levin.loops.fit import fit
 from levin.loops.logging import send_hyperparameters
 from levin.loops.predict import predict
@@ -159,10 +160,11 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     module.zero_grad()
     loop = trainer.fit_loop
     loop.restarted_mid_epoch = False
+    trainer._exact = Exact()
     exact = None
     if loop.restarting:
-        trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
+        trainer._exact.settle_counters(trainer, exact)
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     trainer.training = True
     module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
@@ -197,10 +199,12 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         trainer._num_sanity_val_batches = limits
         if sum(limits) > 0:
             feed = make_feed(run, loaders, limits)
+            trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
             with torch.no_grad():
                 evaluate(run, "validation", feed, trainer._val_step, val_loop)
+            trainer._exact.end_validation()
             val_loop.batch_progress.total.set_all(0)
             val_loop.batch_progress.reset()
         run.call("on_sanity_check_end")
@@ -401,10 +405,15 @@ def _val_check_batch(trainer: Trainer) -> int | float:
 
 def next_validation_feed(run: Run) -> Feed:
     """Return the feed of a validation inside fit."""
-    trainer = run.trainer
-    if load_validation(trainer) or trainer._val_step is None:
-        trainer._val_step = compose_evaluation_step(run, "validation", len(trainer._val_loaders.sources()))
-    feed = make_feed(run, trainer._val_loaders)
+    trainer, loaders = run.trainer, run.trainer._val_loaders
+    is_due = trainer._exact.is_validation_due_to_load(trainer.reload_dataloaders_every_n_epochs, trainer.current_epoch)
+    # Loaders that are made for this process only may not draw numbers that the unbroken run does not draw.
+    with nullcontext() if is_due else isolate_rng():
+        is_new = load_validation(trainer)
+    if is_new or trainer._val_step is None:
+        trainer._val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
+    feed = make_feed(run, loaders)
+    trainer._exact.follow_validation(feed, loaders, is_new, is_due)
     for loader in feed.sources:
         set_epoch(loader, trainer.current_epoch)
     return feed
