@@ -79,7 +79,7 @@ def as_tensor(batch: Any) -> torch.Tensor:
     numbers: list[float] = []
 
     def walk(item: Any) -> None:
-        if isinstance(item, (list, tuple)):
+        if isinstance(item, (list, tuple)) or (isinstance(item, torch.Tensor) and item.dim()):
             for child in item:
                 walk(child)
         elif item is not None:
@@ -186,7 +186,7 @@ class Stepping(Overriding):
         optimizer.zero_grad(set_to_none=False)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+        self.clip_gradients(optimizer, gradient_clip_val or 1.0)
 
     def lr_scheduler_step(self, scheduler, metric):
         self.events.append(("lr_scheduler_step", None if metric is None else float(metric)))
@@ -278,15 +278,13 @@ class Lines(Logger):
         pass
 
 
-class Stateful(StatefulDataLoader):
-    """torchdata's loader, without its warnings."""
-
-
 def train_loader(setup: Setup) -> Any:
     """Return new loaders, as a new process makes them."""
     if setup.kind == "stateful":
-        made: Any = Stateful(
-            Augmented("tn"), batch_size=3, shuffle=True, collate_fn=as_is, num_workers=setup.train.num_workers
+        # torchdata keeps no random states of workers.
+        data = Augmented("" if setup.train.num_workers else "tn")
+        made: Any = StatefulDataLoader(
+            data, batch_size=3, shuffle=True, collate_fn=as_is, num_workers=setup.train.num_workers
         )
     elif setup.kind in ("stream", "blind stream"):
         stream = StatefulStream if setup.kind == "stream" else Stream
@@ -421,7 +419,7 @@ def first_difference(expected: list[Any], found: list[Any]) -> str:
             before = "\n    ".join(map(str, expected[max(0, i - 4) : i]))
             return f"event {i} of {len(expected)}:\n    {before}\n  expected {a}\n  found    {b}"
     if len(expected) != len(found):
-        return f"{len(expected)} events expected, {len(found)} found: {expected[len(found):][:3]} {found[len(expected):][:3]}"
+        return f"{len(expected)} events expected, {len(found)} found: {expected[len(found) :][:3]} {found[len(expected) :][:3]}"
     return ""
 
 

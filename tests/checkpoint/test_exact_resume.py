@@ -90,13 +90,13 @@ def checked(setup: Setup, stop: tuple[str, int], is_last: bool) -> None:
 ALL_KINDS = ["plain", "plain", "plain", "stateful", "stream", "blind stream", "list"]
 
 
-@examples(60)
+@examples(30)
 @given(setups(in_process, ALL_KINDS, ["plain", "own", "two"]), stops, st.booleans())
 def test_a_resumed_run_is_the_unbroken_one(setup, stop, is_last):
     checked(setup, stop, is_last)
 
 
-@examples(6)
+@examples(4)
 @given(setups(in_workers, ["plain", "plain", "stateful", "stream"], ["plain", "workers"]), stops, st.booleans())
 def test_a_resumed_run_with_workers_is_the_unbroken_one(setup, stop, is_last):
     checked(setup, stop, is_last)

@@ -16,8 +16,8 @@ from levin.utilities.exceptions import SIGTERMException
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
-    from levin.loops.exact import Unfinished
     from levin.log_store import LogStore
+    from levin.loops.exact import Unfinished
     from levin.loops.progress import EvaluationLoop
     from levin.loops.run import Run
 

@@ -76,6 +76,7 @@ class Exact:
         self._validation: Optional[dict[str, Any]] = None
         # Where the validation data were, until validation begins.
         self._loaded_validation: Optional[dict[str, Any]] = None
+        self._loaded_callbacks: dict[str, Any] = {}
 
     # ---------------------------------------------------------------- saving
 
@@ -95,6 +96,11 @@ class Exact:
             "validation_data": {
                 "loaded_epoch": trainer._val_loaders.loaded_epoch,
                 "positions": [position.state_dict() for position in self.val_positions],
+            },
+            "checkpoint_callbacks": {
+                callback.state_key: state
+                for callback in trainer.checkpoint_callbacks
+                if (state := callback.run_state())
             },
         }
         if self._loaded_validation is not None:
@@ -198,9 +204,8 @@ class Exact:
         if not is_mid_epoch:
             self.position.finish()
         if "window" in exact:
-            if is_mid_epoch:
-                self._loaded = exact
-                step.load_state_dict(exact["window"])
+            self._loaded = exact if is_mid_epoch else None
+            step.load_state_dict(exact["window"])
             if is_mid_epoch or self._unfinished is not None:
                 run.store.load_state_dict(exact["log_store"])
             load_metric_states(run.module, exact.get("metrics", {}))
@@ -213,6 +218,7 @@ class Exact:
             self._loaded_validation = exact["validation_data"]
             if trainer._val_loaders.combined is not None:
                 trainer._val_loaders.loaded_epoch = exact["validation_data"]["loaded_epoch"]
+        self._loaded_callbacks = exact.get("checkpoint_callbacks", {})
         if "val_total" in exact:
             total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             for name, value in zip(total.__slots__, exact["val_total"]):
@@ -222,6 +228,13 @@ class Exact:
             self._generators.write(exact["generators"])
             if "torch.cuda" in exact["generators"]:
                 tree.restore_rng({"rng": {"torch.cuda": exact["generators"]["torch.cuda"]}})
+
+    def restore_checkpoint_callbacks(self, trainer: Trainer) -> None:
+        """Let the checkpoint callbacks know what they had saved already."""
+        for callback in trainer.checkpoint_callbacks:
+            if (state := self._loaded_callbacks.get(callback.state_key)) is not None:
+                callback.load_run_state(state)
+        self._loaded_callbacks = {}
 
     def take_unfinished(self, *places: Place) -> Optional[Unfinished]:
         """Return what the checkpoint was saved in the middle of, once, if it is one of ``places``."""

@@ -45,6 +45,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         return
     _check_restored_epoch(run)
     run.call("on_train_start")
+    trainer._exact.restore_checkpoint_callbacks(trainer)
     resumed = loop.restarted_mid_epoch
     if (unfinished := trainer._exact.take_unfinished(Place.EPOCH_END)) is not None:
         _end_unfinished_epoch(run, unfinished)

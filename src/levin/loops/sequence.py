@@ -202,11 +202,11 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
             trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
+            counts = val_loop.batch_progress.state_dict()
             with torch.no_grad():
                 evaluate(run, "validation", feed, trainer._val_step, val_loop)
             trainer._exact.end_validation()
-            val_loop.batch_progress.total.set_all(0)
-            val_loop.batch_progress.reset()
+            val_loop.batch_progress.load_state_dict(counts)
         run.call("on_sanity_check_end")
     trainer._sanity_metrics = None
     trainer._reset_metrics()
