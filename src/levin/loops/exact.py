@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from levin.trainer import Trainer
 
 
-class Place(IntEnum):
+class Moment(IntEnum):
     """Where in the work after a batch a run is, in the order of that work."""
 
     BATCH_END = 0
@@ -40,10 +40,10 @@ class Place(IntEnum):
     EPOCH_END = 3
 
 
-_PLACE_OF_HOOK = {
-    "on_train_batch_end": Place.BATCH_END,
-    "on_validation_end": Place.VALIDATION_END,
-    "on_train_epoch_end": Place.EPOCH_END,
+_MOMENT_OF_HOOK = {
+    "on_train_batch_end": Moment.BATCH_END,
+    "on_validation_end": Moment.VALIDATION_END,
+    "on_train_epoch_end": Moment.EPOCH_END,
 }
 
 
@@ -52,12 +52,12 @@ class Unfinished:
     """What a checkpoint was saved in the middle of.
 
     Args:
-        place: Where.
+        moment: Where.
         num_hooks: How many hooks of that moment were not called yet.
         arguments: The outputs and the batch that they get, for ``on_train_batch_end``; None if they could not be saved.
     """
 
-    place: Place
+    moment: Moment
     num_hooks: int = 0
     arguments: Optional[tuple[Any, Any]] = None
 
@@ -77,6 +77,7 @@ class Exact:
         # Where the validation data were, until validation begins.
         self._loaded_validation: Optional[dict[str, Any]] = None
         self._loaded_callbacks: dict[str, Any] = {}
+        self._loaded_store: Optional[list[dict[str, Any]]] = None
 
     # ---------------------------------------------------------------- saving
 
@@ -98,9 +99,7 @@ class Exact:
                 "positions": [position.state_dict() for position in self.val_positions],
             },
             "checkpoint_callbacks": {
-                callback.state_key: state
-                for callback in trainer.checkpoint_callbacks
-                if (state := callback.run_state())
+                callback.state_key: kept for callback in trainer.checkpoint_callbacks if (kept := callback.run_state())
             },
         }
         if self._loaded_validation is not None:
@@ -108,24 +107,24 @@ class Exact:
         unfinished = self._find_unfinished(trainer, run)
         if unfinished is not None:
             state["unfinished"] = _as_dict(unfinished)
-            if unfinished.place == Place.VALIDATION:
+            if unfinished.moment == Moment.VALIDATION:
                 state.update(self._validation or {})
         return state
 
     def _find_unfinished(self, trainer: Trainer, run: Run) -> Optional[Unfinished]:
         """Return what the run is in the middle of, None between two batches."""
         name, iterator, arguments = run.under_way
-        place = _PLACE_OF_HOOK.get(name)
-        if self._validation is not None and place != Place.VALIDATION_END:
-            return Unfinished(Place.VALIDATION)
-        if place is None:
+        moment = _MOMENT_OF_HOOK.get(name)
+        if self._validation is not None and moment != Moment.VALIDATION_END:
+            return Unfinished(Moment.VALIDATION)
+        if moment is None:
             return None
         num_hooks = iterator.__length_hint__()
-        if place != Place.BATCH_END or not num_hooks:
-            return Unfinished(place, num_hooks)
+        if moment != Moment.BATCH_END or not num_hooks:
+            return Unfinished(moment, num_hooks)
         outputs, batch, _ = arguments
         kept = (copied(outputs), copied(batch)) if is_plain((outputs, batch)) else None
-        return Unfinished(place, num_hooks, kept)
+        return Unfinished(moment, num_hooks, kept)
 
     def begin_validation(self, trainer: Trainer, run: Run) -> None:
         """Keep what it takes to begin this validation again."""
@@ -169,13 +168,13 @@ class Exact:
         else:
             self._unfinished = self._guess_unfinished(trainer) if mid_epoch else None
         if mid_epoch:
-            is_counted = self._unfinished is None or self._unfinished.place != Place.BATCH_END
+            is_counted = self._unfinished is None or self._unfinished.moment != Moment.BATCH_END
             for counter in (batch.current, batch.total):
                 counter.ready = counter.started = counter.processed
                 counter.completed = counter.processed - (not is_counted)
         else:
             epoch.current.ready = epoch.current.started = epoch.current.processed
-            ends_epoch = self._unfinished is not None and self._unfinished.place == Place.EPOCH_END
+            ends_epoch = self._unfinished is not None and self._unfinished.moment == Moment.EPOCH_END
             if batch.current.ready and not ends_epoch:
                 batch.reset()
 
@@ -185,9 +184,9 @@ class Exact:
         loop = trainer.fit_loop.epoch_loop
         batch, validation = loop.batch_progress, loop.val_loop.batch_progress
         if batch.current.processed > batch.current.completed:
-            return Unfinished(Place.BATCH_END)
+            return Unfinished(Moment.BATCH_END)
         is_complete = validation.is_last_batch and validation.current.completed == validation.current.ready
-        return Unfinished(Place.VALIDATION) if validation.current.started > 0 and not is_complete else None
+        return Unfinished(Moment.VALIDATION) if validation.current.started > 0 and not is_complete else None
 
     def follow(self, run: Run, feed: Feed, step: Any, exact: Optional[dict[str, Any]]) -> None:
         """Follow the data from here on, and go on where ``exact`` was collected."""
@@ -207,7 +206,7 @@ class Exact:
             self._loaded = exact if is_mid_epoch else None
             step.load_state_dict(exact["window"])
             if is_mid_epoch or self._unfinished is not None:
-                run.store.load_state_dict(exact["log_store"])
+                self._loaded_store = exact["log_store"]
             load_metric_states(run.module, exact.get("metrics", {}))
             device = run.strategy.root_device
             for values, saved in zip(trainer._metrics, exact.get("reduced_metrics", ())):
@@ -229,17 +228,21 @@ class Exact:
             if "torch.cuda" in exact["generators"]:
                 tree.restore_rng({"rng": {"torch.cuda": exact["generators"]["torch.cuda"]}})
 
-    def restore_checkpoint_callbacks(self, trainer: Trainer) -> None:
-        """Let the checkpoint callbacks know what they had saved already."""
+    def take_up(self, run: Run) -> None:
+        """Take up what ``on_train_start``, which is called after a restart too, would change."""
+        trainer = run.trainer
+        if self._loaded_store is not None:
+            run.store.load_state_dict(self._loaded_store)
+        self._loaded_store = None
         for callback in trainer.checkpoint_callbacks:
             if (state := self._loaded_callbacks.get(callback.state_key)) is not None:
                 callback.load_run_state(state)
         self._loaded_callbacks = {}
 
-    def take_unfinished(self, *places: Place) -> Optional[Unfinished]:
-        """Return what the checkpoint was saved in the middle of, once, if it is one of ``places``."""
+    def take_unfinished(self, *moments: Moment) -> Optional[Unfinished]:
+        """Return what the checkpoint was saved in the middle of, once, if it is one of ``moments``."""
         unfinished = self._unfinished
-        if unfinished is None or unfinished.place not in places:
+        if unfinished is None or unfinished.moment not in moments:
             return None
         self._unfinished = None
         return unfinished
@@ -305,14 +308,14 @@ class Exact:
 
 def _as_dict(unfinished: Unfinished) -> dict[str, Any]:
     return {
-        "place": int(unfinished.place),
+        "moment": int(unfinished.moment),
         "num_hooks": unfinished.num_hooks,
         "arguments": unfinished.arguments,
     }
 
 
 def _from_dict(state: dict[str, Any]) -> Unfinished:
-    return Unfinished(Place(state["place"]), state["num_hooks"], state["arguments"])
+    return Unfinished(Moment(state["moment"]), state["num_hooks"], state["arguments"])
 
 
 def _device_generators() -> dict[str, Any]:

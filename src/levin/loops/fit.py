@@ -7,11 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops import evaluate
-from levin.loops.exact import Place, Unfinished
+from levin.loops.exact import Moment, Unfinished
+from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
-from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info
+from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -45,20 +46,19 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         return
     _check_restored_epoch(run)
     run.call("on_train_start")
-    trainer._exact.restore_checkpoint_callbacks(trainer)
+    trainer._exact.take_up(run)
     resumed = loop.restarted_mid_epoch
-    if (unfinished := trainer._exact.take_unfinished(Place.EPOCH_END)) is not None:
+    if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
         _end_unfinished_epoch(run, unfinished)
     while not _is_done(run):
         epoch = loop.epoch_progress
-        trainer._prepare_epoch(run, feed)
+        prepare_epoch(run, feed)
         if not resumed:
             loop.epoch_loop.batch_progress.reset()
             loop.epoch_loop.scheduler_progress.reset()
             loop.epoch_loop.optim_progress.reset()
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
             epoch.increment_ready()
-            run.store.reset()
             run.call("on_train_epoch_start")
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
@@ -94,7 +94,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
                 break
             progress.increment_started()
-            outputs = train(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
+            outputs = train(batch, batch_idx, is_last) if batch is not None else _skip_empty_batch()
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
             if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
@@ -105,8 +105,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             check_saves()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm:
-                trainer._raise_sigterm_unless_done()
+            if trainer.received_sigterm and not _has_all_steps(trainer):
+                raise SIGTERMException
             if trainer.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(trainer):
                     break
@@ -130,14 +130,14 @@ def _after_batch(
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     accumulates = _accumulates(trainer, batch_idx, is_last)
-    if unfinished is None or unfinished.place == Place.BATCH_END:
+    if unfinished is None or unfinished.moment == Moment.BATCH_END:
         loop.batch_progress.increment_completed()
         if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
             metrics = trainer._merge(run.store.read(on_step=True))
             send(trainer, metrics.logged)
         if validates and _validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
-    elif unfinished.place == Place.VALIDATION_END:
+    elif unfinished.moment == Moment.VALIDATION_END:
         evaluate.end_validation_in_fit(run, unfinished)
     elif validates:
         evaluate.validate_in_fit(run, accumulates)
@@ -152,13 +152,14 @@ def _end_unfinished_batch(run: Run, validates: bool) -> bool:
     trainer, exact = run.trainer, run.trainer._exact
     progress = trainer.fit_loop.epoch_loop.batch_progress
     batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
-    unfinished = exact.take_unfinished(Place.BATCH_END, Place.VALIDATION, Place.VALIDATION_END)
+    unfinished = exact.take_unfinished(Moment.BATCH_END, Moment.VALIDATION, Moment.VALIDATION_END)
     if unfinished is not None:
-        if unfinished.place == Place.BATCH_END:
+        run.store.start_batch(None)
+        if unfinished.moment == Moment.BATCH_END:
             exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
         _after_batch(run, batch_idx, is_last, validates, unfinished)
-        if trainer.received_sigterm:
-            trainer._raise_sigterm_unless_done()
+        if trainer.received_sigterm and not _has_all_steps(trainer):
+            raise SIGTERMException
     return is_last or _stops_in_epoch(trainer)
 
 
@@ -208,8 +209,7 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
-    run.store.is_epoch_end = True
-    run.store.start_batch(None)
+    run.store.end_batches()
     if unfinished is None:
         run.call("on_train_epoch_end")
     else:
@@ -225,7 +225,12 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     run.store.reset()
 
 
-def _may_stop(trainer: Any) -> bool:
+def _has_all_steps(trainer: Trainer) -> bool:
+    """Whether training is done in any case."""
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
+def _may_stop(trainer: Trainer) -> bool:
     """Whether ``should_stop`` may be obeyed: the least numbers of epochs and steps are reached."""
     loop = trainer.fit_loop
     enough_epochs = not loop.min_epochs or loop.epoch_progress.current.processed >= loop.min_epochs
@@ -233,7 +238,7 @@ def _may_stop(trainer: Any) -> bool:
     return bool(enough_epochs and enough_steps)
 
 
-def _stops_in_epoch(trainer: Any) -> bool:
+def _stops_in_epoch(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
@@ -256,8 +261,22 @@ def _is_done(run: Run) -> bool:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True
-        trainer._explain_minima_once()
+        _explain_minima_once(trainer)
     return False
+
+
+def _explain_minima_once(trainer: Trainer) -> None:
+    if not trainer._explained_minima:
+        trainer._explained_minima = True
+        rank_zero_info(
+            f"Trainer was signaled to stop but the required `min_epochs={trainer.min_epochs!r}` or "
+            f"`min_steps={trainer.min_steps!r}` has not been met. Training will continue..."
+        )
+
+
+def _skip_empty_batch() -> dict[str, Any]:
+    rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+    return {}
 
 
 def _check_restored_epoch(run: Run) -> None:
