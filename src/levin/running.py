@@ -246,9 +246,8 @@ class Running:
     def _val_feed(self: Any, run: Run) -> Feed:
         return sequence.next_validation_feed(run)
 
-    def _skip_empty_batch(self) -> dict[str, Any]:
+    def _skip_empty_batch(self) -> None:
         rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-        return {}
 
     def _explain_minima_once(self: Any) -> None:
         if not self._explained_minima:

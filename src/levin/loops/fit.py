@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops import evaluate
 from levin.loops.logging import send
@@ -75,7 +75,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
     check_saves = run.strategy.checkpoint_io.check
-    schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
+    schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
@@ -88,16 +88,23 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             is_last = progress.is_last_batch = feed.is_last
             progress.increment_ready()
             store.start_batch(batch)
-            if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
-                break
-            progress.increment_started()
-            outputs = train(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
+            if batch is None:
+                outputs: Optional[dict[str, Any]] = None
+                trainer._skip_empty_batch()
+            else:
+                if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
+                    # The user made this the end of the epoch, without training on it.
+                    progress.increment_processed()
+                    progress.is_last_batch = True
+                    if schedules:
+                        _step_schedulers(run, batch_idx, is_last=True)
+                    break
+                progress.increment_started()
+                outputs = train(batch, batch_idx, is_last)
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
-            if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
-                step_schedulers(run, "step", plateau=False)
-            if is_last and run.schedulers and run.module.automatic_optimization:
-                step_schedulers(run, "epoch", plateau=False)
+            if schedules:
+                _step_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             check_saves()
@@ -111,6 +118,14 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
         store.hook = None
     finally:
         batches.close()
+
+
+def _step_schedulers(run: Run, batch_idx: int, is_last: bool) -> None:
+    """Step the schedulers that follow a batch and, after the last batch, those that follow an epoch."""
+    if not _accumulates(run.trainer, batch_idx, is_last):
+        step_schedulers(run, "step", plateau=False)
+    if is_last:
+        step_schedulers(run, "epoch", plateau=False)
 
 
 def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
