@@ -9,6 +9,7 @@ This guards against accidents. It is no signature: who writes a file on purpose 
 
 from __future__ import annotations
 
+import argparse
 import os
 import struct
 import sys
@@ -94,8 +95,10 @@ def main(arguments: Sequence[str]) -> int:
 
     This is the command ``levin verify FILE...``.
     """
+    parser = argparse.ArgumentParser(prog="levin verify", description="Say which checkpoints are intact.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
     num_bad = 0
-    for path in arguments:
+    for path in parser.parse_args(arguments).files:
         try:
             verify(path)
         except (ValueError, OSError) as error:
@@ -228,7 +231,8 @@ def _newest_first(folder: str, pattern: str) -> list[str]:
     filesystem = get_filesystem(folder)
     if not filesystem.exists(folder):
         return []
-    remote = [str(path) for path in filesystem.glob(f"{folder.rstrip('/')}/{pattern}")]
+    matching = map(str, filesystem.glob(f"{folder.rstrip('/')}/{pattern}"))
+    remote = [path for path in matching if not os.path.basename(path).startswith(".")]
     remote.sort(key=lambda path: (filesystem.modified(path), path), reverse=True)
     return [str(filesystem.unstrip_protocol(path)) for path in remote]
 

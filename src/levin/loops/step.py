@@ -283,10 +283,11 @@ class AutomaticStep:
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
-        closure = _nothing if closure is None else closure
-        return self.run.strategy.optimizer_step(
-            optimizer, closure, model=self.run.module, before_step=self.before_step, **kwargs
-        )
+        result = self.run.strategy.optimizer_step(
+            optimizer, _nothing if closure is None else closure, model=self.run.module, before_step=self.before_step,
+            **kwargs,
+        )  # fmt: skip
+        return None if closure is None else result
 
 
 class ManualStep:
@@ -344,7 +345,7 @@ class ManualStep:
             before_step=self._before_step if self.step_hooks else None, **kwargs,
         )  # fmt: skip
         self.progress.increment_completed()
-        return result
+        return None if closure is None else result
 
     def _before_step(self, optimizer: Any) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
