@@ -63,7 +63,16 @@ def make_module(seen: trace.Trace, frozen: tuple[str, ...], hooks: dict[str, Any
     return Model()
 
 
-FROZEN = [(), ("first",), ("first.1",), ("second.inner",), ("self",), ("first", "second"), ("first", "second", "self")]
+FROZEN = [
+    (),
+    ("first",),
+    ("first.1",),
+    ("second.inner",),
+    ("self",),
+    ("first", "second"),
+    ("first", "second", "self"),
+    ("",),
+]
 HOOKS: dict[str, dict[str, Any]] = {
     "default": {},
     "stays_in_train": {"on_validation_model_eval": lambda self: None, "on_test_model_eval": lambda self: None,

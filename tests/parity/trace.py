@@ -35,6 +35,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, BaseException):
         return type(value).__name__
     if isinstance(value, Mapping):
+        if "state_dict" in value and "loops" in value:
+            return sorted(key for key in value if key not in _OWN_KEYS)  # a checkpoint
         return {str(key): plain(item) for key, item in value.items() if key not in _OWN_KEYS}
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *map(plain, value)]

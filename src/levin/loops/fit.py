@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Optional
 
+from levin.hooks import has_hook
 from levin.loops import evaluate
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
@@ -74,6 +75,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
+    may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
     check_saves = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
@@ -82,6 +84,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
         if progress.is_last_batch or _stops_in_epoch(trainer):
             return
+    if trainer.should_stop and _may_stop(trainer):
+        return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
     try:
@@ -93,7 +97,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 outputs: Optional[dict[str, Any]] = None
                 _warn_of_empty_batch()
             else:
-                if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
+                if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1 and may_skip:
                     # The user made this the end of the epoch, without training on it.
                     progress.increment_processed()
                     progress.is_last_batch = True

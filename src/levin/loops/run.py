@@ -55,7 +55,7 @@ class Run:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
 
         Returns:
-            -1 if any of them returned -1, else None.
+            What the last of them returned, which is the module's hook where it has one.
         """
         hooks = self.hooks[name]
         if not hooks:
@@ -65,8 +65,7 @@ class Run:
         answer = None
         try:
             for hook in hooks:
-                if hook(*args) == -1:
-                    answer = -1
+                answer = hook(*args)
         finally:
             store.hook = previous
         return answer
