@@ -12,6 +12,7 @@ from levin.checkpoint import state as tree
 from levin.checkpoint.migrate import migrate
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.hparams import drop_unpicklable
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
@@ -23,7 +24,7 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-from levin.loops.verify import verify
+from levin.loops.verify import hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -48,6 +49,9 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     fn = str(trainer.state.fn)
     verify(trainer)
+    for owner in (module, datamodule):
+        if owner is not None:
+            drop_unpicklable(owner.hparams)
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
@@ -163,8 +167,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
+    hint_at_eval_mode(module)
     trainer.training = True
-    module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
     torch.set_grad_enabled(True)
     loop.restarting = False
     if trainer.limit_train_batches == 0 or trainer.fit_loop.max_epochs == 0:
@@ -176,7 +180,6 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     if run.is_profiled:
         time_step(run, step)
     trainer._step = step
-    run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)
