@@ -67,9 +67,12 @@ def end_validation_in_fit(run: Run, unfinished: Unfinished) -> None:
     trainer, module = run.trainer, run.module
     trainer.validating = True
     has_own_train = has_hook(module, "on_validation_model_train")
+    outer = run.activate(new_store(trainer, module, training=False))
     with torch.no_grad(), nullcontext() if has_own_train else kept_modes(module):
         module.eval()
         trainer._exact.call_rest(run, "on_validation_end", unfinished)
+    run.activate(outer)
+    outer.is_between_batches = True
     if has_own_train:
         run.call_own("on_validation_model_train", module.on_validation_model_train)
     trainer.training = True

@@ -173,8 +173,7 @@ def _end_unfinished_batch(run: Run, validates: bool) -> bool:
     batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
     unfinished = exact.take_unfinished(Moment.BATCH_END, Moment.VALIDATION, Moment.VALIDATION_END)
     if unfinished is not None:
-        # After a validation, who reads the metrics gets those of the epoch.
-        run.store.end_batches() if unfinished.moment == Moment.VALIDATION_END else run.store.start_batch(None)
+        run.store.start_batch(None)
         if unfinished.moment == Moment.BATCH_END:
             exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
         _after_batch(run, batch_idx, is_last, validates, unfinished)
