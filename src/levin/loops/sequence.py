@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from levin.checkpoint import state as tree
+from levin.checkpoint.migrate import migrate
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.hparams import drop_unpicklable
 from levin.loops.evaluate import compose_evaluation_step, evaluate
+from levin.loops.exact import Exact
 from levin.loops.fit import fit, is_done
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
@@ -23,7 +25,7 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-from levin.loops.verify import check_restored_epoch, verify
+from levin.loops.verify import check_restored_epoch, hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -70,7 +72,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     checkpoint: Optional[dict[str, Any]] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
-        checkpoint = strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+        checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)
         if not strategy.restore_checkpoint_after_setup:
             tree.restore_module(trainer, checkpoint)
     strategy.setup_module(module, for_training=fn == "fit")
@@ -163,13 +165,14 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     module.zero_grad()
     loop = trainer.fit_loop
     loop.restarted_mid_epoch = False
+    trainer._exact = Exact()
     exact = None
     if loop.restarting:
-        trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
+        trainer._exact.settle_counters(trainer, exact)
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
+    hint_at_eval_mode(module)
     trainer.training = True
-    module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
     torch.set_grad_enabled(True)
     loop.restarting = False
     if trainer.limit_train_batches == 0:
@@ -198,12 +201,14 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         limits = trainer.num_sanity_val_batches
         if sum(limits) > 0:
             feed = make_feed(run, loaders, limits)
+            trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
+            counts = val_loop.batch_progress.state_dict()
             with torch.no_grad():
                 evaluate(run, "validation", feed, trainer._val_step, val_loop)
-            val_loop.batch_progress.total.set_all(0)
-            val_loop.batch_progress.reset()
+            trainer._exact.end_validation()
+            val_loop.batch_progress.load_state_dict(counts)
         run.call("on_sanity_check_end")
     trainer._reset_metrics()
 
