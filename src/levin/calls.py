@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -106,11 +109,11 @@ def execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], mode
         else:
             result = sequence.run_sequence(trainer, path, weights_only)
     except KeyboardInterrupt as error:
-        fail(trainer, error, runs_elsewhere)
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGTERM)
+        with _no_further_interrupt():
+            fail(trainer, error, runs_elsewhere)
+            if launcher is not None and hasattr(launcher, "kill"):
+                launcher.kill(signal.SIGTERM)
         sys.exit(1)
     except BaseException as error:
         fail(trainer, error, runs_elsewhere)
@@ -120,6 +123,19 @@ def execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], mode
     trainer.state.status = TrainerStatus.FINISHED
     trainer.state.stage = None
     return result
+
+
+@contextmanager
+def _no_further_interrupt() -> Iterator[None]:
+    """Let the shutdown end in peace; afterwards Ctrl-C works as before, for those who catch the exit (notebooks)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
 
 
 def _attach_model_callbacks(trainer: Trainer) -> None:

@@ -218,6 +218,10 @@ class Trainer(TrainerProperties):
         )
         self.accumulate_grad_batches: int = accumulate_grad_batches
         self._detect_anomaly: bool = detect_anomaly
+        if detect_anomaly:
+            rank_zero_info(
+                "You have turned on `Trainer(detect_anomaly=True)`, which slows training down a lot. Use it to find a NaN."
+            )
         self._inference_mode: bool = inference_mode
         self._use_distributed_sampler: bool = use_distributed_sampler
 

@@ -314,6 +314,7 @@ SAVED_IN = [
 ]  # fmt: skip
 EXACT = [
     ("on_train_batch_start", 0), ("on_train_batch_end", 3), ("on_validation_batch_end", 0), ("on_validation_batch_end", 3),
+    ("on_validation_start", 0),
 ]  # fmt: skip
 """Where Lightning goes on otherwise than an unbroken run: design, "mid-epoch resume starts the data again"."""
 

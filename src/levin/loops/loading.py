@@ -99,11 +99,11 @@ def load_validation(trainer: Trainer) -> bool:
     return True
 
 
-def _val_check_batch(trainer: Trainer) -> int | float:
-    """Return every how many batches validation is due; inf for once at the end."""
+def _val_check_batch(trainer: Trainer) -> Optional[int | float]:
+    """Return every how many batches validation is due; inf for once at the end, None when the clock decides."""
     interval, count = trainer.val_check_interval, trainer._num_training_batches
     if trainer._val_check_seconds is not None:
-        return math.inf
+        return None
     if isinstance(interval, int) and not isinstance(interval, bool):
         if interval > count and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
             raise ValueError(

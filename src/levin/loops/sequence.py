@@ -132,8 +132,7 @@ def configure_model(trainer: Trainer) -> None:
 def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
     """Run the loop of ``fn`` and return what the user gets."""
     if fn == "fit":
-        with torch.autograd.set_detect_anomaly(trainer._detect_anomaly) if trainer._detect_anomaly else nullcontext():
-            run_fit(trainer, run, checkpoint)
+        run_fit(trainer, run, checkpoint)
         return None
     loaders = loaders_of(trainer, fn)
     limit = limit_of(trainer, fn)
@@ -185,7 +184,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     trainer._step = step
     feed = make_feed(run, trainer._train_loaders)
     trainer._exact.follow(run, feed, step, exact)
-    fit(run, feed, step)
+    with torch.autograd.set_detect_anomaly(True) if trainer._detect_anomaly else nullcontext():
+        fit(run, feed, step)
 
 
 def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
