@@ -41,6 +41,11 @@ class Feed:
         self.lengths = lengths
         self.device = device
         self.is_last: bool = False
+        # Of runs on several ranks, see shared_feed.py: whether the present batch stands in for one that this rank has
+        # not got, and whether every rank has a batch of its own in this step.
+        self.is_filler: bool = False
+        self.is_shared: bool = True
+        self.uneven: Any = None
         self.position: Optional[Position] = None
         self._convert = convert
         self._transfer = transfer

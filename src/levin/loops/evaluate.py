@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from levin.hooks import has_hook
+from levin.loops.agreement import now_s
 from levin.loops.logging import send, to_floats
 from levin.loops.run import step_arguments
 from levin.utilities.exceptions import SIGTERMException
@@ -36,12 +36,14 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
     trainer = run.trainer
     trainer.validating = True
+    if run.uneven is not None:
+        run.uneven.forget_filler()
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
     with torch.no_grad():
         evaluate(run, "validation", trainer._val_feed(run), trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
     trainer.training = True
-    trainer._last_validation_time = time.monotonic()
+    trainer._last_validation_time = now_s(run)
 
 
 def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:
@@ -108,6 +110,7 @@ def _batches(
     step_name = f"{stage}_step"
     is_multiple = len(feed.sources) > 1
     previous_loader = -1
+    agreement, told = run.agreement, run.told
     logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
     log_steps = run.eval_log_steps
     for batch, batch_idx, dataloader_idx in feed:
@@ -134,7 +137,9 @@ def _batches(
                 send(trainer, metrics.logged, step=log_steps.get(dataloader_idx, 0))
         if logs_steps:
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
-        if trainer.received_sigterm and not feed.is_last:
+        if agreement is not None and feed.is_shared:
+            agreement.look()
+        if told.received_sigterm and (agreement is not None or not feed.is_last):
             raise SIGTERMException
     store.dataloader_idx = None
 

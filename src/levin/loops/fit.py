@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any
 
 from levin.loops import evaluate
+from levin.loops.agreement import now_s
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -40,10 +40,13 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     """
     trainer = run.trainer
     loop = trainer.fit_loop
+    _exchange(run)
     if _is_done(run):
         return
     _check_restored_epoch(run)
+    trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
+    _exchange(run)
     resumed = loop.restarted_mid_epoch
     while not _is_done(run):
         epoch = loop.epoch_progress
@@ -63,7 +66,8 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         epoch.increment_processed()
         _end_epoch(run)
         epoch.increment_completed()
-        if trainer.received_sigterm:
+        _exchange(run)
+        if run.told.received_sigterm:
             raise SIGTERMException
     run.call("on_train_end")
 
@@ -74,12 +78,14 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     loop = trainer.fit_loop.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    check_saves = run.strategy.checkpoint_io.check
+    agreement, told = run.agreement, run.told
+    # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
+    look = run.strategy.checkpoint_io.check if agreement is None else agreement.look
     schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
-        if progress.is_last_batch or _stops_in_epoch(trainer):
+        if progress.is_last_batch or _stops_in_epoch(run):
             return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
@@ -100,12 +106,12 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 step_schedulers(run, "epoch", plateau=False)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            check_saves()
+            look()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm:
+            if told.received_sigterm:
                 trainer._raise_sigterm_unless_done()
-            if trainer.should_stop or loop.max_steps >= 0:
-                if _stops_in_epoch(trainer):
+            if told.should_stop or loop.max_steps >= 0:
+                if _stops_in_epoch(run):
                     break
     except StopIteration:
         store.hook = None
@@ -130,6 +136,7 @@ def _after_batch(run: Run, batch_idx: int, is_last: bool, validates: bool) -> No
         send(trainer, metrics.logged)
     if validates and _validates_now(run, batch_idx, is_last):
         evaluate.validate_in_fit(run, accumulates)
+        _exchange(run)
     if run.schedulers and not accumulates and run.module.automatic_optimization:
         step_schedulers(run, "step", plateau=True)
     if not accumulates:
@@ -151,10 +158,10 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
-    if trainer.should_stop and _may_stop(trainer):
+    if run.told.should_stop and _may_stop(trainer):
         return True
     if trainer._val_check_seconds is not None:
-        return bool(time.monotonic() - trainer._last_validation_time >= trainer._val_check_seconds)
+        return bool(now_s(run) - trainer._last_validation_time >= trainer._val_check_seconds)
     interval = trainer.val_check_batch
     if interval == math.inf:
         return False
@@ -195,11 +202,18 @@ def _may_stop(trainer: Any) -> bool:
     return bool(enough_epochs and enough_steps)
 
 
-def _stops_in_epoch(trainer: Any) -> bool:
+def _stops_in_epoch(run: Run) -> bool:
+    trainer: Any = run.trainer
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
-    return bool(trainer.should_stop and _may_stop(trainer))
+    return bool(run.told.should_stop and _may_stop(trainer))
+
+
+def _exchange(run: Run) -> None:
+    """Let all ranks know here what each was told so far."""
+    if run.agreement is not None:
+        run.agreement.exchange()
 
 
 def _is_done(run: Run) -> bool:
@@ -214,7 +228,7 @@ def _is_done(run: Run) -> bool:
     if loop.max_epochs is not None and 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
         rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={loop.max_epochs!r}` reached.")
         return True
-    if trainer.should_stop:
+    if run.told.should_stop:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True

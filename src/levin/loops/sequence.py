@@ -15,6 +15,7 @@ from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
 from levin.data.source import StageLoaders
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.logging import send_hyperparameters
@@ -23,6 +24,7 @@ from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_tr
 from levin.loops.run import Run, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
+from levin.loops.uneven import agreed_batches, is_shared, shared_feed
 from levin.module import LightningModule
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.precision.precision import Precision
@@ -139,7 +141,7 @@ def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str
     name = "validation" if fn == "validate" else fn
     step = compose_evaluation_step(run, name, len(feed.sources))
     no_gradients = torch.inference_mode() if trainer._uses_inference_mode else torch.no_grad()
-    if sum(loaders.num_batches) == 0:
+    if agreed_batches(trainer.strategy, sum(loaders.num_batches)) == 0:
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
     for loader in feed.sources:
@@ -179,6 +181,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     trainer._step = step
     run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
+    run.uneven = step.uneven = feed.uneven  # type: ignore[attr-defined]  # of both kinds of steps
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)
 
@@ -195,7 +198,7 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         loaders = trainer._val_loaders
         limits = [min(steps, count) for count in loaders.num_batches]
         trainer._num_sanity_val_batches = limits
-        if sum(limits) > 0:
+        if agreed_batches(trainer.strategy, sum(limits)) > 0:
             feed = make_feed(run, loaders, limits)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
@@ -305,6 +308,7 @@ def compose_run(trainer: Trainer, fn: str) -> Run:
         store=new_store(trainer, module, training=fn == "fit"),
         optimizers=optimizers,
         schedulers=schedulers,
+        agreement=agreement_for(trainer),
     )
     run.activate(run.store)
     return run
@@ -322,11 +326,12 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
     step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
     on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
-    return Feed(
+    arguments = (
         loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
         run.strategy.root_device, convert, run.transfer, on_demand,
         run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
     )  # fmt: skip
+    return shared_feed(run, loaders.stage, *arguments) if is_shared(run.strategy) else Feed(*arguments)
 
 
 def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
@@ -354,7 +359,8 @@ def load_training(trainer: Trainer) -> bool:
     if not _due(trainer, loaders):
         return False
     load(trainer, loaders, trainer.limit_train_batches)
-    trainer._num_training_batches = loaders.num_batches[0]
+    rule = getattr(trainer.strategy, "uneven", "longest")
+    trainer._num_training_batches = agreed_batches(trainer.strategy, loaders.num_batches[0], rule)
     trainer.val_check_batch = _val_check_batch(trainer)
     if trainer.loggers and trainer.log_every_n_steps and loaders.num_batches[0] < trainer.log_every_n_steps:
         if not trainer.fast_dev_run:

@@ -53,6 +53,8 @@ class DDPStrategy(ParallelStrategy):
         timeout: How long a process waits for the others before it gives up.
         start_method: ``"popen"`` starts the script again for each process; ``"spawn"``, ``"fork"`` and ``"forkserver"``
             start processes that run the function alone and bring its results back.
+        uneven: When an epoch ends for ranks with different numbers of training batches: ``"longest"``, ``"shortest"``
+            or ``"error"``; see :class:`ParallelStrategy`.
         kwargs: Passed to DistributedDataParallel, for example ``find_unused_parameters=True`` or ``static_graph=True``.
 
     Raises:
@@ -78,6 +80,7 @@ class DDPStrategy(ParallelStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: str = "popen",
         precision_plugin: Precision | None = None,
+        uneven: str = "longest",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -89,6 +92,7 @@ class DDPStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            uneven=uneven,
         )
         _check_start_method(start_method)
         _check_ddp_kwargs(kwargs)

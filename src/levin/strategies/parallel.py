@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from levin.strategies import collectives
+from levin.strategies.control import ControlLine
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+UNEVEN_RULES = ("longest", "shortest", "error")
 # Which of torch's transports carries tensors of which device.
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -46,6 +48,12 @@ class ParallelStrategy(Strategy, ABC):
         precision_plugin: Another name for ``precision``.
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up.
+        uneven: When an epoch of training ends for ranks with different numbers of batches. ``"longest"``: when all are
+            done, those that are done earlier go on with batches that count for nothing. ``"shortest"``: when the first
+            is done, with a warning about what is left out. ``"error"``: with an error.
+
+    Raises:
+        ValueError: ``timeout`` or ``uneven`` is of another form.
     """
 
     is_distributed = True
@@ -60,8 +68,15 @@ class ParallelStrategy(Strategy, ABC):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
+        uneven: str = "longest",
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
+        if uneven not in UNEVEN_RULES:
+            raise MisconfigurationException(
+                f"uneven must be one of {', '.join(map(repr, UNEVEN_RULES))}, received {uneven!r}. "
+                "Use 'longest' to train on all batches of all ranks."
+            )
+        self.uneven: str = uneven
         if not isinstance(timeout, (timedelta, type(None))):
             raise MisconfigurationException(
                 f"timeout must be a timedelta, received {timeout!r}. Use datetime.timedelta(seconds=...)."
@@ -71,6 +86,7 @@ class ParallelStrategy(Strategy, ABC):
         self.environment = cluster_environment
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
+        self.control = ControlLine(timeout)
         self._process_group_backend = process_group_backend
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
@@ -232,6 +248,26 @@ class ParallelStrategy(Strategy, ABC):
         return None if self.process_group_backend == "gloo" else self.root_device
 
     # State
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint in rank 0; all processes call this, and all know when it has failed.
+
+        Raises:
+            Exception: In rank 0, what the CheckpointIO raised.
+            RuntimeError: In the others, that it did.
+        """
+        error: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except Exception as raised:  # raised again once all processes know
+            error = raised
+        failed = [row[0] for row in self.control.exchange([float(error is not None)])]
+        if error is not None:
+            raise error
+        if any(failed):
+            raise RuntimeError(f"Saving {os.fspath(filepath)!r} failed on rank {failed.index(1.0)}, which tells why.")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""
