@@ -13,6 +13,7 @@ import torch
 from levin import Callback, Trainer
 from levin.callbacks import ModelCheckpoint, Timer
 from levin.checkpoint import AsyncCheckpointIO, TorchCheckpointIO
+from levin.loops import agreement
 from levin.loops.agreement import Agreement
 from levin.strategies.collectives import num_collectives
 from levin.utilities.exceptions import SIGTERMException
@@ -104,6 +105,8 @@ def test_ranks_with_different_numbers_of_batches_hear_of_a_stop_too():
 
 @world_size(2, timeout_s=120, connect=False)
 def test_a_step_costs_one_collective_and_exchanges_are_rare():
+    # However slow the machine: the ranks talk at doubling distances, until a quarter of a second lies between.
+    agreement.PERIOD_S = 1e6
     counts = []
 
     class Count(Callback):
@@ -127,8 +130,7 @@ def test_a_step_costs_one_collective_and_exchanges_are_rare():
     steps = [after - before for before, after in zip(counts, counts[1:], strict=False)][6:]
     assert set(zip(steps[::2], steps[1::2], strict=False)) == {(0, 1)}
     during = [number for number in exchanges if 0 < number < 256]
-    assert during[:4] == [1, 3, 7, 15]
-    assert len(during) < 40
+    assert during == [2, 6, 14, 30, 62, 126, 254]
 
 
 def test_exchanges_follow_the_clock(monkeypatch):
@@ -141,20 +143,20 @@ def test_exchanges_follow_the_clock(monkeypatch):
         return [numbers, [0.0, 0.0, 0.0, now[0] + 5.0]]
 
     trainer = SimpleNamespace(should_stop=False, received_sigterm=False)
-    agreement = Agreement(trainer, exchange, lambda: None)
+    own = Agreement(trainer, exchange, lambda: None)
     for _ in range(10_000):
         now[0] += 0.001
-        agreement.look()
+        own.look()
     gaps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
     assert len(moments) < 60
     assert max(gaps) == pytest.approx(0.25, abs=0.01)
     # The time is that of the rank whose clock is ahead, on all ranks.
-    assert agreement.time_s == pytest.approx(moments[-1] + 5.0)
+    assert own.time_s == pytest.approx(moments[-1] + 5.0)
     # Slow steps: told at each of them.
     moments.clear()
     for _ in range(600):
         now[0] += 1.0
-        agreement.look()
+        own.look()
     assert len(moments) > 300
 
 
