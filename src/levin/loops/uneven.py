@@ -11,6 +11,7 @@ from torch import Tensor
 from levin.checkpoint.metric_states import collect_metric_states, load_metric_states
 from levin.data.shared_feed import Peers, SharedFeed
 from levin.strategies.collectives import num_collectives
+from levin.strategies.parallel import is_connected
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -98,7 +99,7 @@ def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
 
 def agreed_batches(strategy: Any, num_batches: float, rule: str = "longest") -> int | float:
     """Return how many batches of one loader all ranks go through together; each asks with its own number."""
-    if not is_shared(strategy):
+    if not is_shared(strategy) or not is_connected():
         return num_batches
     numbers = [row[0] for row in strategy.control.exchange([float(num_batches)])]
     agreed = min(numbers) if rule == "shortest" else max(numbers)
