@@ -32,7 +32,7 @@ def part_of_rank(state: State, rank: int, size: int) -> State:
         rank: Of this process.
         size: Number of processes now. When it is another one, what cannot go on is left out, with a warning.
     """
-    states = [{key: value for key, value in state.items() if key != _OTHERS}, *state.get(_OTHERS, [])]
+    states: list[State] = [{key: value for key, value in state.items() if key != _OTHERS}, *state.get(_OTHERS, [])]
     if len(states) == size:
         return states[rank]
     rank_zero_warn(
