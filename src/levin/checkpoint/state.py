@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
+from levin.checkpoint.ranks import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import collect_rng_states, set_rng_states
 from levin.utilities.timing import call_timed
@@ -49,7 +50,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
-        checkpoint[OWN_KEY] = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        own = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
             name = owner._hparams_name
@@ -134,12 +136,13 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(state)
 
 
-def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
-    """Return what levin itself added to the file, or None when another framework wrote it."""
+def own_state(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
+    """Return what levin itself added to the file for this rank, or None when another framework wrote it."""
     state = checkpoint.get(OWN_KEY)
-    return state if isinstance(state, dict) else None
+    return part_of_rank(state, strategy.global_rank, strategy.world_size) if isinstance(state, dict) else None
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Put the random states of this process back."""
-    set_rng_states(state["rng"])
+    """Put the random states of this process back, if it was there when they were saved."""
+    if "rng" in state:
+        set_rng_states(state["rng"])

@@ -69,6 +69,15 @@ class Feed:
         """Let ``position`` follow the first source, so that a run can go on in the middle of it."""
         self.position = position
 
+    def end_of(self, dataloader_idx: int, start: int) -> int | float:
+        """Return the index after the last batch of a source whose iterator begins at ``start``."""
+        limit, length = self.limits[dataloader_idx], self.lengths[dataloader_idx]
+        left = None if self.position is None else self.position.num_left
+        if left is None:
+            return min(limit, length)
+        # Another number of ranks began the epoch: what is left of it is not what the length of the loader says.
+        return start + left if limit >= length else min(limit, start + left)
+
     def iterate(
         self, start: int, iterator: Optional[Iterator[Any]] = None
     ) -> Generator[tuple[Any, int, int], None, None]:
@@ -95,6 +104,7 @@ class Feed:
             if iterator is None:
                 lookahead = 1 if limit == float("inf") else 0
                 iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+                limit = self.end_of(dataloader_idx, batch_idx)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
             if limit == float("inf"):

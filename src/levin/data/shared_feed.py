@@ -91,6 +91,9 @@ class SharedFeed(Feed):
             yield from super()._batches(start, iterator)
             return
         starts = [start] + [0] * (len(self.sources) - 1)
+        if iterator is None and self.sources and self.position is not None:
+            lookahead = WINDOW + 1 if self._num_left(0, start) == UNKNOWN else 0
+            iterator = self.position.iterate(self.sources[0], lookahead)
         table = self.peers.exchange([float(self._num_left(i, first)) for i, first in enumerate(starts)])
         columns = [[int(row[i]) for row in table] for i in range(len(self.sources))]
         last_source = max((i for i, column in enumerate(columns) if any(column)), default=-1)
@@ -101,12 +104,10 @@ class SharedFeed(Feed):
             if not any(column):
                 continue
             if iterator is None:
-                source = self.sources[dataloader_idx]
-                lookahead = 0 if is_known else WINDOW + 1
-                iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+                iterator = iter(self.sources[dataloader_idx])
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
-            cap = min(self.limits[dataloader_idx], self.lengths[dataloader_idx])
+            cap = self.end_of(dataloader_idx, first)
             if cap != float("inf"):
                 iterator = islice(iterator, max(0, int(cap) - first))
             if is_known:
@@ -177,7 +178,7 @@ class SharedFeed(Feed):
             return 0
         if length == float("inf") or _may_end_early(self.sources[dataloader_idx]):
             return UNKNOWN
-        return max(0, int(min(limit, length)) - start)
+        return max(0, int(self.end_of(dataloader_idx, start)) - start)
 
     def _agree_once(self, counts: list[int]) -> _Window:
         if self.rule is not None and min(counts) != max(counts):

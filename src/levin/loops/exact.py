@@ -81,7 +81,7 @@ class Exact:
         if trainer.fit_loop.restarted_mid_epoch and "window" in exact:
             self._loaded = exact
             step.load_state_dict(exact["window"])
-            run.store.load_state_dict(exact["log_store"])
+            run.store.load_state_dict(exact.get("log_store", []))
             load_metric_states(run.module, exact.get("metrics", {}))
             trainer._metrics.callback.update(exact.get("callback_metrics", {}))
         tree.restore_rng(exact)

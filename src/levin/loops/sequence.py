@@ -158,7 +158,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     exact = None
     if loop.restarting:
         trainer._exact.settle_counters(trainer)
-        exact = tree.own_state(checkpoint) if checkpoint is not None else None
+        exact = tree.own_state(checkpoint, trainer.strategy) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     trainer.training = True
     module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None

@@ -200,6 +200,7 @@ class ParallelStrategy(Strategy, ABC):
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
+        self.control.is_cut = False
         # All processes start from the same weights and draw the same numbers.
         reset_seed()
 
@@ -217,6 +218,8 @@ class ParallelStrategy(Strategy, ABC):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
+        if self.control.is_cut:
+            return tensor
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
@@ -225,21 +228,27 @@ class ParallelStrategy(Strategy, ABC):
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return the object of rank ``src`` in every process; before the processes are connected, ``obj``."""
-        if not is_connected():
+        if not is_connected() or self.control.is_cut:
             return obj
         return collectives.broadcast_object(obj, src=src, device=self._transport_device)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here; before they are connected, return at once."""
-        if not is_connected():
+        if not is_connected() or self.control.is_cut:
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
             dist.barrier()
 
+    def stand_alone(self) -> None:
+        """Answer for this process alone from here on; see :meth:`Strategy.stand_alone`."""
+        self.control.is_cut = True
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
+        if self.control.is_cut:
+            return decision
         return collectives.agree(decision, all_must=all, device=self._transport_device)
 
     @property
