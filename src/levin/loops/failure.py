@@ -26,6 +26,7 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         trainer.state.stage = None
         return
     module = trainer.lightning_module
+    trainer.strategy.explain(error)
     if not isinstance(error, SIGTERMException):
         # A signal is obeyed by all ranks together. An error may be that of this rank: to wait for the others now, in
         # order to save something, would be to wait for ever, and they for this one.

@@ -16,6 +16,7 @@ from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
+from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, detach_log_store, new_store
@@ -84,6 +85,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         if fn == "fit":
             tree.restore_optimizers(trainer, checkpoint)
         rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
+    strategy.follow(functools.partial(place_of, trainer))
     with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))

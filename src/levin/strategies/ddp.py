@@ -50,9 +50,11 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Wraps ``ddp_comm_hook``.
         model_averaging_period: With a ``PostLocalSGDState``: average the weights every so many steps.
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
-        timeout: How long a process waits for the others before it gives up.
+        timeout: How long a process waits for the others before it gives up, until its first batch is done.
         start_method: ``"popen"`` starts the script again for each process; ``"spawn"``, ``"fork"`` and ``"forkserver"``
             start processes that run the function alone and bring its results back.
+        step_timeout: How long a process waits from its first batch on. When None, 10 minutes, or ``timeout`` where
+            another one is given.
         uneven: When an epoch ends for ranks with different numbers of training batches: ``"longest"``, ``"shortest"``
             or ``"error"``; see :class:`ParallelStrategy`.
         kwargs: Passed to DistributedDataParallel, for example ``find_unused_parameters=True`` or ``static_graph=True``.
@@ -80,6 +82,7 @@ class DDPStrategy(ParallelStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: str = "popen",
         precision_plugin: Precision | None = None,
+        step_timeout: timedelta | None = None,
         uneven: str = "longest",
         **kwargs: Any,
     ) -> None:
@@ -92,6 +95,7 @@ class DDPStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            step_timeout=step_timeout,
             uneven=uneven,
         )
         _check_start_method(start_method)
