@@ -19,6 +19,7 @@ from levin.loops.logging import send_hyperparameters
 from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
+from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
@@ -51,6 +52,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
+    ckpt_path = agree(trainer, ckpt_path)
     local_rank = trainer.local_rank if trainer.world_size > 1 else None
     trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer.log_dir if is_profiling(trainer) else None)
     prepare_data(trainer)
