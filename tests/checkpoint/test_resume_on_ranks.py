@@ -183,7 +183,9 @@ class Failing(Net):
 
 
 def test_a_checkpoint_of_a_failure_waits_for_nobody(tmp_path):
-    trainer = trainer_for(2, strategy="ddp_fork", callbacks=[OnExceptionCheckpoint(tmp_path)], max_epochs=1)
+    trainer = trainer_for(
+        2, strategy="ddp_fork", callbacks=[OnExceptionCheckpoint(tmp_path)], max_epochs=1, enable_checkpointing=True
+    )
     with pytest.raises(KeyError, match="broken on rank 1"):
         trainer.fit(Failing())
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import torch
@@ -113,7 +114,9 @@ def loaders() -> dict[str, DataLoader]:
         "own sampler": DataLoader(source, batch_size=2, sampler=Reversed(source)),
         "own batches": DataLoader(source, batch_sampler=OwnBatches(SequentialSampler(source), 2, drop_last=True)),
         "distributed": DataLoader(
-            source, batch_size=2, sampler=torch.utils.data.DistributedSampler(source, shuffle=False)
+            source,
+            batch_size=2,
+            sampler=torch.utils.data.DistributedSampler(source, 2, int(os.environ["RANK"]), shuffle=False),
         ),
         "no batches": DataLoader(source, batch_size=None),
     }
