@@ -52,6 +52,9 @@ class Feed:
         self._on_demand = on_demand
         self._draw = draw
 
+    def listen(self) -> None:
+        """Look from here on whether the steps of this rank talk to other ranks; see shared_feed.py."""
+
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
         if self._on_demand:

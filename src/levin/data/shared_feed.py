@@ -83,7 +83,12 @@ class SharedFeed(Feed):
         self.rule = rule
         self.uneven = uneven
         self._talks: bool = False
+        self._num_heard: int = 0
         self._has_told_loss: bool = False
+
+    def listen(self) -> None:
+        """Look from here on whether the step talks to other ranks; what levin itself says between steps does not count."""
+        self._num_heard = self.peers.num_collectives()
 
     def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
         if self._on_demand:
@@ -151,23 +156,23 @@ class SharedFeed(Feed):
                 self.is_last = is_end and is_final and (number == num_steps - 1 or is_last_own)
                 if not is_filler:
                     batch = self.place(batch, dataloader_idx)
-                    before = num_collectives()
+                    self.listen()
                     if num_active == size:
                         yield batch, index, dataloader_idx
                     else:
                         with self.uneven(False, num_active):
                             yield batch, index, dataloader_idx
-                    self._talks = self._talks or num_collectives() != before
+                    self._talks = self._talks or num_collectives() != self._num_heard
                     if number == own - 1:
                         # Kept for the case that others go on.
                         kept = batch
                 elif self.rule is not None or self._talks or (index == 0 and lender is not None):
                     self.is_filler = True
                     try:
-                        before = num_collectives()
+                        self.listen()
                         with self.uneven(True, num_active):
                             yield kept, index, dataloader_idx
-                        self._talks = self._talks or num_collectives() != before
+                        self._talks = self._talks or num_collectives() != self._num_heard
                     finally:
                         self.is_filler = False
                 index += 1

@@ -80,6 +80,8 @@ def complete(given: Any, named: set[str]) -> None:
             os.environ["OMP_NUM_THREADS"] = str(max(1, count_processors() // num_processes))
         if not named.intersection(("redirects", "tee", "local_ranks_filter")) and num_processes > 1:
             given.redirects = ",".join(f"{local_rank}:3" for local_rank in range(1, num_processes))
+    # Without it torchrun keeps one store over its restarts, and new processes may read the addresses of dead ones.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     if not given.no_python and not given.run_path:
         # The script runs in a program that writes down its error, so that it can be shown here.
         kind = "module" if given.module else "script"

@@ -11,6 +11,7 @@ import torch
 from levin.checkpoint import state as tree
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.hparams import drop_unpicklable
 from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
@@ -49,6 +50,9 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     fn = str(trainer.state.fn)
     verify(trainer)
+    for owner in (module, datamodule):
+        if owner is not None:
+            drop_unpicklable(owner.hparams)
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
@@ -177,7 +181,6 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     if run.is_profiled:
         time_step(run, step)
     trainer._step = step
-    run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
     run.uneven = step.uneven = feed.uneven  # type: ignore[attr-defined]  # of both kinds of steps
     trainer._exact.follow(run, feed, step, exact)

@@ -346,7 +346,8 @@ def connect_processes(environment: ClusterEnvironment, backend: str, timeout: ti
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     with _environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = environment.store(timeout)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
     # torch warns, and NCCL may hang, when a process leaves without this.
     atexit.register(disconnect_processes)
     rank_zero_info(f"{world_size} processes are connected through {backend}.")
