@@ -161,9 +161,10 @@ def test_every_rank_sees_the_same_samples():
                     trainer = trainer_of(framework, use_distributed_sampler=is_split, max_epochs=2)
                     module = watching_module(framework, seen)
                     trainer.fit(module, loader, loader)
+                    sampler = type(trainer.train_dataloader.sampler).__name__
                     trainer.test(module, loader, verbose=False)
                     seen.append(("predict", trainer.predict(module, loader)))
-                runs[name, is_split] = seen, type(trainer.train_dataloader.sampler).__name__
+                runs[name, is_split] = seen, sampler
     for key, (seen, sampler) in found["lightning"].items():
         ours, own_sampler = found["levin"][key]
         assert ours == seen, key
