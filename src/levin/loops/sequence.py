@@ -24,8 +24,12 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
+<<<<<<< HEAD
 from levin.loops.uneven import agreed_batches
 from levin.loops.verify import verify
+=======
+from levin.loops.verify import hint_at_eval_mode, verify
+>>>>>>> main
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -168,8 +172,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint, trainer.strategy) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
+    hint_at_eval_mode(module)
     trainer.training = True
-    module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
     torch.set_grad_enabled(True)
     loop.restarting = False
     if trainer.limit_train_batches == 0 or trainer.fit_loop.max_epochs == 0:
