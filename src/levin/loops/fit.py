@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import math
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any
-=======
-import time
 from typing import TYPE_CHECKING, Any, Optional
->>>>>>> main
 
 from levin.hooks import has_hook
 from levin.loops import evaluate
@@ -85,21 +80,16 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-<<<<<<< HEAD
     agreement, told = run.agreement, run.told
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
     look = run.strategy.checkpoint_io.check if agreement is None else agreement.look
-    schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
-=======
-    check_saves = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
->>>>>>> main
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
         if progress.is_last_batch or _stops_in_epoch(run):
             return
-    if trainer.should_stop and _may_stop(trainer):
+    if told.should_stop and _may_stop(trainer):
         return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)

@@ -24,12 +24,8 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-<<<<<<< HEAD
 from levin.loops.uneven import agreed_batches
-from levin.loops.verify import verify
-=======
 from levin.loops.verify import hint_at_eval_mode, verify
->>>>>>> main
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn

@@ -163,13 +163,7 @@ class AutomaticStep:
                     "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` yourself."
                 )
             step.increment_completed()
-<<<<<<< HEAD
             self.held = self.lacks = 0
-            self.weight = 0
-            self.is_weighted = False
-=======
-            self.held = 0
->>>>>>> main
         else:
             with self.run.strategy.no_sync(True) if self.is_distributed else nullcontext():
                 self.closure()
@@ -178,7 +172,7 @@ class AutomaticStep:
 
     def _open_window(self, accumulate: int, batch_idx: int) -> None:
         """Begin a window; one that an epoch left open, ended by the user in its middle, is dropped."""
-        self.held = 0
+        self.held = self.lacks = 0
         self.weight = 0
         self.is_weighted = False
         if accumulate == 1:
