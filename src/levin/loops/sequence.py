@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from levin.checkpoint import state as tree
+from levin.checkpoint.migrate import migrate
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.hparams import drop_unpicklable
@@ -72,7 +73,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     checkpoint: Optional[dict[str, Any]] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
-        checkpoint = strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+        checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)
         if not strategy.restore_checkpoint_after_setup:
             tree.restore_module(trainer, checkpoint)
     strategy.setup_module(module, for_training=fn == "fit")
