@@ -151,10 +151,16 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(state)
 
 
-def own_state(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
-    """Return what levin itself added to the file for this rank, or None when another framework wrote it."""
+def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+    """Return what levin itself added to the file, or None when another framework wrote it."""
     state = checkpoint.get(OWN_KEY)
-    return part_of_rank(state, strategy.global_rank, strategy.world_size) if isinstance(state, dict) else None
+    return state if isinstance(state, dict) else None
+
+
+def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
+    """Return the part of :func:`own_state` that is for this rank."""
+    state = own_state(checkpoint)
+    return None if state is None else part_of_rank(state, strategy.global_rank, strategy.world_size)
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:

@@ -167,7 +167,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     exact = None
     if loop.restarting:
         trainer._exact.settle_counters(trainer)
-        exact = tree.own_state(checkpoint, trainer.strategy) if checkpoint is not None else None
+        exact = tree.own_state_of_rank(checkpoint, trainer.strategy) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     hint_at_eval_mode(module)
     trainer.training = True
