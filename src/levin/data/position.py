@@ -79,6 +79,7 @@ class Position:
         if self._loaded is not None:
             self._loaded = {**self._loaded, "is_finished": True}
         self._is_finished = True
+        self.num_left = None
 
     def state_dict(self, num_done: int | None = None) -> State:
         """Return what a restart needs: numbers, strings, bytes, and what the user's own states hold.

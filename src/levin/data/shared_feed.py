@@ -96,9 +96,9 @@ class SharedFeed(Feed):
             yield from super()._batches(start, iterator)
             return
         starts = [start] + [0] * (len(self.sources) - 1)
-        if iterator is None and self.sources and self.position is not None:
-            lookahead = WINDOW + 1 if self._num_left(0, start) == UNKNOWN else 0
-            iterator = self.position.iterate(self.sources[0], lookahead)
+        if iterator is None and start:
+            # Only then it is known how much is left.
+            iterator = self._open(0, start)
         table = self.peers.exchange([float(self._num_left(i, first)) for i, first in enumerate(starts)])
         columns = [[int(row[i]) for row in table] for i in range(len(self.sources))]
         last_source = max((i for i, column in enumerate(columns) if any(column)), default=-1)
@@ -109,7 +109,7 @@ class SharedFeed(Feed):
             if not any(column):
                 continue
             if iterator is None:
-                iterator = iter(self.sources[dataloader_idx])
+                iterator = self._open(dataloader_idx, first)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
             cap = self.end_of(dataloader_idx, first)
@@ -176,6 +176,13 @@ class SharedFeed(Feed):
                     finally:
                         self.is_filler = False
                 index += 1
+
+    def _open(self, dataloader_idx: int, start: int) -> Iterator[Any]:
+        source = self.sources[dataloader_idx]
+        if self.positions is None:
+            return iter(source)
+        lookahead = WINDOW + 1 if self._num_left(dataloader_idx, start) == UNKNOWN else 0
+        return self.positions[dataloader_idx].iterate(source, lookahead)
 
     def _num_left(self, dataloader_idx: int, start: int) -> int:
         limit, length = self.limits[dataloader_idx], self.lengths[dataloader_idx]
