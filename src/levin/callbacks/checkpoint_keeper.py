@@ -445,7 +445,7 @@ class CheckpointKeeper(Checkpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the kept files; with another folder than before only the path of the best one."""
-        self.best_model_path = state_dict["best_model_path"]
+        self.best_model_path = state_dict.get("best_model_path", self.best_model_path)
         before = state_dict.get("dirpath", self.dirpath)
         if before != self.dirpath:
             rank_zero_warn(

@@ -86,7 +86,7 @@ def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         return
     for callback in trainer.callbacks:
         call_timed(trainer, "Callback", callback, "on_load_checkpoint", trainer, module, checkpoint)
-    present = {callback.state_key for callback in trainer.callbacks}
+    present = {key for callback in trainer.callbacks for key in _keys_of(callback)}
     absent = sorted(str(key) for key in states if key not in present)
     if absent:
         rank_zero_warn(
@@ -94,9 +94,14 @@ def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             f"{absent}. Add them to Trainer(callbacks=...) to go on with them."
         )
     for callback in trainer.callbacks:
-        state = states.get(callback.state_key, states.get(type(callback)))
+        state = next((states[key] for key in _keys_of(callback) if key in states), None)
         if state:
             callback.load_state_dict(deepcopy(state))
+
+
+def _keys_of(callback: Any) -> tuple[Any, ...]:
+    """Return where a callback's state may be: under its key, or in files of Lightning before 1.5 under its class."""
+    return callback.state_key, type(callback), type(callback).__qualname__
 
 
 def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -110,11 +115,21 @@ def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) ->
     fn = str(trainer.state.fn)
     if fn == "fit":
         trainer.fit_loop.load_state_dict(loops.get("fit_loop", {}))
+        if own_state(checkpoint) is None:
+            _count_steps_once(trainer)
     for name, loop in (
         ("validate", trainer.validate_loop), ("test", trainer.test_loop), ("predict", trainer.predict_loop),
     ):  # fmt: skip
         if fn == name:
             loop.load_state_dict(loops.get(f"{name}_loop", {}))
+
+
+def _count_steps_once(trainer: Trainer) -> None:
+    """Leave out the steps of the other kind of optimization, which files that Lightning has migrated count as well."""
+    loop = trainer.fit_loop.epoch_loop
+    unused = loop.manual_step_progress if trainer.lightning_module.automatic_optimization else loop.optim_progress.step
+    zero = dict.fromkeys(("ready", "completed"), 0)
+    unused.load_state_dict({"total": zero, "current": zero})
 
 
 def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
+from levin.hooks import has_hook
 from levin.loops import evaluate
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
@@ -73,14 +74,17 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
+    may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
     check_saves = run.strategy.checkpoint_io.check
-    schedules_steps = any(config.interval == "step" for config in run.schedulers) and run.module.automatic_optimization
+    schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
         _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
         if progress.is_last_batch or _stops_in_epoch(trainer):
             return
+    if trainer.should_stop and _may_stop(trainer):
+        return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
     try:
@@ -88,16 +92,23 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             is_last = progress.is_last_batch = feed.is_last
             progress.increment_ready()
             store.start_batch(batch)
-            if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
-                break
-            progress.increment_started()
-            outputs = train(batch, batch_idx, is_last) if batch is not None else _skip_empty_batch()
+            if batch is None:
+                outputs: Optional[dict[str, Any]] = None
+                _warn_of_empty_batch()
+            else:
+                if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1 and may_skip:
+                    # The user made this the end of the epoch, without training on it.
+                    progress.increment_processed()
+                    progress.is_last_batch = True
+                    if schedules:
+                        _step_schedulers(run, batch_idx, is_last=True)
+                    break
+                progress.increment_started()
+                outputs = train(batch, batch_idx, is_last)
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
-            if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
-                step_schedulers(run, "step", plateau=False)
-            if is_last and run.schedulers and run.module.automatic_optimization:
-                step_schedulers(run, "epoch", plateau=False)
+            if schedules:
+                _step_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             check_saves()
@@ -111,6 +122,14 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
         store.hook = None
     finally:
         batches.close()
+
+
+def _step_schedulers(run: Run, batch_idx: int, is_last: bool) -> None:
+    """Step the schedulers that follow a batch and, after the last batch, those that follow an epoch."""
+    if not _accumulates(run.trainer, batch_idx, is_last):
+        step_schedulers(run, "step", plateau=False)
+    if is_last:
+        step_schedulers(run, "epoch", plateau=False)
 
 
 def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
@@ -230,9 +249,8 @@ def _explain_minima_once(trainer: Trainer) -> None:
         )
 
 
-def _skip_empty_batch() -> dict[str, Any]:
+def _warn_of_empty_batch() -> None:
     rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-    return {}
 
 
 def _check_restored_epoch(run: Run) -> None:

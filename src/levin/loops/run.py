@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from levin.log_store import LogStore
-from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
     from levin.hooks import HookTable
@@ -56,7 +55,7 @@ class Run:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
 
         Returns:
-            -1 if any of them returned -1, else None.
+            What the last of them returned, which is the module's hook where it has one.
         """
         hooks = self.hooks[name]
         if not hooks:
@@ -66,8 +65,7 @@ class Run:
         answer = None
         try:
             for hook in hooks:
-                if hook(*args) == -1:
-                    answer = -1
+                answer = hook(*args)
         finally:
             store.hook = previous
         return answer
@@ -120,11 +118,12 @@ def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> 
 
     Raises:
         RuntimeError: The signature does not fit the number of loaders.
+        TypeError: It has no place for the batch.
     """
     signature = inspect.signature(getattr(module, name))
     parameters = list(signature.parameters.values())
     names = [parameter.name for parameter in parameters]
-    if "optimizer_idx" in names:
+    if name == "training_step" and "optimizer_idx" in names:
         raise RuntimeError(
             f"`{name}` has an argument `optimizer_idx`, which is not supported. Use manual optimization for several optimizers."
         )
@@ -132,7 +131,7 @@ def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> 
         return 1
     is_variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    takes_index = is_variadic or "dataloader_idx" in names or len(by_position) > 2
+    takes_index = is_variadic or "dataloader_idx" in names
     if name != "training_step":
         if num_dataloaders > 1 and not takes_index:
             raise RuntimeError(
@@ -148,7 +147,8 @@ def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> 
         if num_dataloaders > 1:
             return 3
     if not parameters:
-        raise MisconfigurationException(
-            f"`{name}` must take at least the batch, received a signature without arguments."
+        raise TypeError(
+            f"`{name}` must take at least the batch, received a signature without arguments. "
+            f"Write `def {name}(self, batch, batch_idx)`."
         )
     return 2 if is_variadic or len(by_position) > 1 else 1

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from levin.checkpoint import state as tree
+from levin.checkpoint.migrate import migrate
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.hparams import drop_unpicklable
@@ -23,7 +24,7 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-from levin.loops.verify import verify
+from levin.loops.verify import hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -70,7 +71,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     checkpoint: Optional[dict[str, Any]] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
-        checkpoint = strategy.load_checkpoint(ckpt_path, weights_only=weights_only)
+        checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)
         if not strategy.restore_checkpoint_after_setup:
             tree.restore_module(trainer, checkpoint)
     strategy.setup_module(module, for_training=fn == "fit")
@@ -166,8 +167,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
+    hint_at_eval_mode(module)
     trainer.training = True
-    module.train() if not any(child.training for child in module.modules()) and not loop.restarting else None
     torch.set_grad_enabled(True)
     loop.restarting = False
     if trainer.limit_train_batches == 0 or trainer.fit_loop.max_epochs == 0:

@@ -134,11 +134,8 @@ class AutomaticStep:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         self.batch, self.batch_idx = batch, batch_idx
         accumulate = self.trainer.accumulate_grad_batches
-        if accumulate == 1:
-            self.window = 1
-        elif self.held == 0:
-            remaining = self.trainer.num_training_batches - batch_idx
-            self.window = accumulate if remaining > accumulate else max(1, int(remaining))
+        if self.held == 0 or batch_idx % accumulate == 0:
+            self._open_window(accumulate, batch_idx)
         self.held += 1
         self._closure_ran = False
         if accumulate == 1 or is_last or (batch_idx + 1) % accumulate == 0 or self.handles_accumulation:
@@ -160,13 +157,22 @@ class AutomaticStep:
                 )
             step.increment_completed()
             self.held = 0
-            self.weight = 0
-            self.is_weighted = False
         else:
             with self.run.strategy.no_sync(True) if self.is_distributed else nullcontext():
                 self.closure()
         self.batch = None
         return self.outputs
+
+    def _open_window(self, accumulate: int, batch_idx: int) -> None:
+        """Begin a window; one that an epoch left open, ended by the user in its middle, is dropped."""
+        self.held = 0
+        self.weight = 0
+        self.is_weighted = False
+        if accumulate == 1:
+            self.window = 1
+        else:
+            remaining = self.trainer.num_training_batches - batch_idx
+            self.window = accumulate if remaining > accumulate else max(1, int(remaining))
 
     def closure(self) -> Optional[Tensor]:
         """Compute the loss and its gradients. Returns the loss, or None when the user skipped the batch."""
@@ -211,16 +217,13 @@ class AutomaticStep:
                 "`training_step` must return a tensor (the loss), a dict with the key 'loss', or None, "
                 f"received {type(output).__name__}."
             )
-        loss = output.get("loss")
-        if not isinstance(loss, Tensor):
-            if "loss" in output and loss is None:
-                self.outputs = dict(output)
-                return None
+        if "loss" not in output:
             raise MisconfigurationException(
-                f"The dict that `training_step` returns must hold a tensor under 'loss', received keys {list(output)}."
+                f"The dict that `training_step` returns must hold the loss under 'loss', received keys {list(output)}. "
+                "Return None to skip the batch."
             )
-        self.outputs = dict(output)
-        self.outputs["loss"] = loss.detach()
+        self.outputs = _detached(output)
+        loss: Tensor = output["loss"]
         if "weight" in output and (self.is_distributed or self.window != 1):
             if self.held > 1 and not self.is_weighted:
                 raise MisconfigurationException(
@@ -280,10 +283,11 @@ class AutomaticStep:
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
-        closure = _nothing if closure is None else closure
-        return self.run.strategy.optimizer_step(
-            optimizer, closure, model=self.run.module, before_step=self.before_step, **kwargs
-        )
+        result = self.run.strategy.optimizer_step(
+            optimizer, _nothing if closure is None else closure, model=self.run.module, before_step=self.before_step,
+            **kwargs,
+        )  # fmt: skip
+        return None if closure is None else result
 
 
 class ManualStep:
@@ -328,10 +332,7 @@ class ManualStep:
         if output is None:
             return {}
         if isinstance(output, Mapping):
-            outputs = dict(output)
-            if isinstance(outputs.get("loss"), Tensor):
-                outputs["loss"] = outputs["loss"].detach()
-            return outputs
+            return _detached(output)
         raise MisconfigurationException(
             "In manual optimization `training_step` must return a tensor, a dict or None, "
             f"received {type(output).__name__}."
@@ -344,10 +345,23 @@ class ManualStep:
             before_step=self._before_step if self.step_hooks else None, **kwargs,
         )  # fmt: skip
         self.progress.increment_completed()
-        return result
+        return None if closure is None else result
 
     def _before_step(self, optimizer: Any) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
+
+
+def _detached(output: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of what ``training_step`` returned, its loss without the graph."""
+    outputs = dict(output)
+    if "loss" in outputs:
+        if not isinstance(outputs["loss"], Tensor):
+            raise MisconfigurationException(
+                "The dict that `training_step` returns must hold a tensor under 'loss', "
+                f"received {outputs['loss']!r}. Return None, not a dict, to skip the batch."
+            )
+        outputs["loss"] = outputs["loss"].detach()
+    return outputs
 
 
 def _nothing() -> Any:
