@@ -288,6 +288,7 @@ class Slot:
             "arguments": tuple(plain), "on_step": self.on_step, "on_epoch": self.on_epoch, "reduction": self.reduction,
             "block": None if self.block is None else self.block.clone(), "weights": list(self.weights),
             "filled": self.filled, "has_value": self.has_value, "total": self.total, "weight": self.weight,
+            "of_step": None if self.metric is None else self.metric._forward_cache,
             "latest": self.latest,
         }  # fmt: skip
 
@@ -300,6 +301,8 @@ class Slot:
         self.weights = list(state["weights"])
         self.filled, self.has_value = state["filled"], state["has_value"]
         self.total, self.weight = state["total"], state["weight"]
+        if self.metric is not None:
+            self.metric._forward_cache = state.get("of_step")
         self.latest = state.get("latest")
 
 

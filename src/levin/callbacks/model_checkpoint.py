@@ -171,7 +171,9 @@ class ModelCheckpoint(CheckpointKeeper):
         self._has_validated = self._has_validated or not trainer.sanity_checking
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = False
-            self._save(trainer, is_always_last=True)
+            # A value that the training epoch logs comes later than this.
+            if self.monitor in trainer.callback_metrics or not self._should_save_on_train_epoch_end(trainer):
+                self._save(trainer, is_always_last=True)
         elif self._is_due_after_epoch(trainer) and not self._should_save_on_train_epoch_end(trainer):
             self._save(trainer)
 

@@ -140,12 +140,12 @@ class Timer(Callback):
         self._stopwatch(RunningStage.TRAINING).stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of validation."""
-        self._stopwatch(_validation_stage(trainer)).start()
+        """Start the clock of validation; the check before training counts too."""
+        self._stopwatch(RunningStage.VALIDATING).start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of validation."""
-        self._stopwatch(_validation_stage(trainer)).stop()
+        self._stopwatch(RunningStage.VALIDATING).stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the test."""
@@ -170,7 +170,3 @@ class Timer(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count the training time of the run before."""
         self._offset = state_dict.get("time_elapsed", {}).get(RunningStage.TRAINING.value, 0.0)
-
-
-def _validation_stage(trainer: Trainer) -> RunningStage:
-    return RunningStage.SANITY_CHECKING if trainer.sanity_checking else RunningStage.VALIDATING

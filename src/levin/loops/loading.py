@@ -135,10 +135,9 @@ def prepare_epoch(run: Run, feed: Feed) -> None:
         set_epoch(loader, trainer.current_epoch)
 
 
-def batch_indices(trainer: Trainer, feed: Feed, dataloader_idx: int) -> Optional[list[int]]:
-    """Return the dataset indices of the batch just drawn to predict on, None when they are unknown."""
+def batch_indices(feed: Feed, dataloader_idx: int, batch_idx: int) -> Optional[list[int]]:
+    """Return the dataset indices of a batch that was drawn to predict on, None when they are unknown."""
     sampler: Any = getattr(feed.sources[dataloader_idx], "batch_sampler", None)
     seen: Optional[list[list[int]]] = getattr(sampler, "seen_batch_indices", None)
     # A loader with workers draws ahead, so the batch is found by its own index.
-    index = trainer.predict_loop.batch_progress.current.ready - 1
-    return seen[index] if seen and index < len(seen) else None
+    return seen[batch_idx] if seen and batch_idx < len(seen) else None

@@ -26,13 +26,13 @@ def predict(
     step: Callable[[Any, int, int], Any],
     loop: EvaluationLoop,
     return_predictions: bool,
-    batch_indices: Callable[[int], Optional[list[int]]],
+    batch_indices: Callable[[int, int], Optional[list[int]]],
 ) -> Optional[list[Any]]:
     """Predict over all batches once.
 
     Args:
         return_predictions: Whether to keep the outputs, on the CPU.
-        batch_indices: Returns the dataset indices of the batch just drawn from a loader, None when unknown.
+        batch_indices: Returns the dataset indices of a batch, ``(dataloader_idx, batch_idx)``; None when unknown.
 
     Returns:
         One list of outputs, or a list of lists with several loaders; None when they are not kept.
@@ -55,7 +55,7 @@ def predict(
                 continue
             progress.is_last_batch = feed.is_last
             progress.increment_ready()
-            loop.current_batch_indices = batch_indices(dataloader_idx) or []
+            loop.current_batch_indices = batch_indices(dataloader_idx, batch_idx) or []
             index = (dataloader_idx,) if is_multiple else ()
             run.call("on_predict_batch_start", batch, batch_idx, *index)
             progress.increment_started()

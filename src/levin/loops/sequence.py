@@ -152,7 +152,7 @@ def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str
         set_epoch(loader, trainer.current_epoch)
     with no_gradients:
         if fn == "predict":
-            indices = functools.partial(batch_indices, trainer, feed)
+            indices = functools.partial(batch_indices, feed)
             loop = trainer.predict_loop
             return predict(run, feed, step, loop, trainer._returns_predictions, indices)
         loop = trainer.validate_loop if fn == "validate" else trainer.test_loop
