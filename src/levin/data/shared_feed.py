@@ -93,6 +93,7 @@ class SharedFeed(Feed):
     def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
         if self._on_demand:
             # What a step takes of such an iterator is known to the user alone.
+            self.is_shared = False
             yield from super()._batches(start, iterator)
             return
         starts = [start] + [0] * (len(self.sources) - 1)
