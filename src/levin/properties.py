@@ -81,6 +81,11 @@ class TrainerProperties:
         self._test_loaders = StageLoaders("test")
         self._predict_loaders = StageLoaders("predict")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the parts of a run, which are composed anew by the next call."""
+        kept = {**self.__dict__, "_run": None, "_step": None, "_val_step": None, "_lightning_optimizers": []}
+        return {**kept, "_exact": Exact()}
+
     # ---------------------------------------------------------------- parts
 
     @property
@@ -230,6 +235,11 @@ class TrainerProperties:
         return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
 
     # ---------------------------------------------------------------- batches and limits
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether this rank has no batch of its own in this step: the present one is a batch again that counts for nothing."""
+        return self._run is not None and bool(self._run.store.is_filler)
 
     @property
     def train_dataloader(self) -> Any:

@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from tests.parity import both
-from tests.parity.trainer_runs import Watched, listening, plain, recording_data, view_all
-
-
-def without_own_key(calls):
-    """The calls, the key of the exact state left out of the checkpoints that hooks saw."""
-    return [
-        tuple([key for key in part if key != "levin"] if isinstance(part, list) else part for part in call)
-        for call in calls
-    ]
+from tests.parity.trainer_runs import Watched, listening, plain, recording_data, view_all, without_own_key
 
 
 def callbacks_of(framework):

@@ -150,6 +150,14 @@ def recording_data(framework: SimpleNamespace, calls: list, train: Any = None, v
     return Data()
 
 
+def without_own_key(calls: list[tuple]) -> list[tuple]:
+    """The calls, the key of the exact state left out of the checkpoints that hooks saw."""
+    return [
+        tuple([key for key in part if key != "levin"] if isinstance(part, list) else part for part in call)
+        for call in calls
+    ]
+
+
 def fit(
     framework: SimpleNamespace,
     folder: Any,

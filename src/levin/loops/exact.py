@@ -208,7 +208,7 @@ class Exact:
             self._loaded = exact if is_mid_epoch else None
             step.load_state_dict(exact["window"])
             if is_mid_epoch or self._unfinished is not None:
-                self._loaded_store = exact["log_store"]
+                self._loaded_store = exact.get("log_store", [])
             load_metric_states(run.module, exact.get("metrics", {}))
             device = run.strategy.root_device
             for values, saved in zip(trainer._metrics, exact.get("reduced_metrics", ())):
@@ -298,6 +298,11 @@ class Exact:
                 position.load_state_dict(state)
                 position.finish()
         feed.track(self.val_positions)
+
+    @property
+    def has_validation_data(self) -> bool:
+        """Whether the checkpoint tells where in the validation data the run was, so that their time to load is known."""
+        return self._loaded_validation is not None
 
     def is_validation_due_to_load(self, every_n_epochs: int, epoch: int) -> bool:
         """Whether the unbroken run, too, would make its validation loaders now."""
