@@ -227,10 +227,12 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
         try:
             built = kind(sampler, batch_size=batch_sampler.batch_size, drop_last=drop_last)
         except (TypeError, AttributeError) as error:
-            raise TypeError(
-                f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
-                "Or pass Trainer(use_distributed_sampler=False)."
-            ) from error
+            if sampler is not loader.sampler:
+                raise TypeError(
+                    f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
+                    "Or pass Trainer(use_distributed_sampler=False)."
+                ) from error
+            built = batch_sampler  # its batches are taken as they are
     built = IndexBatchSampler(built) if is_predict else built
     return {**fixed, "sampler": None, "batch_size": 1, "batch_sampler": built, "drop_last": False}
 

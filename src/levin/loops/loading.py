@@ -98,6 +98,14 @@ def load_validation(trainer: Trainer) -> bool:
     return True
 
 
+def load_validation_if_soon(trainer: Trainer) -> None:
+    """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
+    every = trainer.check_val_every_n_epoch
+    is_due = every is None or (trainer.current_epoch + 1) % every == 0
+    if is_due and trainer.enable_validation and trainer._val_loaders.combined is None:
+        load_validation(trainer)
+
+
 def _val_check_batch(trainer: Trainer) -> int | float:
     """Return every how many batches validation is due; inf for once at the end."""
     interval, count = trainer.val_check_interval, trainer._num_training_batches

@@ -37,7 +37,8 @@ def verify(trainer: Trainer) -> None:
     def has(name: str) -> bool:
         return name in vars(module) or is_overridden(name, module, LightningModule)
 
-    for old in ("training_epoch_end", "validation_epoch_end", "test_epoch_end"):
+    gone = {"fit": ("training_epoch_end", "validation_epoch_end"), "validate": ("validation_epoch_end",)}
+    for old in gone.get(fn, ("test_epoch_end",) if fn == "test" else ()):
         if callable(getattr(module, old, None)):
             new = f"on_{old.replace('training', 'train')}"
             raise NotImplementedError(
