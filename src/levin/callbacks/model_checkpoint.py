@@ -96,7 +96,6 @@ class ModelCheckpoint(CheckpointKeeper):
         self._every_n_train_steps: int = every_n_train_steps or 0
         self._every_n_epochs: int = (every_n_epochs or 0) if has_trigger else 1
         self._train_time_interval: timedelta | None = train_time_interval
-        self._defer_save_until_validation: bool = False
         self._clock: AgreedClock | None = None
 
     @property

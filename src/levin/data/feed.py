@@ -17,7 +17,8 @@ class Feed:
     Args:
         sources: The loaders; a combined loader that yields joint batches counts as one.
         limits: Batches to take of each; inf for all there are.
-        lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end.
+        lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end, also
+            when there is a limit, before which it may come.
         device: Where batches go.
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
@@ -41,7 +42,7 @@ class Feed:
         self.lengths = lengths
         self.device = device
         self.is_last: bool = False
-        self.position: Optional[Position] = None
+        self.positions: Optional[list[Position]] = None
         self._convert = convert
         self._transfer = transfer
         self._on_demand = on_demand
@@ -60,9 +61,9 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         return self.iterate(0)
 
-    def track(self, position: Position) -> None:
-        """Let ``position`` follow the first source, so that a run can go on in the middle of it."""
-        self.position = position
+    def track(self, positions: list[Position]) -> None:
+        """Let one of ``positions`` follow each source, so that a run can go on in the middle of it."""
+        self.positions = positions
 
     def iterate(
         self, start: int, iterator: Optional[Iterator[Any]] = None
@@ -88,12 +89,13 @@ class Feed:
             batch_idx = start
             start = 0
             if iterator is None:
-                lookahead = 1 if limit == float("inf") else 0
-                iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+                lookahead = 1 if self.lengths[dataloader_idx] == float("inf") else 0
+                followed = None if self.positions is None else self.positions[dataloader_idx]
+                iterator = iter(source) if followed is None else followed.iterate(source, lookahead)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
-            if limit == float("inf"):
-                for batch, ends in with_end(iterator):
+            if self.lengths[dataloader_idx] == float("inf"):
+                for batch, ends in with_end(iterator, limit - batch_idx):
                     self.is_last = ends and is_final
                     yield place(batch, dataloader_idx), batch_idx, dataloader_idx
                     batch_idx += 1
@@ -145,13 +147,22 @@ def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) ->
         yield item
 
 
-def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each item with whether it is the last, by fetching one ahead."""
+def with_end(iterator: Iterator[Any], limit: int | float) -> Iterator[tuple[Any, bool]]:
+    """Yield at most ``limit`` items, each with whether it is the last, by fetching one ahead."""
+    if limit <= 0:
+        return
     try:
         item = next(iterator)
     except StopIteration:
         return
-    for following in iterator:
+    number = 1
+    # The one after the limit is not fetched.
+    while number < limit:
+        try:
+            following = next(iterator)
+        except StopIteration:
+            break
         yield item, False
         item = following
+        number += 1
     yield item, True

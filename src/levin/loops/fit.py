@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import evaluate
+from levin.loops.exact import Moment, Unfinished
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
@@ -46,7 +47,10 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         return
     _check_restored_epoch(run)
     run.call("on_train_start")
+    trainer._exact.take_up(run)
     resumed = loop.restarted_mid_epoch
+    if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
+        _end_unfinished_epoch(run, unfinished)
     while not _is_done(run):
         epoch = loop.epoch_progress
         prepare_epoch(run, feed)
@@ -79,9 +83,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     check_saves = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
-    if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
-        _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
-        if progress.is_last_batch or _stops_in_epoch(trainer):
+    if resumed and progress.current.ready:
+        if _end_unfinished_batch(run, validates):
             return
     if trainer.should_stop and _may_stop(trainer):
         return
@@ -113,13 +116,14 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             check_saves()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm and not 0 <= loop.max_steps <= loop.global_step:
+            if trainer.received_sigterm and not _has_all_steps(trainer):
                 raise SIGTERMException
             if trainer.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(trainer):
                     break
     except StopIteration:
         store.hook = None
+        run.under_way = ("", None, ())
     finally:
         batches.close()
 
@@ -138,21 +142,44 @@ def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
     return every != 1 and not is_last and (batch_idx + 1) % every != 0
 
 
-def _after_batch(run: Run, batch_idx: int, is_last: bool, validates: bool) -> None:
-    """Log the step, validate when due, count the batch."""
+def _after_batch(
+    run: Run, batch_idx: int, is_last: bool, validates: bool, unfinished: Optional[Unfinished] = None
+) -> None:
+    """Log the step, validate when due, count the batch; or do what is left of that."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     accumulates = _accumulates(trainer, batch_idx, is_last)
-    loop.batch_progress.increment_completed()
-    if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
-        metrics = trainer._merge(run.store.read(on_step=True))
-        send(trainer, metrics.logged)
-    if validates and _validates_now(run, batch_idx, is_last):
+    if unfinished is None or unfinished.moment == Moment.BATCH_END:
+        loop.batch_progress.increment_completed()
+        if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
+            metrics = trainer._merge(run.store.read(on_step=True))
+            send(trainer, metrics.logged)
+        if validates and _validates_now(run, batch_idx, is_last):
+            evaluate.validate_in_fit(run, accumulates)
+    elif unfinished.moment == Moment.VALIDATION_END:
+        evaluate.end_validation_in_fit(run, unfinished)
+    elif validates:
         evaluate.validate_in_fit(run, accumulates)
     if run.schedulers and not accumulates and run.module.automatic_optimization:
         step_schedulers(run, "step", plateau=True)
     if not accumulates:
         loop._batches_that_stepped += 1
+
+
+def _end_unfinished_batch(run: Run, validates: bool) -> bool:
+    """Do what was left to do after the last batch when the checkpoint was saved. Returns whether the epoch is over."""
+    trainer, exact = run.trainer, run.trainer._exact
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
+    unfinished = exact.take_unfinished(Moment.BATCH_END, Moment.VALIDATION, Moment.VALIDATION_END)
+    if unfinished is not None:
+        run.store.start_batch(None)
+        if unfinished.moment == Moment.BATCH_END:
+            exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
+        _after_batch(run, batch_idx, is_last, validates, unfinished)
+        if trainer.received_sigterm and not _has_all_steps(trainer):
+            raise SIGTERMException
+    return is_last or _stops_in_epoch(trainer)
 
 
 def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
@@ -188,12 +215,24 @@ def _is_once_an_epoch(trainer: Trainer) -> bool:
     return trainer.check_val_every_n_epoch is not None and trainer.val_check_batch == trainer.num_training_batches
 
 
-def _end_epoch(run: Run) -> None:
+def _end_unfinished_epoch(run: Run, unfinished: Unfinished) -> None:
+    """Do what was left to do at the end of the epoch when the checkpoint was saved."""
+    epoch = run.trainer.fit_loop.epoch_progress
+    for counter in (epoch.current, epoch.total):
+        counter.completed -= 1
+    _end_epoch(run, unfinished)
+    epoch.increment_completed()
+
+
+def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     run.store.end_batches()
-    run.call("on_train_epoch_end")
+    if unfinished is None:
+        run.call("on_train_epoch_end")
+    else:
+        trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
     trainer._merge(run.store.read(on_step=True))
@@ -203,6 +242,11 @@ def _end_epoch(run: Run) -> None:
         send(trainer, metrics.logged)
         loop._batches_that_stepped += 1
     run.store.reset()
+
+
+def _has_all_steps(trainer: Trainer) -> bool:
+    """Whether training is done in any case."""
+    return 0 <= trainer.max_steps <= trainer.global_step
 
 
 def _may_stop(trainer: Trainer) -> bool:

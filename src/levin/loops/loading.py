@@ -134,6 +134,7 @@ def prepare_epoch(run: Run, feed: Feed) -> None:
     if load_training(trainer):
         fresh = make_feed(run, loaders)
         feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
+        trainer._exact.follow_reloaded()
     assert loaders.combined is not None
     for loader in loaders.combined.flattened:
         set_epoch(loader, trainer.current_epoch)

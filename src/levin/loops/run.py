@@ -35,6 +35,7 @@ class Run:
         optimizers: Of the strategy, as they are stepped.
         schedulers: With when they are stepped.
         eval_log_steps: Loader index -> batches evaluated in this run, which is the x-axis of their step values.
+        under_way: Name of the hooks that are being called, those that are left, and their arguments.
     """
 
     trainer: Trainer
@@ -47,27 +48,37 @@ class Run:
     optimizers: list[Any]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int] = field(default_factory=dict)
+    under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
 
     is_profiled: ClassVar[bool] = False
     """Whether a profiler measures the parts of the run."""
 
-    def call(self, name: str, *args: Any) -> Any:
+    def call(self, name: str, *args: Any, num_last: Optional[int] = None) -> Any:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
+
+        Args:
+            name: Of the hook.
+            args: What the hooks get.
+            num_last: How many are called, counted from the last one; by default all.
 
         Returns:
             What the last of them returned, which is the module's hook where it has one.
         """
-        hooks = self.hooks[name]
+        hooks = self.hooks[name] if num_last is None else self.hooks[name][-num_last:]
         if not hooks:
             return None
         store = self.store
         previous, store.hook = store.hook, name
+        left = iter(hooks)
+        # One that raises leaves it as it is, so that a checkpoint saved then knows where that was.
+        outer, self.under_way = self.under_way, (name, left, args)
         answer = None
         try:
-            for hook in hooks:
+            for hook in left:
                 answer = hook(*args)
         finally:
             store.hook = previous
+        self.under_way = outer
         return answer
 
     def call_own(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.hparams import drop_unpicklable
 from levin.loops.evaluate import compose_evaluation_step, evaluate
+from levin.loops.exact import Exact
 from levin.loops.fit import fit
 from levin.loops.loading import (
     batch_indices,
@@ -171,10 +172,11 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     module.zero_grad()
     loop = trainer.fit_loop
     loop.restarted_mid_epoch = False
+    trainer._exact = Exact()
     exact = None
     if loop.restarting:
-        trainer._exact.settle_counters(trainer)
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
+        trainer._exact.settle_counters(trainer, exact)
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     hint_at_eval_mode(module)
     trainer.training = True
@@ -209,12 +211,14 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         trainer._num_sanity_val_batches = limits
         if sum(limits) > 0:
             feed = make_feed(run, loaders, limits)
+            trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
+            counts = val_loop.batch_progress.state_dict()
             with torch.no_grad():
                 evaluate(run, "validation", feed, trainer._val_step, val_loop)
-            val_loop.batch_progress.total.set_all(0)
-            val_loop.batch_progress.reset()
+            trainer._exact.end_validation()
+            val_loop.batch_progress.load_state_dict(counts)
         run.call("on_sanity_check_end")
     trainer._reset_metrics()
 
