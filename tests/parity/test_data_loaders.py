@@ -93,15 +93,34 @@ LOADERS: dict[str, Any] = {
 LIMITS = [1.0, 2, 1, 0.5, 0, 100]
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-@pytest.mark.parametrize("loader", [name for name in LOADERS if name != "with_workers"])
-def test_training_data_within_limits(tmp_path, loader, limit):
-    def code(seen: trace.Trace) -> None:
-        trainer = seen.trainer(max_epochs=2, limit_train_batches=limit, limit_val_batches=limit, num_sanity_val_steps=1)
-        seen.attempt(trainer.fit, make_module(seen), LOADERS[loader](), LOADERS[loader]())
-        seen.note(trainer.global_step, trainer.current_epoch)
+UNSIZED = ("stream", "short_stream", "plain")
 
-    trace.same(code, tmp_path)
+
+def training_code(seen: trace.Trace, loader: str, limit: float) -> None:
+    trainer = seen.trainer(max_epochs=2, limit_train_batches=limit, limit_val_batches=limit, num_sanity_val_steps=1)
+    seen.attempt(trainer.fit, make_module(seen), LOADERS[loader](), LOADERS[loader]())
+    seen.note(trainer.global_step, trainer.current_epoch)
+
+
+@pytest.mark.parametrize(
+    ("loader", "limit"),
+    [
+        (name, limit)
+        for name in LOADERS
+        for limit in LIMITS
+        if name != "with_workers" and not (name in UNSIZED and limit == 100)
+    ],
+)
+def test_training_data_within_limits(tmp_path, loader, limit):
+    trace.same(lambda seen: training_code(seen, loader, limit), tmp_path)
+
+
+@pytest.mark.parametrize("loader", UNSIZED)
+def test_a_limit_beyond_the_end_of_a_stream_changes_nothing(tmp_path, loader):
+    """Lightning takes the limit for the length, so that no batch is the last one and no validation follows."""
+    limited = trace.run(lambda seen: training_code(seen, loader, 100), both.levin(), tmp_path)
+    whole = trace.run(lambda seen: training_code(seen, loader, 1.0), both.levin(), tmp_path)
+    assert limited.events == whole.events
 
 
 @pytest.mark.parametrize("limit", [1.0, 2, 0.5])
@@ -418,3 +437,40 @@ def test_the_random_order_of_the_user_is_kept(tmp_path):
         seen.trainer(max_epochs=2).fit(make_module(seen), DataLoader(torch.arange(6.0), batch_size=2, sampler=sampler))
 
     trace.same(code, tmp_path)
+
+
+def with_cpus(monkeypatch, num_cpus: int) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: num_cpus)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(num_cpus)), raising=False)
+    monkeypatch.setattr("multiprocessing.cpu_count", lambda: num_cpus)
+
+
+@pytest.mark.parametrize("loader", ["loader", "stream", "plain"])
+@pytest.mark.parametrize(("num_cpus", "num_workers"), [(2, 0), (3, 0), (16, 0), (16, 1), (16, 2)])
+def test_few_workers_are_hinted_at_where_there_are_more_processors(
+    tmp_path, monkeypatch, num_cpus, num_workers, loader
+):
+    with_cpus(monkeypatch, num_cpus)
+
+    def code(seen: trace.Trace) -> None:
+        data: Any = Plain(1) if loader == "plain" else Stream(2) if loader == "stream" else torch.ones(2, 4)
+        loaders = data if loader == "plain" else DataLoader(data, num_workers=num_workers)
+        seen.trainer(limit_test_batches=1).test(make_module(seen), loaders)
+
+    theirs, ours = trace.on_both(code, tmp_path)
+    expected = num_cpus > 2 and num_workers < 2 and loader != "plain"
+    for run in (theirs, ours):
+        assert trace.warned(run, "test_dataloader", "num_workers", f"={num_cpus - 1}") == expected, run.framework.name
+
+
+def test_pinned_persistent_workers_that_are_made_again_are_warned_about(tmp_path):
+    def code(seen: trace.Trace) -> None:
+        def loader(self):
+            return DataLoader(torch.ones(2, 4), num_workers=1, persistent_workers=True, pin_memory=True)
+
+        trainer = seen.trainer(max_epochs=1, reload_dataloaders_every_n_epochs=1)
+        trainer.fit(make_module(seen, train_dataloader=loader))
+
+    theirs, ours = trace.on_both(code, tmp_path)
+    for run in (theirs, ours):
+        assert trace.warned(run, "pin_memory", "persistent_workers", "reload_dataloaders_every_n_epochs")

@@ -61,8 +61,23 @@ def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )
+    if trainer.reload_dataloaders_every_n_epochs:
+        _warn_of_pinned_workers(loaders)
     loaders.measure(limit, name, num_from_limit)
     loaders.loaded_epoch = trainer.current_epoch
+
+
+def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
+    assert loaders.combined is not None
+    if any(
+        getattr(loader, "pin_memory", False) and getattr(loader, "persistent_workers", False)
+        for loader in loaders.combined.flattened
+    ):
+        rank_zero_warn(
+            "`DataLoader(pin_memory=True, persistent_workers=True)` together with "
+            "`Trainer(reload_dataloaders_every_n_epochs > 0)` can leave threads of PyTorch behind. Set pin_memory=False.",
+            category=PossibleUserWarning,
+        )
 
 
 def _due(trainer: Trainer, loaders: StageLoaders) -> bool:
