@@ -106,7 +106,7 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not begin when a resumed run has no time left."""
-        if self._is_over(trainer):
+        if self._duration is not None and self.time_elapsed() >= self._duration:
             self._stop(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +115,7 @@ class Timer(Callback):
         self._offset += stopwatch.elapsed_s()
         stopwatch.start()
         if self._duration is not None:
-            self._clock = AgreedClock(self._duration - self._offset)
+            self._clock = AgreedClock(self._duration - self._offset, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -126,14 +126,8 @@ class Timer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop when the time is up, if epochs are what counts."""
-        if self._interval == "epoch" and self._is_over(trainer):
+        if self._interval == "epoch" and self._clock is not None and self._clock.has_gone_off(trainer):
             self._stop(trainer)
-
-    def _is_over(self, trainer: Trainer) -> bool:
-        if self._duration is None:
-            return False
-        is_over: bool = trainer.strategy.broadcast(self.time_elapsed() >= self._duration)
-        return is_over
 
     def _stop(self, trainer: Trainer) -> None:
         if not trainer.should_stop and self._verbose:

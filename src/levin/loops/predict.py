@@ -50,6 +50,9 @@ def predict(
         run.call("on_predict_start")
         run.call("on_predict_epoch_start")
         for batch, batch_idx, dataloader_idx in feed:
+            if feed.is_filler:
+                step(batch, batch_idx, dataloader_idx)
+                continue
             progress.is_last_batch = feed.is_last
             progress.increment_ready()
             loop.current_batch_indices = batch_indices(dataloader_idx, batch_idx) or []
@@ -66,7 +69,9 @@ def predict(
             indices[dataloader_idx].append(loop.current_batch_indices)
             if return_predictions:
                 outputs[dataloader_idx].append(move_data_to_device(output, _CPU))
-            if trainer.received_sigterm and not feed.is_last:
+            if run.agreement is not None and feed.is_shared:
+                run.agreement.look()
+            if run.told.received_sigterm and (run.agreement is not None or not feed.is_last):
                 raise SIGTERMException
         trainer._predictions = outputs
         run.call("on_predict_epoch_end")
