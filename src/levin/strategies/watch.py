@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import socket
 import sys
@@ -28,7 +27,6 @@ GRACE_S = 10.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # Where the main thread is while it waits for a collective.
 _WAITING_IN = ("/torch/distributed/", "/torch/autograd/", "/torch/nn/parallel/", "/levin/strategies/")
-_generations = itertools.count()
 
 
 class Place(NamedTuple):
@@ -68,14 +66,16 @@ class Watch(threading.Thread):
         plain: Any = distributed_c10d._get_default_store()
         plain = plain.clone()
         plain.set_timeout(_STORE_TIMEOUT)
-        self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{next(_generations)}", plain)
+        # Each rank counts its runs, and all have made as many.
+        run = plain.add(f"levin/runs/{rank}", 1)
+        self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{run}", plain)
         self._ends_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         self._main = threading.main_thread().ident or 0
         self._place: Callable[[], Place] = lambda: Place(0, "set-up")
         self._num_batches_before = 0
         self._is_short = False
         self._shortened: dict[Any, timedelta] = {}
-        self._last: tuple[Place, int] = (Place(0, ""), -1)
+        self._last: tuple[Place, dict[str, int]] = (Place(0, ""), {})
         self._moved_at = time.monotonic()
         self._failure: Report | None = None
         self._is_raising = False
@@ -184,10 +184,9 @@ class Watch(threading.Thread):
             if timeout == (self._first_timeout or timeout):
                 distributed_c10d._set_pg_timeout(self._step_timeout, group)
 
-    def _count_collectives(self) -> int:
-        # torch counts those of each group; a rank is in as many groups as the others, and all of them move together.
-        groups: list[Any] = list(distributed_c10d._world.pg_map)
-        return sum(group._get_sequence_number_for_group() for group in groups)
+    def _count_collectives(self) -> dict[str, int]:
+        groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)
+        return {name: group._get_sequence_number_for_group() for group, name in groups.items()}
 
     def _publish_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -205,7 +204,9 @@ class Watch(threading.Thread):
         limit = self._step_timeout if self._is_short else self._first_timeout
         if limit is None or time.monotonic() - self._moved_at <= limit.total_seconds() + 2 * self.beat_s:
             return False
-        return self._waits() and any(r.num_collectives < self._last[1] for r in self._read("state").values())
+        counts = self._last[1]
+        others = self._read("state").values()
+        return self._waits() and any(r.counts.get(name, 0) < count for r in others for name, count in counts.items())
 
     def _waits(self) -> bool:
         if dist.get_backend() == "nccl":
@@ -255,7 +256,7 @@ class Watch(threading.Thread):
         os._exit(1)
 
     def _report(self, with_stack: bool = False, **more: Any) -> Report:
-        place, num_collectives = self._last
+        place, counts = self._last
         if with_stack or more:
             place = self._place()
         return Report(
@@ -264,7 +265,7 @@ class Watch(threading.Thread):
             pid=os.getpid(),
             place=place.text,
             stuck_s=time.monotonic() - self._moved_at,
-            num_collectives=num_collectives,
+            counts=counts,
             collective=last_collective() if with_stack else "",
             stack=format_stack(sys._current_frames().get(self._main)) if with_stack else "",
             **more,
