@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -162,6 +163,7 @@ class Watch(threading.Thread):
         except RuntimeError as error:
             # The store is gone. Whoever waits for the verdict is told so, and the collectives end by their own timeout.
             log.debug("rank %s watches no more: %s", self._rank, error)
+            self._judged.set()
 
     def _beat(self) -> None:
         now = (self._place(), self._count_collectives())
@@ -178,15 +180,21 @@ class Watch(threading.Thread):
         for group in list(distributed_c10d._world.pg_map):
             if group in self._shortened:
                 continue
-            timeout = group._get_backend(group._device_types[0]).options._timeout
-            self._shortened[group] = timeout
-            # One that the user made with a timeout of its own keeps it.
-            if timeout == (self._first_timeout or timeout):
-                distributed_c10d._set_pg_timeout(self._step_timeout, group)
+            with suppress(RuntimeError):
+                timeout = group._get_backend(group._device_types[0]).options._timeout
+                self._shortened[group] = timeout
+                # One that the user made with a timeout of its own keeps it.
+                if timeout == (self._first_timeout or timeout):
+                    distributed_c10d._set_pg_timeout(self._step_timeout, group)
 
     def _count_collectives(self) -> dict[str, int]:
         groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)
-        return {name: group._get_sequence_number_for_group() for group, name in groups.items()}
+        counts = {}
+        for group, name in groups.items():
+            # One that the main thread is making or taking down at this moment has nothing to say.
+            with suppress(RuntimeError):
+                counts[name] = group._get_sequence_number_for_group()
+        return counts
 
     def _publish_failure(self) -> None:
         failure, self._failure = self._failure, None
