@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-slow lint bench bench-checkpoint docs clean
+.PHONY: help demo test test-slow test-hosts lint bench bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(STAMP)  ## Run the tests
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 	$(RUN) $(BIN)/python -m pytest -q -m slow
+
+test-hosts: $(STAMP)  ## Run jobs on two hosts in network namespaces: a cut cable, a lost host (needs root)
+	LEVIN_TEST_HOSTS=1 $(RUN) $(BIN)/python -m pytest -q -m slow tests/launchers/test_hosts.py
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

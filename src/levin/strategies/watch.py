@@ -71,6 +71,8 @@ class Watch(threading.Thread):
         run = plain.add(f"levin/runs/{rank}", 1)
         self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{run}", plain)
         self._ends_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # Under torchrun; a process that outlives its agent would go on writing into the folder of the job that replaces it.
+        self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._main = threading.main_thread().ident or 0
         self._place: Callable[[], Place] = lambda: Place(0, "set-up")
         self._num_batches_before = 0
@@ -166,6 +168,8 @@ class Watch(threading.Thread):
             self._judged.set()
 
     def _beat(self) -> None:
+        if self._agent_pid is not None and os.getppid() != self._agent_pid:
+            self._end(f"torchrun's agent (process {self._agent_pid}), which started this process, is gone.")
         now = (self._place(), self._count_collectives())
         if now != self._last:
             self._last, self._moved_at = now, time.monotonic()
@@ -258,8 +262,11 @@ class Watch(threading.Thread):
         """Wait for the main thread to raise; when it does not, end the process: the others have given up."""
         if self._is_over.wait(GRACE_S) or self._is_raising or not threading.main_thread().is_alive():
             return
-        record_error(RuntimeError(self.verdict))
-        sys.stderr.write(f"[rank {self._rank}] ended after {GRACE_S:g} s of grace. {self.verdict}\n")
+        self._end(f"Ended after {GRACE_S:g} s of grace. {self.verdict}")
+
+    def _end(self, reason: str) -> None:
+        record_error(RuntimeError(reason))
+        sys.stderr.write(f"[rank {self._rank}] {reason}\n")
         sys.stderr.flush()
         os._exit(1)
 
