@@ -29,7 +29,7 @@ from tests.distributed import _free_port
 from tests.strategies.small import QUIET
 
 LARGEST = 4
-DEADLINE_S = 60.0
+DEADLINE_S = 150.0
 EVENTS = ("nothing", "stop", "stop", "raise", "raise", "skip", "all_raise", "sigterm")
 PLACES = (
     "training_step",

@@ -23,7 +23,7 @@ def fuzz(first: int, count: int) -> None:
     assert not failures, f"{len(failures)} of {seed + 1 - first} schedules failed\n" + "\n\n".join(failures)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_two_dozen_schedules_end():
     fuzz(0, 24)
 
