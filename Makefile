@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint docs clean
+.PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -31,6 +31,11 @@ test-hosts: $(STAMP)  ## Run jobs on two hosts in network namespaces: a cut cabl
 
 test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 to 4 ranks
 	$(RUN) $(BIN)/python -m pytest -q -m slow tests/loops/test_fuzz.py
+
+# In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
+test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
+	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check
