@@ -299,11 +299,6 @@ class Exact:
                 position.finish()
         feed.track(self.val_positions)
 
-    @property
-    def has_validation_data(self) -> bool:
-        """Whether the checkpoint tells where in the validation data the run was, so that their time to load is known."""
-        return self._loaded_validation is not None
-
     def is_validation_due_to_load(self, every_n_epochs: int, epoch: int) -> bool:
         """Whether the unbroken run, too, would make its validation loaders now."""
         loaded = self._loaded_validation

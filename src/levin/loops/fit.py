@@ -9,7 +9,7 @@ from levin.hooks import has_hook
 from levin.loops import evaluate
 from levin.loops.agreement import now_s
 from levin.loops.exact import Moment, Unfinished
-from levin.loops.loading import load_validation, prepare_epoch
+from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import SIGTERMException
@@ -46,10 +46,6 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     _exchange(run)
     if is_done(run):
         return
-    if trainer.enable_validation and _validates_in_epoch(trainer) and not trainer._exact.has_validation_data:
-        trainer.validating = True
-        load_validation(trainer)
-        trainer.training = True
     trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
     trainer._exact.take_up(run)
@@ -245,6 +241,7 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
+    trainer._merge(run.store.read(on_step=True))
     run.store.end_batches()
     if unfinished is None:
         run.call("on_train_epoch_end")
@@ -252,7 +249,6 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
         trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
-    trainer._merge(run.store.read(on_step=True))
     metrics = trainer._merge(run.store.read(on_step=False))
     if metrics.logged:
         loop._batches_that_stepped -= 1

@@ -63,8 +63,23 @@ def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )
+    if trainer.reload_dataloaders_every_n_epochs:
+        _warn_of_pinned_workers(loaders)
     loaders.measure(limit, name, num_from_limit)
     loaders.loaded_epoch = trainer.current_epoch
+
+
+def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
+    assert loaders.combined is not None
+    if any(
+        getattr(loader, "pin_memory", False) and getattr(loader, "persistent_workers", False)
+        for loader in loaders.combined.flattened
+    ):
+        rank_zero_warn(
+            "`DataLoader(pin_memory=True, persistent_workers=True)` together with "
+            "`Trainer(reload_dataloaders_every_n_epochs > 0)` can leave threads of PyTorch behind. Set pin_memory=False.",
+            category=PossibleUserWarning,
+        )
 
 
 def _due(trainer: Trainer, loaders: StageLoaders) -> bool:
@@ -100,6 +115,17 @@ def load_validation(trainer: Trainer) -> bool:
     load(trainer, loaders, trainer.limit_val_batches)
     trainer._num_sanity_val_batches = [min(trainer.num_sanity_val_steps, count) for count in loaders.num_batches]
     return True
+
+
+def load_validation_if_soon(trainer: Trainer) -> None:
+    """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
+    every = trainer.check_val_every_n_epoch
+    is_due = every is None or (trainer.current_epoch + 1) % every == 0
+    trains = trainer.max_epochs != 0 and trainer.max_steps != 0 and trainer.num_training_batches != 0
+    if is_due and trains and trainer.enable_validation and trainer._val_loaders.combined is None:
+        trainer.validating = True
+        load_validation(trainer)
+        trainer.training = True
 
 
 def _val_check_batch(trainer: Trainer) -> Optional[int | float]:
