@@ -191,3 +191,10 @@ def test_a_checkpoint_of_a_failure_waits_for_nobody(tmp_path):
         trainer.fit(Failing())
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] in (2, 3)
+    assert saved["levin"]["alone_of"] == 2
+    with warnings.catch_warnings():
+        # Forked processes inherit this.
+        warnings.filterwarnings("ignore", message=".*was saved by one process alone")
+        again = trainer_for(2, strategy="ddp_fork", max_epochs=2)
+        again.fit(Net(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert (again.current_epoch, again.global_step) == (2, 20)

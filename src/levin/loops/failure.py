@@ -27,9 +27,8 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         return
     module = trainer.lightning_module
     trainer.strategy.explain(error)
-    if not isinstance(error, SIGTERMException):
-        # A signal is obeyed by all ranks together. An error may be that of this rank: to wait for the others now, in
-        # order to save something, would be to wait for ever, and they for this one.
+    if not _is_agreed(trainer, error):
+        # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
         trainer.strategy.stand_alone()
     try:
         for callback in trainer.callbacks:
@@ -44,3 +43,9 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         trainer.strategy.teardown()
         trainer.profiler.teardown(str(trainer.state.fn))
         trainer.state.stage = None
+
+
+def _is_agreed(trainer: Trainer, error: BaseException) -> bool:
+    """Whether all ranks end at this moment, as they do for a signal once all know of it; other errors are of one rank."""
+    agreement = None if trainer._run is None else trainer._run.agreement
+    return isinstance(error, SIGTERMException) and agreement is not None and agreement.received_sigterm
