@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from levin.loops.run import detach_log_store
+from levin.loops.signals import save_for_restart
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.rank_zero import log
 from levin.utilities.states import TrainerStatus
 from levin.utilities.timing import call_timed
 
@@ -30,6 +32,14 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
     if not _is_agreed(trainer, error):
         # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
         trainer.strategy.stand_alone()
+    # A further signal is no reason to leave out what follows.
+    trainer._signals.waits_for_batch = True
+    if isinstance(error, SIGTERMException):
+        try:
+            save_for_restart(trainer)
+        except Exception as failure:
+            # The run ends for another reason, which everybody below is told.
+            log.error(f"The checkpoint for the restart was not saved: {type(failure).__name__}: {failure}")
     try:
         for callback in trainer.callbacks:
             call_timed(trainer, "Callback", callback, "on_exception", trainer, module, error)
