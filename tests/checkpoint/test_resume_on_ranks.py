@@ -148,7 +148,7 @@ def on(size: int, function, **kwargs):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_shares_what_is_left_of_the_epoch(before, after, shuffle, tmp_path):
     path = str(tmp_path / "middle.ckpt")
     seen = [index for part in on(before, train_until_saved, path=path, batch_idx=2, shuffle=shuffle) for index in part]

@@ -284,6 +284,10 @@ class CheckpointKeeper(Checkpoint):
         finally:
             strategy.checkpoint_io = before
 
+    def check_saves(self, trainer: Trainer) -> None:
+        """Take note of what became of the file that is being written, and raise what writing it failed with."""
+        self._settle(trainer, should_wait=False)
+
     def _settle(self, trainer: Trainer, should_wait: bool) -> None:
         """Take note of what became of the file that is being written in the background, if there is one.
 
