@@ -42,11 +42,19 @@ class Feed:
         self.lengths = lengths
         self.device = device
         self.is_last: bool = False
+        # Of runs on several ranks, see shared_feed.py: whether the present batch stands in for one that this rank has
+        # not got, and whether every rank has a batch of its own in this step.
+        self.is_filler: bool = False
+        self.is_shared: bool = True
+        self.uneven: Any = None
         self.positions: Optional[list[Position]] = None
         self._convert = convert
         self._transfer = transfer
         self._on_demand = on_demand
         self._draw = draw
+
+    def listen(self) -> None:
+        """Look from here on whether the steps of this rank talk to other ranks; see shared_feed.py."""
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
@@ -64,6 +72,15 @@ class Feed:
     def track(self, positions: list[Position]) -> None:
         """Let one of ``positions`` follow each source, so that a run can go on in the middle of it."""
         self.positions = positions
+
+    def end_of(self, dataloader_idx: int, start: int) -> int | float:
+        """Return the index after the last batch of a source whose iterator begins at ``start``."""
+        limit, length = self.limits[dataloader_idx], self.lengths[dataloader_idx]
+        left = None if self.positions is None else self.positions[dataloader_idx].num_left
+        if left is None:
+            return min(limit, length)
+        # Another number of ranks began the epoch: what is left of it is not what the length of the loader says.
+        return start + left if limit >= length else min(limit, start + left)
 
     def iterate(
         self, start: int, iterator: Optional[Iterator[Any]] = None
@@ -92,6 +109,7 @@ class Feed:
                 lookahead = 1 if self.lengths[dataloader_idx] == float("inf") else 0
                 followed = None if self.positions is None else self.positions[dataloader_idx]
                 iterator = iter(source) if followed is None else followed.iterate(source, lookahead)
+                limit = self.end_of(dataloader_idx, batch_idx)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
             if self.lengths[dataloader_idx] == float("inf"):

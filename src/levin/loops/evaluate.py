@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 
 from levin.data.loaders import set_epoch
 from levin.hooks import has_hook
+from levin.loops.agreement import now_s
 from levin.loops.loading import load_validation, make_feed
 from levin.loops.logging import send, to_floats
 from levin.loops.run import new_store, step_arguments
@@ -41,6 +41,8 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
     trainer = run.trainer
     trainer.validating = True
+    if run.uneven is not None:
+        run.uneven.forget_filler()
     trainer._exact.begin_validation(trainer, run)
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
@@ -59,7 +61,7 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
         evaluate(run, "validation", feed, trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
     trainer._exact.end_validation()
     trainer.training = True
-    trainer._last_validation_time = time.monotonic()
+    trainer._last_validation_time = now_s(run)
 
 
 def end_validation_in_fit(run: Run, unfinished: Unfinished) -> None:
@@ -144,6 +146,7 @@ def _batches(
     step_name = f"{stage}_step"
     is_multiple = len(feed.sources) > 1
     previous_loader = -1
+    agreement, told = run.agreement, run.told
     results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
     log_steps = run.eval_log_steps
@@ -152,6 +155,7 @@ def _batches(
         if dataloader_idx != previous_loader:
             if previous_loader >= 0:
                 results[previous_loader] = _end_loader(trainer, store)
+                feed.listen()
             previous_loader = dataloader_idx
             progress.current.set_all(0)
         progress.increment_ready()
@@ -173,7 +177,9 @@ def _batches(
                 send(trainer, metrics.logged, step=log_steps.get(dataloader_idx, 0))
         if logs_steps:
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
-        if trainer.received_sigterm and not feed.is_last:
+        if agreement is not None and feed.is_shared:
+            agreement.look()
+        if told.received_sigterm and (agreement is not None or not feed.is_last):
             raise SIGTERMException
     if is_multiple and previous_loader >= 0:
         results[previous_loader] = _end_loader(trainer, store)

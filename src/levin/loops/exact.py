@@ -206,7 +206,7 @@ class Exact:
             self._loaded = exact if is_mid_epoch else None
             step.load_state_dict(exact["window"])
             if is_mid_epoch or self._unfinished is not None:
-                self._loaded_store = exact["log_store"]
+                self._loaded_store = exact.get("log_store", [])
             load_metric_states(run.module, exact.get("metrics", {}))
             device = run.strategy.root_device
             for values, saved in zip(trainer._metrics, exact.get("reduced_metrics", ())):

@@ -32,11 +32,16 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
     # A further signal is no reason to leave out what follows.
     trainer._signals.waits_for_batch = True
     if isinstance(error, SIGTERMException):
+        # All ranks obey a signal together.
         try:
             save_for_restart(trainer)
         except Exception as failure:
             # The run ends for another reason, which everybody below is told.
             log.error(f"The checkpoint for the restart was not saved: {type(failure).__name__}: {failure}")
+    else:
+        # An error may be that of this rank alone: to wait for the others now, in order to save something, would be to
+        # wait for ever, and they for this one.
+        trainer.strategy.stand_alone()
     try:
         for callback in trainer.callbacks:
             call_timed(trainer, "Callback", callback, "on_exception", trainer, module, error)

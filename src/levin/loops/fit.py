@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import evaluate
+from levin.loops.agreement import now_s
 from levin.loops.exact import Moment, Unfinished
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
@@ -43,11 +43,14 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     """
     trainer = run.trainer
     loop = trainer.fit_loop
+    _exchange(run)
     if _is_done(run):
         return
     _check_restored_epoch(run)
+    trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
     trainer._exact.take_up(run)
+    _exchange(run)
     resumed = loop.restarted_mid_epoch
     if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
         _end_unfinished_epoch(run, unfinished)
@@ -68,7 +71,8 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         epoch.increment_processed()
         _end_epoch(run)
         epoch.increment_completed()
-        if trainer.received_sigterm:
+        _exchange(run)
+        if run.told.received_sigterm:
             raise SIGTERMException
     run.call("on_train_end")
 
@@ -80,13 +84,15 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    check_saves = run.strategy.checkpoint_io.check
+    agreement, told = run.agreement, run.told
+    # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
+    look = run.strategy.checkpoint_io.check if agreement is None else agreement.look
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready:
         if _end_unfinished_batch(run, validates):
             return
-    if trainer.should_stop and _may_stop(trainer):
+    if told.should_stop and _may_stop(trainer):
         return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
@@ -114,12 +120,12 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 _step_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            check_saves()
+            look()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm and not _has_all_steps(trainer):
+            if told.received_sigterm and not _has_all_steps(trainer):
                 raise SIGTERMException
-            if trainer.should_stop or loop.max_steps >= 0:
-                if _stops_in_epoch(trainer):
+            if told.should_stop or loop.max_steps >= 0:
+                if _stops_in_epoch(run):
                     break
     except StopIteration:
         store.hook = None
@@ -156,10 +162,13 @@ def _after_batch(
             send(trainer, metrics.logged)
         if validates and _validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
+            _exchange(run)
     elif unfinished.moment == Moment.VALIDATION_END:
         evaluate.end_validation_in_fit(run, unfinished)
+        _exchange(run)
     elif validates:
         evaluate.validate_in_fit(run, accumulates)
+        _exchange(run)
     if run.schedulers and not accumulates and run.module.automatic_optimization:
         step_schedulers(run, "step", plateau=True)
     if not accumulates:
@@ -177,9 +186,9 @@ def _end_unfinished_batch(run: Run, validates: bool) -> bool:
         if unfinished.moment == Moment.BATCH_END:
             exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
         _after_batch(run, batch_idx, is_last, validates, unfinished)
-        if trainer.received_sigterm and not _has_all_steps(trainer):
+        if run.told.received_sigterm and not _has_all_steps(trainer):
             raise SIGTERMException
-    return is_last or _stops_in_epoch(trainer)
+    return is_last or _stops_in_epoch(run)
 
 
 def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
@@ -197,10 +206,10 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
-    if trainer.should_stop and _may_stop(trainer):
+    if run.told.should_stop and _may_stop(trainer):
         return True
     if trainer._val_check_seconds is not None:
-        return bool(time.monotonic() - trainer._last_validation_time >= trainer._val_check_seconds)
+        return bool(now_s(run) - trainer._last_validation_time >= trainer._val_check_seconds)
     interval = trainer.val_check_batch
     if interval == math.inf:
         return False
@@ -257,11 +266,18 @@ def _may_stop(trainer: Trainer) -> bool:
     return bool(enough_epochs and enough_steps)
 
 
-def _stops_in_epoch(trainer: Trainer) -> bool:
+def _stops_in_epoch(run: Run) -> bool:
+    trainer = run.trainer
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
-    return bool(trainer.should_stop and _may_stop(trainer))
+    return bool(run.told.should_stop and _may_stop(trainer))
+
+
+def _exchange(run: Run) -> None:
+    """Let all ranks know here what each was told so far."""
+    if run.agreement is not None:
+        run.agreement.exchange()
 
 
 def _is_done(run: Run) -> bool:
@@ -276,7 +292,7 @@ def _is_done(run: Run) -> bool:
     if loop.max_epochs is not None and 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
         rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={loop.max_epochs!r}` reached.")
         return True
-    if trainer.should_stop:
+    if run.told.should_stop:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True
