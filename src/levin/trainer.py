@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import torch
 
-from levin import running
-from levin.callbacks.checkpoint import Checkpoint
+from levin import calls
 from levin.callbacks.defaults import default_callbacks, default_loggers
-from levin.callbacks.early_stopping import EarlyStopping
-from levin.callbacks.progress.progress_bar import ProgressBar
-from levin.data.source import StageLoaders
+from levin.checkpoint import state as tree
 from levin.datamodule import LightningDataModule
 from levin.engine import build_engine, describe_devices
+from levin.loops import launched
+from levin.loops.loading import load_training
 from levin.loops.progress import FitLoop
 from levin.module import LightningModule
 from levin.profilers.choose import resolve_profiler
+from levin.properties import TrainerProperties
 from levin.settings import (
     check_at_least,
     check_barebones,
@@ -37,13 +37,12 @@ if TYPE_CHECKING:
     from levin.accelerators import Accelerator
     from levin.hooks import Callback
     from levin.loggers.logger import Logger
-    from levin.precision.precision import Precision
     from levin.profilers.profiler import Profiler
     from levin.strategies.strategy import Strategy
-    from levin.utilities.types import LRSchedulerConfig, PathLike
+    from levin.utilities.types import PathLike
 
 
-class Trainer(running.Running):
+class Trainer(TrainerProperties):
     """Trains, validates, tests and predicts with a LightningModule.
 
     Args:
@@ -241,11 +240,6 @@ class Trainer(running.Running):
             self._warns_about_max_epochs = not any(type(c).__name__ == "Timer" for c in self.callbacks)
         self._max_time = max_time
 
-        self._train_loaders = StageLoaders("train")
-        self._val_loaders = StageLoaders("val")
-        self._test_loaders = StageLoaders("test")
-        self._predict_loaders = StageLoaders("predict")
-
     def _take_val_check_interval(self, value: Any) -> None:
         duration = parse_duration(value, "val_check_interval")
         self._val_check_seconds: Optional[float] = None if duration is None else duration.total_seconds()
@@ -303,8 +297,8 @@ class Trainer(running.Running):
             weights_only: False allows the checkpoint to run code while it is read. Only for files you trust.
         """
         self.should_stop = False
-        self._begin(TrainerFn.FITTING, model, datamodule, {"train": train_dataloaders, "val": val_dataloaders})
-        self._execute(ckpt_path, weights_only, model_given=True)
+        calls.begin(self, TrainerFn.FITTING, model, datamodule, {"train": train_dataloaders, "val": val_dataloaders})
+        calls.execute(self, ckpt_path, weights_only, model_given=True)
 
     def validate(
         self,
@@ -328,8 +322,8 @@ class Trainer(running.Running):
         Returns:
             The logged epoch values, one dict per loader.
         """
-        self._begin(TrainerFn.VALIDATING, model, datamodule, {"val": dataloaders})
-        return self._evaluated(self._execute(ckpt_path, weights_only, model is not None), verbose)
+        calls.begin(self, TrainerFn.VALIDATING, model, datamodule, {"val": dataloaders})
+        return calls.show_results(self, calls.execute(self, ckpt_path, weights_only, model is not None), verbose)
 
     def test(
         self,
@@ -341,8 +335,8 @@ class Trainer(running.Running):
         weights_only: Optional[bool] = None,
     ) -> list[dict[str, float]]:
         """Run the test. Arguments and result as in :meth:`validate`."""
-        self._begin(TrainerFn.TESTING, model, datamodule, {"test": dataloaders})
-        return self._evaluated(self._execute(ckpt_path, weights_only, model is not None), verbose)
+        calls.begin(self, TrainerFn.TESTING, model, datamodule, {"test": dataloaders})
+        return calls.show_results(self, calls.execute(self, ckpt_path, weights_only, model is not None), verbose)
 
     def predict(
         self,
@@ -366,9 +360,9 @@ class Trainer(running.Running):
         Returns:
             The outputs per batch, on the CPU; a list of such lists with several loaders; None if not kept.
         """
-        self._begin(TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
-        self._returns_predictions = self._resolve_return_predictions(return_predictions)
-        result: Optional[list[Any]] = self._execute(ckpt_path, weights_only, model is not None)
+        calls.begin(self, TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
+        self._returns_predictions = calls.keeps_predictions(self, return_predictions)
+        result: Optional[list[Any]] = calls.execute(self, ckpt_path, weights_only, model is not None)
         return result
 
     @contextmanager
@@ -386,202 +380,49 @@ class Trainer(running.Running):
         if self.local_rank == 0:
             print(*args, **kwargs)
 
-    # ---------------------------------------------------------------- parts
+    def save_checkpoint(
+        self, filepath: PathLike, weights_only: Optional[bool] = None, storage_options: Any = None
+    ) -> None:
+        """Save the run, so that ``fit(ckpt_path=filepath)`` goes on from here.
+
+        Args:
+            filepath: Path or URL.
+            weights_only: Whether to save only what inference needs.
+            storage_options: Passed to the CheckpointIO.
+
+        Raises:
+            AttributeError: No model was attached yet.
+        """
+        if self._module is None:
+            raise AttributeError(
+                "Saving a checkpoint is only possible after a model was attached, received none. Call `fit` first."
+            )
+        with self.profiler.profile("save_checkpoint"):
+            checkpoint = tree.collect(self, weights_only=bool(weights_only))
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            self.strategy.barrier("Trainer.save_checkpoint")
 
     @property
-    def accelerator(self) -> Accelerator:
-        """The hardware."""
-        return self._engine.accelerator
+    def estimated_stepping_batches(self) -> int | float:
+        """Optimizer steps that a whole fit will take, as far as known. Loads the training data if needed."""
+        if self.max_epochs == -1:
+            return math.inf if self.max_steps == -1 else int(self.max_steps)
+        load_training(self)
+        batches = self._num_training_batches
+        if batches == math.inf:
+            return int(self.max_steps)
+        steps: int | float = math.ceil(batches / self.accumulate_grad_batches) * max(self.max_epochs or 1, 1)
+        return min(self.max_steps, steps) if self.max_steps != -1 else steps
 
-    @property
-    def strategy(self) -> Strategy:
-        """How the module runs on it."""
-        return self._engine.strategy
+    # ---------------------------------------------------------------- asked for by launchers and modules
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """The precision."""
-        return self.strategy.precision
+    def collect_results(self) -> dict[str, Any]:
+        """Return what the Trainer in the process that started this one shall know of the run."""
+        return launched.collect_results(self)
 
-    @property
-    def precision(self) -> str:
-        """The precision, as a string."""
-        return self.precision_plugin.precision
+    def restore_results(self, results: dict[str, Any]) -> None:
+        """Take up the results of a run in another process."""
+        launched.restore_results(self, results)
 
-    @property
-    def scaler(self) -> Any:
-        """The gradient scaler, or None."""
-        return getattr(self.precision_plugin, "scaler", None)
-
-    @property
-    def global_rank(self) -> int:
-        """Rank among all processes."""
-        return self.strategy.global_rank
-
-    @property
-    def local_rank(self) -> int:
-        """Rank among the processes of this machine."""
-        return self.strategy.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this machine."""
-        return self.strategy.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.strategy.world_size
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self._engine.num_nodes
-
-    @property
-    def device_ids(self) -> list[int]:
-        """Indices of the devices of this machine."""
-        devices = self._engine.parallel_devices or [self.strategy.root_device]
-        return [device.index if device.index is not None else i for i, device in enumerate(devices)]
-
-    @property
-    def num_devices(self) -> int:
-        """Number of devices of this machine."""
-        return len(self.device_ids)
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this is the first process of all."""
-        return self.strategy.is_global_zero
-
-    @property
-    def distributed_sampler_kwargs(self) -> Optional[dict[str, Any]]:
-        """What a DistributedSampler needs; None on one device."""
-        return self.strategy.distributed_sampler_kwargs
-
-    @property
-    def model(self) -> Optional[torch.nn.Module]:
-        """The module as it runs, wrapped where the strategy wraps it."""
-        return getattr(self.strategy, "model", None)
-
-    @property
-    def lightning_module(self) -> LightningModule:
-        """The user's module."""
-        return self._module  # type: ignore[return-value]  # None before the first run, as users expect
-
-    @property
-    def optimizers(self) -> list[Any]:
-        """The torch optimizers of the present or last fit."""
-        return getattr(self.strategy, "optimizers", None) or []
-
-    @optimizers.setter
-    def optimizers(self, optimizers: list[Any]) -> None:
-        self.strategy.optimizers = optimizers
-
-    @property
-    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
-        """The schedulers of the present or last fit, with when they are stepped."""
-        return getattr(self.strategy, "lr_scheduler_configs", None) or []
-
-    @property
-    def logger(self) -> Optional[Logger]:
-        """The first logger, or None."""
-        return self.loggers[0] if self.loggers else None
-
-    @logger.setter
-    def logger(self, logger: Optional[Logger]) -> None:
-        self.loggers = [logger] if logger else []
-
-    @property
-    def default_root_dir(self) -> str:
-        """Folder for logs and checkpoints where no logger says otherwise."""
-        return self._default_root_dir
-
-    @property
-    def log_dir(self) -> Optional[str]:
-        """Folder of the first logger, else ``default_root_dir``; the same on all ranks, so call it on all."""
-        logger = self.logger
-        if logger is None:
-            folder: Optional[str] = self.default_root_dir
-        elif logger.log_dir is not None:
-            folder = logger.log_dir
-        else:
-            folder = logger.save_dir
-        return self.strategy.broadcast(folder)
-
-    @property
-    def checkpoint_callbacks(self) -> list[Checkpoint]:
-        """All callbacks that save checkpoints."""
-        return [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
-
-    @property
-    def checkpoint_callback(self) -> Any:
-        """The first callback that saves checkpoints, or None."""
-        return next(iter(self.checkpoint_callbacks), None)
-
-    @property
-    def early_stopping_callbacks(self) -> list[EarlyStopping]:
-        """All EarlyStopping callbacks."""
-        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
-
-    @property
-    def early_stopping_callback(self) -> Optional[EarlyStopping]:
-        """The first EarlyStopping callback, or None."""
-        return next(iter(self.early_stopping_callbacks), None)
-
-    @property
-    def progress_bar_callback(self) -> Optional[ProgressBar]:
-        """The progress bar, or None."""
-        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
-
-    # ---------------------------------------------------------------- batches and limits
-
-    @property
-    def train_dataloader(self) -> Any:
-        """The training loaders in the user's structure; None until they are loaded."""
-        return self._train_loaders.user_loaders
-
-    @property
-    def val_dataloaders(self) -> Any:
-        """The validation loaders; None until they are loaded."""
-        return self._val_loaders.user_loaders
-
-    @property
-    def test_dataloaders(self) -> Any:
-        """The test loaders; None until they are loaded."""
-        return self._test_loaders.user_loaders
-
-    @property
-    def predict_dataloaders(self) -> Any:
-        """The loaders to predict on; None until they are loaded."""
-        return self._predict_loaders.user_loaders
-
-    @property
-    def num_training_batches(self) -> int | float:
-        """Batches of a training epoch; inf when unknown."""
-        return self._num_training_batches
-
-    @property
-    def num_sanity_val_batches(self) -> list[int | float]:
-        """Batches of the sanity check, per loader."""
-        return self._num_sanity_val_batches
-
-    @property
-    def num_val_batches(self) -> list[int | float]:
-        """Batches of a validation, per loader."""
-        return self._val_loaders.num_batches
-
-    @property
-    def num_test_batches(self) -> list[int | float]:
-        """Batches of the test, per loader."""
-        return self._test_loaders.num_batches
-
-    @property
-    def num_predict_batches(self) -> list[int | float]:
-        """Batches to predict on, per loader."""
-        return self._predict_loaders.num_batches
-
-    @property
-    def val_check_interval_seconds(self) -> Optional[float]:
-        """Seconds between validations, when they go by the clock."""
-        return self._val_check_seconds
+    def _manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self._step.backward(loss, *args, **kwargs)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from levin.data.loaders import set_epoch
 from levin.hooks import has_hook
+from levin.loops.loading import load_validation, make_feed
 from levin.loops.logging import send, to_floats
-from levin.loops.run import step_arguments
+from levin.loops.run import new_store, step_arguments
 from levin.utilities.exceptions import SIGTERMException
 
 if TYPE_CHECKING:
@@ -38,8 +40,13 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     trainer.validating = True
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
+    if load_validation(trainer) or trainer._val_step is None:
+        trainer._val_step = compose_evaluation_step(run, "validation", len(trainer._val_loaders.sources()))
+    feed = make_feed(run, trainer._val_loaders)
+    for loader in feed.sources:
+        set_epoch(loader, trainer.current_epoch)
     with torch.no_grad():
-        evaluate(run, "validation", trainer._val_feed(run), trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
+        evaluate(run, "validation", feed, trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
     trainer.training = True
     trainer._last_validation_time = time.monotonic()
 
@@ -71,7 +78,7 @@ def evaluate(
         The logged epoch values, one dict per loader.
     """
     trainer, module = run.trainer, run.module
-    store: LogStore = trainer._new_store(run, training=False)
+    store = new_store(trainer, module, training=False)
     outer = run.activate(store)
     progress = loop.batch_progress
     progress.reset()
@@ -146,8 +153,6 @@ def _finish(run: Run, store: LogStore, feed: Feed) -> list[dict[str, float]]:
     if not trainer.sanity_checking:
         trainer._merge(metrics)
         send(trainer, metrics.logged)
-    else:
-        trainer._sanity_metrics = metrics
     if trainer.state.fn == "fit":
         return []
     return [to_floats(result) for result in store.epoch_results(max(1, len(feed.sources)))]

@@ -7,10 +7,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from levin.loops import evaluate
+from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
-from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info
+from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -47,7 +48,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     resumed = loop.restarted_mid_epoch
     while not _is_done(run):
         epoch = loop.epoch_progress
-        trainer._prepare_epoch(run, feed)
+        prepare_epoch(run, feed)
         if not resumed:
             loop.epoch_loop.batch_progress.reset()
             loop.epoch_loop.scheduler_progress.reset()
@@ -91,7 +92,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1:
                 break
             progress.increment_started()
-            outputs = train(batch, batch_idx, is_last) if batch is not None else trainer._skip_empty_batch()
+            outputs = train(batch, batch_idx, is_last) if batch is not None else _skip_empty_batch()
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
             if schedules_steps and not _accumulates(trainer, batch_idx, is_last):
@@ -102,8 +103,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             check_saves()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm:
-                trainer._raise_sigterm_unless_done()
+            if trainer.received_sigterm and not 0 <= loop.max_steps <= loop.global_step:
+                raise SIGTERMException
             if trainer.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(trainer):
                     break
@@ -187,7 +188,7 @@ def _end_epoch(run: Run) -> None:
     run.store.reset()
 
 
-def _may_stop(trainer: Any) -> bool:
+def _may_stop(trainer: Trainer) -> bool:
     """Whether ``should_stop`` may be obeyed: the least numbers of epochs and steps are reached."""
     loop = trainer.fit_loop
     enough_epochs = not loop.min_epochs or loop.epoch_progress.current.processed >= loop.min_epochs
@@ -195,7 +196,7 @@ def _may_stop(trainer: Any) -> bool:
     return bool(enough_epochs and enough_steps)
 
 
-def _stops_in_epoch(trainer: Any) -> bool:
+def _stops_in_epoch(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
@@ -218,8 +219,22 @@ def _is_done(run: Run) -> bool:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True
-        trainer._explain_minima_once()
+        _explain_minima_once(trainer)
     return False
+
+
+def _explain_minima_once(trainer: Trainer) -> None:
+    if not trainer._explained_minima:
+        trainer._explained_minima = True
+        rank_zero_info(
+            f"Trainer was signaled to stop but the required `min_epochs={trainer.min_epochs!r}` or "
+            f"`min_steps={trainer.min_steps!r}` has not been met. Training will continue..."
+        )
+
+
+def _skip_empty_batch() -> dict[str, Any]:
+    rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
+    return {}
 
 
 def _check_restored_epoch(run: Run) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import sequence
+from levin.loops.failure import fail
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
@@ -22,7 +23,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     try:
         return sequence.run_sequence(trainer, ckpt_path, weights_only)
     except BaseException as error:
-        trainer._fail(error)
+        fail(trainer, error)
         raise
 
 

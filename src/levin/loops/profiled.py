@@ -19,6 +19,7 @@ from levin.utilities.timing import action_name
 
 if TYPE_CHECKING:
     from levin.profilers.profiler import Profiler
+    from levin.trainer import Trainer
 
 Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
@@ -29,6 +30,11 @@ NEXT = {
     "predict": "[_PredictionLoop].predict_next",
 }
 """Stage -> name of the wait for the next batch; these are the names that reports have always had."""
+
+
+def is_profiling(trainer: Trainer) -> bool:
+    """Whether anything is measured at all."""
+    return type(trainer.profiler).__name__ != "PassThroughProfiler"
 
 
 def timer(profiler: Profiler) -> Timed:

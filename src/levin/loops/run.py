@@ -108,6 +108,13 @@ def new_store(trainer: Trainer, module: LightningModule, training: bool) -> LogS
     return LogStore(training, modules, sync if strategy.is_distributed else None, bool(trainer.loggers))
 
 
+def detach_log_store(module: torch.nn.Module) -> None:
+    """Let ``self.log`` of the module and its children have no place to write to: no run is there."""
+    for child in module.modules():
+        if "_log_store" in child.__dict__:
+            child.__dict__["_log_store"] = None
+
+
 def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> int:
     """Return how many of (batch, batch_idx, dataloader_idx) the step ``name`` of ``module`` takes.
 

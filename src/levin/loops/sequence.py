@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from levin.checkpoint import state as tree
-from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
-from levin.data.source import StageLoaders
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
+from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
 from levin.loops.predict import predict
-from levin.loops.profiled import NEXT, ProfiledRun, kind_of, time_step, timed_transfer, timer, untimed
-from levin.loops.run import Run, new_store
+from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
+from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
-from levin.module import LightningModule
+from levin.loops.verify import verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
-from levin.precision.precision import Precision
-from levin.settings import num_from_limit
-from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
-from levin.utilities.states import RunningStage
-from levin.utilities.timing import action_name, call_timed
+from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
@@ -56,7 +49,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     strategy.connect(module)
     strategy.setup_environment()
     local_rank = trainer.local_rank if trainer.world_size > 1 else None
-    trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer._profiler_dir())
+    trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer.log_dir if is_profiling(trainer) else None)
     prepare_data(trainer)
     for logger in trainer.loggers:
         getattr(logger, "experiment", None)
@@ -92,7 +85,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
-    _detach_log_store(module)
+    detach_log_store(module)
     strategy.teardown()
     trainer._moved_metrics_to(torch.device("cpu"))
     if fn == "fit":
@@ -130,15 +123,16 @@ def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str
         with torch.autograd.set_detect_anomaly(trainer._detect_anomaly) if trainer._detect_anomaly else nullcontext():
             run_fit(trainer, run, checkpoint)
         return None
-    loaders = trainer._loaders_of(fn)
-    limit = trainer._limit_of(fn)
+    loaders = loaders_of(trainer, fn)
+    limit = limit_of(trainer, fn)
     if limit == 0:
         return None if fn == "predict" else []
     load(trainer, loaders, limit)
     feed = make_feed(run, loaders)
     name = "validation" if fn == "validate" else fn
     step = compose_evaluation_step(run, name, len(feed.sources))
-    no_gradients = torch.inference_mode() if trainer._uses_inference_mode else torch.no_grad()
+    uses_inference = trainer._inference_mode and trainer.strategy.supports_inference_mode
+    no_gradients = torch.inference_mode() if uses_inference else torch.no_grad()
     if sum(loaders.num_batches) == 0:
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
@@ -146,7 +140,7 @@ def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str
         set_epoch(loader, trainer.current_epoch)
     with no_gradients:
         if fn == "predict":
-            indices = functools.partial(trainer._batch_indices, feed)
+            indices = functools.partial(batch_indices, trainer, feed)
             loop = trainer.predict_loop
             return predict(run, feed, step, loop, trainer._returns_predictions, indices)
         loop = trainer.validate_loop if fn == "validate" else trainer.test_loop
@@ -204,69 +198,7 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
             val_loop.batch_progress.total.set_all(0)
             val_loop.batch_progress.reset()
         run.call("on_sanity_check_end")
-    trainer._sanity_metrics = None
     trainer._reset_metrics()
-
-
-def verify(trainer: Trainer) -> None:
-    """Check that the hooks a run needs are there, before anything starts.
-
-    Raises:
-        MisconfigurationException: One is missing, or settings do not fit the module.
-    """
-    module, fn = trainer.lightning_module, str(trainer.state.fn)
-
-    def has(name: str) -> bool:
-        return name in vars(module) or is_overridden(name, module, LightningModule)
-
-    for old in ("training_epoch_end", "validation_epoch_end", "test_epoch_end"):
-        if callable(getattr(module, old, None)):
-            new = f"on_{old.replace('training', 'train')}"
-            raise NotImplementedError(
-                f"`{type(module).__name__}.{old}` is not supported. Override `{new}` and keep the outputs yourself."
-            )
-    if fn == "fit":
-        for name in ("training_step", "configure_optimizers"):
-            if not has(name):
-                raise MisconfigurationException(
-                    f"`Trainer.fit` requires `{name}`, which {type(module).__name__} does not define. Define it."
-                )
-        if not trainer._train_loaders.is_defined:
-            raise MisconfigurationException(
-                f"`Trainer.fit` requires training data, received none for {type(module).__name__}. Pass "
-                "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
-            )
-        if has("validation_step") and not trainer._val_loaders.is_defined:
-            rank_zero_warn("You defined a `validation_step` but have no `val_dataloader`. Skipping validation.")
-        elif trainer._val_loaders.is_defined and not has("validation_step"):
-            rank_zero_warn("You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.")
-        if not module.automatic_optimization:
-            if trainer.gradient_clip_val:
-                raise MisconfigurationException(
-                    "Automatic gradient clipping is not possible in manual optimization, received "
-                    f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}). Call `self.clip_gradients` in `training_step`."
-                )
-            if trainer.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    "Automatic gradient accumulation is not possible in manual optimization, received "
-                    f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}). Step every N batches yourself."
-                )
-        return
-    name = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[fn]
-    if fn == "predict":
-        if not has(name) and not has("forward"):
-            raise MisconfigurationException(
-                "`Trainer.predict` requires `predict_step` or `forward`. Define one of them."
-            )
-    elif not has(name):
-        raise MisconfigurationException(
-            f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
-        )
-    loaders = trainer._loaders_of(fn)
-    if not loaders.is_defined:
-        raise MisconfigurationException(
-            f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
-        )
 
 
 def prepare_data(trainer: Trainer) -> None:
@@ -283,7 +215,7 @@ def prepare_data(trainer: Trainer) -> None:
 def compose_run(trainer: Trainer, fn: str) -> Run:
     """Resolve everything that can be known before the first batch."""
     module, strategy = trainer.lightning_module, trainer.strategy
-    timed = timer(trainer.profiler) if trainer._is_profiling else None
+    timed = timer(trainer.profiler) if is_profiling(trainer) else None
     optimizers: list[Any] = []
     schedulers: list[Any] = []
     if fn == "fit":
@@ -308,109 +240,3 @@ def compose_run(trainer: Trainer, fn: str) -> Run:
     )
     run.activate(run.store)
     return run
-
-
-def _detach_log_store(module: torch.nn.Module) -> None:
-    for child in module.modules():
-        if "_log_store" in child.__dict__:
-            child.__dict__["_log_store"] = None
-
-
-def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float]] = None) -> Feed:
-    """Return the feed of a stage."""
-    precision = run.strategy.precision
-    convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
-    step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
-    on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
-    return Feed(
-        loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
-        run.strategy.root_device, convert, run.transfer, on_demand,
-        run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
-    )  # fmt: skip
-
-
-def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
-    """Ask for the loaders of a stage and measure them."""
-    sampler_kwargs = trainer.distributed_sampler_kwargs if trainer._use_distributed_sampler else None
-    is_overfit = bool(trainer.overfit_batches) and loaders.stage in ("train", "val") and str(trainer.state.fn) == "fit"
-    owner = loaders.owner
-    with nullcontext() if owner is None else trainer.profiler.profile(action_name(kind_of(owner), owner, loaders.hook)):
-        loaders.load(sampler_kwargs, is_overfit)
-    name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
-        loaders.stage, f"limit_{loaders.stage}_batches"
-    )
-    loaders.measure(limit, name, num_from_limit)
-    loaders.loaded_epoch = trainer.current_epoch
-
-
-def _due(trainer: Trainer, loaders: StageLoaders) -> bool:
-    every = trainer.reload_dataloaders_every_n_epochs
-    return loaders.combined is None or bool(every and trainer.current_epoch - loaders.loaded_epoch >= every)
-
-
-def load_training(trainer: Trainer) -> bool:
-    """Load the training loaders when they are not there, or due again. Returns whether it did."""
-    loaders = trainer._train_loaders
-    if not _due(trainer, loaders):
-        return False
-    load(trainer, loaders, trainer.limit_train_batches)
-    trainer._num_training_batches = loaders.num_batches[0]
-    trainer.val_check_batch = _val_check_batch(trainer)
-    if trainer.loggers and trainer.log_every_n_steps and loaders.num_batches[0] < trainer.log_every_n_steps:
-        if not trainer.fast_dev_run:
-            from levin.utilities.warnings import PossibleUserWarning
-
-            rank_zero_warn(
-                f"The number of training batches ({loaders.num_batches[0]}) is smaller than the logging interval "
-                f"Trainer(log_every_n_steps={trainer.log_every_n_steps}). "
-                "Set a lower value for log_every_n_steps if you want to see logs for the training epoch.",
-                category=PossibleUserWarning,
-            )
-    return True
-
-
-def load_validation(trainer: Trainer) -> bool:
-    """Load the validation loaders when they are not there, or due again. Returns whether it did."""
-    loaders = trainer._val_loaders
-    if not _due(trainer, loaders):
-        return False
-    load(trainer, loaders, trainer.limit_val_batches)
-    return True
-
-
-def _val_check_batch(trainer: Trainer) -> int | float:
-    """Return every how many batches validation is due; inf for once at the end."""
-    interval, count = trainer.val_check_interval, trainer._num_training_batches
-    if trainer._val_check_seconds is not None:
-        return math.inf
-    if isinstance(interval, int) and not isinstance(interval, bool):
-        if interval > count and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
-            raise ValueError(
-                f"val_check_interval must be <= the number of training batches ({count}), received {interval}. "
-                "Set Trainer(check_val_every_n_epoch=None) to count batches across epochs."
-            )
-        return interval
-    if count == math.inf:
-        if interval == 1.0:
-            return math.inf
-        raise MisconfigurationException(
-            f"val_check_interval must be 1.0 or an int when the loader's length is unknown, received {interval}."
-        )
-    return max(1, int(count * interval))
-
-
-def next_validation_feed(run: Run) -> Feed:
-    """Return the feed of a validation inside fit."""
-    trainer = run.trainer
-    if load_validation(trainer) or trainer._val_step is None:
-        trainer._val_step = compose_evaluation_step(run, "validation", len(trainer._val_loaders.sources()))
-    feed = make_feed(run, trainer._val_loaders)
-    for loader in feed.sources:
-        set_epoch(loader, trainer.current_epoch)
-    return feed
-
-
-def stage_of(fn: str) -> RunningStage:
-    """Return the stage in which a method starts."""
-    stages = {"fit": "train", "validate": "validate", "test": "test", "predict": "predict"}
-    return RunningStage(stages[fn])

@@ -1,0 +1,75 @@
+"""Whether a module and its data have what a call needs, asked before anything starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from levin.loops.loading import loaders_of
+from levin.module import LightningModule
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.overrides import is_overridden
+from levin.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from levin.trainer import Trainer
+
+
+def verify(trainer: Trainer) -> None:
+    """Check that the hooks a run needs are there, before anything starts.
+
+    Raises:
+        MisconfigurationException: One is missing, or settings do not fit the module.
+    """
+    module, fn = trainer.lightning_module, str(trainer.state.fn)
+
+    def has(name: str) -> bool:
+        return name in vars(module) or is_overridden(name, module, LightningModule)
+
+    for old in ("training_epoch_end", "validation_epoch_end", "test_epoch_end"):
+        if callable(getattr(module, old, None)):
+            new = f"on_{old.replace('training', 'train')}"
+            raise NotImplementedError(
+                f"`{type(module).__name__}.{old}` is not supported. Override `{new}` and keep the outputs yourself."
+            )
+    if fn == "fit":
+        for name in ("training_step", "configure_optimizers"):
+            if not has(name):
+                raise MisconfigurationException(
+                    f"`Trainer.fit` requires `{name}`, which {type(module).__name__} does not define. Define it."
+                )
+        if not trainer._train_loaders.is_defined:
+            raise MisconfigurationException(
+                f"`Trainer.fit` requires training data, received none for {type(module).__name__}. Pass "
+                "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
+            )
+        if has("validation_step") and not trainer._val_loaders.is_defined:
+            rank_zero_warn("You defined a `validation_step` but have no `val_dataloader`. Skipping validation.")
+        elif trainer._val_loaders.is_defined and not has("validation_step"):
+            rank_zero_warn("You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.")
+        if not module.automatic_optimization:
+            if trainer.gradient_clip_val:
+                raise MisconfigurationException(
+                    "Automatic gradient clipping is not possible in manual optimization, received "
+                    f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}). Call `self.clip_gradients` in `training_step`."
+                )
+            if trainer.accumulate_grad_batches != 1:
+                raise MisconfigurationException(
+                    "Automatic gradient accumulation is not possible in manual optimization, received "
+                    f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}). Step every N batches yourself."
+                )
+        return
+    name = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[fn]
+    if fn == "predict":
+        if not has(name) and not has("forward"):
+            raise MisconfigurationException(
+                "`Trainer.predict` requires `predict_step` or `forward`. Define one of them."
+            )
+    elif not has(name):
+        raise MisconfigurationException(
+            f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
+        )
+    loaders = loaders_of(trainer, fn)
+    if not loaders.is_defined:
+        raise MisconfigurationException(
+            f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
+        )
