@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import sys
 from collections.abc import Sequence
 from typing import Optional
 
 from levin import __version__
+
+COMMANDS = {
+    "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
+    "migrate": ("levin.compat.migrate", "rewrite imports of Lightning to imports of levin, after showing them"),
+}
+"""Name of a command -> the module whose ``main(words)`` runs it, and what it does. Only the one that is asked for loads."""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -18,16 +26,27 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit status.
     """
-    parser = argparse.ArgumentParser(prog="levin", description="A training framework for PyTorch.")
-    parser.add_argument("--version", action="version", version=f"levin {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    verify = commands.add_parser("verify", help="say which checkpoints are intact, and what is wrong with the others")
-    verify.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
-    parsed = parser.parse_args(arguments)
-    if parsed.command == "verify":
-        from levin.checkpoint.verify import main as verify_files
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        module, _ = COMMANDS[words[0]]
+        status: int = importlib.import_module(module).main(words[1:])
+        return status
+    if words and (words[0] == "-m" or not words[0].startswith("-")):
+        from levin.compat.launch import run_program
 
-        return verify_files(parsed.files)
+        run_program(words)
+    parser = argparse.ArgumentParser(
+        prog="levin",
+        description="A training framework for PyTorch.",
+        usage="levin COMMAND [...]\n       levin SCRIPT [...]\n       levin -m MODULE [...]",
+        epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"levin {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text)
+    parser.parse_args(words)
     parser.print_help()
     return 0
 

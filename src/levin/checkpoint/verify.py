@@ -9,6 +9,7 @@ This guards against accidents. It is no signature: who writes a file on purpose 
 
 from __future__ import annotations
 
+import argparse
 import os
 import struct
 import sys
@@ -94,8 +95,10 @@ def main(arguments: Sequence[str]) -> int:
 
     This is the command ``levin verify FILE...``.
     """
+    parser = argparse.ArgumentParser(prog="levin verify", description="Say which checkpoints are intact.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
     num_bad = 0
-    for path in arguments:
+    for path in parser.parse_args(arguments).files:
         try:
             verify(path)
         except (ValueError, OSError) as error:

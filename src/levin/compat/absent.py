@@ -32,7 +32,7 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
 
     # Abstract methods of the base must not speak first.
     body = {"__init__": refuse, "__doc__": f"Not there. {way_out}", "__abstractmethods__": frozenset()}
-    body |= {method: refuse for method in getattr(base, "__abstractmethods__", ())}
+    body |= dict.fromkeys(getattr(base, "__abstractmethods__", ()), refuse)
     return type(name, (base,), {**body, "__module__": __name__})
 
 
@@ -44,7 +44,9 @@ _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 BatchSizeFinder = _absent("BatchSizeFinder", "Set the batch size yourself.", Callback)
 LearningRateFinder = _absent("LearningRateFinder", "Set the learning rate yourself.", Callback)
 ModelPruning = _absent("ModelPruning", "Call `torch.nn.utils.prune` in a callback of your own.", Callback)
-Tuner = _absent("Tuner", "Set the learning rate and the batch size yourself, or search them with short runs of `Trainer`.")
+Tuner = _absent(
+    "Tuner", "Set the learning rate and the batch size yourself, or search them with short runs of `Trainer`."
+)
 
 _BY_HAND = "Build the objects in Python, or with jsonargparse's ArgumentParser, and pass them to `Trainer`."
 LightningArgumentParser = _absent("LightningArgumentParser", _BY_HAND)

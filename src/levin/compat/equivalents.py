@@ -16,6 +16,7 @@ import torch
 import torch.distributed
 from lightning_utilities.core.enums import StrEnum
 
+from levin.engine import Engine, build_engine
 from levin.hparams import frame_arguments
 from levin.loading import read_hparams_file
 from levin.utilities.collections import apply_to_collection
@@ -35,7 +36,7 @@ class LightningDeprecationWarning(DeprecationWarning):
     """A filter for it silences nothing: levin's deprecations are plain DeprecationWarnings."""
 
 
-class _TunerExitException(Exception):  # noqa: N818  (the name is Lightning's)
+class _TunerExitException(Exception):
     """Ends a search for a batch size or a learning rate; caught and never raised."""
 
 
@@ -107,27 +108,14 @@ class Optimizable(Steppable, Protocol):
         """Take up a state."""
 
 
-class _AcceleratorConnector:
-    """What ``trainer._accelerator_connector`` answers, and the same for arguments without a Trainer.
+def _AcceleratorConnector(**arguments: Any) -> Engine:
+    """Return what a Trainer with such arguments would run on, as ``trainer._accelerator_connector`` answers it.
 
     Args:
         arguments: ``accelerator``, ``strategy``, ``devices``, ``num_nodes``, ``precision``, ``plugins`` and
             ``sync_batchnorm``, as the Trainer takes them.
     """
-
-    def __init__(self, **arguments: Any) -> None:
-        from levin.trainer import Trainer
-
-        arguments = {name: value for name, value in arguments.items() if name not in _DECIDED_ELSEWHERE}
-        trainer = Trainer(
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **arguments
-        )
-        self._view = trainer._accelerator_connector
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_view":
-            raise AttributeError(name)
-        return getattr(self._view, name)
+    return build_engine(**{name: value for name, value in arguments.items() if name not in _DECIDED_ELSEWHERE})
 
 
 _DECIDED_ELSEWHERE = ("benchmark", "deterministic", "use_distributed_sampler")
@@ -209,7 +197,8 @@ def is_oom_error(exception: BaseException) -> bool:
         return True
     text = str(exception)
     return isinstance(exception, RuntimeError) and any(
-        part in text for part in ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
+        part in text
+        for part in ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
     )
 
 

@@ -13,20 +13,6 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from levin.compat import inherited_environment
-from levin.utilities.exceptions import MisconfigurationException
-
-
-def is_program(words: Sequence[str]) -> bool:
-    """Return whether a command line names a program to run: ``-m MODULE`` or an existing file.
-
-    Args:
-        words: The words behind ``levin``.
-
-    Example:
-        >>> is_program(["-m", "pytest"]), is_program(["verify", "last.ckpt"])
-        (True, False)
-    """
-    return bool(words) and (words[0] == "-m" or words[0].endswith(".py") or os.path.exists(words[0]))
 
 
 def run_program(words: Sequence[str]) -> NoReturn:
@@ -36,16 +22,16 @@ def run_program(words: Sequence[str]) -> NoReturn:
         words: ``SCRIPT [args]`` or ``-m MODULE [args]``.
 
     Raises:
-        MisconfigurationException: ``-m`` without a module, a script that is not there, or a Python that reads no
-            environment (``-E``, ``-I``) and so cannot be told.
+        SystemExit: ``-m`` without a module, a script that is not there, or a Python that reads no environment (``-E``,
+            ``-I``) and so cannot be told.
     """
     if words[0] == "-m" and len(words) < 2:
-        raise MisconfigurationException("levin -m must be followed by a module. Write `python -m levin -m MODULE`.")
+        raise SystemExit("levin: -m must be followed by a module. Write `python -m levin -m MODULE`.")
     if words[0] != "-m" and not os.path.exists(words[0]):
-        raise MisconfigurationException(f"The script to run must exist, received {words[0]!r}.")
+        raise SystemExit(f"levin: {words[0]!r} is neither a command nor a script that exists. See `levin --help`.")
     if sys.flags.ignore_environment or sys.flags.no_site:
-        raise MisconfigurationException(
-            "levin passes its import alias on through PYTHONPATH and site, which -E, -I and -S switch off. "
+        raise SystemExit(
+            "levin: the import alias is passed on through PYTHONPATH and site, which -E, -I and -S switch off. "
             "Leave the option out, or call levin.compat.install() at the top of the program."
         )
     command = [sys.executable, *_interpreter_options(), *words]

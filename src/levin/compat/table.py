@@ -14,7 +14,12 @@ EQUIVALENTS = "levin.compat.equivalents"
 """Small functions and classes that nothing of levin's own needs, and packages do."""
 
 _ACCELERATORS, _CALLBACKS, _ENVIRONMENTS = "levin.accelerators", "levin.callbacks", "levin.environments"
-_CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = "levin.checkpoint", "levin.launchers", "levin.loggers", "levin.loops.progress"
+_CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
+    "levin.checkpoint",
+    "levin.launchers",
+    "levin.loggers",
+    "levin.loops.progress",
+)
 _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
     "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
 )  # fmt: skip
@@ -29,9 +34,7 @@ _EARLIER_PRECISIONS = (
     "DoublePrecisionPlugin:DoublePrecision HalfPrecisionPlugin:HalfPrecision MixedPrecisionPlugin:MixedPrecision "
     "PrecisionPlugin:Precision"
 )
-_OTHER_PRECISIONS = (
-    "BitsandbytesPrecision DeepSpeedPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
-)
+_OTHER_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
 _OTHER_STRATEGIES = "DeepSpeedStrategy FSDPStrategy ModelParallelStrategy SingleDeviceXLAStrategy XLAStrategy"
 _RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
 _RANK_ZERO_MODULE = {

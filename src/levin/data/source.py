@@ -49,7 +49,6 @@ class StageLoaders:
             self.combined = None
             self.loaded_epoch = -math.inf
 
-    @property
     def is_defined(self) -> bool:
         """Whether anybody gives loaders."""
         return self.given is not None or self.owner is not None
