@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 LATER = ("torchmetrics", "rich", "tqdm", "tensorboard", "yaml", "fsspec", "jsonargparse", "omegaconf", "lightning")
 
 
-def seconds(statement: str) -> float:
+def seconds(statement: str, folder: Path) -> float:
     code = f"import torch, time; t = time.process_time(); {statement}; print(time.process_time() - t)"
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    command = [sys.executable, "-X", f"pycache_prefix={folder}", "-c", code]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 @pytest.mark.timing
-def test_import_adds_at_most_150_ms_to_torch():
-    assert statistics.median(seconds("import levin") for _ in range(3)) < 0.15
-    assert (
-        statistics.median(seconds("from levin import Trainer, LightningModule, LightningDataModule") for _ in range(3))
-        < 0.5
-    )
+@pytest.mark.parametrize(
+    "statement", ["import levin", "from levin import Trainer, LightningModule, LightningDataModule"]
+)
+def test_import_adds_at_most_150_ms_to_torch(statement, tmp_path):
+    seconds(statement, tmp_path)  # compiles
+    assert statistics.median(seconds(statement, tmp_path) for _ in range(3)) < 0.15
 
 
 def test_import_loads_nothing_that_is_used_later():

@@ -12,7 +12,7 @@ from levin import __version__
 
 COMMANDS = {
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
-    "migrate": ("levin.compat.migrate", "rewrite imports of Lightning to imports of levin, after showing them"),
+    "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
 }
 """Name of a command -> the module whose ``main(words)`` runs it, and what it does. Only the one that is asked for loads."""
 

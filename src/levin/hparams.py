@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import pickle
 import sys
 import types
 from argparse import Namespace
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from levin.utilities.attribute_dict import AttributeDict
 from levin.utilities.rank_zero import rank_zero_warn
@@ -165,6 +166,23 @@ def copy_hparams(hparams: Any) -> Any:
     return copied
 
 
+def drop_unpicklable(hparams: Any) -> None:
+    """Remove the entries of ``hparams`` that no checkpoint can hold, with a warning for each."""
+    if not isinstance(hparams, dict):
+        return
+    for name, value in list(hparams.items()):
+        if value is None or isinstance(value, (*_PRIMITIVES, Tensor)):
+            continue
+        try:
+            pickle.dumps(value)
+        except (pickle.PickleError, AttributeError, TypeError, RuntimeError) as error:
+            rank_zero_warn(
+                f"Hyper-parameter {name!r} is removed, because it cannot be pickled: {error}. "
+                f"Leave it out with self.save_hyperparameters(ignore=[{name!r}])."
+            )
+            del hparams[name]
+
+
 class HyperparametersMixin:
     """Gives a class ``save_hyperparameters`` and ``hparams``."""
 
@@ -215,6 +233,7 @@ class HyperparametersMixin:
                 "save_hyperparameters takes names of arguments, or one container, "
                 f"received {len(args)} arguments: {args!r}. Pass the names as strings."
             )
+        self._log_hyperparams = logger
         if len(args) == 1 and _is_empty(args[0]):
             return
 
@@ -244,7 +263,6 @@ class HyperparametersMixin:
         self._hparams = merge_hparams(kept, hparams)
         self._hparams_initial = copy_hparams(self._hparams)
         self._hparams_name = name
-        self._log_hyperparams = logger
 
     @property
     def hparams(self) -> Any:

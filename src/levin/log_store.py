@@ -8,7 +8,7 @@ device nor keeps a graph alive. Reduction to one value happens when someone read
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -160,7 +160,9 @@ class Slot:
         position = self.filled
         is_tensor = isinstance(value, Tensor)
         if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
-            self._allocate(value.device if is_tensor else torch.device("cpu"))
+            is_double = is_tensor and value.dtype is torch.float64
+            dtype = torch.float64 if is_double else torch.get_default_dtype()
+            self._allocate(value.device if is_tensor else torch.device("cpu"), dtype)
         elif position == BLOCK:
             self._fold()
             position = 0
@@ -176,10 +178,10 @@ class Slot:
             self.weights.append(weight)
             self.filled = position + 1
 
-    def _allocate(self, device: torch.device) -> None:
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
             old, old_total = self.block, self.total
-            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=torch.get_default_dtype(), device=device)
+            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=dtype, device=device)
             if old is not None:
                 self.block.copy_(old)
             self.cells = list(self.block.unbind())
@@ -210,10 +212,10 @@ class Slot:
         return folded if self.total is None else pick(self.total, folded)
 
     def step_value(self) -> Any:
-        """Return the last value."""
+        """Return the last value; None for a metric that was updated without computing it for the batch."""
         if self.metric is not None:
-            cache = self.metric._forward_cache
-            return self.metric.compute() if cache is None else cache.detach()
+            value = self.metric._forward_cache
+            return value.detach() if isinstance(value, Tensor) else value
         assert self.block is not None
         return self.cells[self.filled - 1 if self.filled else 0].clone()
 
@@ -222,7 +224,7 @@ class Slot:
         if self.metric is not None:
             value = self.metric.compute()
             if not isinstance(value, Tensor):
-                raise MisconfigurationException(
+                raise ValueError(
                     f"The compute() of a logged metric must return a Tensor, received {value!r} for {self.name!r}. "
                     "Log its parts with self.log_dict(metric.compute()) at the end of the epoch."
                 )
@@ -248,7 +250,7 @@ class Slot:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up :meth:`state_dict`."""
         if state["block"] is not None:
-            self._allocate(state["block"].device)
+            self._allocate(state["block"].device, state["block"].dtype)
             assert self.block is not None
             self.block.copy_(state["block"])
         self.weights = list(state["weights"])
@@ -277,7 +279,7 @@ class LogStore:
         self.hook: Optional[str] = None
         self.batch: Any = None
         self.dataloader_idx: Optional[int] = None
-        self.is_epoch_end: bool = False
+        self.is_between_batches: bool = True
         self.has_step_slots: bool = False
         self._size: Optional[int] = None
         self._slots: dict[tuple[str, str, Optional[int]], Slot] = {}
@@ -287,9 +289,15 @@ class LogStore:
 
     def start_batch(self, batch: Any, dataloader_idx: Optional[int] = None) -> None:
         """A new batch: its size is found when a mean needs it."""
+        self.is_between_batches = False
         self.batch = batch
         self.dataloader_idx = dataloader_idx
         self._size = None
+
+    def end_batches(self) -> None:
+        """No batch is there any more (or not yet): who reads now gets the values of the epoch."""
+        self.batch = self.dataloader_idx = None
+        self.is_between_batches = True
 
     def log(self, name: str, value: Any, arguments: tuple[Any, ...], batch_size: Optional[int]) -> None:
         """Add ``value`` under ``name`` for the present hook. See ``LightningModule.log`` for the arguments."""
@@ -297,13 +305,8 @@ class LogStore:
         slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
         if slot is None:
             slot = self._new_slot(name, value, Arguments._make(arguments))
-        elif slot.arguments != arguments and slot.is_restored:
-            slot.arguments, slot.is_restored = Arguments._make(arguments), False
         elif slot.arguments != arguments:
-            raise MisconfigurationException(
-                f"self.log({name!r}, ...) was called twice in {hook} with different arguments: "
-                f"{arguments} after {slot.arguments}. Use two names, or the same arguments."
-            )
+            self._take_arguments(slot, Arguments._make(arguments))
         if slot.metric is not None:
             slot.has_value = True
             return
@@ -319,7 +322,7 @@ class LogStore:
             slot.add(value, 1.0)
         elif batch_size is not None:
             slot.add(value, batch_size)
-        elif self.batch is None or not isinstance(value, Tensor) or hook in EPOCH_ONLY:
+        elif self.batch is None or hook in EPOCH_ONLY:
             slot.add(value, 1.0)
         else:
             size = self._size
@@ -339,13 +342,7 @@ class LogStore:
         reduction = "mean"
         if metric is None:
             _check_value(name, value, None)
-            key = arguments.reduce_fx
-            reduction = _REDUCTIONS.get(key, "") if isinstance(key, str) or callable(key) else ""
-            if not reduction:
-                raise value_error(
-                    f"self.log({name!r}, reduce_fx=...)", key, "must be one of 'mean', 'sum', 'min', 'max'",
-                    "Use a torchmetrics.Metric for any other reduction.",
-                )  # fmt: skip
+            reduction = resolve_reduction(name, arguments.reduce_fx)
             if isinstance(value, Tensor) and not value.is_floating_point():
                 rank_zero_warn(
                     f"self.log({name!r}, ...) received a tensor of dtype {value.dtype}, kept as a float. "
@@ -353,10 +350,33 @@ class LogStore:
                 )
         if arguments.logger and not self._has_loggers:
             rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
-        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, self.dataloader_idx, metric, self._sync)
-        self._slots[hook, name, self.dataloader_idx] = slot
+        index = self.dataloader_idx
+        if not arguments.add_dataloader_idx and index and (hook, name, index - 1) in self._slots:
+            raise MisconfigurationException(
+                f"self.log({name!r}, add_dataloader_idx=False) was called for loader {index - 1} and for loader {index}, "
+                "which would mix their values. Give each loader a name of its own, or leave add_dataloader_idx=True."
+            )
+        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, index, metric, self._sync)
+        self._slots[hook, name, index] = slot
         self.has_step_slots = self.has_step_slots or on_step
         return slot
+
+    def _take_arguments(self, slot: Slot, arguments: Arguments) -> None:
+        """Go on with ``arguments`` that are written another way and mean the same as those of ``slot``."""
+        if not slot.is_restored and self._meaning(slot, arguments) != self._meaning(slot, slot.arguments):
+            raise MisconfigurationException(
+                f"self.log({slot.name!r}, ...) was called twice in {slot.hook} with different arguments: "
+                f"{tuple(arguments)} after {tuple(slot.arguments)}. Use two names, or the same arguments."
+            )
+        slot.arguments, slot.is_restored = arguments, False
+
+    def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[Any, ...]:
+        return (
+            arguments.prog_bar, arguments.logger is not False, resolve_moments(slot.name, slot.hook, arguments),
+            None if slot.metric is not None else resolve_reduction(slot.name, arguments.reduce_fx),
+            None if self._sync is None else (arguments.sync_dist, arguments.sync_dist_group),
+            arguments.add_dataloader_idx, arguments.rank_zero_only,
+        )  # fmt: skip
 
     def _find_metric(self, name: str, value: Any, arguments: Arguments) -> Any:
         if not isinstance(value, metric_class()):
@@ -372,8 +392,7 @@ class LogStore:
         """Forget the values of an epoch, and reset the metrics that were logged."""
         for slot in self._slots.values():
             slot.reset()
-        self.is_epoch_end = False
-        self.dataloader_idx = None
+        self.end_batches()
 
     def slots(self) -> Iterator[Slot]:
         """Yield the slots that hold a value."""
@@ -382,18 +401,18 @@ class LogStore:
                 yield slot
 
     def read(self, on_step: bool) -> Metrics:
-        """Return the step values, or the epoch values, by destination.
+        """Return the step values, or the epoch values, by destination; of several loaders those of the present one.
 
         Args:
             on_step: True for the last values of the step, False for the epoch's.
         """
         metrics = Metrics({}, {}, {})
         for slot in self.slots():
-            if not (slot.on_step if on_step else slot.on_epoch):
-                continue
-            if on_step and slot.dataloader_idx != self.dataloader_idx:
+            if not (slot.on_step if on_step else slot.on_epoch) or slot.dataloader_idx != self.dataloader_idx:
                 continue
             value = slot.step_value() if on_step else slot.epoch_value()
+            if value is None:
+                continue
             name = forked = slot.name
             if slot.on_step and slot.on_epoch:
                 forked = f"{name}_step" if on_step else f"{name}_epoch"
@@ -408,22 +427,6 @@ class LogStore:
             if slot.prog_bar:
                 metrics.progress_bar[forked] = value
         return metrics
-
-    def epoch_results(self, num_dataloaders: int) -> list[dict[str, Any]]:
-        """Return, for each loader, the logged epoch values with the names that ``validate`` and ``test`` return."""
-        results: list[dict[str, Any]] = [{} for _ in range(num_dataloaders)]
-        shared: dict[str, Any] = {}
-        for slot in self.slots():
-            if not (slot.on_epoch and slot.logger):
-                continue
-            name = f"{slot.name}_epoch" if slot.on_step else slot.name
-            if slot.dataloader_idx is not None and slot.arguments.add_dataloader_idx:
-                name += f"/dataloader_idx_{slot.dataloader_idx}"
-            target = (
-                shared if slot.dataloader_idx is None and num_dataloaders > 1 else results[slot.dataloader_idx or 0]
-            )
-            target[name] = slot.epoch_value()
-        return [{**result, **shared} for result in results]
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Return the values of an unfinished epoch; of metric objects only their names, their states are the module's."""
@@ -474,11 +477,27 @@ def resolve_moments(name: str, hook: Optional[str], arguments: Arguments) -> tup
     return on_step, on_epoch
 
 
+def resolve_reduction(name: str, reduce_fx: Any) -> str:
+    """Return "mean", "sum", "min" or "max".
+
+    Raises:
+        MisconfigurationException: ``reduce_fx`` is none of these, nor one of the functions of torch or Python for them.
+    """
+    key = reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx
+    reduction = _REDUCTIONS.get(key, "") if isinstance(key, Hashable) else ""
+    if not reduction:
+        raise value_error(
+            f"self.log({name!r}, reduce_fx=...)", reduce_fx, "must be one of 'mean', 'sum', 'min', 'max'",
+            "Use a torchmetrics.Metric for any other reduction.",
+        )  # fmt: skip
+    return reduction
+
+
 def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:
     if isinstance(value, (int, float, Tensor)):
         return
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0:
-        return
+    if type(value).__module__ == "numpy" and not hasattr(value, "__setitem__") and not isinstance(value, (str, bytes)):
+        return  # a scalar, no array
     hint = (
         "Use self.log_dict for a dict of values."
         if isinstance(value, Mapping)
@@ -499,12 +518,9 @@ def extract_batch_size(batch: Any) -> int:
         return batch.size(0) if batch.dim() else 1
     size: Optional[int] = None
     for leaf in leaves(batch):
-        if isinstance(leaf, Tensor):
-            found = leaf.size(0) if leaf.dim() else 1
-        elif isinstance(leaf, str):
-            found = len(leaf)
-        else:
+        if not isinstance(leaf, Tensor):
             continue
+        found = leaf.size(0) if leaf.dim() else 1
         if size is None:
             size = found
         elif size != found:

@@ -64,7 +64,6 @@ class TrainerProperties:
         self._step: Any = None
         self._val_step: Any = None
         self._metrics = Metrics({}, {}, {})
-        self._sanity_metrics: Optional[Metrics] = None
         self._lightning_optimizers: list[Any] = []
         self._is_setting_up: bool = False
         self._predictions: list[list[Any]] = []
@@ -426,11 +425,7 @@ class TrainerProperties:
         run = self._run
         if run is not None and self.state.status == TrainerStatus.RUNNING:
             store = run.store
-            metrics: Metrics = store.read(on_step=not store.is_epoch_end)
-            if self.sanity_checking:
-                self._metrics = metrics
-            else:
-                self._merge(metrics)
+            self._merge(store.read(on_step=not store.is_between_batches))
 
     def _merge(self, metrics: Metrics) -> Metrics:
         """Take reduced values into the three dictionaries that users read."""

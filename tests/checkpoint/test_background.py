@@ -214,7 +214,7 @@ def test_another_checkpoint_io_can_write_in_the_background(tmp_path):
     checkpoint_io.teardown()  # no warning of torch has become an error in the writer
     (saved, options, thread), removed = inner.seen
     assert saved.tolist() == [1.0, 1.0]
-    assert (options, thread, removed) == ({"ttl": 3}, "levin-checkpoint", "b")
+    assert (options, thread, removed) == ({"ttl": 3}, "levin-checkpoint_0", "b")
 
 
 def test_it_can_be_sent_to_another_process(tmp_path):

@@ -237,3 +237,29 @@ def test_a_custom_environment_needs_all_methods():
 
     with pytest.raises(TypeError, match="abstract"):
         Half()
+
+
+def test_torchruns_store_is_divided_by_attempts(monkeypatch):
+    import torch.distributed as dist
+
+    from levin.utilities.rank_zero import rank_zero_only
+
+    environment = TorchElasticEnvironment()
+    assert environment.store(None) is None  # not restarted, or no store of torchrun's
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "GROUP_WORLD_SIZE": 1,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    assert environment.store(None) is None
+    stores = []
+    for attempt in ("1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        stores.append(environment.store(None))
+    stores[0].set("address", "of the dead")
+    assert not stores[1].check(["address"])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        assert environment.store(None) is None

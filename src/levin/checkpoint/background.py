@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from levin.checkpoint.archive import Buffer, write_archive
@@ -111,6 +112,7 @@ class AsyncCheckpointIO(CheckpointIO):
         """Do what :meth:`teardown` does, except that the inner CheckpointIO stays in use."""
         self.wait()
         self._stager.release()
+        self._worker.release()
         self.check()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -150,16 +152,18 @@ class _Pauses:
 
 
 class _Worker:
-    """Runs jobs one after the other in a thread that exists while there are any.
+    """Runs jobs one after the other in a thread, which is kept until it is given back.
 
-    The thread is no daemon: a process that ends regularly finishes its jobs first.
+    A process that ends regularly finishes its jobs first.
     """
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
         self._jobs: deque[tuple[Callable[[], None], str]] = deque()
         self._condition = threading.Condition()
-        self._thread: threading.Thread | None = None
+        self._is_working = False
+        # Starting a thread waits until it runs, which on a busy machine takes milliseconds; waking one does not.
+        self._thread: ThreadPoolExecutor | None = None
 
     def submit(self, job: Callable[[], None], name: str) -> None:
         """Run ``job`` after those before it, unless one of them fails."""
@@ -167,14 +171,22 @@ class _Worker:
             if self.error is not None:
                 return
             self._jobs.append((job, name))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="levin-checkpoint")
-                self._thread.start()
+            if not self._is_working:
+                self._is_working = True
+                if self._thread is None:
+                    self._thread = ThreadPoolExecutor(1, "levin-checkpoint")
+                self._thread.submit(self._work)
 
     def wait(self) -> None:
         """Wait until there are no jobs."""
         with self._condition:
-            self._condition.wait_for(lambda: self._thread is None)
+            self._condition.wait_for(lambda: not self._is_working)
+
+    def release(self) -> None:
+        """End the thread, which has no jobs; the next one starts another."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown()
 
     def take_error(self) -> BaseException:
         """Return the error and forget it."""
@@ -187,7 +199,7 @@ class _Worker:
         while True:
             with self._condition:
                 if not self._jobs:
-                    self._thread = None
+                    self._is_working = False
                     self._condition.notify_all()
                     return
                 job, name = self._jobs.popleft()

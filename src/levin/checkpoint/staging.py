@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections import OrderedDict
+import os
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +29,11 @@ from levin.checkpoint.archive import (
 )
 
 _ALIGNMENT = 64
-# Below this, the call into torch costs more than the copy by several threads gains.
-_PARALLEL_COPY_BYTES = 2**20
+# Below this, handing a copy to another thread costs more than it gains.
+_PARALLEL_COPY_BYTES = 2**18
+# Long enough that the system copies past the caches, short enough that no thread waits long for the last piece.
+_PIECE_BYTES = 2**25
+_MAX_COPIERS = 8
 _IMMUTABLE = frozenset(
     (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
 )
@@ -81,6 +86,7 @@ class Stager:
 
     def __init__(self) -> None:
         self._block: _Block | None = None
+        self._helpers: ThreadPoolExecutor | None = None
 
     def stage(self, obj: Any) -> Snapshot:
         """Return a snapshot of ``obj``.
@@ -104,11 +110,16 @@ class Stager:
         if self._block is None or self._block.size < total or (is_pinned and not self._block.is_pinned):
             self._block = None  # the old one goes before the new one comes
             self._block = _Block(total, is_pinned)
-        return Snapshot(tree, storages, self._block.view, self._block.copy_in(storages))
+        if self._helpers is None:
+            self._helpers = ThreadPoolExecutor(_num_copiers(), "levin-copy")
+        return Snapshot(tree, storages, self._block.view, self._block.copy_in(storages, self._helpers))
 
     def release(self) -> None:
-        """Give the memory back."""
+        """Give the memory and the threads back."""
         self._block = None
+        if self._helpers is not None:
+            self._helpers.shutdown()
+            self._helpers = None
 
 
 class _Block:
@@ -129,18 +140,27 @@ class _Block:
             self.view = memoryview(memory)
         self.address = _address(self.view)
 
-    def copy_in(self, storages: list[StagedStorage]) -> list[Any]:
+    def copy_in(self, storages: list[StagedStorage], helpers: ThreadPoolExecutor) -> list[Any]:
         """Copy each storage to its offset; return what to wait for until all is there."""
         devices: set[torch.device] = set()
         address, move = self.address, ctypes.memmove
+        long_moves: deque[tuple[int, int, int]] = deque()
+        sources = []  # whose memory has to stay until it is copied
         for storage in storages:
             source, size = storage.source, storage.size
             storage.source = None
             assert source is not None
-            if storage.location == "cpu" and size < _PARALLEL_COPY_BYTES:
+            if storage.location != "cpu":
+                if size:
+                    self._copy_from_device(source, storage.offset, devices)
+            elif size < _PARALLEL_COPY_BYTES:
                 move(address + storage.offset, source.data_ptr(), size)
-            elif size:
-                self._copy_in_parallel(source, storage.offset, devices)
+            else:
+                sources.append(source)
+                start, target = source.data_ptr(), address + storage.offset
+                for piece in range(0, size, _PIECE_BYTES):
+                    long_moves.append((target + piece, start + piece, min(size - piece, _PIECE_BYTES)))
+        _move_all(long_moves, helpers)
         events = []
         for device in devices:
             event = torch.cuda.Event()
@@ -148,7 +168,7 @@ class _Block:
             events.append(event)
         return events
 
-    def _copy_in_parallel(self, source: torch.UntypedStorage, offset: int, devices: set[torch.device]) -> None:
+    def _copy_from_device(self, source: torch.UntypedStorage, offset: int, devices: set[torch.device]) -> None:
         if source.device.type == "cuda" and self.tensor is not None:
             target = self.tensor[offset : offset + source.nbytes()]
             target.copy_(_as_bytes(source), non_blocking=True)
@@ -156,6 +176,36 @@ class _Block:
         else:
             target = torch.frombuffer(self.view[offset : offset + source.nbytes()], dtype=torch.uint8)
             target.copy_(_as_bytes(source))
+
+
+def _num_copiers() -> int:
+    """Return how many threads copy: training waits for them, so that its processors are free."""
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_cpus, _MAX_COPIERS)
+
+
+def _move_all(moves: deque[tuple[int, int, int]], helpers: ThreadPoolExecutor) -> None:
+    """Copy ``(target, source, size)`` each, in this thread and in those that come to help.
+
+    Everyone takes the next one from the row, so that a helper that the system is slow to wake holds nobody up.
+    """
+
+    def work() -> None:
+        move = ctypes.memmove  # lets other threads run meanwhile
+        while True:
+            try:
+                target, source, size = moves.popleft()
+            except IndexError:
+                return
+            move(target, source, size)
+
+    num_helpers = min(len(moves), _num_copiers()) - 1
+    started = [helpers.submit(work) for _ in range(num_helpers)]
+    work()
+    for helper in started:
+        # One that has not begun finds nothing to do any more.
+        if not helper.cancel():
+            helper.result()
 
 
 class _Pickled:
@@ -194,8 +244,11 @@ class _Copier:
             return result
         if kind is list:
             result = self._done[id(value)] = []
-            result.extend(map(self.copy, value))
+            result.extend(value if _IMMUTABLE.issuperset(map(type, value)) else map(self.copy, value))
             return result
+        # The state of python's random numbers is a tuple of 625 numbers.
+        if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
+            return value
         result = tuple(map(self.copy, value)) if kind is tuple else self._pickle(value)
         self._done[id(value)] = result
         return result

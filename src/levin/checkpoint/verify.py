@@ -231,7 +231,8 @@ def _newest_first(folder: str, pattern: str) -> list[str]:
     filesystem = get_filesystem(folder)
     if not filesystem.exists(folder):
         return []
-    remote = [str(path) for path in filesystem.glob(f"{folder.rstrip('/')}/{pattern}")]
+    matching = map(str, filesystem.glob(f"{folder.rstrip('/')}/{pattern}"))
+    remote = [path for path in matching if not os.path.basename(path).startswith(".")]
     remote.sort(key=lambda path: (filesystem.modified(path), path), reverse=True)
     return [str(filesystem.unstrip_protocol(path)) for path in remote]
 

@@ -42,7 +42,8 @@ class AliasFinder:
         if key not in TABLE:
             # Without `name=` the import system takes it for an answer, not for a module to look for elsewhere.
             raise ModuleNotFoundError(_describe_missing(fullname))
-        return ModuleSpec(fullname, _AliasLoader(key), is_package=True, origin="levin.compat")
+        loader: Any = _AliasLoader(key)  # duck-typed, as the finder is
+        return ModuleSpec(fullname, loader, is_package=True, origin="levin.compat")
 
     def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
         """Return the metadata of Lightning for those who ask by its name, and nothing for a list of all."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import Any
 
 
 class ClusterEnvironment(ABC):
@@ -66,6 +68,14 @@ class ClusterEnvironment(ABC):
         Raises:
             ValueError: They do not fit.
         """
+
+    def store(self, timeout: timedelta | None) -> Any:
+        """Return the store through which the processes find each other; None when torch shall make its own.
+
+        Args:
+            timeout: How long a process waits for what another one writes; torch's default when None.
+        """
+        return None
 
     def teardown(self) -> None:
         """Remove what was written into the process environment."""

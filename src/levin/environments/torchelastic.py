@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed
 
@@ -61,6 +63,26 @@ class TorchElasticEnvironment(ClusterEnvironment):
     def node_rank(self) -> int:
         """Return ``GROUP_RANK``."""
         return read_int("GROUP_RANK", 0)
+
+    def store(self, timeout: timedelta | None) -> Any:
+        """Return a part of torchrun's store that earlier attempts have not written into.
+
+        torchrun keeps one store over its restarts, in which the addresses of processes that have died still stand. A new
+        process that reads one waits for it in vain.
+        """
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or read_int("TORCHELASTIC_RESTART_COUNT", 0) == 0:
+            return None
+        if read_int("GROUP_WORLD_SIZE", 1) > 1:
+            # Each machine counts its own restarts, so the count cannot name the attempt.
+            rank_zero_warn(
+                "torchrun restarted the processes and keeps one store over its restarts, in which addresses of dead ones may "
+                "stand. Start with `levin launch`, or with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, on several machines."
+            )
+            return None
+        distributed: Any = torch.distributed
+        waits = {} if timeout is None else {"timeout": timeout}
+        shared = distributed.TCPStore(self.main_address, self.main_port, is_master=False, **waits)
+        return distributed.PrefixStore(f"attempt_{read_int('TORCHELASTIC_RESTART_COUNT')}", shared)
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Check that the numbers multiply to what torchrun started.

@@ -201,6 +201,8 @@ class CSVLogger(Logger):
         self._save_dir: str = os.fspath(save_dir)
         self._name: str = name or ""
         self._version: Optional[Union[int, str]] = version
+        # Earlier numbers then belong to earlier processes of the same script, whose checkpoints `auto` looks for.
+        self._numbers_versions: bool = version is None
         self._prefix: str = prefix
         self._flush_every: int = flush_logs_every_n_steps
         self._experiment: Optional[ExperimentWriter] = None

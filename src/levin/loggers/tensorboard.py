@@ -82,6 +82,8 @@ class TensorBoardLogger(Logger):
         self._save_dir: str = os.fspath(save_dir)
         self._name: str = name or ""
         self._version: Optional[Union[int, str]] = version
+        # Earlier numbers then belong to earlier processes of the same script, whose checkpoints `auto` looks for.
+        self._numbers_versions: bool = version is None
         self._sub_dir: Optional[str] = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph: bool = log_graph
         self._default_hp_metric: bool = default_hp_metric

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from levin.log_store import LogStore
     from levin.loops.progress import EvaluationLoop
     from levin.loops.run import Run
+    from levin.trainer import Trainer
 
 
 @contextmanager
@@ -80,6 +81,7 @@ def evaluate(
     trainer, module = run.trainer, run.module
     store = new_store(trainer, module, training=False)
     outer = run.activate(store)
+    store.is_between_batches = outer.is_between_batches
     progress = loop.batch_progress
     progress.reset()
     try:
@@ -87,18 +89,18 @@ def evaluate(
             run.call_own(f"on_{stage}_model_eval", getattr(module, f"on_{stage}_model_eval"))
             run.call(f"on_{stage}_start")
             run.call(f"on_{stage}_epoch_start")
-            _batches(run, stage, feed, step, loop, store)
-            store.is_epoch_end = True
-            store.start_batch(None)
+            results = _batches(run, stage, feed, step, loop, store)
+            store.end_batches()
             run.call(f"on_{stage}_epoch_end")
-            results = _finish(run, store, feed)
+            _finish(run, store, results)
             run.call(f"on_{stage}_end")
             store.reset()
     finally:
         run.activate(outer)
+        outer.is_between_batches = True
     if has_hook(module, f"on_{stage}_model_train"):
         run.call_own(f"on_{stage}_model_train", getattr(module, f"on_{stage}_model_train"))
-    return results
+    return [] if trainer.state.fn == "fit" else [to_floats(result) for result in results]
 
 
 def _batches(
@@ -108,18 +110,22 @@ def _batches(
     step: Callable[[Any, int, int], Any],
     loop: EvaluationLoop,
     store: LogStore,
-) -> None:
+) -> list[dict[str, Any]]:
+    """Run over all batches. Returns a dict for each loader, with its epoch values where there are several loaders."""
     trainer, hooks, progress = run.trainer, run.hooks, loop.batch_progress
     start, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
     has_start, has_end = bool(hooks[start]), bool(hooks[end])
     step_name = f"{stage}_step"
     is_multiple = len(feed.sources) > 1
     previous_loader = -1
+    results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
     log_steps = run.eval_log_steps
     for batch, batch_idx, dataloader_idx in feed:
         progress.is_last_batch = feed.is_last
         if dataloader_idx != previous_loader:
+            if previous_loader >= 0:
+                results[previous_loader] = _end_loader(trainer, store)
             previous_loader = dataloader_idx
             progress.current.set_all(0)
         progress.increment_ready()
@@ -143,16 +149,27 @@ def _batches(
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
         if trainer.received_sigterm and not feed.is_last:
             raise SIGTERMException
-    store.dataloader_idx = None
+    if is_multiple and previous_loader >= 0:
+        results[previous_loader] = _end_loader(trainer, store)
+    return results
 
 
-def _finish(run: Run, store: LogStore, feed: Feed) -> list[dict[str, float]]:
-    """Reduce, hand on to the trainer and the loggers, and return what the user gets."""
-    trainer = run.trainer
+def _end_loader(trainer: Trainer, store: LogStore) -> dict[str, Any]:
+    """Reduce the values of one of several loaders, before the next one adds to the same metric objects."""
     metrics = store.read(on_step=False)
     if not trainer.sanity_checking:
         trainer._merge(metrics)
-        send(trainer, metrics.logged)
-    if trainer.state.fn == "fit":
-        return []
-    return [to_floats(result) for result in store.epoch_results(max(1, len(feed.sources)))]
+    return metrics.logged
+
+
+def _finish(run: Run, store: LogStore, results: list[dict[str, Any]]) -> None:
+    """Reduce what belongs to no single loader, and hand all on to the trainer and the loggers."""
+    trainer = run.trainer
+    metrics = store.read(on_step=False)
+    logged: dict[str, Any] = {}
+    for result in results:
+        result.update(metrics.logged)
+        logged.update(result)
+    if not trainer.sanity_checking:
+        trainer._merge(metrics)
+        send(trainer, logged)

@@ -25,6 +25,7 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         trainer.state.stage = None
         return
     module = trainer.lightning_module
+    trainer.strategy.explain(error)
     try:
         for callback in trainer.callbacks:
             call_timed(trainer, "Callback", callback, "on_exception", trainer, module, error)

@@ -55,7 +55,6 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
             loop.epoch_loop.optim_progress.reset()
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
             epoch.increment_ready()
-            run.store.reset()
             run.call("on_train_epoch_start")
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
@@ -174,8 +173,7 @@ def _end_epoch(run: Run) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
-    run.store.is_epoch_end = True
-    run.store.start_batch(None)
+    run.store.end_batches()
     run.call("on_train_epoch_end")
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)

@@ -39,7 +39,7 @@ def send(trainer: Trainer, metrics: Mapping[str, Any], step: Optional[int] = Non
     """Send ``metrics`` to every logger.
 
     Args:
-        metrics: Values by key. A key ``step`` overrides the axis; ``epoch`` is added unless it is there.
+        metrics: Values by key. A key ``step`` overrides the axis; without it, ``epoch`` is added unless it is there.
         step: Value on the x-axis; by default the number of batches that stepped, less the one under way.
     """
     if not trainer.loggers or not metrics:
@@ -50,7 +50,7 @@ def send(trainer: Trainer, metrics: Mapping[str, Any], step: Optional[int] = Non
             step = int(values.pop("step"))
         else:
             step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        values.setdefault("epoch", trainer.current_epoch)
+            values.setdefault("epoch", trainer.current_epoch)
     for logger in trainer.loggers:
         logger.log_metrics(metrics=dict(values), step=step)
         logger.save()
@@ -88,4 +88,4 @@ def send_hyperparameters(trainer: Any) -> None:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
-    return bool(a == b)
+    return type(a) is type(b) and bool(a == b)

@@ -6,6 +6,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any, Optional
 
+from levin.loops.newest import find_newest, modified
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn
@@ -54,7 +55,7 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
                 f'.{trainer.state.fn}(ckpt_path="hpc") is set, but no hpc_ckpt_N.ckpt is in {trainer.default_root_dir!r}. Pass a path.'
             )
     elif given == "auto":
-        path = _auto(trainer)
+        path = find_newest(trainer)
     else:
         path = given
         if is_local(path) and not os.path.exists(path):
@@ -113,26 +114,23 @@ def _last(trainer: Trainer) -> Optional[str]:
         if found is not None:
             candidates.extend(str(path) for path in found(trainer))
         path = getattr(callback, "ckpt_path", None)
-        if path and os.path.exists(path):
+        if path:
             candidates.append(str(path))
-    if not candidates:
-        return None
-    times = {path: get_filesystem(path).modified(path) for path in candidates}
-    return max(times, key=lambda path: times[path])
+    # A link may point to nothing, and the file of an exception is there after one only.
+    times = {path: modified(path) for path in candidates if get_filesystem(path).exists(path)}
+    return max(times, key=lambda path: (times[path], path), default=None)
 
 
-def _auto(trainer: Trainer) -> Optional[str]:
-    """Return the newest intact checkpoint of this run's folders, or None for a fresh start."""
-    from levin.checkpoint.verify import find_newest_intact
+def agree(trainer: Trainer, path: Any) -> Any:
+    """Return what rank 0 starts from: each process has looked by itself, and may have seen another state of the disk.
 
-    folders = [trainer.default_root_dir]
-    for callback in trainer.checkpoint_callbacks:
-        resolve: Any = getattr(callback, "_resolve_ckpt_dir", None)
-        folder = getattr(callback, "dirpath", None) or (resolve(trainer) if resolve is not None else None)
-        if folder:
-            folders.append(str(folder))
-    found = [path for folder in dict.fromkeys(folders) if (path := find_newest_intact(folder)) is not None]
-    return max(map(str, found), key=lambda path: get_filesystem(path).modified(path), default=None)
+    Args:
+        trainer: With its processes connected.
+        path: What :func:`select_checkpoint` found in this process.
+    """
+    if trainer.world_size > 1 and (path is None or isinstance(path, str)):
+        return trainer.strategy.broadcast(path)
+    return path
 
 
 def find_hpc_checkpoint(folder: str) -> Optional[str]:
@@ -141,7 +139,7 @@ def find_hpc_checkpoint(folder: str) -> Optional[str]:
     if not filesystem.exists(folder):
         return None
     numbered = [
-        (int(match.group(1)), str(path))
+        (int(match.group(1)), str(path) if is_local(folder) else str(filesystem.unstrip_protocol(path)))
         for path in filesystem.ls(folder, detail=False)
         if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", str(path)))
     ]

@@ -11,12 +11,15 @@ import torch
 from levin.checkpoint import state as tree
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.hparams import drop_unpicklable
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
+from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
+from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
@@ -45,9 +48,13 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     fn = str(trainer.state.fn)
     verify(trainer)
+    for owner in (module, datamodule):
+        if owner is not None:
+            drop_unpicklable(owner.hparams)
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
+    ckpt_path = agree(trainer, ckpt_path)
     local_rank = trainer.local_rank if trainer.world_size > 1 else None
     trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer.log_dir if is_profiling(trainer) else None)
     prepare_data(trainer)
@@ -82,6 +89,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         if fn == "fit":
             tree.restore_optimizers(trainer, checkpoint)
         rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
+    strategy.follow(functools.partial(place_of, trainer))
     with signal_handlers(trainer):
         result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
@@ -171,7 +179,6 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     if run.is_profiled:
         time_step(run, step)
     trainer._step = step
-    run.store.start_batch(None)
     feed = make_feed(run, trainer._train_loaders)
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)

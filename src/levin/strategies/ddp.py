@@ -50,9 +50,11 @@ class DDPStrategy(ParallelStrategy):
         ddp_comm_wrapper: Wraps ``ddp_comm_hook``.
         model_averaging_period: With a ``PostLocalSGDState``: average the weights every so many steps.
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
-        timeout: How long a process waits for the others before it gives up.
+        timeout: How long a process waits for the others before it gives up, until its first batch is done.
         start_method: ``"popen"`` starts the script again for each process; ``"spawn"``, ``"fork"`` and ``"forkserver"``
             start processes that run the function alone and bring its results back.
+        step_timeout: How long a process waits from its first batch on. When None, 10 minutes, or ``timeout`` where
+            another one is given.
         kwargs: Passed to DistributedDataParallel, for example ``find_unused_parameters=True`` or ``static_graph=True``.
 
     Raises:
@@ -78,6 +80,7 @@ class DDPStrategy(ParallelStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: str = "popen",
         precision_plugin: Precision | None = None,
+        step_timeout: timedelta | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -89,6 +92,7 @@ class DDPStrategy(ParallelStrategy):
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
+            step_timeout=step_timeout,
         )
         _check_start_method(start_method)
         _check_ddp_kwargs(kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 
 from levin.strategies import collectives
 from levin.strategies.strategy import Strategy
+from levin.strategies.watch import Place, Watch, start_watch
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
 from levin.utilities.seed import reset_seed
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
+DEFAULT_STEP_TIMEOUT = timedelta(minutes=10)
 # Which of torch's transports carries tensors of which device.
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -45,7 +48,8 @@ class ParallelStrategy(Strategy, ABC):
         precision: The number format.
         precision_plugin: Another name for ``precision``.
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
-        timeout: How long a process waits for the others before it gives up.
+        timeout: How long a process waits for the others before it gives up, until its first batch is done.
+        step_timeout: The same from then on. When None, 10 minutes, or ``timeout`` where another one is given.
     """
 
     is_distributed = True
@@ -60,17 +64,22 @@ class ParallelStrategy(Strategy, ABC):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
+        step_timeout: timedelta | None = None,
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
-        if not isinstance(timeout, (timedelta, type(None))):
-            raise MisconfigurationException(
-                f"timeout must be a timedelta, received {timeout!r}. Use datetime.timedelta(seconds=...)."
-            )
+        for name, value in (("timeout", timeout), ("step_timeout", step_timeout)):
+            if not isinstance(value, (timedelta, type(None))) or (value is not None and value <= timedelta(0)):
+                raise MisconfigurationException(
+                    f"{name} must be a timedelta > 0, received {value!r}. Use datetime.timedelta(seconds=...)."
+                )
         self.given.environment = cluster_environment
         self.given.parallel_devices = parallel_devices
         self.environment = cluster_environment
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
+        is_default = timeout in (None, DEFAULT_TIMEOUT)
+        self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
+        self._watch: Watch | None = None
         self._process_group_backend = process_group_backend
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
@@ -184,6 +193,9 @@ class ParallelStrategy(Strategy, ABC):
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
+        if self._watch is not None:
+            self._watch.stop()
+        self._watch = start_watch(self.global_rank, self.world_size, self.timeout, self.step_timeout)
         # All processes start from the same weights and draw the same numbers.
         reset_seed()
 
@@ -191,9 +203,22 @@ class ParallelStrategy(Strategy, ABC):
         """Move the module to the device of this process."""
         self.lightning_module.to(self.root_device)
 
+    def follow(self, place: Callable[[], Place]) -> None:
+        """Ask ``place`` where this process is, for the others; see :class:`levin.strategies.watch.Watch`."""
+        if self._watch is not None:
+            self._watch.follow(place)
+
+    def explain(self, error: BaseException) -> None:
+        """Tell the other processes of the error; where they are its reason, say so in its message."""
+        if self._watch is not None:
+            self._watch.explain(error)
+
     def teardown(self) -> None:
         """Free the device and what was written into the process environment. The process group stays for the next run."""
         super().teardown()
+        if self._watch is not None:
+            self._watch.stop(has_left=True)
+            self._watch = None
         if self.environment is not None:
             self.environment.teardown()
 
@@ -272,8 +297,12 @@ def connect_processes(environment: ClusterEnvironment, backend: str, timeout: ti
                 "before, or use the same devices and num_nodes."
             )
         return
+    # The flight recorder: torch keeps the last collectives in memory, and NCCL writes them to a file when one is late.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     with _environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        store = environment.store(timeout)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
     # torch warns, and NCCL may hang, when a process leaves without this.
     atexit.register(disconnect_processes)
     rank_zero_info(f"{world_size} processes are connected through {backend}.")
@@ -307,7 +336,6 @@ def share_processors(num_processes: int) -> None:
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    num_threads = max(1, available // num_processes)
+    num_threads = max(1, count_processors() // num_processes)
     torch.set_num_threads(num_threads)
     os.environ["OMP_NUM_THREADS"] = str(num_threads)

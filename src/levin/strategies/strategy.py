@@ -247,6 +247,12 @@ class Strategy(ABC):
         self.optimizers = optimizers
         return optimizers
 
+    def follow(self, place: Callable[[], Any]) -> None:
+        """Take note of how to find out where this process is in its run; only those with other processes need it."""
+
+    def explain(self, error: BaseException) -> None:
+        """Say in the message of an error what other processes have to do with it. Runs first when the run fails."""
+
     def on_exception(self, exception: BaseException) -> None:
         """Run when the run fails."""
         if self._checkpoint_io is not None:

@@ -8,13 +8,13 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
+from levin.utilities.direct import DirectFile
 from levin.utilities.filesystem import is_local, local_path
 
 TEMPORARY_PREFIX = ".levin-"
 TEMPORARY_SUFFIX = ".tmp"
-_BUFFER_BYTES = 2**20
 # Younger files may belong to a writer that has not come to lock its file yet.
 _LEFTOVER_AGE_S = 60.0
 # These show nothing of an upload before it is committed, and can drop it; elsewhere we write aside and move.
@@ -27,9 +27,9 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes the name ``path`` at the end of the block.
 
-    The content is written under a temporary name in the same folder. At the end of the block file and folder are
-    synced to the disk, and the file is renamed. When anything fails, or the process is killed, what was at ``path``
-    before is still there unchanged. Missing folders are made.
+    The content is written under a temporary name in the same folder, from its beginning to its end. At the end of the
+    block file and folder are synced to the disk, and the file is renamed. When anything fails, or the process is
+    killed, what was at ``path`` before is still there unchanged. Missing folders are made.
 
     Args:
         path: Local path, or URL that fsspec knows. On remote systems the file is written aside and moved, or uploaded
@@ -63,11 +63,13 @@ def _open_local(path: str) -> Iterator[IO[bytes]]:
     temporary = os.path.join(folder, _temporary_name())
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with open(descriptor, "wb", buffering=_BUFFER_BYTES) as file:
+        try:
             _lock(descriptor)
-            yield file
-            file.flush()
-            os.fsync(descriptor)
+            file = DirectFile(descriptor)
+            yield cast("IO[bytes]", file)
+            file.finish()
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
     except BaseException as error:
         # The error that counts is the first one.

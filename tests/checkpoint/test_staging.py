@@ -1,0 +1,50 @@
+"""The copy of a tree is complete, whoever copies which part of it."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from levin.checkpoint import staging
+from levin.checkpoint.staging import Stager
+
+
+def test_large_tensors_are_copied_in_pieces_by_several_threads(monkeypatch):
+    monkeypatch.setattr(staging, "_PIECE_BYTES", 2**18 + 24)
+    monkeypatch.setattr(staging, "_num_copiers", lambda: 3)
+    seen = set()
+    move = staging.ctypes.memmove
+
+    def watched(target, source, size):
+        seen.add(threading.current_thread().name.rstrip("_0123456789"))
+        assert size <= 2**18 + 24
+        move(target, source, size)
+
+    monkeypatch.setattr(staging.ctypes, "memmove", watched)
+    sizes = (0, 3, 65_535, 65_536, 65_537, 300_001, 1_000_003)
+    tree = {str(size): torch.arange(float(size)) for size in sizes}
+    stager = Stager()
+    for _ in range(3):
+        copy = stager.stage(tree).realize()
+        assert all(torch.equal(copy[name], tensor) for name, tensor in tree.items())
+        for tensor in tree.values():
+            tensor += 1
+    assert seen <= {threading.current_thread().name.rstrip("_0123456789"), "levin-copy"}
+    stager.release()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("levin-copy")]
+
+
+def test_long_rows_of_plain_values_are_not_walked_through():
+    calls = []
+
+    class Watched(staging._Copier):
+        def copy(self, value):
+            calls.append(value)
+            return super().copy(value)
+
+    row = tuple(range(625))
+    copy = Watched().copy({"state": (3, row, None), "list": list(row)})
+    assert copy == {"state": (3, row, None), "list": list(row)}
+    assert len(calls) == 6
+    assert copy["state"][1] is row

@@ -1,0 +1,121 @@
+"""`levin launch`, run as users run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from levin.launchers.torchrun import complete, named_options
+from levin.utilities.processors import count_processors
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+
+def launch(folder: Path, *words: object, program: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS")}
+    (folder / "program.py").write_text(program)
+    return subprocess.run(
+        [sys.executable, "-m", "levin", "launch", *map(str, words)], cwd=folder, text=True, capture_output=True,
+        env={**environment, "PYTHONPATH": str(SOURCE)}, timeout=120,
+    )  # fmt: skip
+
+
+def settings(*words: str):
+    from torch.distributed.run import get_args_parser
+
+    parser = get_args_parser()
+    given = parser.parse_args(list(words))
+    named = named_options(parser, words)
+    complete(given, named)
+    return given
+
+
+def test_a_script_runs_in_each_process_as_the_main_program(tmp_path):
+    done = launch(
+        tmp_path, "--nproc-per-node", 2, "program.py", "--lr", "0.1",
+        program="""
+import os, sys
+from multiprocessing.reduction import ForkingPickler
+
+class Here:
+    pass
+
+assert sys.modules["__main__"].Here is Here
+ForkingPickler.dumps(Here())
+names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID")
+open("rank-" + os.environ["RANK"], "w").write(" ".join([*sys.argv, *(os.environ[name] for name in names)]))
+print("said by", os.environ["RANK"])
+""",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    threads = max(1, count_processors() // 2)
+    for rank in range(2):
+        words = (tmp_path / f"rank-{rank}").read_text().split()
+        assert words[:6] == ["program.py", "--lr", "0.1", str(rank), "2", str(threads)]
+    assert "said by 0" in done.stdout
+    assert "said by 1" not in done.stdout
+    (other,) = (tmp_path / "levin_logs").glob("*/attempt_0/1/stdout.log")
+    assert other.read_text() == "said by 1\n"
+
+
+def test_the_failing_processs_own_traceback_is_shown_first(tmp_path):
+    done = launch(
+        tmp_path, "--nproc-per-node=2", "program.py",
+        program="""
+import os, time
+if os.environ["RANK"] == "1":
+    raise KeyError("broken here")
+time.sleep(100)
+""",
+    )  # fmt: skip
+    assert done.returncode == 1
+    told = done.stderr[done.stderr.index("Rank 1 failed first") :]
+    assert 'program.py", line 4' in told
+    assert "KeyError: 'broken here'" in told
+
+
+def test_a_process_that_leaves_no_traceback_is_told_with_its_last_words(tmp_path):
+    done = launch(
+        tmp_path, "--nproc-per-node=2", "program.py",
+        program="""
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(100)
+""",
+    )  # fmt: skip
+    assert done.returncode == 128 + 9
+    told = done.stderr[done.stderr.index("Rank 1 failed first") :]
+    assert "ended by SIGKILL" in told
+    assert "last words" in told
+
+
+def test_defaults_are_set_only_where_the_user_left_them_open(monkeypatch):
+    monkeypatch.setattr("levin.launchers.torchrun._num_gpus", lambda: 0)
+    given = settings("train.py", "--lr", "1")
+    assert (given.nproc_per_node, given.standalone, given.log_dir, given.redirects) == ("1", True, "levin_logs", "0")
+    assert (given.module, given.training_script) == (True, "levin.launchers.recorded")
+    assert given.training_script_args == ["script", "train.py", "--lr", "1"]
+    given = settings(
+        "--nproc_per_node=4", "--nnodes", "2", "--rdzv-endpoint", "a:1", "--log-dir", "x", "--tee=3", "-m", "t"
+    )
+    assert (given.nproc_per_node, given.standalone, given.log_dir, given.redirects) == ("4", False, "x", "0")
+    assert given.training_script_args == ["module", "t"]
+    monkeypatch.setenv("PET_NPROC_PER_NODE", "3")
+    assert settings("train.py").redirects == "1:3,2:3"
+    monkeypatch.setattr("levin.launchers.torchrun._num_gpus", lambda: 8)
+    monkeypatch.delenv("PET_NPROC_PER_NODE")
+    assert settings("train.py").nproc_per_node == "8"
+
+
+def test_an_unknown_option_is_refused(capsys):
+    from levin.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["launch", "--nprocs", "2", "train.py"])
+    assert "--nprocs" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""When one of several processes hangs or goes, the others end within a deadline and say which one, where and why."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from levin import Trainer
+from levin.strategies import DDPStrategy, watch
+from tests.distributed import _free_port
+from tests.strategies.small import QUIET, Small
+
+SIZE = 3
+DEADLINE_S = 60.0
+
+
+class Faulty(Small):
+    """Trains until something goes wrong on rank 1, in its third step."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(size=48, batch_size=2)
+        self.fault = fault
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == 1:
+            if self.fault == "sleeps":
+                time.sleep(1000)
+            elif self.fault == "raises":
+                raise KeyError("broken in the step")
+            else:
+                time.sleep(2.5 * self.trainer.strategy._watch.beat_s)  # so that it has said where it is
+                os.kill(os.getpid(), {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}[self.fault])
+        return super().training_step(batch, batch_idx)
+
+
+def train(fault: str, rank: int, port: int, folder: str) -> None:
+    """Run one rank, with what it prints in a file."""
+    for number in (1, 2):
+        os.dup2(os.open(os.path.join(folder, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    watch.GRACE_S = 0.5
+    # Short where it has to run out, and long where a slow machine must not be taken for a late rank.
+    step_s = 2 if fault in ("sleeps", "stopped") else DEADLINE_S
+    strategy = DDPStrategy(timeout=timedelta(seconds=DEADLINE_S), step_timeout=timedelta(seconds=step_s))
+    trainer = Trainer(**{**QUIET, "devices": SIZE, "max_epochs": 2, "enable_checkpointing": False}, strategy=strategy)
+    trainer.fit(Faulty(fault))
+
+
+def run_with(fault: str, folder: Path) -> tuple[list[multiprocessing.Process], list[str]]:
+    """Return the processes and what they printed, once all have ended but the one that cannot."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.nn.parallel", "pytest"])
+    port = _free_port()
+    ranks = [context.Process(target=train, args=(fault, rank, port, str(folder))) for rank in range(SIZE)]
+    deadline = time.monotonic() + DEADLINE_S
+    for process in ranks:
+        process.start()
+    try:
+        for rank, process in enumerate(ranks):
+            if fault != "stopped" or rank != 1:
+                process.join(max(0.1, deadline - time.monotonic()))
+        texts = [(folder / f"rank-{rank}").read_text() for rank in range(SIZE)]
+        late = [rank for rank, process in enumerate(ranks) if process.is_alive() and (fault != "stopped" or rank != 1)]
+        assert not late, f"ranks {late} still run\n" + "\n".join(texts)
+        return ranks, texts
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+
+
+EXPECTED = {
+    "sleeps": ["Rank 1 is late, the others wait for it", "time.sleep(1000)", "all_reduce"],
+    "stopped": ["Rank 1 gives no sign of life", "stopped by a signal"],
+    "killed": ["Rank 1 gives no sign of life", "it has ended"],
+    "raises": ["Rank 1 failed first", "KeyError: 'broken in the step'"],
+}
+
+
+@pytest.mark.parametrize("fault", list(EXPECTED))
+def test_the_others_end_and_name_the_rank_that_hangs_or_is_gone(tmp_path, fault):
+    ranks, texts = run_with(fault, tmp_path)
+    for rank in (0, 2):
+        assert ranks[rank].exitcode not in (0, None)
+        for text in [*EXPECTED[fault], "training_step of training batch 2, epoch 0, step 2"]:
+            assert text in texts[rank], f"{text!r} is not in what rank {rank} printed:\n{texts[rank]}"
+    if fault == "sleeps":
+        # It is awake, so it hears of it and ends, too.
+        assert ranks[1].exitcode == 1
+        assert "Rank 1 is late" in texts[1]
