@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-slow lint bench bench-checkpoint docs clean
+.PHONY: help demo test test-slow test-downstream lint bench bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -25,6 +25,9 @@ test: $(STAMP)  ## Run the tests
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 	$(RUN) $(BIN)/python -m pytest -q -m slow
+
+test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin
+	$(RUN) $(BIN)/python tests/downstream/run.py --table docs/downstream.md
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

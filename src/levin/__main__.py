@@ -11,6 +11,7 @@ from typing import Optional
 from levin import __version__
 
 COMMANDS = {
+    "migrate": ("levin.compat.migrate", "rewrite imports of Lightning to imports of levin, after showing them"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
 }

@@ -38,11 +38,11 @@ PACKAGES = (
     Package(
         "optuna-integration",
         "5.0.0",
-        ("usage/test_optuna_integration.py",),
+        ("usage/optuna_integration.py",),
         ("optuna==5.0.0",),
         note="ships no tests for Lightning; used as its documentation says",
     ),
-    Package("chemprop", "2.3.1", ("usage/test_chemprop.py",), note="ships no tests; used as its documentation says"),
+    Package("chemprop", "2.3.1", ("usage/chemprop.py",), note="ships no tests; used as its documentation says"),
     Package(
         "pytorch-forecasting",
         "1.8.0",
@@ -93,5 +93,5 @@ PACKAGES = (
         ),
         ("gitpython", "captum"),
     ),
-    Package("darts", "0.48.1", ("usage/test_darts.py",), note="ships no tests; used as its documentation says"),
+    Package("darts", "0.48.1", ("usage/darts.py",), note="ships no tests; used as its documentation says"),
 )
