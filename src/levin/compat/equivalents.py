@@ -71,24 +71,6 @@ class Interval(LightningEnum):
         return str(self.value)
 
 
-class WriteInterval(LightningEnum):
-    """When a BasePredictionWriter writes."""
-
-    BATCH = "batch"
-    EPOCH = "epoch"
-    BATCH_AND_EPOCH = "batch_and_epoch"
-
-    @property
-    def on_batch(self) -> bool:
-        """Whether after each batch."""
-        return self in (WriteInterval.BATCH, WriteInterval.BATCH_AND_EPOCH)
-
-    @property
-    def on_epoch(self) -> bool:
-        """Whether after each epoch."""
-        return self in (WriteInterval.EPOCH, WriteInterval.BATCH_AND_EPOCH)
-
-
 @runtime_checkable
 class Steppable(Protocol):
     """What has a ``step``."""

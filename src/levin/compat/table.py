@@ -83,7 +83,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.callbacks.model_checkpoint": {_CALLBACKS: "ModelCheckpoint"},
     "pytorch.callbacks.model_summary": {_CALLBACKS: "ModelSummary"},
     "pytorch.callbacks.on_exception_checkpoint": {_CALLBACKS: "OnExceptionCheckpoint"},
-    "pytorch.callbacks.prediction_writer": {_CALLBACKS: "BasePredictionWriter", EQUIVALENTS: "WriteInterval"},
+    "pytorch.callbacks.prediction_writer": {_CALLBACKS: "BasePredictionWriter", "levin.callbacks.prediction_writer": "WriteInterval"},
     "pytorch.callbacks.progress": {_CALLBACKS: "ProgressBar RichProgressBar TQDMProgressBar"},
     "pytorch.callbacks.progress.progress_bar": {
         _CALLBACKS: "ProgressBar", f"{_BARS}.progress_bar": "get_standard_metrics",
