@@ -12,6 +12,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
+from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.timing import action_name
 
 if TYPE_CHECKING:
@@ -422,7 +423,8 @@ class HookTable:
     """Hook name -> the bound methods that really exist, in calling order. Built once per run.
 
     Callbacks come first, in list order, then the module; in ``on_train_epoch_end`` the monitoring callbacks
-    (EarlyStopping, Checkpoint) follow the module, so that they see what it logs.
+    (EarlyStopping, Checkpoint) follow the module, so that they see what it logs. The strategy's come last, but before
+    the module's in ``on_train_batch_start``, whose answer the loop asks for.
 
     Args:
         trainer: First argument of every callback's hook.
@@ -430,7 +432,7 @@ class HookTable:
         callbacks: In list order.
         profile: Wraps a hook so that it is timed: ``profile(action_name, function) -> function``; then hooks that do
             nothing are in the table, too. None: no timing.
-        strategy: Its hooks come last.
+        strategy: It may have hooks as well.
     """
 
     def __init__(
@@ -455,7 +457,8 @@ class HookTable:
                 ordered = [*(hook for _, hook in hooks), own]
             if strategy is not None:
                 is_own = getattr(type(strategy), name, None) is not getattr(Strategy, name, None)
-                ordered.append(_timed_hook("Strategy", strategy, name, profile, is_own))
+                last = len(ordered) if name != "on_train_batch_start" else len(ordered) - 1
+                ordered.insert(last, _timed_hook("Strategy", strategy, name, profile, is_own))
             self._table[name] = tuple(hook for hook in ordered if hook is not None)
 
     def __getitem__(self, name: str) -> Hooks:
@@ -499,10 +502,14 @@ def transfer_hooks(owners: Iterable[Any]) -> Optional[Callable[[Any, torch.devic
     owners = list(owners)
     chosen: dict[str, Any] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        for owner in owners:
-            if name in vars(owner) or is_overridden(name, owner, DataHooks):
-                chosen[name] = getattr(owner, name)
-                break
+        having = [owner for owner in owners if name in vars(owner) or is_overridden(name, owner, DataHooks)]
+        if having:
+            chosen[name] = getattr(having[0], name)
+        if len(having) > 1:
+            first, second = (type(owner).__name__ for owner in having)
+            rank_zero_warn(
+                f"`{name}` is defined by {first} and by {second}: that of {first} is used. Remove one of them."
+            )
     if not chosen:
         return None
     before = chosen.get("on_before_batch_transfer")

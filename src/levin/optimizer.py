@@ -10,8 +10,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from levin.hooks import has_hook
 from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig
 
@@ -110,6 +110,7 @@ class MockOptimizer(Optimizer):
 
     def __init__(self) -> None:
         super().__init__([torch.zeros(1)], {})
+        self.param_groups = []
 
     def step(self, closure: Any = None) -> Any:
         """Run the closure."""
@@ -148,6 +149,10 @@ def resolve_optimizers(returned: Any, module: LightningModule) -> tuple[list[Any
         rank_zero_warn("`configure_optimizers` returned None: the run trains without an optimizer.")
         return [MockOptimizer()], []
     optimizers, schedulers, monitor = _split(returned)
+    if not optimizers and module.automatic_optimization:
+        raise value_error(
+            "configure_optimizers", returned, "must return an optimizer", "Return None to train without one."
+        )
     configs = [_config(scheduler, monitor, module) for scheduler in schedulers]
     for config in configs:
         owner = getattr(config.scheduler, "optimizer", None)
@@ -180,7 +185,7 @@ def _split(returned: Any) -> tuple[list[Any], list[Any], Optional[str]]:
                 )
         elif returned and all(isinstance(item, Mapping) for item in returned):
             return _from_dicts(returned)
-        elif returned and all(map(is_optimizer, returned)):
+        elif all(map(is_optimizer, returned)):
             return list(returned), [], None
     raise value_error(
         "configure_optimizers",
@@ -199,7 +204,11 @@ def _from_dicts(dicts: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any
             )
         extra = set(item) - {"optimizer", "lr_scheduler", "monitor"}
         if extra:
-            rank_zero_warn(f"`configure_optimizers` returned a dict with unknown keys, ignored: {sorted(extra)}.")
+            rank_zero_warn(
+                f"`configure_optimizers` returned a dict with unknown keys, ignored: {sorted(extra)}. "
+                "Known are 'optimizer', 'lr_scheduler' and 'monitor'.",
+                category=RuntimeWarning,
+            )
         optimizers.append(item["optimizer"])
         monitor = item.get("monitor", monitor)
         scheduler = item.get("lr_scheduler")
@@ -221,25 +230,41 @@ def _config(entry: Any, monitor: Optional[str], module: LightningModule) -> LRSc
             "configure_optimizers", values, "must return scheduler dicts with a scheduler under 'scheduler'"
         )
     scheduler = values["scheduler"]
+    if isinstance(scheduler, type):
+        raise value_error(
+            "The scheduler",
+            scheduler,
+            "must be an instance, not a class",
+            f"Return {scheduler.__name__}(optimizer, ...).",
+        )
     if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
         raise TypeError(
-            f"A scheduler must have step, state_dict and load_state_dict, received {type(scheduler).__name__}."
+            f"A scheduler must have step, state_dict and load_state_dict, received {type(scheduler).__name__}. "
+            "Several schedulers are returned as ([optimizer], [scheduler, scheduler])."
         )
     extra = sorted(set(values) - set(_KEYS))
     if extra:
-        rank_zero_warn(f"The scheduler dict has unknown keys, ignored: {extra}. Known are {list(_KEYS)}.")
-    config = LRSchedulerConfig(**{key: value for key, value in values.items() if key in _KEYS})
-    if "reduce_on_plateau" not in values:
-        config.reduce_on_plateau = isinstance(scheduler, ReduceLROnPlateau)
+        rank_zero_warn(
+            f"The scheduler dict has unknown keys, ignored: {extra}. Known are {list(_KEYS)}.", category=RuntimeWarning
+        )
+    known = {key: value for key, value in values.items() if key in _KEYS}
     if not module.automatic_optimization:
-        ignored = sorted({"monitor", "strict", "reduce_on_plateau", "interval", "frequency"} & set(values))
+        ignored = sorted({"monitor", "strict", "reduce_on_plateau", "interval", "frequency"} & set(known))
         if ignored:
             rank_zero_warn(
-                f"The scheduler keys {ignored} are ignored in manual optimization: step it in `training_step`."
+                f"The scheduler keys {ignored} are ignored in manual optimization: step it in `training_step`.",
+                category=RuntimeWarning,
             )
-        return config
+        return LRSchedulerConfig(
+            **{key: known[key] for key in ("scheduler", "name", "interval", "frequency") if key in known}
+        )
+    config = LRSchedulerConfig(**known)
+    if "reduce_on_plateau" not in values:
+        config.reduce_on_plateau = isinstance(scheduler, ReduceLROnPlateau)
     if config.interval not in ("epoch", "step"):
         raise value_error("The scheduler's interval", config.interval, "must be 'epoch' or 'step'")
+    if not isinstance(config.frequency, int) or config.frequency < 1:
+        raise value_error("The scheduler's frequency", config.frequency, "must be an int >= 1")
     if config.reduce_on_plateau and config.monitor is None:
         config.monitor = monitor
         if monitor is None:
@@ -249,10 +274,10 @@ def _config(entry: Any, monitor: Optional[str], module: LightningModule) -> LRSc
             )
     if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and config.interval == "epoch":
         rank_zero_warn("A OneCycleLR scheduler is used with 'interval': 'epoch'; it is usually stepped with 'step'.")
-    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) and not has_hook(module, "lr_scheduler_step"):
-        if not callable(getattr(scheduler, "step", None)) or type(scheduler).__module__.split(".")[0] != "torch":
-            raise MisconfigurationException(
-                f"The scheduler {type(scheduler).__name__} is not a torch scheduler. "
-                "Override `LightningModule.lr_scheduler_step` and step it there."
-            )
+    is_torch = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau))
+    if not is_torch and not is_overridden("lr_scheduler_step", module):
+        raise MisconfigurationException(
+            f"The scheduler {type(scheduler).__name__} is not a torch scheduler. "
+            "Override `LightningModule.lr_scheduler_step` and step it there."
+        )
     return config

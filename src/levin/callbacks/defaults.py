@@ -138,11 +138,23 @@ def reorder(callbacks: list[Callback]) -> list[Callback]:
 
 
 def merge_model_callbacks(callbacks: list[Callback], returned: Any) -> list[Callback]:
-    """Return ``callbacks`` with what ``configure_callbacks`` returned; each replaces those of its class or a base of it."""
+    """Return ``callbacks`` with what ``configure_callbacks`` returned.
+
+    Each of these replaces those of its own class or, where there are none, those of its base classes.
+
+    Raises:
+        TypeError: Something that is no callback.
+    """
     added: list[Callback] = list(returned) if isinstance(returned, (list, tuple)) else [returned] if returned else []
+    for new in added:
+        if not isinstance(new, Callback):
+            raise TypeError(f"`configure_callbacks` must return a callback or a list of callbacks, received {new!r}.")
     if not added:
         return callbacks
-    replaced = [c for c in callbacks if any(issubclass(type(new), type(c)) for new in added)]
+    replaced: list[Callback] = []
+    for new in added:
+        same = [callback for callback in callbacks if type(callback) is type(new)]
+        replaced += same or [callback for callback in callbacks if isinstance(new, type(callback))]
     if replaced:
         rank_zero_info(
             "The following callbacks returned in `LightningModule.configure_callbacks` will override existing callbacks "

@@ -121,8 +121,9 @@ class EarlyStopping(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting where the checkpoint was."""
         self.wait_count = state_dict["wait_count"]
-        self.stopped_epoch = state_dict["stopped_epoch"]
-        self.best_score = state_dict["best_score"]
+        # Files of Lightning before 0.10 hold less.
+        self.stopped_epoch = state_dict.get("stopped_epoch", self.stopped_epoch)
+        self.best_score = state_dict.get("best_score", self.best_score)
         self.patience = state_dict["patience"]
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")

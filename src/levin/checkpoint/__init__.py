@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from levin.checkpoint.background import AsyncCheckpointIO as AsyncCheckpointIO
+    from levin.checkpoint.consolidate import consolidate as consolidate
     from levin.checkpoint.io import CheckpointIO as CheckpointIO
     from levin.checkpoint.io import TorchCheckpointIO as TorchCheckpointIO
     from levin.checkpoint.io import atomic_save as atomic_save
     from levin.checkpoint.io import load as load
+    from levin.checkpoint.upgrade import upgrade as upgrade
     from levin.checkpoint.verify import find_newest_intact as find_newest_intact
 
 _MODULE_OF = {
@@ -18,8 +20,10 @@ _MODULE_OF = {
     "CheckpointIO": "levin.checkpoint.io",
     "TorchCheckpointIO": "levin.checkpoint.io",
     "atomic_save": "levin.checkpoint.io",
+    "consolidate": "levin.checkpoint.consolidate",
     "find_newest_intact": "levin.checkpoint.verify",
     "load": "levin.checkpoint.io",
+    "upgrade": "levin.checkpoint.upgrade",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -7,14 +7,18 @@ from typing import Any
 
 from packaging.version import Version
 
+from levin.checkpoint.state import COMPATIBLE_VERSION
+from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
 Checkpoint = dict[str, Any]
 
 
-def migrate(checkpoint: Checkpoint) -> Checkpoint:
+def migrate(checkpoint: Checkpoint, source: Any = None) -> Checkpoint:
     """Bring ``checkpoint`` to the present layout, in place, and return it.
 
     Args:
         checkpoint: What a file of Lightning 0.10 or newer, or of levin, holds.
+        source: Where it is from, for messages; None for none.
 
     Raises:
         KeyError: The version of the writer is missing, so this is no checkpoint of a Trainer.
@@ -25,6 +29,14 @@ def migrate(checkpoint: Checkpoint) -> Checkpoint:
             "Load plain weights with `model.load_state_dict(torch.load(path))`."
         )
     version = Version(checkpoint["pytorch-lightning_version"])
+    if source is not None and version.release[:1] > Version(COMPATIBLE_VERSION).release[:1]:
+        rank_zero_warn(
+            f"{source} was written by Lightning {version}, whose layout may be newer than the one known here."
+        )
+    if source is not None and version < Version(_MIGRATIONS[-1][0]):
+        rank_zero_info(
+            f"{source} has the layout of Lightning {version}. `levin upgrade {source}` rewrites it once and for all."
+        )
     for limit, steps in _MIGRATIONS:
         if version < Version(limit):
             for step in steps:
@@ -58,6 +70,10 @@ def _loops_from_counters(checkpoint: Checkpoint) -> None:
     optimizer.setdefault("step", {"total": dict(counts), "current": dict(counts)})
     total = optimizer["step"].setdefault("total", {})
     total["ready"] = total["completed"] = step
+    # Which of the two counts, the module says; the file does not.
+    manual = loop.setdefault("epoch_loop.batch_loop.manual_loop.optim_step_progress", {})
+    manual.setdefault("current", dict(counts))
+    manual["total"] = dict(counts)
     progress = loop.setdefault("epoch_progress", {}).setdefault("current", {})
     progress["completed"] = epoch
     progress["processed"] = progress["ready"] = progress["started"] = epoch
@@ -82,12 +98,18 @@ def _checkpoint_keys(checkpoint: Checkpoint) -> None:
             callbacks[short] = callbacks.pop(key)
 
 
+_EMPTY_LEVELS = ("epoch_loop.batch_loop.state_dict", "epoch_loop.val_loop.epoch_loop.state_dict")
+
+
 def _flat_loops(checkpoint: Checkpoint) -> None:
     """Before 2.0 the loops were nested deeper."""
     checkpoint.pop("amp_scaling_state", None)
     loops = checkpoint.get("loops", {})
     loop = loops.get("fit_loop", {})
     for key in list(loop):
+        if key in _EMPTY_LEVELS:  # their names are those of levels that stay
+            del loop[key]
+            continue
         new = key.replace("epoch_loop.batch_loop.", "epoch_loop.")
         new = new.replace("optimizer_loop", "automatic_optimization").replace("manual_loop", "manual_optimization")
         new = new.replace("val_loop.epoch_loop.", "val_loop.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
+from levin.checkpoint.ranks import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import collect_rng_states, set_rng_states
 from levin.utilities.timing import call_timed
@@ -49,7 +50,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
-        checkpoint[OWN_KEY] = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        own = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
             name = owner._hparams_name
@@ -86,7 +88,7 @@ def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         return
     for callback in trainer.callbacks:
         call_timed(trainer, "Callback", callback, "on_load_checkpoint", trainer, module, checkpoint)
-    present = {callback.state_key for callback in trainer.callbacks}
+    present = {key for callback in trainer.callbacks for key in _keys_of(callback)}
     absent = sorted(str(key) for key in states if key not in present)
     if absent:
         rank_zero_warn(
@@ -94,9 +96,14 @@ def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             f"{absent}. Add them to Trainer(callbacks=...) to go on with them."
         )
     for callback in trainer.callbacks:
-        state = states.get(callback.state_key, states.get(type(callback)))
+        state = next((states[key] for key in _keys_of(callback) if key in states), None)
         if state:
             callback.load_state_dict(deepcopy(state))
+
+
+def _keys_of(callback: Any) -> tuple[Any, ...]:
+    """Return where a callback's state may be: under its key, or in files of Lightning before 1.5 under its class."""
+    return callback.state_key, type(callback), type(callback).__qualname__
 
 
 def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -110,11 +117,21 @@ def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) ->
     fn = str(trainer.state.fn)
     if fn == "fit":
         trainer.fit_loop.load_state_dict(loops.get("fit_loop", {}))
+        if own_state(checkpoint) is None:
+            _count_steps_once(trainer)
     for name, loop in (
         ("validate", trainer.validate_loop), ("test", trainer.test_loop), ("predict", trainer.predict_loop),
     ):  # fmt: skip
         if fn == name:
             loop.load_state_dict(loops.get(f"{name}_loop", {}))
+
+
+def _count_steps_once(trainer: Trainer) -> None:
+    """Leave out the steps of the other kind of optimization, which files that Lightning has migrated count as well."""
+    loop = trainer.fit_loop.epoch_loop
+    unused = loop.manual_step_progress if trainer.lightning_module.automatic_optimization else loop.optim_progress.step
+    zero = dict.fromkeys(("ready", "completed"), 0)
+    unused.load_state_dict({"total": zero, "current": zero})
 
 
 def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -140,6 +157,13 @@ def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     return state if isinstance(state, dict) else None
 
 
+def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
+    """Return the part of :func:`own_state` that is for this rank."""
+    state = own_state(checkpoint)
+    return None if state is None else part_of_rank(state, strategy.global_rank, strategy.world_size)
+
+
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Put the random states of this process back."""
-    set_rng_states(state["rng"])
+    """Put the random states of this process back, if it was there when they were saved."""
+    if "rng" in state:
+        set_rng_states(state["rng"])

@@ -34,6 +34,20 @@ _MEANINGLESS = (
     "utilities.argparse_utils._gpus_arg_default",
     "utilities.enums._FaultTolerantMode",
 )
+# Before 1.5 the state of a callback had its class as the key; the name of the class says as much.
+_CALLBACKS = {
+    f"callbacks.{file}.{name}": name
+    for file, names in {
+        "early_stopping": ("EarlyStopping",),
+        "model_checkpoint": ("ModelCheckpoint",),
+        "timer": ("Timer",),
+        "finetuning": ("BackboneFinetuning", "BaseFinetuning"),
+        "stochastic_weight_avg": ("StochasticWeightAveraging",),
+        "gradient_accumulation_scheduler": ("GradientAccumulationScheduler",),
+        "lr_monitor": ("LearningRateMonitor",),
+    }.items()
+    for name in names
+}
 # Values of hyper-parameters, and factories of defaultdicts; a few bytes of arguments would make some of them fill the
 # memory, so they can be referred to and not called.
 _REFERENCES: tuple[type, ...] = (bool, bytes, dict, float, int, list, str, tuple)
@@ -101,6 +115,8 @@ class RedirectingUnpickler(pickle.Unpickler):
                     return AttributeDict
                 if rest in _MEANINGLESS:
                     return _meaningless
+                if rest in _CALLBACKS:
+                    return name
         return super().find_class(module, name)
 
 
@@ -127,6 +143,7 @@ def _plain_classes() -> dict[str, Any]:
     table |= {f"datetime.{kind.__name__}": kind for kind in times}
     table |= {"argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace}
     table |= {f"{root}.{rest}": _meaningless for root in _LIGHTNING_ROOTS for rest in _MEANINGLESS}
+    table |= {f"{root}.{rest}": name for root in _LIGHTNING_ROOTS for rest, name in _CALLBACKS.items()}
     foreign: type = pathlib.PurePosixPath if os.name == "nt" else pathlib.PureWindowsPath
     for module in ("pathlib", "pathlib._local"):
         own, other = ("WindowsPath", "PosixPath") if os.name == "nt" else ("PosixPath", "WindowsPath")

@@ -95,6 +95,7 @@ class StageLoaders:
             prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
             for loader in combined.flattened
         ]
+        combined.is_settled = True
         self.combined = combined
 
     def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:

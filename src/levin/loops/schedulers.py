@@ -41,7 +41,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
                 )
                 if config.strict:
                     raise MisconfigurationException(text)
-                rank_zero_warn(text)
+                rank_zero_warn(text, category=RuntimeWarning)
                 continue
         epoch_loop.scheduler_progress.increment_ready()
         if own:

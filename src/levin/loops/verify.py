@@ -9,9 +9,21 @@ from levin.module import LightningModule
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.warnings import PossibleUserWarning
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
+
+
+def hint_at_eval_mode(module: LightningModule) -> None:
+    """Tell the user of submodules that will not train, as nobody puts them into train mode."""
+    num_eval = sum(not child.training for child in module.modules())
+    if num_eval:
+        rank_zero_warn(
+            f"Found {num_eval} module(s) in eval mode at the start of training. This is right for frozen layers; "
+            "otherwise call `model.train()` before `Trainer.fit`.",
+            category=PossibleUserWarning,
+        )
 
 
 def verify(trainer: Trainer) -> None:

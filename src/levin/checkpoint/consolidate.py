@@ -1,0 +1,148 @@
+"""The folder of a sharded checkpoint, turned into one file: ``levin consolidate DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from levin.checkpoint.io import atomic_save, load
+from levin.checkpoint.verify import verify
+from levin.utilities.types import PathLike
+
+_META_FILE = "meta.pt"
+_VERSION_KEY = "pytorch-lightning_version"
+# What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
+_CLASSES_OF_THE_INDEX = {
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "pathlib": ("PosixPath", "WindowsPath"),
+    "pathlib._local": ("PosixPath", "WindowsPath"),
+    "builtins": ("set",),
+}  # fmt: skip
+
+
+def consolidate(folder: PathLike) -> dict[str, Any]:
+    """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
+
+    Args:
+        folder: Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``.
+
+    Returns:
+        For a folder that a Trainer wrote, what its file would hold: ``state_dict``, ``optimizer_states`` and the rest.
+        Else the keys that the user gave.
+
+    Raises:
+        ValueError: It is no complete sharded checkpoint, or is damaged.
+        pickle.UnpicklingError: It refers to classes that have no place in a sharded checkpoint.
+
+    Example:
+        >>> checkpoint = consolidate("epoch=3-step=400.ckpt")  # doctest: +SKIP
+    """
+    folder = os.fspath(folder)
+    if not os.path.isdir(folder):
+        raise ValueError(
+            f"{folder!r} is no folder. Give the folder of a sharded checkpoint; a file needs no consolidation."
+        )
+    verify(folder)
+    meta = load(os.path.join(folder, _META_FILE), "cpu")
+    shards = _read_shards(folder)
+    if _VERSION_KEY not in meta:
+        return {**shards, **meta}
+    weights = shards.pop("model") if "model" in shards else shards.pop("state_dict", None)
+    if weights is None:
+        raise ValueError(f"{folder!r} has neither 'model' nor 'state_dict', so there are no weights in it.")
+    numbers = sorted(int(match[1]) for key in shards if (match := re.fullmatch(r"optimizer_(\d+)", key)))
+    optimizers = [_with_numbers(shards.pop(f"optimizer_{number}")) for number in numbers]
+    checkpoint = {**meta, **shards, "state_dict": weights}
+    if optimizers or "optimizer_states" not in checkpoint:
+        checkpoint["optimizer_states"] = optimizers
+    return checkpoint
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the one file of the folder named in ``arguments``; return 0 when that went well, else 1.
+
+    This is the command ``levin consolidate DIR``.
+    """
+    parser = argparse.ArgumentParser(
+        prog="levin consolidate",
+        description="Turn the folder of a sharded checkpoint into one file that any Trainer reads.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="holds .metadata, *.distcp and meta.pt")
+    parser.add_argument("--output_file", "--output-file", metavar="FILE", help="by default DIR.consolidated")
+    options = parser.parse_args(list(arguments))
+    output = options.output_file or f"{options.folder.rstrip('/')}.consolidated"
+    if os.path.exists(output):
+        parser.error(f"{output!r} is there already; remove it, or choose another --output_file")
+    try:
+        atomic_save(consolidate(options.folder), output)
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f"FAILED  {error}")
+        return 1
+    print(f"written  {output}")
+    return 0
+
+
+def _read_shards(folder: str) -> dict[str, Any]:
+    """Return what the files of ``torch.distributed.checkpoint`` hold, without running what is in them."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    class Planner(_EmptyStateDictLoadPlanner):
+        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+            # torch unpickles plain values whatever they name: it is given what was read with care, pickled anew.
+            plain = io.BytesIO()
+            torch.save(load(value, "cpu"), plain)
+            plain.seek(0)
+            super().load_bytes(read_item, plain)
+
+    shards: dict[str, Any] = {}
+    try:
+        with open(os.path.join(folder, ".metadata"), "rb") as file:
+            index = _IndexUnpickler(file).load()
+        planner, reader = Planner(), FileSystemReader(folder)  # type: ignore[no-untyped-call]  # torch has no types there
+        planner.set_up_planner(shards, index, is_coordinator=True)
+        reader.set_up_storage_reader(index, is_coordinator=True)
+        local = reader.prepare_local_plan(planner.create_local_plan())
+        (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
+        reader.read_data(planner.finish_plan(plan), planner).wait()
+    except (pickle.UnpicklingError, OSError):
+        raise
+    except Exception as error:  # what torch raises depends on where it comes upon something odd; all has one meaning
+        raise ValueError(f"{folder!r} is damaged: {type(error).__name__}: {error}") from error
+    return shards
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class ``name`` of ``module``, if it has a place in an index."""
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in _CLASSES_OF_THE_INDEX.get(module, ()):
+            raise pickle.UnpicklingError(f"The index refers to {module}.{name}, which has no place there.")
+        return super().find_class(module, name)
+
+
+def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of an optimizer with numbers in the place of the parameters' names, as an optimizer gives it."""
+    numbers: dict[str, int] = {}
+    groups = []
+    for group in state["param_groups"]:
+        names = [str(name) for name in group["params"]]
+        groups.append({**group, "params": [numbers.setdefault(name, len(numbers)) for name in names]})
+    states = {numbers[str(name)]: value for name, value in state.get("state", {}).items() if str(name) in numbers}
+    return {"state": dict(sorted(states.items())), "param_groups": groups}

@@ -1,0 +1,174 @@
+"""Generated combinations of settings, hooks and user code: every hook call, loss, learning rate and weight, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.parity import both, trace
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the user code of one run does."""
+
+    hooks: tuple[str, ...] = ()
+    form: str = "tensor"
+    none_at: tuple[int, ...] = ()
+    skip_at: tuple[int, int] | None = None
+    stop_iteration_at: tuple[int, int] | None = None
+    raise_at: tuple[int, int] | None = None
+    stop_at: tuple[int, int] | None = None
+    scheduler: str | None = None
+    interval: str = "epoch"
+    frequency: int = 1
+    optimizer: str = "sgd"
+    has_callback: bool = True
+    validates: bool = True
+    num_batches: int = 4
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+
+def make_module(seen: trace.Trace, plan: Plan) -> Any:
+    accumulate = plan.trainer.get("accumulate_grad_batches", 1)
+
+    class Model(seen.framework.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.layer = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+            self.dropout = torch.nn.Dropout(0.2)
+
+        def training_step(self, batch, batch_idx):
+            at = (self.current_epoch, batch_idx)
+            seen.note("training_step", at, self.global_step, batch)
+            if plan.stop_at == at:
+                self.trainer.should_stop = True
+            if plan.raise_at == at:
+                raise KeyError("meant")
+            if plan.stop_iteration_at == at:
+                raise StopIteration
+            loss = self.dropout(self.layer(batch)).pow(2).mean()
+            self.log("train", loss, on_step=True, on_epoch=True)
+            if batch_idx in plan.none_at:
+                return None
+            return {"loss": loss, "extra": batch_idx} if plan.form == "dict" else loss
+
+        def validation_step(self, batch, batch_idx):
+            value = self.layer(batch).pow(2).mean()
+            seen.note("validation_step", batch_idx, value, self.training)
+            self.log("val", value)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if plan.skip_at == (self.current_epoch, batch_idx):
+                return -1
+            return None
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if "loss" in outputs:
+                # Differs on purpose (outputs["loss"]): Lightning's is divided by the accumulation window.
+                outputs = {**outputs, "loss": outputs["loss"] / (accumulate if seen.is_levin else 1)}
+            rates = [group["lr"] for group in self.optimizers().param_groups]
+            seen.note("on_train_batch_end", outputs, batch_idx, rates, self.global_step, *self.parameters())
+
+        def on_train_epoch_end(self):
+            metrics = self.trainer.callback_metrics
+            # Both sum the values of an epoch, in another order: the last bits of a mean may differ.
+            mean = round(float(metrics.get("train_epoch", 0.0)), 4)
+            loop = self.trainer.fit_loop.epoch_loop
+            seen.note("on_train_epoch_end", self.current_epoch, mean, metrics.get("val"), self.training)
+            seen.note("counters", loop.batch_progress.state_dict(), loop.scheduler_progress.state_dict())
+
+        def configure_optimizers(self):
+            if plan.optimizer == "lbfgs":
+                optimizer = torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+            elif plan.optimizer == "adam":
+                optimizer = torch.optim.Adam(self.parameters(), lr=0.05)
+            else:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            if plan.scheduler is None:
+                return optimizer
+            config = {"interval": plan.interval, "frequency": plan.frequency}
+            if plan.scheduler == "plateau":
+                plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+                config |= {"scheduler": plateau, "monitor": "train_step" if plan.interval == "step" else "train"}
+            else:
+                config |= {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)}
+            return {"optimizer": optimizer, "lr_scheduler": config}
+
+    seen.module(Model, comparable(plan.hooks, plan))
+    return Model()
+
+
+def comparable(hooks: list[str], plan: Plan) -> list[str]:
+    """Return the hooks whose arguments are the same on both."""
+    is_divided = plan.trainer.get("accumulate_grad_batches", 1) > 1
+    return [name for name in hooks if name != "on_train_batch_end" or not is_divided]
+
+
+def user_code(seen: trace.Trace, plan: Plan) -> None:
+    module = make_module(seen, plan)
+    callbacks = [seen.callback(comparable(both.HOOKS_OF_CALLBACK, plan))] if plan.has_callback else []
+    trainer = seen.trainer(**{"max_epochs": 2, "callbacks": callbacks, "log_every_n_steps": 1, **plan.trainer})
+    loaders = [trace.batches(plan.num_batches, shuffle=True)] + ([trace.batches(2, 5)] if plan.validates else [])
+    seen.attempt(trainer.fit, module, *loaders)
+    seen.note("end", trainer.global_step, trainer.current_epoch)
+    seen.note("weights", *module.state_dict().values())
+    seen.note("modes", [child.training for child in module.modules()])
+
+
+QUIET_HOOKS = [
+    "on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "optimizer_step",
+    "optimizer_zero_grad", "backward", "lr_scheduler_step", "configure_gradient_clipping", *trace.TRANSFER,
+]  # fmt: skip
+
+moments = st.none() | st.tuples(st.integers(0, 1), st.integers(0, 3))
+
+
+@st.composite
+def plans(draw: Any) -> Plan:
+    accumulate = draw(st.sampled_from([1, 1, 2, 4]))
+    trainer: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    if draw(st.booleans()):
+        trainer["gradient_clip_val"] = draw(st.sampled_from([0.05, 0.5]))
+        trainer["gradient_clip_algorithm"] = draw(st.sampled_from(["norm", "value", None]))
+    trainer["val_check_interval"] = draw(st.sampled_from([1.0, 1.0, 2, 0.25]))
+    if draw(st.integers(0, 4)) == 0:
+        trainer["max_steps"] = draw(st.integers(1, 5))
+    if draw(st.integers(0, 4)) == 0:
+        trainer["num_sanity_val_steps"] = 0
+    special = draw(st.sampled_from(["", "", "", "skip_at", "stop_iteration_at", "raise_at", "stop_at"]))
+    hooks = draw(st.sampled_from(["none", "all", "some"]))
+    names = {"none": [], "all": [n for n in both.HOOKS_OF_MODULE if "checkpoint" not in n]}.get(hooks)
+    if names is None:
+        names = draw(st.lists(st.sampled_from(QUIET_HOOKS), unique=True, max_size=5))
+    optimizer = draw(st.sampled_from(["sgd", "sgd", "adam", "lbfgs"]))
+    return Plan(
+        hooks=tuple(names),
+        form=draw(st.sampled_from(["tensor", "dict"])),
+        none_at=tuple(draw(st.sets(st.integers(0, 3), max_size=2))) if optimizer != "lbfgs" else (),
+        scheduler=draw(st.sampled_from([None, "step", "plateau"])),
+        interval=draw(st.sampled_from(["epoch", "step"])),
+        frequency=draw(st.sampled_from([1, 2, 3])),
+        optimizer=optimizer,
+        has_callback=draw(st.booleans()),
+        validates=draw(st.integers(0, 3)) > 0,
+        num_batches=4,
+        trainer=trainer,
+        **({special: draw(moments)} if special else {}),
+    )
+
+
+@settings(
+    max_examples=120, derandomize=True, deadline=None, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+@given(plan=plans())
+def test_a_generated_fit_is_the_same(tmp_path: Path, plan: Plan) -> None:
+    trace.same(functools.partial(user_code, plan=plan), tmp_path)
