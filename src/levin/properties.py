@@ -430,6 +430,9 @@ class TrainerProperties:
         run = self._run
         if run is not None and self.state.status == TrainerStatus.RUNNING:
             store = run.store
+            if store.training and store.is_between_batches:
+                # The values of the last step stay, those of the epoch come beside them.
+                self._merge(store.read(on_step=True))
             self._merge(store.read(on_step=not store.is_between_batches))
 
     def _merge(self, metrics: Metrics) -> Metrics:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from levin.compat.finder import VERSION
-from levin.compat.table import ABSENT, EQUIVALENTS, ROOTS, TABLE, names_in, path_of
+from levin.compat.table import ABSENT, EQUIVALENTS, ROOMS, ROOTS, TABLE, names_in, path_of
 
 # Paths of earlier versions, which packages still try first.
 EARLIER = {"pytorch.utilities.cloud_io", "pytorch.loggers.NeptuneLogger"}
@@ -189,6 +189,12 @@ except RuntimeError as error:
     print(error)
 """
     assert "before the first import of Lightning" in in_fresh_process(code.replace("-W error", ""))
+
+
+def test_rooms_are_attributes_of_levin():
+    import levin
+
+    assert {home.removeprefix("levin.") for home in ROOMS} <= set(levin._ROOMS)
 
 
 def test_paths_by_their_three_roots():

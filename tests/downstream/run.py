@@ -100,7 +100,18 @@ def run(package: Package, framework: str, deadline_s: float) -> dict[str, tuple[
         "CUDA_VISIBLE_DEVICES": "",
         "MPLBACKEND": "agg",
     }
-    options = ["-q", "-p", "record", "-p", "no:cacheprovider", "--timeout", "200", "-W", "ignore"]
+    options = [
+        "-q",
+        "-p",
+        "record",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "--timeout",
+        "200",
+        "-W",
+        "ignore",
+    ]
     for part in package.without:
         options += ["--deselect", part]
     python = str(folder / "venv" / "bin" / "python")

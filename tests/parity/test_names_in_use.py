@@ -135,6 +135,29 @@ def test_attributes_that_packages_read_answer_the_same(tmp_path):
     assert ours == theirs
 
 
+def metrics_at_epoch_ends(framework: Any, folder: Any) -> list[list[str]]:
+    found: list[list[str]] = []
+
+    class Reader(framework.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            found.append(sorted(trainer.callback_metrics))
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            found.append(sorted(trainer.callback_metrics))
+
+    recorder, _ = both.recording_module(framework, [])
+    both.quiet(framework, folder, max_epochs=2, callbacks=[Reader()]).fit(recorder, both.loader())
+    return found
+
+
+def test_values_of_the_last_step_can_be_read_at_the_end_of_the_epoch(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, ours = (metrics_at_epoch_ends(framework(), tmp_path) for framework in (both.lightning, both.levin))
+    assert ours == theirs
+    assert {"plain", "train_step", "train_epoch"} <= set(ours[1])
+
+
 def test_signatures_that_packages_copy_hold_the_same_arguments():
     theirs, ours = both.lightning().module, both.levin().module
     for find in (

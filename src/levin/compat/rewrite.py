@@ -13,8 +13,7 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import levin
-from levin.compat.table import ABSENT, TABLE, names_in, path_of
+from levin.compat.table import ABSENT, ROOMS, TABLE, names_in, path_of
 
 _CONFIG_LINE = re.compile(
     r"""^(?P<key>\s*(?:-\s+)*["']?(?:class_path|_target_)["']?\s*:\s*)(?P<quote>["']?)"""
@@ -290,7 +289,7 @@ class _Rewriter:
         base = _module_of(self._bound[root.id][0])
         if home == base:
             return now
-        if base == "levin" and home.removeprefix("levin.") in levin._ROOMS:
+        if base == "levin" and home in ROOMS:
             return now + home.removeprefix("levin")
         self._needed.add(home)
         return home

@@ -380,6 +380,11 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.wrappers": {ABSENT: "is_wrapped"},
 }  # fmt: skip
 
+ROOMS = frozenset(
+    {_ACCELERATORS, _CALLBACKS, _CHECKPOINT, _ENVIRONMENTS, _LAUNCHERS, _LOGGERS, _PRECISION, _PROFILERS, _STRATEGIES}
+)
+"""Modules that are attributes of ``levin`` without being imported."""
+
 
 def names_in(path: str) -> dict[str, tuple[str, str]]:
     """Return what the module at ``path`` holds: name -> (levin's module, the name there).
