@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-slow test-downstream lint bench bench-checkpoint docs clean
+.PHONY: help demo test test-mpi test-slow lint bench bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,8 +26,10 @@ test: $(STAMP)  ## Run the tests
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 	$(RUN) $(BIN)/python -m pytest -q -m slow
 
-test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin
-	$(RUN) $(BIN)/python tests/downstream/run.py --table docs/downstream.md
+# In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
+test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
+	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check
@@ -39,6 +41,10 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py
+
+.PHONY: test-downstream
+test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin
+	$(RUN) $(BIN)/python tests/downstream/run.py --table docs/downstream.md
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet
