@@ -88,9 +88,7 @@ PACKAGES = (
             "tests/test_migrate.py",
             "tests/test_sample_weight.py",
             "tests/test_categorical.py",
-            "tests/test_core.py",
         ),
-        ("gitpython", "captum"),
     ),
     Package("darts", "0.48.1", ("usage/darts.py",), note="ships no tests; used as its documentation says"),
 )
