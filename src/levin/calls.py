@@ -45,6 +45,8 @@ def begin(
     first = next(iter(given))
     if isinstance(given[first], LightningDataModule):
         datamodule, given[first] = given[first], None
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(f"`datamodule` must be an instance of a `LightningDataModule`, received {datamodule!r}.")
     if datamodule is not None and any(value is not None for value in given.values()):
         raise MisconfigurationException(
             f"You cannot pass loaders and a `datamodule` to `Trainer.{fn}`, received both. Pass one of the two."

@@ -17,7 +17,16 @@ from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.exact import Exact
 from levin.loops.fit import fit
-from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
+from levin.loops.loading import (
+    batch_indices,
+    limit_of,
+    load,
+    load_training,
+    load_validation,
+    load_validation_if_soon,
+    loaders_of,
+    make_feed,
+)
 from levin.loops.logging import send_hyperparameters
 from levin.loops.place import place_of
 from levin.loops.predict import predict
@@ -180,6 +189,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         if trainer.limit_train_batches == 0:
             return
     load_training(trainer)
+    load_validation_if_soon(trainer)
     step = compose_step(run)
     if run.is_profiled:
         time_step(run, step)
