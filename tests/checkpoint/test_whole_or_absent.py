@@ -141,6 +141,16 @@ def test_what_killed_writers_left_goes_with_the_next_save(tmp_path):
     assert names(tmp_path) == [".levin-busy.tmp", ".levin-young.tmp", "model.ckpt"]
 
 
+def test_links_that_killed_writers_left_go_with_the_next_save(tmp_path):
+    left, young = (tmp_path / f".levin-{name}.tmp" for name in ("left", "young"))
+    for path in (left, young):
+        path.symlink_to("model.ckpt")
+    old = time.time() - 1000
+    os.utime(left, (old, old), follow_symlinks=False)
+    atomic_save(state(1.0), tmp_path / "model.ckpt")
+    assert names(tmp_path) == [".levin-young.tmp", "model.ckpt"]
+
+
 def test_temporary_files_are_no_checkpoints_to_resume_from(tmp_path):
     (tmp_path / f"{atomic.TEMPORARY_PREFIX}1{atomic.TEMPORARY_SUFFIX}").write_text("half a file")
     assert find_newest_intact(tmp_path) is None
