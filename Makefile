@@ -35,7 +35,7 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 	$(RUN) $(BIN)/python benchmarks/run.py
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
-	$(RUN) $(BIN)/python benchmarks/checkpoint.py
+	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet

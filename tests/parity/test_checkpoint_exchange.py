@@ -110,7 +110,7 @@ def run(framework, folder, kind="", flags=None, save=None, ckpt_path=None):
             batches(),
             batches(),
             ckpt_path=ckpt_path,
-            weights_only=False if framework.name == "lightning" else None,
+            weights_only=True,
         )
     return module, trainer
 
