@@ -206,7 +206,9 @@ def main() -> None:
         rows = [
             row
             for num_bytes in sizes
-            for row in rows_for(num_bytes, 3 if options.quick else 6 if num_bytes > 10**8 else 11, folder)
+            for row in rows_for(
+                num_bytes, 3 if options.quick else 4 if num_bytes > 10**9 else 6 if num_bytes > 10**8 else 11, folder
+            )
         ]
     finally:
         shutil.rmtree(folder)
