@@ -59,6 +59,10 @@ _REDUCTIONS = {
 }  # fmt: skip
 
 
+# What changes no mean (its weight is zero), sum, minimum or maximum.
+_NEUTRAL = {"mean": 0.0, "sum": 0.0, "min": float("inf"), "max": float("-inf")}
+
+
 class Arguments(NamedTuple):
     """The arguments of ``self.log`` that must stay the same for one name in one hook."""
 
@@ -96,10 +100,12 @@ class Slot:
         "block",
         "cells",
         "dataloader_idx",
+        "epoch",
         "filled",
         "has_value",
         "hook",
         "is_restored",
+        "latest",
         "logger",
         "metric",
         "name",
@@ -144,6 +150,10 @@ class Slot:
         self.filled: int = 0
         self.total: Optional[Tensor] = None
         self.weight: float = 0.0
+        # The value of the step where it is not the last cell, and that of the epoch once it was asked for: over ranks,
+        # each is reduced once, however often and on which rank it is read.
+        self.latest: Optional[Tensor] = None
+        self.epoch: Optional[Tensor] = None
 
     def reset(self) -> None:
         """Forget all values; the slot itself stays."""
@@ -152,11 +162,22 @@ class Slot:
         self.weights.clear()
         self.total = None
         self.weight = 0.0
+        self.latest = self.epoch = None
         if self.metric is not None:
             self.metric.reset()
 
-    def add(self, value: Any, weight: float) -> None:
-        """Add a number or a one-element tensor; ``weight`` counts in means."""
+    def add(self, value: Any, weight: float, is_filler: Optional[bool] = None) -> None:
+        """Add a number or a one-element tensor.
+
+        Args:
+            value: It.
+            weight: What it counts in means.
+            is_filler: Of a step for which not all ranks have a batch of their own: whether this rank has none.
+        """
+        before = None
+        if is_filler:
+            before = self.step_value() if self.has_value else None
+            value, weight = _NEUTRAL[self.reduction], 0.0
         position = self.filled
         is_tensor = isinstance(value, Tensor)
         if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
@@ -169,14 +190,26 @@ class Slot:
         if is_tensor:
             cell = self.cells[position]
             cell.copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
-            if self.sync is not None and self.on_step:
-                cell.copy_(self.sync(cell.clone(), self.reduction, self.arguments.sync_dist_group))
         else:
-            self.cells[position].fill_(value)
+            cell = self.cells[position].fill_(value)
         self.has_value = True
         if self.on_epoch:
             self.weights.append(weight)
             self.filled = position + 1
+            self.epoch = None
+        if self.sync is not None and self.on_step:
+            self.latest = self._sync_step(cell, self.sync, is_filler)
+        elif self.latest is not None or before is not None:
+            self.latest = before
+
+    def _sync_step(self, cell: Tensor, sync: Callable[[Tensor, str, Any], Tensor], is_filler: Optional[bool]) -> Tensor:
+        group = self.arguments.sync_dist_group
+        if is_filler is None or self.reduction != "mean":
+            return sync(cell.clone(), self.reduction, group)
+        both = torch.stack([cell, torch.full_like(cell, 0.0 if is_filler else 1.0)])
+        total, num_active = sync(both, "sum", group)
+        step_value: Tensor = total / num_active.clamp(min=1.0)
+        return step_value
 
     def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         with torch.inference_mode(False):
@@ -216,6 +249,8 @@ class Slot:
         if self.metric is not None:
             value = self.metric._forward_cache
             return value.detach() if isinstance(value, Tensor) else value
+        if self.latest is not None:
+            return self.latest
         assert self.block is not None
         return self.cells[self.filled - 1 if self.filled else 0].clone()
 
@@ -229,13 +264,21 @@ class Slot:
                     "Log its parts with self.log_dict(metric.compute()) at the end of the epoch."
                 )
             return value.detach()
+        if self.epoch is None:
+            self.epoch = self._reduce()
+        return self.epoch.clone()
+
+    def _reduce(self) -> Tensor:
         total, weight = self._sum(), self.weight + sum(self.weights)
-        if self.sync is not None:
-            group = self.arguments.sync_dist_group
-            total = self.sync(total.clone(), "sum" if self.reduction in ("mean", "sum") else self.reduction, group)
-            if self.reduction == "mean":
-                weight = float(self.sync(total.new_tensor(weight), "sum", group))
-        return total / weight if self.reduction == "mean" else total.clone()
+        if self.sync is None:
+            return total / weight if self.reduction == "mean" else total.clone()
+        group = self.arguments.sync_dist_group
+        if self.reduction != "mean":
+            return self.sync(total.clone(), self.reduction, group)
+        both = torch.stack([total.double(), torch.tensor(weight, dtype=torch.float64, device=total.device)])
+        summed, weights = self.sync(both, "sum", group)
+        epoch_value: Tensor = summed / weights
+        return epoch_value.to(total.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
@@ -245,6 +288,8 @@ class Slot:
             "arguments": tuple(plain), "on_step": self.on_step, "on_epoch": self.on_epoch, "reduction": self.reduction,
             "block": None if self.block is None else self.block.clone(), "weights": list(self.weights),
             "filled": self.filled, "has_value": self.has_value, "total": self.total, "weight": self.weight,
+            "of_step": None if self.metric is None else self.metric._forward_cache,
+            "latest": self.latest,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -256,6 +301,9 @@ class Slot:
         self.weights = list(state["weights"])
         self.filled, self.has_value = state["filled"], state["has_value"]
         self.total, self.weight = state["total"], state["weight"]
+        if self.metric is not None:
+            self.metric._forward_cache = state.get("of_step")
+        self.latest = state.get("latest")
 
 
 class LogStore:
@@ -281,6 +329,8 @@ class LogStore:
         self.dataloader_idx: Optional[int] = None
         self.is_between_batches: bool = True
         self.has_step_slots: bool = False
+        # None, but for steps for which not all ranks have a batch of their own: whether this one has none.
+        self.is_filler: Optional[bool] = None
         self._size: Optional[int] = None
         self._slots: dict[tuple[str, str, Optional[int]], Slot] = {}
         self._modules = modules
@@ -319,16 +369,16 @@ class LogStore:
         elif not isinstance(value, (int, float)):
             _check_value(name, value, slot)
         if not slot.on_epoch or slot.reduction != "mean":
-            slot.add(value, 1.0)
+            slot.add(value, 1.0, self.is_filler)
         elif batch_size is not None:
-            slot.add(value, batch_size)
+            slot.add(value, batch_size, self.is_filler)
         elif self.batch is None or hook in EPOCH_ONLY:
-            slot.add(value, 1.0)
+            slot.add(value, 1.0, self.is_filler)
         else:
             size = self._size
             if size is None:
                 size = self._size = extract_batch_size(self.batch)
-            slot.add(value, size)
+            slot.add(value, size, self.is_filler)
 
     def _new_slot(self, name: str, value: Any, arguments: Arguments) -> Slot:
         hook = self.hook

@@ -232,6 +232,11 @@ class TrainerProperties:
     # ---------------------------------------------------------------- batches and limits
 
     @property
+    def is_filler(self) -> bool:
+        """Whether this rank has no batch of its own in this step: the present one is a batch again that counts for nothing."""
+        return self._run is not None and bool(self._run.store.is_filler)
+
+    @property
     def train_dataloader(self) -> Any:
         """The training loaders in the user's structure; None until they are loaded."""
         return self._train_loaders.user_loaders

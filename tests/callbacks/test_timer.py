@@ -2,12 +2,10 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from types import SimpleNamespace
 
 import pytest
 
 from levin.callbacks import Timer
-from levin.callbacks.agreed_clock import AgreedClock, calls_until_next_look
 from levin.utilities.exceptions import MisconfigurationException
 from tests.callbacks.small import Small, loader, trainer
 
@@ -89,25 +87,3 @@ def test_a_resumed_run_without_time_left_does_not_begin(tmp_path):
 def test_max_time_makes_a_timer(tmp_path):
     run = trainer(tmp_path, [], max_time={"hours": 1})
     assert [callback.time_remaining() for callback in run.callbacks if isinstance(callback, Timer)] == [3600.0]
-
-
-def test_half_of_the_time_goes_by_unobserved():
-    assert calls_until_next_look(2.0, 0.1) == 10
-    assert calls_until_next_look(1000.0, 0.1) == 50
-    assert calls_until_next_look(0.01, 1.0) == 0
-
-
-def test_ranks_speak_of_the_time_seldom(monkeypatch):
-    """A clock of ten seconds and batches of a millisecond: some tens of broadcasts for ten thousand batches."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    broadcasts = []
-    strategy = SimpleNamespace(broadcast=lambda value: broadcasts.append(value) or value)
-    clock = AgreedClock(10.0)
-    run = SimpleNamespace(world_size=2, strategy=strategy)
-    for _ in range(20_000):
-        now[0] += 0.001
-        if clock.has_gone_off(run):
-            break
-    assert 10.0 <= now[0] < 10.01
-    assert len(broadcasts) < 30

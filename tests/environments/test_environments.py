@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
+import sys
 
 import pytest
 
@@ -222,11 +224,20 @@ def test_kubeflow(monkeypatch):
         KubeflowEnvironment.detect()
 
 
-def test_mpi_and_tpu_without_their_packages():
+def test_mpi_and_tpu_without_their_packages(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     for environment, package in ((MPIEnvironment, "mpi4py"), (XLAEnvironment, "torch_xla")):
-        if not environment.detect():
-            with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, which is not installed"):
-                environment()
+        assert not environment.detect()
+        with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, which is not installed"):
+            environment()
+
+
+def test_mpi_is_not_started_where_mpirun_did_not_start_the_process(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("OMPI_", "PMI", "MV2_"))]:
+        monkeypatch.delenv(name)
+    assert not MPIEnvironment.detect()
+    assert "mpi4py.MPI" not in sys.modules
 
 
 def test_a_custom_environment_needs_all_methods():

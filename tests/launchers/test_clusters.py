@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +74,17 @@ def test_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={_free_port()}"]
     run(command, tmp_path, [{}], ("-", "2", "1"))
     check(tmp_path, "TorchElasticEnvironment")
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
+    reason="mpirun or the package mpi4py is not installed",
+)
+def test_mpirun(tmp_path, monkeypatch):
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    run(["mpirun", "--oversubscribe", "-n", "2", sys.executable], tmp_path, [{}], ("-", "2", "1"))
+    check(tmp_path, "MPIEnvironment")
 
 
 def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:

@@ -80,7 +80,7 @@ def fit_both(tmp_path, run) -> list[Any]:
     results = []
     for framework in (both.lightning(), both.levin()):
         folder = tmp_path / framework.name
-        folder.mkdir()
+        folder.mkdir(parents=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             results.append(run(framework, folder))

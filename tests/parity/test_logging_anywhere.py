@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.parity import both
@@ -70,7 +70,14 @@ FLAGS = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     script=st.lists(entries(), min_size=1, max_size=6, unique_by=lambda entry: entry.name),
     flags=FLAGS, num_loaders=st.integers(1, 2), reads=st.booleans(), manual=st.booleans(), with_metric=st.booleans(),
@@ -95,7 +102,14 @@ def test_any_script_logs_the_same(
     assert_same(theirs, ours)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 @given(
     script=st.lists(entries().filter(lambda entry: "train" not in entry.hook and "backward" not in entry.hook and "zero" not in entry.hook), min_size=1, max_size=4, unique_by=lambda entry: entry.name),
     num_loaders=st.integers(1, 3), reads=st.booleans(), fast_dev_run=st.booleans(),

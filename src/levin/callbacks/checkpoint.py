@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from levin.hooks import Callback
 
 
@@ -18,3 +20,13 @@ class Checkpoint(Callback):
 
     runs_last = True
     is_monitor = True
+
+    def run_state(self) -> dict[str, Any]:
+        """Return what this callback knows of the present run only, and needs to go on in the middle of it.
+
+        It is kept beside :meth:`state_dict`, whose content other programs read.
+        """
+        return {}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`run_state`, after ``on_train_start``."""

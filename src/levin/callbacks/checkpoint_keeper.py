@@ -124,6 +124,7 @@ class CheckpointKeeper(Checkpoint):
         self._pending: _Pending | None = None
         self._has_validated: bool = False
         self._has_saved_last: bool = False
+        self._defer_save_until_validation: bool = False
 
     def _save(self, trainer: Trainer, is_always_last: bool = False) -> None:
         candidates = self._monitor_candidates(trainer)
@@ -223,10 +224,14 @@ class CheckpointKeeper(Checkpoint):
             self._pending.old = old
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with self._own_checkpoint_io(trainer):
-            trainer.save_checkpoint(filepath, self.save_weights_only)
+        before, self._last_global_step_saved = self._last_global_step_saved, trainer.global_step
+        try:
+            with self._own_checkpoint_io(trainer):
+                trainer.save_checkpoint(filepath, self.save_weights_only)
+        except BaseException:
+            self._last_global_step_saved = before
+            raise
         self._written.add(filepath)
-        self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         if not trainer.is_global_zero:
             return
@@ -428,6 +433,22 @@ class CheckpointKeeper(Checkpoint):
         return {path for path in list_directory(directory) if is_last.fullmatch(os.path.basename(path))}
 
     # State ------------------------------------------------------------------------------------------------------------
+
+    def run_state(self) -> dict[str, Any]:
+        """Return what was saved and decided in the present run."""
+        return {
+            "last_global_step_saved": self._last_global_step_saved,
+            "has_saved_last": self._has_saved_last,
+            "has_validated": self._has_validated,
+            "defers_save": self._defer_save_until_validation,
+        }
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`run_state`."""
+        self._last_global_step_saved = state["last_global_step_saved"]
+        self._has_saved_last = state["has_saved_last"]
+        self._has_validated = state["has_validated"]
+        self._defer_save_until_validation = state["defers_save"]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kept files and their scores."""

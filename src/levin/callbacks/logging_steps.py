@@ -26,11 +26,14 @@ def require_logger(trainer: Trainer, callback: Callback) -> None:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Return whether the present training batch is one whose values are logged."""
+    """Return whether values are logged with the present batch; in evaluations batches are counted per loader."""
     every = trainer.log_every_n_steps
-    if every == 0:
+    if every == 0 or trainer.sanity_checking:
         return False
     step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if trainer.evaluating:
+        loops = {"fit": trainer.fit_loop.epoch_loop.val_loop, "validate": trainer.validate_loop}
+        step = loops.get(str(trainer.state.fn), trainer.test_loop).batch_progress.current.ready - 1
     return (step + 1) % every == 0 or bool(trainer.fast_dev_run) or trainer.should_stop
 
 

@@ -96,7 +96,6 @@ class ModelCheckpoint(CheckpointKeeper):
         self._every_n_train_steps: int = every_n_train_steps or 0
         self._every_n_epochs: int = (every_n_epochs or 0) if has_trigger else 1
         self._train_time_interval: timedelta | None = train_time_interval
-        self._defer_save_until_validation: bool = False
         self._clock: AgreedClock | None = None
 
     @property
@@ -136,7 +135,7 @@ class ModelCheckpoint(CheckpointKeeper):
             # The callback has been in another run, whose steps say nothing about this one.
             self._last_global_step_saved = 0
         if self._train_time_interval is not None:
-            self._clock = AgreedClock(self._train_time_interval.total_seconds())
+            self._clock = AgreedClock(self._train_time_interval.total_seconds(), trainer)
         if self._every_n_train_steps >= 1 and not pl_module.automatic_optimization:
             rank_zero_warn(
                 "ModelCheckpoint(every_n_train_steps=...) with manual optimization saves the state after the batch's "
@@ -151,7 +150,7 @@ class ModelCheckpoint(CheckpointKeeper):
         if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
             return
         if self._clock is not None:
-            self._clock.restart()
+            self._clock.restart(trainer)
         if self._must_wait_for_validation(trainer):
             self._defer_save_until_validation = True
         else:
@@ -172,7 +171,9 @@ class ModelCheckpoint(CheckpointKeeper):
         self._has_validated = self._has_validated or not trainer.sanity_checking
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = False
-            self._save(trainer, is_always_last=True)
+            # A value that the training epoch logs comes later than this.
+            if self.monitor in trainer.callback_metrics or not self._should_save_on_train_epoch_end(trainer):
+                self._save(trainer, is_always_last=True)
         elif self._is_due_after_epoch(trainer) and not self._should_save_on_train_epoch_end(trainer):
             self._save(trainer)
 

@@ -47,7 +47,9 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save."""
-        if trainer.state.fn == "fit" and not trainer.fast_dev_run:
+        # A call that failed before its run began has nothing to save.
+        has_begun = trainer.strategy.lightning_module is not None
+        if trainer.state.fn == "fit" and has_begun and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.ckpt_path)
             rank_zero_info(f"{type(exception).__name__} was raised; saved a checkpoint to {self.ckpt_path}")
 

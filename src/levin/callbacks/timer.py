@@ -106,7 +106,7 @@ class Timer(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not begin when a resumed run has no time left."""
-        if self._is_over(trainer):
+        if self._duration is not None and self.time_elapsed() >= self._duration:
             self._stop(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,7 +115,7 @@ class Timer(Callback):
         self._offset += stopwatch.elapsed_s()
         stopwatch.start()
         if self._duration is not None:
-            self._clock = AgreedClock(self._duration - self._offset)
+            self._clock = AgreedClock(self._duration - self._offset, trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
@@ -126,14 +126,8 @@ class Timer(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop when the time is up, if epochs are what counts."""
-        if self._interval == "epoch" and self._is_over(trainer):
+        if self._interval == "epoch" and self._clock is not None and self._clock.has_gone_off(trainer):
             self._stop(trainer)
-
-    def _is_over(self, trainer: Trainer) -> bool:
-        if self._duration is None:
-            return False
-        is_over: bool = trainer.strategy.broadcast(self.time_elapsed() >= self._duration)
-        return is_over
 
     def _stop(self, trainer: Trainer) -> None:
         if not trainer.should_stop and self._verbose:
@@ -146,12 +140,12 @@ class Timer(Callback):
         self._stopwatch(RunningStage.TRAINING).stop()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of validation."""
-        self._stopwatch(_validation_stage(trainer)).start()
+        """Start the clock of validation; the check before training counts too."""
+        self._stopwatch(RunningStage.VALIDATING).start()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock of validation."""
-        self._stopwatch(_validation_stage(trainer)).stop()
+        self._stopwatch(RunningStage.VALIDATING).stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of the test."""
@@ -176,7 +170,3 @@ class Timer(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count the training time of the run before."""
         self._offset = state_dict.get("time_elapsed", {}).get(RunningStage.TRAINING.value, 0.0)
-
-
-def _validation_stage(trainer: Trainer) -> RunningStage:
-    return RunningStage.SANITY_CHECKING if trainer.sanity_checking else RunningStage.VALIDATING

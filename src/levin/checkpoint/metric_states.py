@@ -12,7 +12,11 @@ from levin.utilities.move import move_data_to_device
 def collect_metric_states(module: torch.nn.Module) -> dict[str, Any]:
     """Return the states of the torchmetrics objects of ``module`` by their names."""
     return {
-        name: {"update_count": child._update_count, **{key: getattr(child, key) for key in child._defaults}}
+        name: {
+            "update_count": child._update_count,
+            "forward_cache": cache if isinstance(cache := child._forward_cache, torch.Tensor) else None,
+            **{key: getattr(child, key) for key in child._defaults},
+        }
         for name, child in module.named_modules()
         if hasattr(child, "_defaults") and hasattr(child, "_update_count")
     }
@@ -25,5 +29,6 @@ def load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
         child: Any = children.get(name)
         if child is not None:
             child._update_count = state["update_count"]
+            child._forward_cache = move_data_to_device(state.get("forward_cache"), child.device)
             for key in child._defaults:
                 setattr(child, key, move_data_to_device(state[key], child.device))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
+from levin.checkpoint.ranks import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import collect_rng_states, set_rng_states
 from levin.utilities.timing import call_timed
@@ -49,7 +50,8 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
-        checkpoint[OWN_KEY] = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        own = {"version": 1, "rng": collect_rng_states(), **trainer._exact.state_dict(trainer)}
+        checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
             name = owner._hparams_name
@@ -155,6 +157,13 @@ def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     return state if isinstance(state, dict) else None
 
 
+def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
+    """Return the part of :func:`own_state` that is for this rank."""
+    state = own_state(checkpoint)
+    return None if state is None else part_of_rank(state, strategy.global_rank, strategy.world_size)
+
+
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Put the random states of this process back."""
-    set_rng_states(state["rng"])
+    """Put the random states of this process back, if it was there when they were saved."""
+    if "rng" in state:
+        set_rng_states(state["rng"])

@@ -17,7 +17,8 @@ class Feed:
     Args:
         sources: The loaders; a combined loader that yields joint batches counts as one.
         limits: Batches to take of each; inf for all there are.
-        lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end.
+        lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end, also
+            when there is a limit, before which it may come.
         device: Where batches go.
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
@@ -41,11 +42,19 @@ class Feed:
         self.lengths = lengths
         self.device = device
         self.is_last: bool = False
-        self.position: Optional[Position] = None
+        # Of runs on several ranks, see shared_feed.py: whether the present batch stands in for one that this rank has
+        # not got, and whether every rank has a batch of its own in this step.
+        self.is_filler: bool = False
+        self.is_shared: bool = True
+        self.uneven: Any = None
+        self.positions: Optional[list[Position]] = None
         self._convert = convert
         self._transfer = transfer
         self._on_demand = on_demand
         self._draw = draw
+
+    def listen(self) -> None:
+        """Look from here on whether the steps of this rank talk to other ranks; see shared_feed.py."""
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
@@ -60,9 +69,18 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         return self.iterate(0)
 
-    def track(self, position: Position) -> None:
-        """Let ``position`` follow the first source, so that a run can go on in the middle of it."""
-        self.position = position
+    def track(self, positions: list[Position]) -> None:
+        """Let one of ``positions`` follow each source, so that a run can go on in the middle of it."""
+        self.positions = positions
+
+    def end_of(self, dataloader_idx: int, start: int) -> int | float:
+        """Return the index after the last batch of a source whose iterator begins at ``start``."""
+        limit, length = self.limits[dataloader_idx], self.lengths[dataloader_idx]
+        left = None if self.positions is None else self.positions[dataloader_idx].num_left
+        if left is None:
+            return min(limit, length)
+        # Another number of ranks began the epoch: what is left of it is not what the length of the loader says.
+        return start + left if limit >= length else min(limit, start + left)
 
     def iterate(
         self, start: int, iterator: Optional[Iterator[Any]] = None
@@ -88,12 +106,14 @@ class Feed:
             batch_idx = start
             start = 0
             if iterator is None:
-                lookahead = 1 if limit == float("inf") else 0
-                iterator = iter(source) if self.position is None else self.position.iterate(source, lookahead)
+                lookahead = 1 if self.lengths[dataloader_idx] == float("inf") else 0
+                followed = None if self.positions is None else self.positions[dataloader_idx]
+                iterator = iter(source) if followed is None else followed.iterate(source, lookahead)
+                limit = self.end_of(dataloader_idx, batch_idx)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
-            if limit == float("inf"):
-                for batch, ends in with_end(iterator):
+            if self.lengths[dataloader_idx] == float("inf"):
+                for batch, ends in with_end(iterator, limit - batch_idx):
                     self.is_last = ends and is_final
                     yield place(batch, dataloader_idx), batch_idx, dataloader_idx
                     batch_idx += 1
@@ -145,13 +165,22 @@ def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) ->
         yield item
 
 
-def with_end(iterator: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield each item with whether it is the last, by fetching one ahead."""
+def with_end(iterator: Iterator[Any], limit: int | float) -> Iterator[tuple[Any, bool]]:
+    """Yield at most ``limit`` items, each with whether it is the last, by fetching one ahead."""
+    if limit <= 0:
+        return
     try:
         item = next(iterator)
     except StopIteration:
         return
-    for following in iterator:
+    number = 1
+    # The one after the limit is not fetched.
+    while number < limit:
+        try:
+            following = next(iterator)
+        except StopIteration:
+            break
         yield item, False
         item = following
+        number += 1
     yield item, True

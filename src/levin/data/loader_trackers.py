@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from levin.data.order import complete_order, describe_order, left_for_rank, list_order
 from levin.data.sampling import (
     Gate,
     SamplerState,
@@ -91,6 +92,8 @@ class IndexTracker(_LoaderTracker):
         self.is_watched: bool = not is_known(index_sampler(loader))
         self.names: tuple[str, ...] = generators_used(loader)
         self.first: State = {}
+        # Of an epoch that went on with another number of ranks: the order of all, and how much of it was seen before.
+        self.spread: State | None = None
         self.steps: Steps | None = None
         # How many batches this process has not taken itself, because it went on after them.
         self.num_skipped: int = 0
@@ -99,6 +102,7 @@ class IndexTracker(_LoaderTracker):
         """Begin an epoch."""
         self.begun = {"globals": self.globals.read(self.names), "sampler": self.sampler.read()}
         self.first = {}
+        self.spread = None
         self.num_skipped = 0
         self.steps = None
         if self.num_workers:
@@ -145,7 +149,8 @@ class IndexTracker(_LoaderTracker):
         state: State = {
             "begun": self.begun,
             "first": self.first,
-            "shape": shape_of(self.loader),
+            "shape": {**shape_of(self.loader), "order": describe_order(self.loader)},
+            "spread": self.spread,
             "now": {"sampler": self.sampler.read(), "main": self.main.read_own()},
             "befores": self._last_befores(in_flight),
             "steps": {} if self.steps is None else self.steps.state(),
@@ -188,6 +193,7 @@ class IndexTracker(_LoaderTracker):
         """Return the sampler to go on with and how many batches to leave out, if settings changed since the save."""
         sampler, num_done = index_sampler(self.loader), state["num_done"]
         then, now = state["shape"], shape_of(self.loader)
+        before = state.get("spread")
         if then["num_samples"] != now["num_samples"] and then["num_replicas"] == now["num_replicas"]:
             rank_zero_warn(
                 f"The sampler had {then['num_samples']} samples when the checkpoint was saved, received one with "
@@ -201,17 +207,37 @@ class IndexTracker(_LoaderTracker):
             )
         names = ("batch_size", "num_replicas")
         changed = [name for name in names if then[name] != now[name] and None not in (then[name], now[name])]
+        if changed:
+            name = changed[0]
+            rank_zero_warn(
+                f"{name} was {then[name]} when the checkpoint was saved, received {now[name]}. The resumed run is not the "
+                "unbroken one, but every sample is still seen once in this epoch."
+            )
+        order = then.get("order") if before is None else before["order"]
+        if (changed or before is not None) and order is not None and type(sampler) is BatchSampler:
+            return self._spread_rest(sampler, complete_order(order, state), before, state), 0
         if not changed:
             return sampler, num_done
-        name = changed[0]
-        rank_zero_warn(
-            f"{name} was {then[name]} when the checkpoint was saved, received {now[name]}. The resumed run is not the "
-            "unbroken one, but every sample is still seen once in this epoch."
-        )
         num_samples = num_done * then["batch_size"] * then["num_replicas"]
         if type(sampler) is BatchSampler:
-            return without_samples(sampler, samples_seen(num_samples, sampler.sampler)), 0
+            rest = without_samples(sampler, samples_seen(num_samples, sampler.sampler))
+            self.num_left = len(rest)
+            return rest, 0
         return sampler, math.ceil(num_samples / (now["batch_size"] * now["num_replicas"]))
+
+    def _spread_rest(self, sampler: BatchSampler, order: State, before: State | None, state: State) -> BatchSampler:
+        """Return a batch sampler over what is left for this rank of the epoch that other ranks began."""
+        then, num_done = state["shape"], state["num_done"]
+        num_seen, num_done_before = (0, 0) if before is None else (before["num_seen"], before["num_done"])
+        num_seen += (num_done - num_done_before) * then["batch_size"] * then["num_replicas"]
+        own: Any = sampler.sampler
+        rank, size = getattr(own, "rank", 0), getattr(own, "num_replicas", 1)
+        self.spread = {"order": order, "num_seen": num_seen, "num_done": num_done}
+        rest = BatchSampler(
+            left_for_rank(list_order(order), num_seen, rank, size), sampler.batch_size, sampler.drop_last
+        )
+        self.num_left = len(rest)
+        return rest
 
     def _compare(self, state: State) -> None:
         saved, steps = state["steps"], self.steps

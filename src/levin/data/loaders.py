@@ -12,7 +12,12 @@ from typing import Any, Optional
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.samplers import DistributedSamplerWrapper, IndexBatchSampler, UnrepeatedDistributedSampler
+from levin.data.samplers import (
+    DistributedSamplerWrapper,
+    IndexBatchSampler,
+    UnrepeatedDistributedSampler,
+    UnrepeatedSamplerWrapper,
+)
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import pl_worker_init_function
@@ -127,11 +132,13 @@ def _split_sampler(loader: Any, stage: str, sampler_kwargs: dict[str, Any], shuf
     import os
 
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
+    # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
     if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
-        return DistributedSamplerWrapper(loader.sampler, **kwargs)
-    if stage == "predict":
-        return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
-    return DistributedSampler(loader.dataset, **kwargs)
+        wrapper = DistributedSamplerWrapper if stage == "train" else UnrepeatedSamplerWrapper
+        return wrapper(loader.sampler, **kwargs)
+    if stage == "train":
+        return DistributedSampler(loader.dataset, **kwargs)
+    return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
 
 
 def rebuild(loader: DataLoader[Any], sampler: Any, stage: str) -> DataLoader[Any]:

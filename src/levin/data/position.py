@@ -38,6 +38,8 @@ class Position:
 
     def __init__(self) -> None:
         self.num_pulled: int = 0
+        # Batches that are left, where the length of the loader does not tell.
+        self.num_left: int | None = None
         self._tracker: Tracker | None = None
         self._loaded: State | None = None
         self._is_finished: bool = False
@@ -59,10 +61,12 @@ class Position:
         loaded, self._loaded = self._loaded, None
         self._is_finished = False
         self.num_pulled = 0
+        self.num_left = tracker.num_left = None
         if loaded is not None and not loaded["is_finished"]:
             tracker.is_ended = loaded["is_ended"]
             iterator = tracker.resume(loaded)
             self.num_pulled = loaded["num_done"]
+            self.num_left = tracker.num_left
         else:
             if loaded is not None:
                 tracker.reopen(loaded)
@@ -75,6 +79,7 @@ class Position:
         if self._loaded is not None:
             self._loaded = {**self._loaded, "is_finished": True}
         self._is_finished = True
+        self.num_left = None
 
     def state_dict(self, num_done: int | None = None) -> State:
         """Return what a restart needs: numbers, strings, bytes, and what the user's own states hold.

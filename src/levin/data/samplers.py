@@ -62,6 +62,19 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         return (source[index] for index in super().__iter__())
 
 
+class UnrepeatedSamplerWrapper(DistributedSamplerWrapper):
+    """Splits what a user's own sampler draws between ranks without repeating any of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.total_size = len(self.dataset)  # type: ignore[arg-type]  # it has a length
+        self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
+
+    def __iter__(self) -> Iterator[Any]:
+        source: Any = self.dataset
+        return iter(list(source.sampler)[self.rank : self.total_size : self.num_replicas])
+
+
 class IndexBatchSampler(BatchSampler):
     """Draws batches from another batch sampler and remembers the indices of each.
 

@@ -33,6 +33,8 @@ class Tracker(ABC):
         self.follows_pulls: bool = lookahead > 0
         self.globals: GlobalGenerators = GlobalGenerators()
         self.begun: State = {}
+        # How many batches are left of an epoch that goes on with another number of ranks, or other batches.
+        self.num_left: int | None = None
         # Whether the present epoch came to its end.
         self.is_ended: bool = False
         # The state that was set to go on from, until the first batch is taken.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from typing import Any
 
 from levin.environments.environment import ClusterEnvironment
 from levin.environments.local import find_free_port
+
+# By Open MPI, by MPICH and what descends from it, by MVAPICH, by PMIx, by Cray's launcher.
+_SET_BY_MPIRUN = (
+    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE", "PMIX_RANK", "PALS_RANKID"
+)  # fmt: skip
 
 
 class MPIEnvironment(ClusterEnvironment):
@@ -54,7 +60,8 @@ class MPIEnvironment(ClusterEnvironment):
     @staticmethod
     def detect() -> bool:
         """Return whether mpirun started more than one process."""
-        if importlib.util.find_spec("mpi4py") is None:
+        # To import MPI is to start it, which a process that nothing of the kind has started is spared.
+        if not any(name in os.environ for name in _SET_BY_MPIRUN) or importlib.util.find_spec("mpi4py") is None:
             return False
         try:
             from mpi4py import MPI

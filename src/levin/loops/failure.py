@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from levin.loops.run import detach_log_store
+from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.states import TrainerStatus
 from levin.utilities.timing import call_timed
 
@@ -26,6 +27,10 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         return
     module = trainer.lightning_module
     trainer.strategy.explain(error)
+    if not isinstance(error, SIGTERMException):
+        # A signal is obeyed by all ranks together. An error may be that of this rank: to wait for the others now, in
+        # order to save something, would be to wait for ever, and they for this one.
+        trainer.strategy.stand_alone()
     try:
         for callback in trainer.callbacks:
             call_timed(trainer, "Callback", callback, "on_exception", trainer, module, error)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import evaluate
+from levin.loops.agreement import now_s
+from levin.loops.exact import Moment, Unfinished
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
@@ -42,11 +43,17 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     """
     trainer = run.trainer
     loop = trainer.fit_loop
+    _exchange(run)
     if _is_done(run):
         return
     _check_restored_epoch(run)
+    trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
+    trainer._exact.take_up(run)
+    _exchange(run)
     resumed = loop.restarted_mid_epoch
+    if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
+        _end_unfinished_epoch(run, unfinished)
     while not _is_done(run):
         epoch = loop.epoch_progress
         prepare_epoch(run, feed)
@@ -64,7 +71,8 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         epoch.increment_processed()
         _end_epoch(run)
         epoch.increment_completed()
-        if trainer.received_sigterm:
+        _exchange(run)
+        if run.told.received_sigterm:
             raise SIGTERMException
     run.call("on_train_end")
 
@@ -76,14 +84,15 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    check_saves = run.strategy.checkpoint_io.check
+    agreement, told = run.agreement, run.told
+    # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
+    look = run.strategy.checkpoint_io.check if agreement is None else agreement.look
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
-    if resumed and progress.current.ready and trainer._exact.take_unfinished_batch():
-        _after_batch(run, progress.current.ready - 1, progress.is_last_batch, validates)
-        if progress.is_last_batch or _stops_in_epoch(trainer):
+    if resumed and progress.current.ready:
+        if _end_unfinished_batch(run, validates):
             return
-    if trainer.should_stop and _may_stop(trainer):
+    if told.should_stop and _may_stop(trainer):
         return
     batches = trainer._exact.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
@@ -111,15 +120,16 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 _step_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            check_saves()
+            look()
             _after_batch(run, batch_idx, is_last, validates)
-            if trainer.received_sigterm and not 0 <= loop.max_steps <= loop.global_step:
+            if told.received_sigterm and not _has_all_steps(trainer):
                 raise SIGTERMException
-            if trainer.should_stop or loop.max_steps >= 0:
-                if _stops_in_epoch(trainer):
+            if told.should_stop or loop.max_steps >= 0:
+                if _stops_in_epoch(run):
                     break
     except StopIteration:
         store.hook = None
+        run.under_way = ("", None, ())
     finally:
         batches.close()
 
@@ -138,21 +148,47 @@ def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
     return every != 1 and not is_last and (batch_idx + 1) % every != 0
 
 
-def _after_batch(run: Run, batch_idx: int, is_last: bool, validates: bool) -> None:
-    """Log the step, validate when due, count the batch."""
+def _after_batch(
+    run: Run, batch_idx: int, is_last: bool, validates: bool, unfinished: Optional[Unfinished] = None
+) -> None:
+    """Log the step, validate when due, count the batch; or do what is left of that."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     accumulates = _accumulates(trainer, batch_idx, is_last)
-    loop.batch_progress.increment_completed()
-    if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
-        metrics = trainer._merge(run.store.read(on_step=True))
-        send(trainer, metrics.logged)
-    if validates and _validates_now(run, batch_idx, is_last):
+    if unfinished is None or unfinished.moment == Moment.BATCH_END:
+        loop.batch_progress.increment_completed()
+        if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
+            metrics = trainer._merge(run.store.read(on_step=True))
+            send(trainer, metrics.logged)
+        if validates and _validates_now(run, batch_idx, is_last):
+            evaluate.validate_in_fit(run, accumulates)
+            _exchange(run)
+    elif unfinished.moment == Moment.VALIDATION_END:
+        evaluate.end_validation_in_fit(run, unfinished)
+        _exchange(run)
+    elif validates:
         evaluate.validate_in_fit(run, accumulates)
+        _exchange(run)
     if run.schedulers and not accumulates and run.module.automatic_optimization:
         step_schedulers(run, "step", plateau=True)
     if not accumulates:
         loop._batches_that_stepped += 1
+
+
+def _end_unfinished_batch(run: Run, validates: bool) -> bool:
+    """Do what was left to do after the last batch when the checkpoint was saved. Returns whether the epoch is over."""
+    trainer, exact = run.trainer, run.trainer._exact
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
+    unfinished = exact.take_unfinished(Moment.BATCH_END, Moment.VALIDATION, Moment.VALIDATION_END)
+    if unfinished is not None:
+        run.store.start_batch(None)
+        if unfinished.moment == Moment.BATCH_END:
+            exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
+        _after_batch(run, batch_idx, is_last, validates, unfinished)
+        if run.told.received_sigterm and not _has_all_steps(trainer):
+            raise SIGTERMException
+    return is_last or _stops_in_epoch(run)
 
 
 def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
@@ -170,10 +206,10 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
-    if trainer.should_stop and _may_stop(trainer):
+    if run.told.should_stop and _may_stop(trainer):
         return True
     if trainer._val_check_seconds is not None:
-        return bool(time.monotonic() - trainer._last_validation_time >= trainer._val_check_seconds)
+        return bool(now_s(run) - trainer._last_validation_time >= trainer._val_check_seconds)
     interval = trainer.val_check_batch
     if interval == math.inf:
         return False
@@ -188,12 +224,24 @@ def _is_once_an_epoch(trainer: Trainer) -> bool:
     return trainer.check_val_every_n_epoch is not None and trainer.val_check_batch == trainer.num_training_batches
 
 
-def _end_epoch(run: Run) -> None:
+def _end_unfinished_epoch(run: Run, unfinished: Unfinished) -> None:
+    """Do what was left to do at the end of the epoch when the checkpoint was saved."""
+    epoch = run.trainer.fit_loop.epoch_progress
+    for counter in (epoch.current, epoch.total):
+        counter.completed -= 1
+    _end_epoch(run, unfinished)
+    epoch.increment_completed()
+
+
+def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     run.store.end_batches()
-    run.call("on_train_epoch_end")
+    if unfinished is None:
+        run.call("on_train_epoch_end")
+    else:
+        trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
     trainer._merge(run.store.read(on_step=True))
@@ -205,6 +253,11 @@ def _end_epoch(run: Run) -> None:
     run.store.reset()
 
 
+def _has_all_steps(trainer: Trainer) -> bool:
+    """Whether training is done in any case."""
+    return 0 <= trainer.max_steps <= trainer.global_step
+
+
 def _may_stop(trainer: Trainer) -> bool:
     """Whether ``should_stop`` may be obeyed: the least numbers of epochs and steps are reached."""
     loop = trainer.fit_loop
@@ -213,11 +266,18 @@ def _may_stop(trainer: Trainer) -> bool:
     return bool(enough_epochs and enough_steps)
 
 
-def _stops_in_epoch(trainer: Trainer) -> bool:
+def _stops_in_epoch(run: Run) -> bool:
+    trainer = run.trainer
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
-    return bool(trainer.should_stop and _may_stop(trainer))
+    return bool(run.told.should_stop and _may_stop(trainer))
+
+
+def _exchange(run: Run) -> None:
+    """Let all ranks know here what each was told so far."""
+    if run.agreement is not None:
+        run.agreement.exchange()
 
 
 def _is_done(run: Run) -> bool:
@@ -232,7 +292,7 @@ def _is_done(run: Run) -> bool:
     if loop.max_epochs is not None and 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
         rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={loop.max_epochs!r}` reached.")
         return True
-    if trainer.should_stop:
+    if run.told.should_stop:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True

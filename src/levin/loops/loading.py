@@ -11,6 +11,7 @@ from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
 from levin.data.source import StageLoaders
 from levin.loops.profiled import NEXT, kind_of
+from levin.loops.uneven import agreed_batches, is_shared, shared_feed
 from levin.precision.precision import Precision
 from levin.settings import num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
@@ -44,11 +45,12 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
     step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
     on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
-    return Feed(
+    arguments = (
         loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
         run.strategy.root_device, convert, run.transfer, on_demand,
         run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
     )  # fmt: skip
+    return shared_feed(run, loaders.stage, *arguments) if is_shared(run.strategy) else Feed(*arguments)
 
 
 def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
@@ -76,7 +78,8 @@ def load_training(trainer: Trainer) -> bool:
     if not _due(trainer, loaders):
         return False
     load(trainer, loaders, trainer.limit_train_batches)
-    trainer._num_training_batches = loaders.num_batches[0]
+    rule = getattr(trainer.strategy, "uneven", "longest")
+    trainer._num_training_batches = agreed_batches(trainer.strategy, loaders.num_batches[0], rule)
     trainer.val_check_batch = _val_check_batch(trainer)
     if trainer.loggers and trainer.log_every_n_steps and loaders.num_batches[0] < trainer.log_every_n_steps:
         if not trainer.fast_dev_run:
@@ -126,15 +129,15 @@ def prepare_epoch(run: Run, feed: Feed) -> None:
     if load_training(trainer):
         fresh = make_feed(run, loaders)
         feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
+        trainer._exact.follow_reloaded()
     assert loaders.combined is not None
     for loader in loaders.combined.flattened:
         set_epoch(loader, trainer.current_epoch)
 
 
-def batch_indices(trainer: Trainer, feed: Feed, dataloader_idx: int) -> Optional[list[int]]:
-    """Return the dataset indices of the batch just drawn to predict on, None when they are unknown."""
+def batch_indices(feed: Feed, dataloader_idx: int, batch_idx: int) -> Optional[list[int]]:
+    """Return the dataset indices of a batch that was drawn to predict on, None when they are unknown."""
     sampler: Any = getattr(feed.sources[dataloader_idx], "batch_sampler", None)
     seen: Optional[list[list[int]]] = getattr(sampler, "seen_batch_indices", None)
     # A loader with workers draws ahead, so the batch is found by its own index.
-    index = trainer.predict_loop.batch_progress.current.ready - 1
-    return seen[index] if seen and index < len(seen) else None
+    return seen[batch_idx] if seen and batch_idx < len(seen) else None

@@ -26,13 +26,13 @@ def predict(
     step: Callable[[Any, int, int], Any],
     loop: EvaluationLoop,
     return_predictions: bool,
-    batch_indices: Callable[[int], Optional[list[int]]],
+    batch_indices: Callable[[int, int], Optional[list[int]]],
 ) -> Optional[list[Any]]:
     """Predict over all batches once.
 
     Args:
         return_predictions: Whether to keep the outputs, on the CPU.
-        batch_indices: Returns the dataset indices of the batch just drawn from a loader, None when unknown.
+        batch_indices: Returns the dataset indices of a batch, ``(dataloader_idx, batch_idx)``; None when unknown.
 
     Returns:
         One list of outputs, or a list of lists with several loaders; None when they are not kept.
@@ -50,9 +50,12 @@ def predict(
         run.call("on_predict_start")
         run.call("on_predict_epoch_start")
         for batch, batch_idx, dataloader_idx in feed:
+            if feed.is_filler:
+                step(batch, batch_idx, dataloader_idx)
+                continue
             progress.is_last_batch = feed.is_last
             progress.increment_ready()
-            loop.current_batch_indices = batch_indices(dataloader_idx) or []
+            loop.current_batch_indices = batch_indices(dataloader_idx, batch_idx) or []
             index = (dataloader_idx,) if is_multiple else ()
             run.call("on_predict_batch_start", batch, batch_idx, *index)
             progress.increment_started()
@@ -66,7 +69,9 @@ def predict(
             indices[dataloader_idx].append(loop.current_batch_indices)
             if return_predictions:
                 outputs[dataloader_idx].append(move_data_to_device(output, _CPU))
-            if trainer.received_sigterm and not feed.is_last:
+            if run.agreement is not None and feed.is_shared:
+                run.agreement.look()
+            if run.told.received_sigterm and (run.agreement is not None or not feed.is_last):
                 raise SIGTERMException
         trainer._predictions = outputs
         run.call("on_predict_epoch_end")

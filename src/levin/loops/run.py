@@ -14,6 +14,8 @@ from levin.log_store import LogStore
 
 if TYPE_CHECKING:
     from levin.hooks import HookTable
+    from levin.loops.agreement import Agreement
+    from levin.loops.uneven import Uneven
     from levin.module import LightningModule
     from levin.strategies.strategy import Strategy
     from levin.trainer import Trainer
@@ -35,6 +37,9 @@ class Run:
         optimizers: Of the strategy, as they are stepped.
         schedulers: With when they are stepped.
         eval_log_steps: Loader index -> batches evaluated in this run, which is the x-axis of their step values.
+        agreement: What all ranks have agreed on; None on one device.
+        uneven: Knows of training steps for which not all ranks have a batch; None on one device.
+        under_way: Name of the hooks that are being called, those that are left, and their arguments.
     """
 
     trainer: Trainer
@@ -47,27 +52,44 @@ class Run:
     optimizers: list[Any]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int] = field(default_factory=dict)
+    uneven: Optional[Uneven] = None
+    agreement: Optional[Agreement] = None
+    under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
 
     is_profiled: ClassVar[bool] = False
     """Whether a profiler measures the parts of the run."""
 
-    def call(self, name: str, *args: Any) -> Any:
+    @property
+    def told(self) -> Agreement | Trainer:
+        """Who knows ``should_stop`` and ``received_sigterm``: all ranks together, or the Trainer alone."""
+        return self.trainer if self.agreement is None else self.agreement
+
+    def call(self, name: str, *args: Any, num_last: Optional[int] = None) -> Any:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
+
+        Args:
+            name: Of the hook.
+            args: What the hooks get.
+            num_last: How many are called, counted from the last one; by default all.
 
         Returns:
             What the last of them returned, which is the module's hook where it has one.
         """
-        hooks = self.hooks[name]
+        hooks = self.hooks[name] if num_last is None else self.hooks[name][-num_last:]
         if not hooks:
             return None
         store = self.store
         previous, store.hook = store.hook, name
+        left = iter(hooks)
+        # One that raises leaves it as it is, so that a checkpoint saved then knows where that was.
+        outer, self.under_way = self.under_way, (name, left, args)
         answer = None
         try:
-            for hook in hooks:
+            for hook in left:
                 answer = hook(*args)
         finally:
             store.hook = previous
+        self.under_way = outer
         return answer
 
     def call_own(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -13,7 +13,9 @@ from levin.checkpoint.migrate import migrate
 from levin.data.loaders import set_epoch
 from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
 from levin.hparams import drop_unpicklable
+from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
+from levin.loops.exact import Exact
 from levin.loops.fit import fit
 from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
 from levin.loops.logging import send_hyperparameters
@@ -24,6 +26,7 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
+from levin.loops.uneven import agreed_batches
 from levin.loops.verify import hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
@@ -142,14 +145,14 @@ def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str
     step = compose_evaluation_step(run, name, len(feed.sources))
     uses_inference = trainer._inference_mode and trainer.strategy.supports_inference_mode
     no_gradients = torch.inference_mode() if uses_inference else torch.no_grad()
-    if sum(loaders.num_batches) == 0:
+    if agreed_batches(trainer.strategy, sum(loaders.num_batches)) == 0:
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
     for loader in feed.sources:
         set_epoch(loader, trainer.current_epoch)
     with no_gradients:
         if fn == "predict":
-            indices = functools.partial(batch_indices, trainer, feed)
+            indices = functools.partial(batch_indices, feed)
             loop = trainer.predict_loop
             return predict(run, feed, step, loop, trainer._returns_predictions, indices)
         loop = trainer.validate_loop if fn == "validate" else trainer.test_loop
@@ -162,10 +165,11 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     module.zero_grad()
     loop = trainer.fit_loop
     loop.restarted_mid_epoch = False
+    trainer._exact = Exact()
     exact = None
     if loop.restarting:
-        trainer._exact.settle_counters(trainer)
-        exact = tree.own_state(checkpoint) if checkpoint is not None else None
+        exact = tree.own_state_of_rank(checkpoint, trainer.strategy) if checkpoint is not None else None
+        trainer._exact.settle_counters(trainer, exact)
     sanity_check(trainer, run, is_resumed=loop.restarted_mid_epoch)
     hint_at_eval_mode(module)
     trainer.training = True
@@ -181,6 +185,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         time_step(run, step)
     trainer._step = step
     feed = make_feed(run, trainer._train_loaders)
+    run.uneven = step.uneven = feed.uneven  # type: ignore[attr-defined]  # of both kinds of steps
     trainer._exact.follow(run, feed, step, exact)
     fit(run, feed, step)
 
@@ -197,14 +202,16 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         loaders = trainer._val_loaders
         limits = [min(steps, count) for count in loaders.num_batches]
         trainer._num_sanity_val_batches = limits
-        if sum(limits) > 0:
+        if agreed_batches(trainer.strategy, sum(limits)) > 0:
             feed = make_feed(run, loaders, limits)
+            trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)
             trainer._val_step = trainer._val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = trainer.fit_loop.epoch_loop.val_loop
+            counts = val_loop.batch_progress.state_dict()
             with torch.no_grad():
                 evaluate(run, "validation", feed, trainer._val_step, val_loop)
-            val_loop.batch_progress.total.set_all(0)
-            val_loop.batch_progress.reset()
+            trainer._exact.end_validation()
+            val_loop.batch_progress.load_state_dict(counts)
         run.call("on_sanity_check_end")
     trainer._reset_metrics()
 
@@ -245,6 +252,7 @@ def compose_run(trainer: Trainer, fn: str) -> Run:
         store=new_store(trainer, module, training=fn == "fit"),
         optimizers=optimizers,
         schedulers=schedulers,
+        agreement=agreement_for(trainer),
     )
     run.activate(run.store)
     return run

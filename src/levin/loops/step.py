@@ -29,6 +29,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.loops.run import Run
+    from levin.loops.uneven import Uneven
 
 Step = Callable[[Any, int, bool], dict[str, Any]]
 
@@ -108,6 +109,9 @@ class AutomaticStep:
         self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
         self.lightning_optimizer._on_step = self._step_through_strategy
         self._closure_ran: bool = False
+        # On several ranks: steps for which not all of them have a batch, and how many batches the window lacks so.
+        self.uneven: Optional[Uneven] = None
+        self.lacks: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the unfinished window: sizes, weight and gradients."""
@@ -118,7 +122,7 @@ class AutomaticStep:
         ]
         return {
             "window": self.window, "held": self.held, "weight": self.weight, "is_weighted": self.is_weighted,
-            "gradients": gradients,
+            "gradients": gradients, "lacks": self.lacks,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -127,6 +131,7 @@ class AutomaticStep:
             return
         self.window, self.held = state["window"], state["held"]
         self.weight, self.is_weighted = state["weight"], state["is_weighted"]
+        self.lacks = state.get("lacks", 0)
         for param, gradient in zip(self.run.module.parameters(), state["gradients"]):
             param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
 
@@ -137,6 +142,8 @@ class AutomaticStep:
         if self.held == 0 or batch_idx % accumulate == 0:
             self._open_window(accumulate, batch_idx)
         self.held += 1
+        if self.uneven is not None:
+            self.lacks += self.uneven.num_lacking
         self._closure_ran = False
         if accumulate == 1 or is_last or (batch_idx + 1) % accumulate == 0 or self.handles_accumulation:
             step = self.progress.step
@@ -156,7 +163,7 @@ class AutomaticStep:
                     "Call `optimizer.step(closure=optimizer_closure)`, or `optimizer_closure()` yourself."
                 )
             step.increment_completed()
-            self.held = 0
+            self.held = self.lacks = 0
         else:
             with self.run.strategy.no_sync(True) if self.is_distributed else nullcontext():
                 self.closure()
@@ -165,7 +172,7 @@ class AutomaticStep:
 
     def _open_window(self, accumulate: int, batch_idx: int) -> None:
         """Begin a window; one that an epoch left open, ended by the user in its middle, is dropped."""
-        self.held = 0
+        self.held = self.lacks = 0
         self.weight = 0
         self.is_weighted = False
         if accumulate == 1:
@@ -194,6 +201,8 @@ class AutomaticStep:
             loss = loss * self.outputs["weight"]
         elif self.window != 1:
             loss = loss / self.window
+        if self.lacks and self.uneven is not None and self.uneven.is_filler:
+            loss = loss * 0.0
         self.backward(loss)
         return loss
 
@@ -231,7 +240,8 @@ class AutomaticStep:
                     "Return one for every batch."
                 )
             self.is_weighted = True
-            self.weight = self.weight + output["weight"]
+            if not (self.lacks and self.uneven is not None and self.uneven.is_filler):
+                self.weight = self.weight + output["weight"]
         return loss
 
     def _zero_grad(self) -> None:
@@ -252,7 +262,7 @@ class AutomaticStep:
     def closure_and_before_step(self) -> Optional[Tensor]:
         """What a plain torch optimizer runs before it updates: the closure, then the hooks and clipping."""
         loss = self.closure()
-        if self._needs_before_step or self.is_weighted or self.held != self.window:
+        if self._needs_before_step or self.is_weighted or self.held != self.window or self.lacks:
             self.before_step(self.optimizer)
         return loss
 
@@ -278,8 +288,10 @@ class AutomaticStep:
                 total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
                 weight = strategy.reduce(total, reduce_op="sum") / strategy.world_size
             _scale_gradients(self.optimizer, 1.0 / weight)
-        elif self.held != self.window and not self.handles_accumulation:
-            _scale_gradients(self.optimizer, self.window / self.held)
+        elif (self.held != self.window or self.lacks) and not self.handles_accumulation:
+            # Every rank divides by the window, and the reduction by the number of ranks.
+            size = 1 if self.uneven is None else self.uneven.size
+            _scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
@@ -302,7 +314,8 @@ class ManualStep:
         )
         self.num_arguments = step_arguments(run.module, "training_step", 1)
         self.step_hooks = run.hooks["on_before_optimizer_step"]
-        self.backward = compose_backward(run)
+        self._backward = compose_backward(run)
+        self.uneven: Optional[Uneven] = None
         for optimizer in trainer._lightning_optimizers:
             optimizer._on_step = functools.partial(self._step)
             optimizer._no_sync = functools.partial(strategy.no_sync, True)
@@ -337,6 +350,12 @@ class ManualStep:
             "In manual optimization `training_step` must return a tensor, a dict or None, "
             f"received {type(output).__name__}."
         )
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass of the user's ``manual_backward``."""
+        if self.uneven is not None and self.uneven.num_lacking:
+            loss = loss * self.uneven.share
+        self._backward(loss, *args, **kwargs)
 
     def _step(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
         self.progress.increment_ready()

@@ -132,6 +132,13 @@ def agree(decision: bool, all_must: bool, group: Any = None, device: torch.devic
     return bool(vote.item())
 
 
+def num_collectives() -> int:
+    """Return how many collectives this process has taken part in over the group of all processes."""
+    world: Any = dist.group.WORLD
+    count: int = world._get_sequence_number_for_group()
+    return count
+
+
 def sync_tensors(tensors: Iterable[Tensor], src: int = 0, group: Any = None) -> None:
     """Overwrite the tensors of every process by those of rank ``src``.
 

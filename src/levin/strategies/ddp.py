@@ -55,6 +55,8 @@ class DDPStrategy(ParallelStrategy):
             start processes that run the function alone and bring its results back.
         step_timeout: How long a process waits from its first batch on. When None, 10 minutes, or ``timeout`` where
             another one is given.
+        uneven: When an epoch ends for ranks with different numbers of training batches: ``"longest"``, ``"shortest"``
+            or ``"error"``; see :class:`ParallelStrategy`.
         kwargs: Passed to DistributedDataParallel, for example ``find_unused_parameters=True`` or ``static_graph=True``.
 
     Raises:
@@ -81,6 +83,7 @@ class DDPStrategy(ParallelStrategy):
         start_method: str = "popen",
         precision_plugin: Precision | None = None,
         step_timeout: timedelta | None = None,
+        uneven: str = "longest",
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -93,6 +96,7 @@ class DDPStrategy(ParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             step_timeout=step_timeout,
+            uneven=uneven,
         )
         _check_start_method(start_method)
         _check_ddp_kwargs(kwargs)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from levin.strategies import collectives
+from levin.strategies.control import ControlLine
 from levin.strategies.strategy import Strategy
 from levin.strategies.watch import Place, Watch, start_watch
 from levin.utilities.exceptions import MisconfigurationException
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_STEP_TIMEOUT = timedelta(minutes=10)
+UNEVEN_RULES = ("longest", "shortest", "error")
 # Which of torch's transports carries tensors of which device.
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -50,6 +52,12 @@ class ParallelStrategy(Strategy, ABC):
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up, until its first batch is done.
         step_timeout: The same from then on. When None, 10 minutes, or ``timeout`` where another one is given.
+        uneven: When an epoch of training ends for ranks with different numbers of batches. ``"longest"``: when all are
+            done, those that are done earlier go on with batches that count for nothing. ``"shortest"``: when the first
+            is done, with a warning about what is left out. ``"error"``: with an error.
+
+    Raises:
+        ValueError: ``timeout`` or ``uneven`` is of another form.
     """
 
     is_distributed = True
@@ -65,8 +73,15 @@ class ParallelStrategy(Strategy, ABC):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         step_timeout: timedelta | None = None,
+        uneven: str = "longest",
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision, precision_plugin)
+        if uneven not in UNEVEN_RULES:
+            raise MisconfigurationException(
+                f"uneven must be one of {', '.join(map(repr, UNEVEN_RULES))}, received {uneven!r}. "
+                "Use 'longest' to train on all batches of all ranks."
+            )
+        self.uneven: str = uneven
         for name, value in (("timeout", timeout), ("step_timeout", step_timeout)):
             if not isinstance(value, (timedelta, type(None))) or (value is not None and value <= timedelta(0)):
                 raise MisconfigurationException(
@@ -77,6 +92,7 @@ class ParallelStrategy(Strategy, ABC):
         self.environment = cluster_environment
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
+        self.control = ControlLine(timeout)
         is_default = timeout in (None, DEFAULT_TIMEOUT)
         self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
         self._watch: Watch | None = None
@@ -193,6 +209,7 @@ class ParallelStrategy(Strategy, ABC):
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
+        self.control.is_cut = False
         if self._watch is not None:
             self._watch.stop()
         self._watch = start_watch(self.global_rank, self.world_size, self.timeout, self.step_timeout)
@@ -226,6 +243,8 @@ class ParallelStrategy(Strategy, ABC):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
+        if self.control.is_cut:
+            return tensor
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
@@ -234,21 +253,27 @@ class ParallelStrategy(Strategy, ABC):
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return the object of rank ``src`` in every process; before the processes are connected, ``obj``."""
-        if not is_connected():
+        if not is_connected() or self.control.is_cut:
             return obj
         return collectives.broadcast_object(obj, src=src, device=self._transport_device)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here; before they are connected, return at once."""
-        if not is_connected():
+        if not is_connected() or self.control.is_cut:
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
             dist.barrier()
 
+    def stand_alone(self) -> None:
+        """Answer for this process alone from here on; see :meth:`Strategy.stand_alone`."""
+        self.control.is_cut = True
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
+        if self.control.is_cut:
+            return decision
         return collectives.agree(decision, all_must=all, device=self._transport_device)
 
     @property
@@ -257,6 +282,26 @@ class ParallelStrategy(Strategy, ABC):
         return None if self.process_group_backend == "gloo" else self.root_device
 
     # State
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint in rank 0; all processes call this, and all know when it has failed.
+
+        Raises:
+            Exception: In rank 0, what the CheckpointIO raised.
+            RuntimeError: In the others, that it did.
+        """
+        error: Exception | None = None
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except Exception as raised:  # raised again once all processes know
+            error = raised
+        failed = [row[0] for row in self.control.exchange([float(error is not None)])]
+        if error is not None:
+            raise error
+        if any(failed):
+            raise RuntimeError(f"Saving {os.fspath(filepath)!r} failed on rank {failed.index(1.0)}, which tells why.")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""

@@ -396,6 +396,9 @@ class Strategy(ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
 
+    def stand_alone(self) -> None:
+        """Take note that the other processes cannot be counted on any more, because this one failed."""
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
         return decision

@@ -1,0 +1,193 @@
+"""Checkpoints of several ranks: each goes on with what was its own, and another number of ranks shares what is left."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+
+import pytest
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from levin import Callback, LightningModule, Trainer
+from levin.callbacks import OnExceptionCheckpoint
+from levin.utilities.seed import seed_everything
+from tests.distributed import run_ranks, world_size
+from tests.strategies.small import QUIET
+
+
+class Augmented(Dataset):
+    """Samples with noise from the global generator, which is that of the rank."""
+
+    def __init__(self, size: int) -> None:
+        self.data = torch.randn(size, 4, generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int):
+        return self.data[index] + 0.1 * torch.randn(4), index
+
+
+class Net(LightningModule):
+    def __init__(self, size: int = 40, shuffle: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.mean = torchmetrics.MeanMetric()
+        self.size, self.shuffle = size, shuffle
+        self.seen: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        x, index = batch
+        self.seen.extend(index.tolist())
+        loss = self.net(x).pow(2).mean()
+        self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
+        self.mean.update(loss)
+        self.log("metric", self.mean, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return DataLoader(Augmented(self.size), batch_size=2, shuffle=self.shuffle)
+
+
+class SaveAt(Callback):
+    """Saves after so many batches of the second epoch, and stops there if that is asked for."""
+
+    def __init__(self, path: str, batch_idx: int, stops: bool = False, epoch: int = 1) -> None:
+        self.path, self.batch_idx, self.stops, self.epoch = path, batch_idx, stops, epoch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == (self.epoch, self.batch_idx):
+            trainer.save_checkpoint(self.path)
+            if self.stops:
+                raise KeyboardInterrupt
+
+
+def trainer_for(size: int, **kwargs) -> Trainer:
+    kwargs = {"max_epochs": 3, "strategy": "ddp" if size > 1 else "auto", **kwargs}
+    return Trainer(**{**QUIET, "devices": size, "enable_checkpointing": False, **kwargs})
+
+
+@world_size(2, timeout_s=120, connect=False)
+def test_each_rank_goes_on_with_its_own_randomness_and_sums(tmp_path):
+    rank = int(os.environ["RANK"])
+    path = str(tmp_path / "middle.ckpt")
+    seed_everything(5, verbose=False)
+    # From here on the ranks differ in what they draw, as augmentation on ranks should.
+    whole = Net()
+    first = trainer_for(2, callbacks=[SaveAt(path, 4), Differ()], accumulate_grad_batches=3)
+    first.fit(whole)
+    torch.manual_seed(1234 + rank)
+    rest = Net()
+    second = trainer_for(2, accumulate_grad_batches=3)
+    second.fit(rest, ckpt_path=path)
+    for ours, theirs in zip(rest.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert whole.seen[-len(rest.seen) :] == rest.seen
+    assert len(rest.seen) == 2 * 5 + 20
+    for name, value in first.callback_metrics.items():
+        assert torch.equal(value, second.callback_metrics[name]), name
+    state = torch.load(path, weights_only=True)["levin"]
+    assert len(state["other_ranks"]) == 1
+    assert not torch.equal(
+        torch.as_tensor(list(state["rng"]["torch"])), torch.as_tensor(list(state["other_ranks"][0]["rng"]["torch"]))
+    )
+
+
+class Differ(Callback):
+    """Lets every rank draw numbers of its own."""
+
+    def on_train_start(self, trainer, pl_module):
+        torch.manual_seed(77 + trainer.global_rank)
+
+
+def train_until_saved(path: str, size: int, batch_idx: int, from_path: str | None = None, shuffle: bool = True):
+    seed_everything(5, verbose=False)
+    module = Net(shuffle=shuffle)
+    trainer = trainer_for(size, callbacks=[SaveAt(path, batch_idx, stops=True, epoch=0)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*when the checkpoint was saved.*|.*was saved by .* processes.*")
+        with pytest.raises(SystemExit):
+            trainer.fit(module, ckpt_path=from_path)
+    return module.seen
+
+
+def train_rest(path: str, size: int, shuffle: bool = True):
+    seed_everything(5, verbose=False)
+    module = Net(shuffle=shuffle)
+    trainer = trainer_for(size, max_epochs=2)
+    epochs, lasts = [], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            lasts.append(trainer.is_last_batch)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            epochs.append(list(pl_module.seen))
+            pl_module.seen.clear()
+            assert lasts[-1]
+            assert not any(lasts[:-1])
+            lasts.clear()
+
+    trainer.callbacks.append(Watch())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ckpt_path=path)
+    return epochs, [str(warning.message) for warning in caught]
+
+
+def on(size: int, function, **kwargs):
+    return run_ranks(function, size, {"size": size, **kwargs}, timeout_s=120, connect=False)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_another_number_of_ranks_shares_what_is_left_of_the_epoch(before, after, shuffle, tmp_path):
+    path = str(tmp_path / "middle.ckpt")
+    seen = [index for part in on(before, train_until_saved, path=path, batch_idx=2, shuffle=shuffle) for index in part]
+    assert len(seen) == 3 * 2 * before
+    results = on(after, train_rest, path=path, shuffle=shuffle)
+    told = [text for _, texts in results for text in texts]
+    assert any(f"saved by {before} processes, received {after}" in text for text in told)
+    left = [index for epochs, _ in results for index in epochs[0]]
+    # Of a filler, the index is seen again; it counts for nothing.
+    counts = Counter(seen)
+    counts.update(set(left))
+    assert counts == Counter(range(40))
+    assert {index for epochs, _ in results for index in epochs[1]} == set(range(40))
+
+
+def test_the_number_of_ranks_may_change_twice_in_one_epoch(tmp_path):
+    first, second = str(tmp_path / "first.ckpt"), str(tmp_path / "second.ckpt")
+    seen = [index for part in on(2, train_until_saved, path=first, batch_idx=2) for index in part]
+    seen += [index for part in on(1, train_until_saved, path=second, batch_idx=5, from_path=first) for index in part]
+    assert len(seen) == 3 * 4 + 3 * 2
+    results = on(2, train_rest, path=second)
+    counts = Counter(seen)
+    counts.update({index for epochs, _ in results for index in epochs[0]})
+    assert counts == Counter(range(40))
+
+
+class Failing(Net):
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1 and batch_idx == 3:
+            raise KeyError("broken on rank 1")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_checkpoint_of_a_failure_waits_for_nobody(tmp_path):
+    trainer = trainer_for(
+        2, strategy="ddp_fork", callbacks=[OnExceptionCheckpoint(tmp_path)], max_epochs=1, enable_checkpointing=True
+    )
+    with warnings.catch_warnings(), pytest.raises(KeyError, match="broken on rank 1"):
+        warnings.filterwarnings("ignore", message=".*there is no last checkpoint available")
+        trainer.fit(Failing())
+    saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
+    assert saved["global_step"] in (2, 3)
