@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-slow lint bench bench-checkpoint docs clean
+.PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -26,6 +26,17 @@ test: $(STAMP)  ## Run the tests
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 	$(RUN) $(BIN)/python -m pytest -q -m slow
 
+test-hosts: $(STAMP)  ## Run jobs on two hosts in network namespaces: a cut cable, a lost host (needs root)
+	LEVIN_TEST_HOSTS=1 $(RUN) $(BIN)/python -m pytest -q -m slow tests/launchers/test_hosts.py
+
+test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 to 4 ranks
+	$(RUN) $(BIN)/python -m pytest -q -m slow tests/loops/test_fuzz.py
+
+# In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
+test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
+	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
+
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -36,6 +47,9 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
+
+bench-ddp: $(STAMP)  ## Measure several processes against bare DistributedDataParallel and Lightning
+	$(RUN) $(BIN)/python benchmarks/ddp.py
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet

@@ -210,6 +210,7 @@ def main(argv: list[str] | None = None) -> float:
     best = ModelCheckpoint(monitor="val_acc", mode="max", filename="{epoch:02d}-{val_acc:.4f}", save_last=True)
     trainer = levin.Trainer(
         max_epochs=args.max_epochs,
+        log_every_n_steps=10,
         logger=[csv_logger, tensorboard],
         callbacks=[best, EarlyStopping(monitor="val_loss", patience=15), LearningRateMonitor("epoch")],
     )

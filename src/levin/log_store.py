@@ -181,8 +181,9 @@ class Slot:
         position = self.filled
         is_tensor = isinstance(value, Tensor)
         if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
-            is_double = is_tensor and value.dtype is torch.float64
-            dtype = torch.float64 if is_double else torch.get_default_dtype()
+            is_double = torch.float64 in (torch.get_default_dtype(), value.dtype if is_tensor else None)
+            # Never less than float32: in half precision a running sum soon stands still.
+            dtype = torch.float64 if is_double else torch.float32
             self._allocate(value.device if is_tensor else torch.device("cpu"), dtype)
         elif position == BLOCK:
             self._fold()

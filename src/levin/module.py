@@ -406,6 +406,8 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Gather tensors or numbers, alone or in a collection, from all ranks along a new first dimension.
 
+        Without other ranks there is no new dimension: numbers become tensors, tensors stay as they are.
+
         Args:
             data: What to gather.
             group: The process group; all ranks by default.
@@ -415,10 +417,9 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
 
         def gather(value: Any) -> Any:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
-            return strategy.all_gather(tensor, group=group, sync_grads=sync_grads)
+            return strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if is_distributed else tensor
 
-        if not getattr(strategy, "is_distributed", False):
-            return data
+        is_distributed = getattr(strategy, "is_distributed", False)
         return apply_to_collection(data, (Tensor, int, float), gather)
 
     # ---------------------------------------------------------------- logging

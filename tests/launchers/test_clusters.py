@@ -78,7 +78,7 @@ def test_torchrun(tmp_path):
 
 @pytest.mark.skipif(
     shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpirun or the package mpi4py is not installed",
+    reason="mpirun or the package mpi4py is not installed (make test-mpi)",
 )
 def test_mpirun(tmp_path, monkeypatch):
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):

@@ -72,3 +72,13 @@ def test_a_killed_process_changes_nothing(undisturbed, tmp_path, launcher, death
     assert seen(folder) == seen(undisturbed)
     for name, value in weights(undisturbed).items():
         assert torch.equal(weights(folder)[name], value), name
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_another_number_of_processes_sees_every_sample_once(tmp_path, size):
+    folder = tmp_path / "disturbed"
+    done = run(folder, "-m", "levin", "launch", "--nproc-per-node", 2, death=(8, 1))
+    assert done.returncode == 128 + 9, done.stderr
+    done = run(folder, "-m", "levin", "launch", "--nproc-per-node", size)
+    assert done.returncode == 0, done.stderr
+    assert samples_of_epochs(folder) == {0: [*range(24)], 1: [*range(24)]}

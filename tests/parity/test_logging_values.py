@@ -84,6 +84,30 @@ def test_kept_in_the_default_type(tmp_path, default, value):
     }
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true", "16-true"])
+def test_sums_are_kept_in_full_precision_whatever_the_model_is_in(tmp_path, precision):
+    def run(framework):
+        class Model(framework.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 2)
+
+            def validation_step(self, batch, batch_idx):
+                self.log("tensor", self.layer.weight[0, 0] * 0 + 1.0, reduce_fx="sum")
+                self.log("number", 0.1)
+
+        trainer = both.quiet(framework, tmp_path, precision=precision)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = trainer.validate(Model(), DataLoader(torch.zeros(300, 4)), verbose=False)
+        return result, {name: value.dtype for name, value in trainer.callback_metrics.items()}
+
+    theirs, ours = run(both.lightning()), run(both.levin())
+    assert ours[1] == theirs[1]
+    assert [plain(entry) for entry in ours[0]] == [plain(entry) for entry in theirs[0]]
+    assert ours[0][0]["tensor"] == 300.0
+
+
 NAMES = {"mean": "mean", "avg": "avg", "sum": "sum", "min": "min", "max": "max", "torch.mean": torch.mean,
          "torch.sum": torch.sum, "torch.min": torch.min, "torch.max": torch.max, "python min": min, "python max": max,
          "python sum": sum, "numpy": np.mean, "std": torch.std, "median": "median", "None": None, "number": 1,

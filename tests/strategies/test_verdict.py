@@ -15,12 +15,12 @@ from levin.strategies.verdict import Report, format_stack, is_echo, judge, state
 
 
 def reports(**of_rank_one) -> list[Report]:
-    others = [Report(rank, place="step 7", num_collectives=9, collective="all_reduce of [[5]] #9") for rank in (0, 2)]
+    others = [Report(rank, place="step 7", counts={"0": 9}, collective="all_reduce of [[5]] #9") for rank in (0, 2)]
     return [*others, Report(1, host="b", pid=77, **of_rank_one)]
 
 
 def test_the_rank_that_has_begun_fewer_collectives_is_late():
-    text = judge(reports(place="training_step, step 6", num_collectives=8, stuck_s=12.0, stack="File x\n  wait()"))
+    text = judge(reports(place="training_step, step 6", counts={"0": 8}, stuck_s=12.0, stack="File x\n  wait()"))
     lines = text.splitlines()
     assert lines[0] == "Rank 1 is late, the others wait for it."
     assert "rank 1 (process 77 on b): training_step, step 6, for 12 s; it has begun 8 collectives" in lines[1]
@@ -59,21 +59,31 @@ def test_a_rank_that_has_ended_its_run_well_is_named():
 
 
 def test_different_collectives_at_the_same_count():
-    text = judge(reports(place="step 7", num_collectives=9, collective="broadcast of [[2]] #9"))
-    assert text.startswith("The ranks are in different collectives and wait for each other.")
+    text = judge(reports(place="step 7", counts={"0": 9}, collective="broadcast of [[2]] #9"))
+    assert text.startswith("The ranks went different ways and wait for each other.")
     assert "in broadcast of [[2]] #9" in text
     assert text.count("all_reduce of [[5]] #9") == 2
 
 
+def test_ranks_that_are_each_ahead_in_another_group_wait_for_each_other():
+    everyone = reports(place="the end of the epoch", counts={"0": 8, "1": 5}, stack="File x\n  vote()")
+    for other in everyone[:2]:
+        other.counts = {"0": 9, "1": 4}
+    text = judge(everyone)
+    assert text.startswith("The ranks went different ways and wait for each other.")
+    assert "the end of the epoch" in text
+    assert "vote()" in text
+
+
 def test_everybody_at_the_same_place_means_the_network():
-    text = judge(reports(place="step 7", num_collectives=9, collective="all_reduce of [[5]] #9"))
+    text = judge(reports(place="step 7", counts={"0": 9}, collective="all_reduce of [[5]] #9"))
     assert "the network between them is broken" in text
 
 
 def test_a_thousand_ranks_are_told_in_a_few_lines():
-    everyone = [Report(rank, num_collectives=9, place="step 7") for rank in range(1000)]
+    everyone = [Report(rank, counts={"0": 9}, place="step 7") for rank in range(1000)]
     for rank in range(500, 530):
-        everyone[rank].num_collectives = 8
+        everyone[rank].counts = {"0": 8}
     lines = judge(everyone).splitlines()
     assert lines[0].startswith("Ranks 500, 501, 502, 503, 504, 505, 506, 507, ... are late")
     assert "... and 22 more ranks." in lines

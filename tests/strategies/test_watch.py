@@ -18,7 +18,7 @@ from tests.distributed import _free_port
 from tests.strategies.small import QUIET, Small
 
 SIZE = 3
-DEADLINE_S = 60.0
+DEADLINE_S = 200.0
 
 
 class Faulty(Small):
@@ -85,6 +85,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize("fault", list(EXPECTED))
 def test_the_others_end_and_name_the_rank_that_hangs_or_is_gone(tmp_path, fault):
     ranks, texts = run_with(fault, tmp_path)

@@ -126,7 +126,7 @@ class StageLoaders:
         """Return what the feed iterates over: loaders, one after the other, or the joint loader."""
         combined = self.combined
         assert combined is not None
-        if self.is_sequential:
+        if self.is_sequential or not combined.flattened:
             return list(combined.flattened)
         # One loader alone needs no combining: its batches are the joint batches.
         if combined.iterables is combined.flattened[0]:

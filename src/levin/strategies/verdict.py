@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,7 +42,7 @@ class Report:
         pid: Its process.
         place: Where it is in the run.
         stuck_s: Seconds since it last moved.
-        num_collectives: How many collectives it has begun.
+        counts: Process group -> how many collectives it has begun there.
         collective: The last of them.
         is_alive: Whether it still answers.
         has_left: Whether its run has ended well.
@@ -58,7 +58,7 @@ class Report:
     pid: int = 0
     place: str = ""
     stuck_s: float = 0.0
-    num_collectives: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
     collective: str = ""
     is_alive: bool = True
     has_left: bool = False
@@ -90,7 +90,7 @@ def judge(reports: Iterable[Report]) -> str:
         reports: One per rank.
 
     Example:
-        >>> print(judge([Report(0, place="step 7", num_collectives=9), Report(1, place="step 6", num_collectives=8)]))
+        >>> print(judge([Report(0, place="step 7", counts={"0": 9}), Report(1, place="step 6", counts={"0": 8})]))
         Rank 1 is late, the others wait for it.
         rank 1 (process 0 on ): step 6, for 0 s; it has begun 8 collectives, the others up to 9.
         rank 0 (process 0 on ): step 7, for 0 s.
@@ -110,23 +110,37 @@ def judge(reports: Iterable[Report]) -> str:
     if left and len(left) < len(everyone):
         lines = [f"{r.who}: its run ended at {r.place}." for r in left]
         return _compose(f"{_names(left)} left the run, the others wait.", lines, left, everyone)
-    most = max((r.num_collectives for r in everyone), default=0)
-    late = [r for r in everyone if r.num_collectives < most]
+    most = _most(everyone)
+    behind = [r for r in everyone if any(r.counts.get(group, 0) < count for group, count in most.items())]
+    ahead = [r for r in everyone if any(r.counts.get(group, 0) > min(_counts(everyone, group)) for group in most)]
+    late = [r for r in behind if r not in ahead]
     if late:
         lines = [
-            f"{r.who}: {r.place}, for {r.stuck_s:.0f} s; it has begun {r.num_collectives} collectives, the others up to "
-            f"{most}.{_indented_stack(r)}"
+            f"{r.who}: {r.place}, for {r.stuck_s:.0f} s; it has begun {sum(r.counts.values())} collectives, the others up "
+            f"to {sum(most.values())}.{_indented_stack(r)}"
             for r in late
         ]
-        verb = "is" if len(late) == 1 else "are"
-        return _compose(f"{_names(late, '')} {verb} late, the others wait for it.", lines, late, everyone)
-    if len({_kind(r.collective) for r in everyone if r.collective}) > 1:
-        lines = [f"{r.who}: {r.place}, in {r.collective}.{_indented_stack(r)}" for r in everyone]
-        return _compose("The ranks are in different collectives and wait for each other.", lines, everyone, everyone)
+        verb, them = ("is", "it") if len(late) == 1 else ("are", "them")
+        return _compose(f"{_names(late, '')} {verb} late, the others wait for {them}.", lines, late, everyone)
+    if behind or len({_kind(r.collective) for r in everyone if r.collective}) > 1:
+        lines = [
+            f"{r.who}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'a collective'}.{_indented_stack(r)}"
+            for r in everyone
+        ]
+        return _compose("The ranks went different ways and wait for each other.", lines, everyone, everyone)
     lines = [f"{r.who}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'no collective'}." for r in everyone]
     return _compose(
         "All ranks are alive and at the same place: the network between them is broken.", lines, everyone, everyone
     )
+
+
+def _counts(reports: list[Report], group: str) -> list[int]:
+    return [report.counts.get(group, 0) for report in reports]
+
+
+def _most(reports: list[Report]) -> dict[str, int]:
+    groups = {group for report in reports for group in report.counts}
+    return {group: max(_counts(reports, group)) for group in groups}
 
 
 def _compose(headline: str, lines: list[str], named: list[Report], everyone: list[Report]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import itertools
 import os
 import socket
 import sys
@@ -11,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ GRACE_S = 10.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # Where the main thread is while it waits for a collective.
 _WAITING_IN = ("/torch/distributed/", "/torch/autograd/", "/torch/nn/parallel/", "/levin/strategies/")
-_generations = itertools.count()
 
 
 class Place(NamedTuple):
@@ -68,14 +67,18 @@ class Watch(threading.Thread):
         plain: Any = distributed_c10d._get_default_store()
         plain = plain.clone()
         plain.set_timeout(_STORE_TIMEOUT)
-        self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{next(_generations)}", plain)
+        # Each rank counts its runs, and all have made as many.
+        run = plain.add(f"levin/runs/{rank}", 1)
+        self._store: Any = distributed_c10d.PrefixStore(f"levin/watch/{run}", plain)
         self._ends_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # Under torchrun; a process that outlives its agent would go on writing into the folder of the job that replaces it.
+        self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._main = threading.main_thread().ident or 0
         self._place: Callable[[], Place] = lambda: Place(0, "set-up")
         self._num_batches_before = 0
         self._is_short = False
         self._shortened: dict[Any, timedelta] = {}
-        self._last: tuple[Place, int] = (Place(0, ""), -1)
+        self._last: tuple[Place, dict[str, int]] = (Place(0, ""), {})
         self._moved_at = time.monotonic()
         self._failure: Report | None = None
         self._is_raising = False
@@ -162,8 +165,11 @@ class Watch(threading.Thread):
         except RuntimeError as error:
             # The store is gone. Whoever waits for the verdict is told so, and the collectives end by their own timeout.
             log.debug("rank %s watches no more: %s", self._rank, error)
+            self._judged.set()
 
     def _beat(self) -> None:
+        if self._agent_pid is not None and os.getppid() != self._agent_pid:
+            self._end(f"torchrun's agent (process {self._agent_pid}), which started this process, is gone.")
         now = (self._place(), self._count_collectives())
         if now != self._last:
             self._last, self._moved_at = now, time.monotonic()
@@ -178,16 +184,21 @@ class Watch(threading.Thread):
         for group in list(distributed_c10d._world.pg_map):
             if group in self._shortened:
                 continue
-            timeout = group._get_backend(group._device_types[0]).options._timeout
-            self._shortened[group] = timeout
-            # One that the user made with a timeout of its own keeps it.
-            if timeout == (self._first_timeout or timeout):
-                distributed_c10d._set_pg_timeout(self._step_timeout, group)
+            with suppress(RuntimeError):
+                timeout = group._get_backend(group._device_types[0]).options._timeout
+                self._shortened[group] = timeout
+                # One that the user made with a timeout of its own keeps it.
+                if timeout == (self._first_timeout or timeout):
+                    distributed_c10d._set_pg_timeout(self._step_timeout, group)
 
-    def _count_collectives(self) -> int:
-        # torch counts those of each group; a rank is in as many groups as the others, and all of them move together.
-        groups: list[Any] = list(distributed_c10d._world.pg_map)
-        return sum(group._get_sequence_number_for_group() for group in groups)
+    def _count_collectives(self) -> dict[str, int]:
+        groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)
+        counts = {}
+        for group, name in groups.items():
+            # One that the main thread is making or taking down at this moment has nothing to say.
+            with suppress(RuntimeError):
+                counts[name] = group._get_sequence_number_for_group()
+        return counts
 
     def _publish_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -205,7 +216,9 @@ class Watch(threading.Thread):
         limit = self._step_timeout if self._is_short else self._first_timeout
         if limit is None or time.monotonic() - self._moved_at <= limit.total_seconds() + 2 * self.beat_s:
             return False
-        return self._waits() and any(r.num_collectives < self._last[1] for r in self._read("state").values())
+        counts = self._last[1]
+        others = self._read("state").values()
+        return self._waits() and any(r.counts.get(name, 0) < count for r in others for name, count in counts.items())
 
     def _waits(self) -> bool:
         if dist.get_backend() == "nccl":
@@ -249,13 +262,16 @@ class Watch(threading.Thread):
         """Wait for the main thread to raise; when it does not, end the process: the others have given up."""
         if self._is_over.wait(GRACE_S) or self._is_raising or not threading.main_thread().is_alive():
             return
-        record_error(RuntimeError(self.verdict))
-        sys.stderr.write(f"[rank {self._rank}] ended after {GRACE_S:g} s of grace. {self.verdict}\n")
+        self._end(f"Ended after {GRACE_S:g} s of grace. {self.verdict}")
+
+    def _end(self, reason: str) -> None:
+        record_error(RuntimeError(reason))
+        sys.stderr.write(f"[rank {self._rank}] {reason}\n")
         sys.stderr.flush()
         os._exit(1)
 
     def _report(self, with_stack: bool = False, **more: Any) -> Report:
-        place, num_collectives = self._last
+        place, counts = self._last
         if with_stack or more:
             place = self._place()
         return Report(
@@ -264,7 +280,7 @@ class Watch(threading.Thread):
             pid=os.getpid(),
             place=place.text,
             stuck_s=time.monotonic() - self._moved_at,
-            num_collectives=num_collectives,
+            counts=counts,
             collective=last_collective() if with_stack else "",
             stack=format_stack(sys._current_frames().get(self._main)) if with_stack else "",
             **more,
