@@ -15,6 +15,7 @@ from levin.log_store import Metrics
 from levin.loops.exact import Exact
 from levin.loops.logging import to_floats
 from levin.loops.progress import EvaluationLoop, FitLoop
+from levin.loops.signals import Signals
 from levin.module import LightningModule
 from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
@@ -74,6 +75,7 @@ class TrainerProperties:
         self._warns_about_max_epochs: bool = False
         self._explained_minima: bool = False
         self._exact = Exact()
+        self._signals = Signals()
         self._ckpt_path: Optional[PathLike] = None
         self._ckpt_path_is_set: bool = False
         self._train_loaders = StageLoaders("train")
