@@ -49,7 +49,6 @@ class StageLoaders:
             self.combined = None
             self.loaded_epoch = -math.inf
 
-    @property
     def is_defined(self) -> bool:
         """Whether anybody gives loaders."""
         return self.given is not None or self.owner is not None
@@ -96,6 +95,7 @@ class StageLoaders:
             prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
             for loader in combined.flattened
         ]
+        combined.is_settled = True
         self.combined = combined
 
     def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:
