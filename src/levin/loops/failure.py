@@ -35,6 +35,7 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
     # A further signal is no reason to leave out what follows.
     trainer._signals.waits_for_batch = True
     if isinstance(error, SIGTERMException):
+        # All ranks obey a signal together.
         try:
             save_for_restart(trainer)
         except Exception as failure:
