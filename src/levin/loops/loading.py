@@ -121,7 +121,8 @@ def load_validation_if_soon(trainer: Trainer) -> None:
     """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
     every = trainer.check_val_every_n_epoch
     is_due = every is None or (trainer.current_epoch + 1) % every == 0
-    trains = trainer.max_epochs != 0 and trainer.max_steps != 0 and trainer.num_training_batches != 0
+    is_stopped = trainer.should_stop and not trainer.min_epochs and not trainer.min_steps
+    trains = not is_stopped and 0 not in (trainer.max_epochs, trainer.max_steps, trainer.num_training_batches)
     if is_due and trains and trainer.enable_validation and trainer._val_loaders.combined is None:
         trainer.validating = True
         load_validation(trainer)
