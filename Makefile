@@ -48,6 +48,10 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py
 
+.PHONY: test-downstream
+test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin
+	$(RUN) $(BIN)/python tests/downstream/run.py --table docs/downstream.md
+
 bench-ddp: $(STAMP)  ## Measure several processes against bare DistributedDataParallel and Lightning
 	$(RUN) $(BIN)/python benchmarks/ddp.py
 

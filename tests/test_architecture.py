@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1] / "src" / "levin"
 # From top to bottom. Rooms on one line are siblings, which do not import each other.
 FLOORS = [
     ["__init__", "__main__"],
+    ["compat"],
     ["trainer"],
     ["plugins"],
     ["calls"],

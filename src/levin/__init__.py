@@ -29,6 +29,7 @@ _ROOMS = (
     "accelerators",
     "callbacks",
     "checkpoint",
+    "compat",
     "data",
     "environments",
     "launchers",

@@ -11,6 +11,7 @@ from typing import Optional
 from levin import __version__
 
 COMMANDS = {
+    "migrate": ("levin.compat.migrate", "rewrite imports of Lightning to imports of levin, after showing them"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
     "upgrade": ("levin.checkpoint.upgrade", "rewrite checkpoints of older Lightning versions in the present layout"),
     "consolidate": ("levin.checkpoint.consolidate", "turn the folder of a sharded checkpoint into one file"),
@@ -33,7 +34,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         module, _ = COMMANDS[words[0]]
         status: int = importlib.import_module(module).main(words[1:])
         return status
-    parser = argparse.ArgumentParser(prog="levin", description="A training framework for PyTorch.")
+    if words and (words[0] == "-m" or not words[0].startswith("-")):
+        from levin.compat.launch import run_program
+
+        run_program(words)
+    parser = argparse.ArgumentParser(
+        prog="levin",
+        description="A training framework for PyTorch.",
+        usage="levin COMMAND [...]\n       levin SCRIPT [...]\n       levin -m MODULE [...]",
+        epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"levin {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():

@@ -15,6 +15,7 @@ from levin.loops import launched, sequence
 from levin.loops.failure import fail
 from levin.loops.results_table import print_results
 from levin.loops.resume import select_checkpoint
+from levin.loops.signals import as_ended, signal_handlers
 from levin.module import LightningModule
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
@@ -45,6 +46,8 @@ def begin(
     first = next(iter(given))
     if isinstance(given[first], LightningDataModule):
         datamodule, given[first] = given[first], None
+    if datamodule is not None and not isinstance(datamodule, LightningDataModule):
+        raise TypeError(f"`datamodule` must be an instance of a `LightningDataModule`, received {datamodule!r}.")
     if datamodule is not None and any(value is not None for value in given.values()):
         raise MisconfigurationException(
             f"You cannot pass loaders and a `datamodule` to `Trainer.{fn}`, received both. Pass one of the two."
@@ -91,27 +94,35 @@ def _resolve_limits(trainer: Trainer) -> None:
 
 def execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
     """Run the sequence, in this process or in those that the strategy launches; handle what goes wrong."""
+    with signal_handlers(trainer):
+        return _execute(trainer, ckpt_path, weights_only, model_given)
+
+
+def _execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
     _attach_model_callbacks(trainer)
     launcher = trainer.strategy.launcher
     runs_elsewhere = False
     try:
         path = select_checkpoint(trainer, ckpt_path, model_given)
         if launcher is not None:
-            runs_elsewhere = launcher.runs_elsewhere
+            runs_elsewhere = trainer._signals.waits_for_batch = launcher.runs_elsewhere
             function = launched.run_sequence if runs_elsewhere else sequence.run_sequence
             result = launcher.launch(function, trainer, path, weights_only, trainer=trainer)
         else:
             result = sequence.run_sequence(trainer, path, weights_only)
     except KeyboardInterrupt as error:
-        fail(trainer, error, runs_elsewhere)
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        fail(trainer, error, runs_elsewhere)
         if launcher is not None and hasattr(launcher, "kill"):
             launcher.kill(signal.SIGTERM)
         sys.exit(1)
     except BaseException as error:
-        fail(trainer, error, runs_elsewhere)
-        raise
+        ended = as_ended(trainer, error)
+        fail(trainer, ended, runs_elsewhere)
+        if ended is error:
+            raise
+        raise ended from error
     finally:
         trainer._is_setting_up = False
     trainer.state.status = TrainerStatus.FINISHED

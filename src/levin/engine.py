@@ -90,6 +90,11 @@ class Engine:
     parallel_devices: list[torch.device]
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether the strategy is one of several processes, however many there are."""
+        return self.strategy.is_distributed
+
+    @property
     def num_devices(self) -> int:
         """Number of devices of this machine, one process each."""
         return len(self.parallel_devices)

@@ -29,6 +29,11 @@ log = logging.getLogger("levin")
 
 Numbers = Union[int, float]
 
+# Where a module is and how it is trained, as long as nobody has said.
+_FIELDS: dict[str, Any] = dict.fromkeys(
+    ("_trainer", "_fabric", "_log_store", "_example_input_array", "_strict_loading", "_device_mesh", "_compiler_ctx")
+) | {"_automatic_optimization": True, "_is_scripting": False}
+
 
 class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     """A model with its training: layers in ``__init__``, a loss in ``training_step``, an optimizer in ``configure_optimizers``.
@@ -75,6 +80,13 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
         state["_fabric"] = None
         state["_log_store"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A module that Lightning pickled whole lacks some of the fields, and packages pop others out of `__dict__`.
+        for name, default in _FIELDS.items():
+            state.setdefault(name, default)
+        state.setdefault("_requires_grad_before_toggle", {})
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch annotates only part of itself
 
     # ---------------------------------------------------------------- where the module is
 
@@ -406,6 +418,8 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
     def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
         """Gather tensors or numbers, alone or in a collection, from all ranks along a new first dimension.
 
+        Without other ranks there is no new dimension: numbers become tensors, tensors stay as they are.
+
         Args:
             data: What to gather.
             group: The process group; all ranks by default.
@@ -415,10 +429,9 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
 
         def gather(value: Any) -> Any:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
-            return strategy.all_gather(tensor, group=group, sync_grads=sync_grads)
+            return strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if is_distributed else tensor
 
-        if not getattr(strategy, "is_distributed", False):
-            return data
+        is_distributed = getattr(strategy, "is_distributed", False)
         return apply_to_collection(data, (Tensor, int, float), gather)
 
     # ---------------------------------------------------------------- logging

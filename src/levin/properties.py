@@ -15,6 +15,7 @@ from levin.log_store import Metrics
 from levin.loops.exact import Exact
 from levin.loops.logging import to_floats
 from levin.loops.progress import EvaluationLoop, FitLoop
+from levin.loops.signals import Signals
 from levin.module import LightningModule
 from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import is_overridden
@@ -74,12 +75,17 @@ class TrainerProperties:
         self._warns_about_max_epochs: bool = False
         self._explained_minima: bool = False
         self._exact = Exact()
+        self._signals = Signals()
         self._ckpt_path: Optional[PathLike] = None
         self._ckpt_path_is_set: bool = False
         self._train_loaders = StageLoaders("train")
         self._val_loaders = StageLoaders("val")
         self._test_loaders = StageLoaders("test")
         self._predict_loaders = StageLoaders("predict")
+        fit_loop._data_source = self._train_loaders
+        fit_loop.epoch_loop.val_loop._data_source = self.validate_loop._data_source = self._val_loaders
+        self.test_loop._data_source = self._test_loaders
+        self.predict_loop._data_source = self._predict_loaders
 
     # ---------------------------------------------------------------- parts
 
@@ -92,6 +98,11 @@ class TrainerProperties:
     def strategy(self) -> Strategy:
         """How the module runs on it."""
         return self._engine.strategy
+
+    @property
+    def _accelerator_connector(self) -> Engine:
+        """The engine, under the name by which extensions ask whether several processes run."""
+        return self._engine
 
     @property
     def precision_plugin(self) -> Precision:
@@ -389,7 +400,7 @@ class TrainerProperties:
         """Whether validation runs inside fit: there is a loader, a step, and a limit above 0."""
         module = self._module
         return (
-            self._val_loaders.is_defined
+            self._val_loaders.is_defined()
             and module is not None
             and ("validation_step" in vars(module) or is_overridden("validation_step", module, LightningModule))
             and self.limit_val_batches > 0
@@ -421,6 +432,9 @@ class TrainerProperties:
         run = self._run
         if run is not None and self.state.status == TrainerStatus.RUNNING:
             store = run.store
+            if store.training and store.is_between_batches:
+                # The values of the last step stay, those of the epoch come beside them.
+                self._merge(store.read(on_step=True))
             self._merge(store.read(on_step=not store.is_between_batches))
 
     def _merge(self, metrics: Metrics) -> Metrics:

@@ -148,7 +148,7 @@ def on(size: int, function, **kwargs):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)])
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("shuffle", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_shares_what_is_left_of_the_epoch(before, after, shuffle, tmp_path):
     path = str(tmp_path / "middle.ckpt")
     seen = [index for part in on(before, train_until_saved, path=path, batch_idx=2, shuffle=shuffle) for index in part]
@@ -191,3 +191,10 @@ def test_a_checkpoint_of_a_failure_waits_for_nobody(tmp_path):
         trainer.fit(Failing())
     saved = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert saved["global_step"] in (2, 3)
+    assert saved["levin"]["alone_of"] == 2
+    with warnings.catch_warnings():
+        # Forked processes inherit this.
+        warnings.filterwarnings("ignore", message=".*was saved by one process alone")
+        again = trainer_for(2, strategy="ddp_fork", max_epochs=2)
+        again.fit(Net(), ckpt_path=tmp_path / "on_exception.ckpt")
+    assert (again.current_epoch, again.global_step) == (2, 20)

@@ -58,7 +58,7 @@ HOOKS = [
 ]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 @world_size(2, timeout_s=120, connect=False)
 def test_one_rank_that_is_told_to_stop_stops_all(rank):
     for hook in HOOKS:
@@ -70,7 +70,7 @@ def test_one_rank_that_is_told_to_stop_stops_all(rank):
         assert trainer.should_stop
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 @world_size(2, timeout_s=120, connect=False)
 def test_a_signal_to_one_rank_ends_all(rank):
     for hook in HOOKS:

@@ -135,7 +135,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=" ".join)
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_the_same_name_again_in_one_hook(tmp_path, hook, other):
     assert_same(*run_both(tmp_path, [Log(hook, "a", 1.0), Log(hook, "a", 3.0, other)], {"max_epochs": 1}))
@@ -148,7 +148,7 @@ def test_a_graph_is_never_kept(tmp_path):
     assert (theirs["error"], ours["error"]) == ("MisconfigurationException", None)
 
 
-@pytest.mark.parametrize("other", OTHERS[:9:2], ids=str)
+@pytest.mark.parametrize("other", OTHERS[:9:2], ids=" ".join)
 @pytest.mark.parametrize("by_callback", [False, True], ids=["module", "callback"])
 def test_the_same_name_again_in_another_hook(tmp_path, by_callback, other):
     script = [

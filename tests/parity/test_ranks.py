@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -147,6 +148,7 @@ def watching_module(framework, seen: list):
     return Watching()
 
 
+@pytest.mark.slow
 @world_size(2, timeout_s=150, connect=False)
 def test_every_rank_sees_the_same_samples():
     found = {}

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from levin.hooks import Callback as Callback
 
 _MODULE_OF = {
+    "BadStepError": "levin.callbacks.bad_step_guard",
+    "BadStepGuard": "levin.callbacks.bad_step_guard",
     "BackboneFinetuning": "levin.callbacks.finetuning",
     "BaseFinetuning": "levin.callbacks.finetuning",
     "BasePredictionWriter": "levin.callbacks.prediction_writer",
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "Timer": "levin.callbacks.timer",
     "TrainingSpikeException": "levin.callbacks.spike_detection",
     "WeightAveraging": "levin.callbacks.weight_averaging",
+    "replay_bad_step": "levin.callbacks.bad_step_guard",
 }
 
 __all__ = sorted(_MODULE_OF)

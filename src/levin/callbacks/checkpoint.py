@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from levin.hooks import Callback
+
+if TYPE_CHECKING:
+    from levin.trainer import Trainer
 
 
 class Checkpoint(Callback):
@@ -20,6 +23,9 @@ class Checkpoint(Callback):
 
     runs_last = True
     is_monitor = True
+
+    def check_saves(self, trainer: Trainer) -> None:
+        """Raise what a save of this callback in the background failed with, if any; rank 0 tells the others."""
 
     def run_state(self) -> dict[str, Any]:
         """Return what this callback knows of the present run only, and needs to go on in the middle of it.

@@ -212,7 +212,7 @@ class CheckpointKeeper(Checkpoint):
 
     def _save_and_take_up(self, trainer: Trainer, path: str, new: dict[str, Any]) -> None:
         """Save with the attributes ``new`` in place, so that the file knows them; if that fails they are undone."""
-        self._settle(trainer, should_wait=True)
+        self._settle_before_save(trainer)
         old = {name: getattr(self, name) for name in (*new, "_last_global_step_saved", "_last_checkpoint_saved")}
         vars(self).update(new)
         try:
@@ -283,6 +283,21 @@ class CheckpointKeeper(Checkpoint):
             yield
         finally:
             strategy.checkpoint_io = before
+
+    def _settle_before_save(self, trainer: Trainer) -> None:
+        """Wait for the file that is being written; if writing it failed, raise, and on several ranks on all of them."""
+        agreement = None if trainer._run is None else trainer._run.agreement
+        if agreement is None:
+            self._settle(trainer, should_wait=True)
+            return
+        background = self._find_background(trainer)
+        if background is not None:
+            background.wait()
+        agreement.exchange()
+
+    def check_saves(self, trainer: Trainer) -> None:
+        """Take note of what became of the file that is being written, and raise what writing it failed with."""
+        self._settle(trainer, should_wait=False)
 
     def _settle(self, trainer: Trainer, should_wait: bool) -> None:
         """Take note of what became of the file that is being written in the background, if there is one.

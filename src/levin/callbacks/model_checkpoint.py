@@ -146,7 +146,8 @@ class ModelCheckpoint(CheckpointKeeper):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
-        self._settle(trainer, should_wait=False)
+        if trainer._run is None or trainer._run.agreement is None:
+            self._settle(trainer, should_wait=False)
         if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
             return
         if self._clock is not None:

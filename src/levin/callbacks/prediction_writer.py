@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +17,27 @@ if TYPE_CHECKING:
     from levin.trainer import Trainer
 
 _CPU = torch.device("cpu")
+
+
+class WriteInterval(str, Enum):
+    """When a BasePredictionWriter writes; each member equals its name in lower case."""
+
+    BATCH = "batch"
+    EPOCH = "epoch"
+    BATCH_AND_EPOCH = "batch_and_epoch"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    @property
+    def on_batch(self) -> bool:
+        """Whether after each batch."""
+        return self is not WriteInterval.EPOCH
+
+    @property
+    def on_epoch(self) -> bool:
+        """Whether after all of them."""
+        return self is not WriteInterval.BATCH
 
 
 class BasePredictionWriter(Callback):
@@ -41,7 +63,7 @@ class BasePredictionWriter(Callback):
         super().__init__()
         if write_interval not in ("batch", "epoch", "batch_and_epoch"):
             raise value_error("write_interval", write_interval, "must be 'batch', 'epoch' or 'batch_and_epoch'")
-        self.interval: str = write_interval
+        self.interval = WriteInterval(write_interval)
         self._predictions: list[list[Any]] = []
 
     def write_on_batch_end(
@@ -98,17 +120,17 @@ class BasePredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the batch, keep its predictions, or both."""
-        if self.interval != "batch":
+        if self.interval.on_epoch:
             while len(self._predictions) <= dataloader_idx:
                 self._predictions.append([])
             self._predictions[dataloader_idx].append(move_data_to_device(outputs, _CPU))
-        if self.interval != "epoch":
+        if self.interval.on_batch:
             indices = trainer.predict_loop.current_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything."""
-        if self.interval == "batch":
+        if not self.interval.on_epoch:
             return
         indices = trainer.predict_loop.epoch_batch_indices
         predictions: list[Any] = self._predictions

@@ -13,6 +13,8 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 State = dict[str, Any]
 _OTHERS = "other_ranks"
+# In a file that one rank saved without the others: how many there were.
+_ALONE = "alone_of"
 _CPU = torch.device("cpu")
 
 
@@ -20,6 +22,8 @@ def with_other_ranks(own: State, strategy: Any) -> State:
     """Return what rank 0 writes: its own state and, beside it, those of the other ranks; all ranks call this."""
     if not strategy.is_distributed or strategy.world_size == 1:
         return own
+    if strategy.control.is_cut:
+        return {**own, _ALONE: strategy.world_size}
     states = strategy.control.gather(move_data_to_device(own, _CPU))
     return own if states is None else {**own, _OTHERS: states[1:]}
 
@@ -35,20 +39,29 @@ def part_of_rank(state: State, rank: int, size: int) -> State:
     states: list[State] = [{key: value for key, value in state.items() if key != _OTHERS}, *state.get(_OTHERS, [])]
     if len(states) == size:
         return states[rank]
+    if state.get(_ALONE) == size:
+        rank_zero_warn(
+            "The checkpoint was saved by one process alone, because a process had failed. The run goes on, but is not the "
+            "unbroken one: random numbers are others, and values logged or counted by metrics in the epoch so far are left "
+            "out of its end."
+        )
+        return states[0] if rank == 0 else _without_own(states[0])
     rank_zero_warn(
         f"The checkpoint was saved by {len(states)} processes, received {size}. The run goes on, but is not the unbroken "
         "one: the samples of the epoch that are left are spread over the processes that are there, random numbers are "
         "others, and values logged or counted by metrics in the epoch so far are left out of its end."
     )
-    own = dict(states[rank] if rank < len(states) else states[0])
-    if rank >= len(states):
-        # Two ranks may not draw the same numbers: this one goes on with those of its start.
-        own.pop("rng", None)
-    own.pop("log_store", None)
-    own.pop("metrics", None)
+    own = _without_own(states[rank] if rank < len(states) else states[0])
+    if rank < len(states):
+        own["rng"] = states[rank]["rng"]
     if "window" in own:
         own["window"] = _mean_window([other.get("window", {}) for other in states], size)
     return own
+
+
+def _without_own(state: State) -> State:
+    """Return a state without what belongs to one rank alone: its sums, and its random numbers, which no two may draw."""
+    return {key: value for key, value in state.items() if key not in ("rng", "generators", "log_store", "metrics")}
 
 
 def _mean_window(windows: Sequence[State], size: int) -> State:

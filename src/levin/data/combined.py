@@ -50,6 +50,7 @@ class CombinedLoader(Iterable[Any]):
         self._rebuild: Rebuild = rebuilder(iterables)
         self._limits: list[int | float] | None = None
         self._iterator: Iterator[tuple[Any, int, int]] | None = None
+        self.is_settled: bool = False  # set where the loaders are prepared: from then on the length is known
 
     @property
     def iterables(self) -> Any:
@@ -118,7 +119,7 @@ class CombinedLoader(Iterable[Any]):
             RuntimeError: It is not being iterated yet; the lengths of loaders are settled by then only.
             TypeError: The number is unknown.
         """
-        if self._iterator is None:
+        if self._iterator is None and not self.is_settled:
             raise RuntimeError("len(combined_loader) is known once iter(combined_loader) was called. Call it first.")
         length = combined_length(self.lengths(), self._mode)
         if math.isinf(length):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
@@ -92,6 +93,7 @@ def prepare_dataloader(
     """
     if not isinstance(loader, DataLoader):
         return loader
+    _hint_at_workers(loader, stage)
     if loader.worker_init_fn is None and _seeds_workers():
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=(sampler_kwargs or {}).get("rank", 0))
     if isinstance(loader.dataset, IterableDataset):
@@ -117,20 +119,27 @@ def prepare_dataloader(
     return rebuild(loader, sampler, stage) if stage == "predict" else loader
 
 
+def _hint_at_workers(loader: DataLoader[Any], stage: str) -> None:
+    """Tell of processors that could load data and do not."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if loader.num_workers < 2 < usable:
+        rank_zero_warn(
+            f"The `{stage}_dataloader` loads with num_workers={loader.num_workers}, which may hold up the loop. "
+            f"Consider `DataLoader(..., num_workers={usable - 1})`.",
+            category=PossibleUserWarning,
+        )
+
+
 def shuffles(loader: Any) -> bool:
     """Return whether a loader draws in random order."""
     return isinstance(getattr(loader, "sampler", None), RandomSampler)
 
 
 def _seeds_workers() -> bool:
-    import os
-
     return bool(int(os.environ.get("PL_SEED_WORKERS", "0") or 0))
 
 
 def _split_sampler(loader: Any, stage: str, sampler_kwargs: dict[str, Any], shuffle: bool) -> Sampler[Any]:
-    import os
-
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
     # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
     if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
@@ -234,10 +243,12 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
         try:
             built = kind(sampler, batch_size=batch_sampler.batch_size, drop_last=drop_last)
         except (TypeError, AttributeError) as error:
-            raise TypeError(
-                f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
-                "Or pass Trainer(use_distributed_sampler=False)."
-            ) from error
+            if sampler is not loader.sampler:
+                raise TypeError(
+                    f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
+                    "Or pass Trainer(use_distributed_sampler=False)."
+                ) from error
+            built = batch_sampler  # its batches are taken as they are
     built = IndexBatchSampler(built) if is_predict else built
     return {**fixed, "sampler": None, "batch_size": 1, "batch_sampler": built, "drop_last": False}
 

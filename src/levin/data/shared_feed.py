@@ -130,10 +130,12 @@ class SharedFeed(Feed):
         is_final: bool,
     ) -> Generator[tuple[Any, int, int], None, None]:  # fmt: skip
         size, num_collectives = self.peers.size, self.peers.num_collectives
+        # In training there are fillers whether steps talk or not.
+        listens = self.rule is None
         kept: Any = None
         self._talks = False
         for counts, num_steps, is_end, lender in windows:
-            own = counts[self.peers.rank]
+            own, fewest = counts[self.peers.rank], min(counts)
             for number in range(num_steps):
                 is_filler = number >= own
                 if not is_filler:
@@ -151,29 +153,33 @@ class SharedFeed(Feed):
                     lent = self.peers.share(batch if self.peers.rank == lender else None, lender)
                     if is_filler:
                         kept = self.place(lent, dataloader_idx)
-                num_active = sum(number < count for count in counts)
+                num_active = size if number < fewest else sum(number < count for count in counts)
                 self.is_shared = num_active == size
                 is_last_own = self.rule is None and number == own - 1
                 self.is_last = is_end and is_final and (number == num_steps - 1 or is_last_own)
                 if not is_filler:
                     batch = self.place(batch, dataloader_idx)
-                    self.listen()
+                    if listens:
+                        self.listen()
                     if num_active == size:
                         yield batch, index, dataloader_idx
                     else:
                         with self.uneven(False, num_active):
                             yield batch, index, dataloader_idx
-                    self._talks = self._talks or num_collectives() != self._num_heard
+                    if listens and num_collectives() != self._num_heard:
+                        self._talks = True
                     if number == own - 1:
                         # Kept for the case that others go on.
                         kept = batch
-                elif self.rule is not None or self._talks or (index == 0 and lender is not None):
+                elif not listens or self._talks or (index == 0 and lender is not None):
                     self.is_filler = True
                     try:
-                        self.listen()
+                        if listens:
+                            self.listen()
                         with self.uneven(True, num_active):
                             yield kept, index, dataloader_idx
-                        self._talks = self._talks or num_collectives() != self._num_heard
+                        if listens and num_collectives() != self._num_heard:
+                            self._talks = True
                     finally:
                         self.is_filler = False
                 index += 1

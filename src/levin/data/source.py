@@ -49,7 +49,6 @@ class StageLoaders:
             self.combined = None
             self.loaded_epoch = -math.inf
 
-    @property
     def is_defined(self) -> bool:
         """Whether anybody gives loaders."""
         return self.given is not None or self.owner is not None
@@ -96,6 +95,7 @@ class StageLoaders:
             prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
             for loader in combined.flattened
         ]
+        combined.is_settled = True
         self.combined = combined
 
     def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:
@@ -126,7 +126,7 @@ class StageLoaders:
         """Return what the feed iterates over: loaders, one after the other, or the joint loader."""
         combined = self.combined
         assert combined is not None
-        if self.is_sequential:
+        if self.is_sequential or not combined.flattened:
             return list(combined.flattened)
         # One loader alone needs no combining: its batches are the joint batches.
         if combined.iterables is combined.flattened[0]:

@@ -108,7 +108,13 @@ def agreement_for(trainer: Trainer) -> Agreement | None:
     strategy: Any = trainer.strategy
     if not is_shared(strategy):
         return None
-    return Agreement(trainer, strategy.control.exchange, strategy.checkpoint_io.check)
+
+    def check() -> None:
+        for callback in trainer.checkpoint_callbacks:
+            callback.check_saves(trainer)
+        strategy.checkpoint_io.check()
+
+    return Agreement(trainer, strategy.control.exchange, check)
 
 
 def now_s(run: Run | None) -> float:

@@ -40,6 +40,9 @@ def kept_modes(module: torch.nn.Module) -> Iterator[None]:
 def validate_in_fit(run: Run, accumulates: bool) -> None:
     """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
     trainer = run.trainer
+    if not accumulates:
+        # Whoever reads during the validation, or right after it, finds the values of the step before.
+        trainer._merge(run.store.read(on_step=True))
     trainer.validating = True
     if run.uneven is not None:
         run.uneven.forget_filler()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from levin.loops.run import detach_log_store
+from levin.loops.signals import save_for_restart
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.rank_zero import log
 from levin.utilities.states import TrainerStatus
 from levin.utilities.timing import call_timed
 
@@ -27,10 +29,18 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         return
     module = trainer.lightning_module
     trainer.strategy.explain(error)
-    if not isinstance(error, SIGTERMException):
-        # A signal is obeyed by all ranks together. An error may be that of this rank: to wait for the others now, in
-        # order to save something, would be to wait for ever, and they for this one.
+    if not _is_agreed(trainer, error):
+        # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
         trainer.strategy.stand_alone()
+    # A further signal is no reason to leave out what follows.
+    trainer._signals.waits_for_batch = True
+    if isinstance(error, SIGTERMException):
+        # All ranks obey a signal together.
+        try:
+            save_for_restart(trainer)
+        except Exception as failure:
+            # The run ends for another reason, which everybody below is told.
+            log.error(f"The checkpoint for the restart was not saved: {type(failure).__name__}: {failure}")
     try:
         for callback in trainer.callbacks:
             call_timed(trainer, "Callback", callback, "on_exception", trainer, module, error)
@@ -44,3 +54,9 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         trainer.strategy.teardown()
         trainer.profiler.teardown(str(trainer.state.fn))
         trainer.state.stage = None
+
+
+def _is_agreed(trainer: Trainer, error: BaseException) -> bool:
+    """Whether all ranks end at this moment, as they do for a signal once all know of it; other errors are of one rank."""
+    agreement = None if trainer._run is None else trainer._run.agreement
+    return isinstance(error, SIGTERMException) and agreement is not None and agreement.received_sigterm

@@ -237,6 +237,7 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
+    trainer._merge(run.store.read(on_step=True))
     run.store.end_batches()
     if unfinished is None:
         run.call("on_train_epoch_end")
@@ -244,7 +245,6 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
         trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
-    trainer._merge(run.store.read(on_step=True))
     metrics = trainer._merge(run.store.read(on_step=False))
     if metrics.logged:
         loop._batches_that_stepped -= 1

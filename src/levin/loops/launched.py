@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from levin.hooks import has_hook
 from levin.loops import sequence
 from levin.loops.failure import fail
+from levin.loops.signals import as_ended, signal_handlers
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
@@ -20,11 +21,15 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     trainer.lightning_module.trainer = trainer
     if trainer.datamodule is not None:
         trainer.datamodule.trainer = trainer
-    try:
-        return sequence.run_sequence(trainer, ckpt_path, weights_only)
-    except BaseException as error:
-        fail(trainer, error)
-        raise
+    with signal_handlers(trainer):
+        try:
+            return sequence.run_sequence(trainer, ckpt_path, weights_only)
+        except BaseException as error:
+            ended = as_ended(trainer, error)
+            fail(trainer, ended)
+            if ended is error:
+                raise
+            raise ended from error
 
 
 def collect_results(trainer: Trainer) -> dict[str, Any]:

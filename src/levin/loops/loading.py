@@ -63,8 +63,23 @@ def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )
+    if trainer.reload_dataloaders_every_n_epochs:
+        _warn_of_pinned_workers(loaders)
     loaders.measure(limit, name, num_from_limit)
     loaders.loaded_epoch = trainer.current_epoch
+
+
+def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
+    assert loaders.combined is not None
+    if any(
+        getattr(loader, "pin_memory", False) and getattr(loader, "persistent_workers", False)
+        for loader in loaders.combined.flattened
+    ):
+        rank_zero_warn(
+            "`DataLoader(pin_memory=True, persistent_workers=True)` together with "
+            "`Trainer(reload_dataloaders_every_n_epochs > 0)` can leave threads of PyTorch behind. Set pin_memory=False.",
+            category=PossibleUserWarning,
+        )
 
 
 def _due(trainer: Trainer, loaders: StageLoaders) -> bool:
@@ -99,6 +114,14 @@ def load_validation(trainer: Trainer) -> bool:
         return False
     load(trainer, loaders, trainer.limit_val_batches)
     return True
+
+
+def load_validation_if_soon(trainer: Trainer) -> None:
+    """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
+    every = trainer.check_val_every_n_epoch
+    is_due = every is None or (trainer.current_epoch + 1) % every == 0
+    if is_due and trainer.enable_validation and trainer._val_loaders.combined is None:
+        load_validation(trainer)
 
 
 def _val_check_batch(trainer: Trainer) -> int | float:

@@ -66,7 +66,8 @@ def predict(
             progress.increment_processed()
             run.call("on_predict_batch_end", output, batch, batch_idx, *index)
             progress.increment_completed()
-            indices[dataloader_idx].append(loop.current_batch_indices)
+            if loop.current_batch_indices:
+                indices[dataloader_idx].append(loop.current_batch_indices)
             if return_predictions:
                 outputs[dataloader_idx].append(move_data_to_device(output, _CPU))
             if run.agreement is not None and feed.is_shared:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
+
+if TYPE_CHECKING:
+    from levin.data.combined import CombinedLoader
+    from levin.data.source import StageLoaders
 
 FIELDS = ("ready", "started", "processed", "completed")
 
@@ -95,8 +99,13 @@ class EvaluationLoop:
         self.max_batches: list[int | float] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
-        self._data_source: Any = None
+        self._data_source: Optional[StageLoaders] = None
         self.restarting: bool = False
+
+    @property
+    def _combined_loader(self) -> Optional[CombinedLoader]:
+        """The loaders of the stage once they are loaded: extensions read their lengths here."""
+        return None if self._data_source is None else self._data_source.combined
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's part of a checkpoint."""
@@ -193,6 +202,12 @@ class FitLoop:
         self.max_batches: int | float = float("inf")
         self.restarting: bool = False
         self.restarted_mid_epoch: bool = False
+        self._data_source: Optional[StageLoaders] = None
+
+    @property
+    def _combined_loader(self) -> Optional[CombinedLoader]:
+        """The training loaders once they are loaded: extensions read their lengths here."""
+        return None if self._data_source is None else self._data_source.combined
 
     @property
     def min_steps(self) -> Optional[int]:

@@ -17,14 +17,22 @@ from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.exact import Exact
 from levin.loops.fit import fit
-from levin.loops.loading import batch_indices, limit_of, load, load_training, load_validation, loaders_of, make_feed
+from levin.loops.loading import (
+    batch_indices,
+    limit_of,
+    load,
+    load_training,
+    load_validation,
+    load_validation_if_soon,
+    loaders_of,
+    make_feed,
+)
 from levin.loops.logging import send_hyperparameters
 from levin.loops.place import place_of
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
-from levin.loops.signals import signal_handlers
 from levin.loops.step import compose_step
 from levin.loops.uneven import agreed_batches
 from levin.loops.verify import hint_at_eval_mode, verify
@@ -94,8 +102,8 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
             tree.restore_optimizers(trainer, checkpoint)
         rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
     strategy.follow(functools.partial(place_of, trainer))
-    with signal_handlers(trainer):
-        result = run_stage(trainer, run, fn, checkpoint)
+    trainer._signals.waits_for_batch = True
+    result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
     detach_log_store(module)
     strategy.teardown()
@@ -180,6 +188,7 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
         if trainer.limit_train_batches == 0:
             return
     load_training(trainer)
+    load_validation_if_soon(trainer)
     step = compose_step(run)
     if run.is_profiled:
         time_step(run, step)
@@ -187,7 +196,9 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     feed = make_feed(run, trainer._train_loaders)
     run.uneven = step.uneven = feed.uneven  # type: ignore[attr-defined]  # of both kinds of steps
     trainer._exact.follow(run, feed, step, exact)
+    trainer._signals.is_training = True
     fit(run, feed, step)
+    trainer._signals.is_training = False
 
 
 def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:

@@ -1,42 +1,219 @@
-"""Signals that end a run, and what is done about them."""
+"""Signals that end a run: the batch is finished, the run is saved, and the process leaves with status 143.
+
+A handler only notes what came; the loops look at ``trainer.received_sigterm`` after each batch. During set-up there is
+nothing to finish, and the run ends at once.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
+
+from levin.environments.slurm import SLURMEnvironment
+from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.filesystem import get_filesystem
+from levin.utilities.rank_zero import log, rank_zero_info
+from levin.utilities.states import TrainerFn
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
 
+FILE_NAME = "sigterm.ckpt"
+"""The checkpoint of a run that was asked to terminate; ``ckpt_path="auto"`` finds it, the next one replaces it."""
+
+# Launchers forward what a scheduler sends to every process as well, so that one request may come twice.
+_SAME_REQUEST_S = 1.0
+
+
+class Signals:
+    """What this process was told by signals during one call of the Trainer."""
+
+    def __init__(self) -> None:
+        # Whether a signal waits for the end of a batch; during set-up it does not.
+        self.waits_for_batch: bool = False
+        # Whether there is something to save.
+        self.is_training: bool = False
+        self.wants_requeue: bool = False
+        self.is_requeued: bool = False
+        self.first_s: Optional[float] = None
+
+    def is_repeated(self) -> bool:
+        """Note a request to stop, and return whether there was another one before."""
+        now = time.monotonic()
+        if self.first_s is None:
+            self.first_s = now
+        return now - self.first_s > _SAME_REQUEST_S
+
 
 @contextmanager
 def signal_handlers(trainer: Trainer) -> Iterator[None]:
-    """Let SIGTERM end the run at the next safe point; the user's own handlers are called too.
+    """Listen to SIGTERM and, under SLURM with automatic requeueing, to the signal that announces the end of the job.
 
-    A second SIGTERM ends the process at once. Handlers are put in place in the main thread only.
+    The user's own handlers are called too; of the signal of SLURM they stay alone. A second request ends the process at
+    once. Handlers are put in place in the main thread only, and the old ones come back.
     """
+    signals = trainer._signals = Signals()
+    trainer.received_sigterm = False
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGTERM"):
         yield
         return
-    trainer.received_sigterm = False
-    previous = signal.getsignal(signal.SIGTERM)
-
-    def on_sigterm(number: int, frame: Any) -> None:
-        if trainer.received_sigterm:
-            os._exit(143)
-        trainer.received_sigterm = True
-        launcher = trainer.strategy.launcher
-        if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(number)
-        if callable(previous):
-            previous(number, frame)
-
-    signal.signal(signal.SIGTERM, on_sigterm)
+    previous = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, _sigterm_handler(trainer, signals, previous[signal.SIGTERM]))
+    environment = trainer.strategy.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+        number = environment.requeue_signal
+        found = signal.getsignal(number)
+        if found in (signal.SIG_DFL, signal.SIG_IGN, None):
+            previous[number] = found
+            signal.signal(number, _requeue_handler(trainer, signals))
+            rank_zero_info(f"SLURM requeues this job after {number.name}.")
+        else:
+            rank_zero_info(f"There is a handler for {number.name} already: levin does not requeue the job.")
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _sigterm_handler(trainer: Trainer, signals: Signals, previous: Any) -> Callable[[int, Any], None]:
+    owner = os.getpid()
+
+    def on_sigterm(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            # A process that was forked off, such as a worker of a loader: it has no batch to finish.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if signals.is_requeued:
+            log.info("SIGTERM is not heeded: the job is saved and in the queue again.")
+            return
+        if signals.is_repeated():
+            os._exit(143)
+        is_first, trainer.received_sigterm = not trainer.received_sigterm, True
+        if is_first:
+            _let_workers_end()
+            launcher = trainer.strategy.launcher
+            if launcher is not None and hasattr(launcher, "kill"):
+                launcher.kill(number)
+        if callable(previous):
+            previous(number, frame)
+        if is_first and not signals.waits_for_batch:
+            raise SIGTERMException
+
+    return on_sigterm
+
+
+def _requeue_handler(trainer: Trainer, signals: Signals) -> Callable[[int, Any], None]:
+    owner = os.getpid()
+
+    def on_requeue(number: int, frame: Any) -> None:
+        if os.getpid() != owner:
+            return
+        signals.wants_requeue = trainer.received_sigterm = True
+        if not signals.waits_for_batch:
+            raise SIGTERMException
+
+    return on_requeue
+
+
+def _let_workers_end() -> None:
+    """Take the end of a loader's workers, which the same signal may have reached, for no error while a batch is finished."""
+    if hasattr(signal, "SIGCHLD") and getattr(signal.getsignal(signal.SIGCHLD), "__module__", "").startswith("torch."):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def as_ended(trainer: Trainer, error: BaseException) -> BaseException:
+    """Return ``error``, or a :class:`SIGTERMException` where the signal to this process is what caused it elsewhere.
+
+    Args:
+        trainer: In the middle of a call.
+        error: What was raised.
+    """
+    if not trainer.received_sigterm or isinstance(error, SIGTERMException):
+        return error
+    launcher = trainer.strategy.launcher
+    is_of_others = isinstance(error, RuntimeError) and (
+        "DataLoader worker" in str(error) or (launcher is not None and launcher.runs_elsewhere)
+    )
+    if not is_of_others:
+        return error
+    return SIGTERMException()
+
+
+def save_for_restart(trainer: Trainer) -> None:
+    """Save a fit that was asked to terminate, and put its job back in the queue if that is what was asked for.
+
+    The file lies in the folder of the first checkpoint callback, or in ``default_root_dir``. There is none if the Trainer
+    has no checkpoint callback, except for a job that is requeued.
+    """
+    signals, strategy = trainer._signals, trainer.strategy
+    if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run or not signals.is_training:
+        return
+    if strategy.reduce_boolean_decision(signals.wants_requeue, all=False):
+        for logger in trainer.loggers:
+            logger.finalize("finished")
+        path: Optional[str] = strategy.broadcast(_next_hpc_path(trainer.default_root_dir))
+        trainer.save_checkpoint(str(path))
+        _wait_for_file(trainer)
+        signals.is_requeued = True
+        if trainer.is_global_zero:
+            requeue()
+    elif (path := _path_for_restart(trainer)) is not None:
+        trainer.save_checkpoint(path)
+        _wait_for_file(trainer)
+        rank_zero_info(f"Saved a checkpoint to {path}, from which fit(ckpt_path='auto') goes on.")
+
+
+def _wait_for_file(trainer: Trainer) -> None:
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if (wait := getattr(checkpoint_io, "wait", None)) is not None:
+        wait()
+    checkpoint_io.check()
+
+
+def _path_for_restart(trainer: Trainer) -> Optional[str]:
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    if not callbacks:
+        return None
+    folders = (getattr(callback, "dirpath", None) for callback in callbacks if not _saves_weights_only(callback))
+    folder = next((folder for folder in folders if folder), trainer.default_root_dir)
+    return os.path.join(str(folder), FILE_NAME)
+
+
+def _saves_weights_only(callback: Any) -> bool:
+    # `ckpt_path="auto"` does not look into its folder.
+    return bool(getattr(callback, "save_weights_only", False))
+
+
+def _next_hpc_path(folder: str) -> str:
+    filesystem = get_filesystem(folder)
+    names = [str(path) for path in filesystem.ls(folder, detail=False)] if filesystem.exists(folder) else []
+    numbers = [int(match[1]) for name in names if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", name))]
+    return os.path.join(folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
+
+
+def requeue() -> None:
+    """Put this job of SLURM back in the queue: ``scontrol requeue <job>``."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array is not None and task is not None else os.environ.get("SLURM_JOB_ID", "")
+    command = ["scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        log.error(f"{' '.join(command)!r} failed: {error}. Requeue the job yourself; its checkpoint is saved.")
+        return
+    if done.returncode == 0:
+        log.info(f"Requeued job {job}.")
+    else:
+        log.error(
+            f"{' '.join(command)!r} ended with status {done.returncode}: {done.stderr.strip()} Requeue the job yourself; "
+            "its checkpoint is saved."
+        )

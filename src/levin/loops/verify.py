@@ -37,7 +37,8 @@ def verify(trainer: Trainer) -> None:
     def has(name: str) -> bool:
         return name in vars(module) or is_overridden(name, module, LightningModule)
 
-    for old in ("training_epoch_end", "validation_epoch_end", "test_epoch_end"):
+    gone = {"fit": ("training_epoch_end", "validation_epoch_end"), "validate": ("validation_epoch_end",)}
+    for old in gone.get(fn, ("test_epoch_end",) if fn == "test" else ()):
         if callable(getattr(module, old, None)):
             new = f"on_{old.replace('training', 'train')}"
             raise NotImplementedError(
@@ -49,15 +50,21 @@ def verify(trainer: Trainer) -> None:
                 raise MisconfigurationException(
                     f"`Trainer.fit` requires `{name}`, which {type(module).__name__} does not define. Define it."
                 )
-        if not trainer._train_loaders.is_defined:
+        if not trainer._train_loaders.is_defined():
             raise MisconfigurationException(
                 f"`Trainer.fit` requires training data, received none for {type(module).__name__}. Pass "
                 "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
             )
-        if has("validation_step") and not trainer._val_loaders.is_defined:
-            rank_zero_warn("You defined a `validation_step` but have no `val_dataloader`. Skipping validation.")
-        elif trainer._val_loaders.is_defined and not has("validation_step"):
-            rank_zero_warn("You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.")
+        if has("validation_step") and not trainer._val_loaders.is_defined():
+            rank_zero_warn(
+                "You defined a `validation_step` but have no `val_dataloader`. Skipping validation.",
+                category=PossibleUserWarning,
+            )
+        elif trainer._val_loaders.is_defined() and not has("validation_step"):
+            rank_zero_warn(
+                "You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.",
+                category=PossibleUserWarning,
+            )
         if not module.automatic_optimization:
             if trainer.gradient_clip_val:
                 raise MisconfigurationException(
@@ -81,7 +88,7 @@ def verify(trainer: Trainer) -> None:
             f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
         )
     loaders = loaders_of(trainer, fn)
-    if not loaders.is_defined:
+    if not loaders.is_defined():
         raise MisconfigurationException(
             f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
         )

@@ -1,0 +1,90 @@
+"""Names of features that levin does not have: to be imported and mentioned, not used.
+
+Many packages import ``Tuner`` or ``FSDPStrategy`` at their top and use it in one function. They run as long as nobody calls
+that function; whoever does reads what to use instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from levin.hooks import Callback
+from levin.loggers.logger import Logger
+from levin.precision.precision import Precision
+from levin.strategies.strategy import Strategy
+
+
+class AbsentFeatureError(NotImplementedError):
+    """A feature of Lightning's that levin does not have was used."""
+
+
+def _absent(name: str, way_out: str, base: type = object) -> type:
+    """Return a class that can be imported, subclassed and asked about, and whose constructor says what to do.
+
+    Args:
+        name: Lightning's name.
+        way_out: What to use instead, as a sentence.
+        base: What users expect it to be a kind of.
+    """
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+        raise AbsentFeatureError(f"levin has no `{name}`. {way_out}")
+
+    # Abstract methods of the base must not speak first.
+    body = {"__init__": refuse, "__doc__": f"Not there. {way_out}", "__abstractmethods__": frozenset()}
+    body |= dict.fromkeys(getattr(base, "__abstractmethods__", ()), refuse)
+    return type(name, (base,), {**body, "__module__": __name__})
+
+
+_OWN_LOOP = "Write the loop with torch itself, or move it into a LightningModule and use `Trainer`."
+_ONE_DEVICE_HOLDS_IT = 'Use `strategy="ddp"` where the model fits on one device.'
+_BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
+_XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
+
+BatchSizeFinder = _absent("BatchSizeFinder", "Set the batch size yourself.", Callback)
+LearningRateFinder = _absent("LearningRateFinder", "Set the learning rate yourself.", Callback)
+ModelPruning = _absent("ModelPruning", "Call `torch.nn.utils.prune` in a callback of your own.", Callback)
+Tuner = _absent(
+    "Tuner", "Set the learning rate and the batch size yourself, or search them with short runs of `Trainer`."
+)
+
+_BY_HAND = "Build the objects in Python, or with jsonargparse's ArgumentParser, and pass them to `Trainer`."
+LightningArgumentParser = _absent("LightningArgumentParser", _BY_HAND)
+LightningCLI = _absent("LightningCLI", _BY_HAND)
+SaveConfigCallback = _absent("SaveConfigCallback", _BY_HAND, Callback)
+
+_OTHER_LOGGER = "Use one of levin.loggers, or subclass levin.loggers.Logger."
+LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)
+NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)
+
+DataParallelStrategy = _absent("DataParallelStrategy", 'Use `strategy="ddp"`.', Strategy)
+DeepSpeedStrategy = _absent("DeepSpeedStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
+FSDPStrategy = _absent("FSDPStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
+ModelParallelStrategy = _absent("ModelParallelStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
+SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)
+XLAFSDPStrategy = _absent("XLAFSDPStrategy", _XLA, Strategy)
+XLAStrategy = _absent("XLAStrategy", _XLA, Strategy)
+_get_full_state_dict_context = _absent("_get_full_state_dict_context", "Use torch.distributed.fsdp itself.")
+_setup_activation_checkpointing = _absent(
+    "_setup_activation_checkpointing", "Use torch.utils.checkpoint in the module's forward."
+)
+
+BitsandbytesPrecision = _absent("BitsandbytesPrecision", _BUILT_IN, Precision)
+DeepSpeedPrecision = _absent("DeepSpeedPrecision", _BUILT_IN, Precision)
+FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
+TransformerEnginePrecision = _absent("TransformerEnginePrecision", _BUILT_IN, Precision)
+XLACheckpointIO = _absent("XLACheckpointIO", _XLA)
+XLAPrecision = _absent("XLAPrecision", _XLA, Precision)
+
+Fabric = _absent("Fabric", _OWN_LOOP)
+is_wrapped = _absent("is_wrapped", _OWN_LOOP)
+Collective = _absent("Collective", "Use torch.distributed itself.")
+SingleDeviceCollective = _absent("SingleDeviceCollective", "Use torch.distributed itself.")
+TorchCollective = _absent("TorchCollective", "Use torch.distributed itself.")
+
+ServableModule = _absent("ServableModule", "Export the module with `to_onnx` or `to_torchscript` and serve that.")
+ServableModuleValidator = _absent("ServableModuleValidator", "Check the server in a test of your own.", Callback)
+
+_CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")
+_ResultCollection = _absent("_ResultCollection", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")
+_ResultMetric = _absent("_ResultMetric", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")

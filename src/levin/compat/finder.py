@@ -1,0 +1,136 @@
+"""The import hook that answers for Lightning's packages with levin's objects, by the table alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Optional
+
+from levin.compat.table import ABSENT, ROOTS, TABLE, names_in, path_of
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
+
+VERSION = "2.6.6"
+"""The Lightning version whose behaviour is met: packages ask for it."""
+
+_DISTRIBUTIONS = ("lightning", "pytorch-lightning", "lightning-fabric")
+
+
+class AliasFinder:
+    """Finds Lightning's modules in the table, and nothing else.
+
+    Every one of them is a package to the import system, so that a name that is not there is looked for as a module and
+    the error can say what is missing. It stands in every process that is started under the alias, so this file imports
+    next to nothing.
+    """
+
+    def find_spec(
+        self, fullname: str, path: Optional[Sequence[str]] = None, target: Optional[ModuleType] = None
+    ) -> Optional[ModuleSpec]:
+        """Return how to load ``fullname``; None where it is somebody else's.
+
+        Raises:
+            ModuleNotFoundError: It is one of Lightning's and levin has nothing for it.
+        """
+        key = path_of(fullname)
+        if key is None:
+            return None
+        if key not in TABLE:
+            # Without `name=` the import system takes it for an answer, not for a module to look for elsewhere.
+            raise ModuleNotFoundError(_describe_missing(fullname))
+        loader: Any = _AliasLoader(key)  # duck-typed, as the finder is
+        return ModuleSpec(fullname, loader, is_package=True, origin="levin.compat")
+
+    def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
+        """Return the metadata of Lightning for those who ask by its name, and nothing for a list of all."""
+        name = (getattr(context, "name", None) or "").lower().replace("_", "-")
+        if name in _DISTRIBUTIONS:
+            from levin.compat.distribution import AliasDistribution
+
+            yield AliasDistribution(name, VERSION)
+
+
+class _AliasLoader:
+    """Makes the module for one key of the table; its names are imported when they are first used."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module."""
+        return AliasModule(spec.name, self._key)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run."""
+
+
+class AliasModule(ModuleType):
+    """A module of Lightning's that hands out levin's objects.
+
+    Args:
+        name: Its dotted name.
+        key: Its row of the table.
+    """
+
+    def __init__(self, name: str, key: str) -> None:
+        super().__init__(name, f"`{name}` as levin answers for it.")
+        self._homes = names_in(key)
+        self._children = {path.rpartition(".")[2] for path in TABLE if path and path.rpartition(".")[0] == key}
+        self.__all__ = [name for name in self._homes if not name.startswith("_")]
+        self.__version__ = VERSION
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._homes:
+            home, ours = self._homes[name]
+            value = getattr(importlib.import_module(home), ours)
+        elif name in self._children:
+            value = importlib.import_module(f"{self.__name__}.{name}")
+        elif name.startswith("__"):
+            # Asked of every module in `sys.modules` by inspect and others.
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        else:
+            raise AttributeError(_describe_missing(f"{self.__name__}.{name}"))
+        setattr(self, name, value)
+        return value
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *self._homes, *self._children})
+
+
+def install_finder() -> None:
+    """Put the finder before all others, once.
+
+    Raises:
+        RuntimeError: Lightning itself was imported before.
+    """
+    if any(isinstance(finder, AliasFinder) for finder in sys.meta_path):
+        return
+    loaded = [root for root in ROOTS if root in sys.modules]
+    if loaded:
+        raise RuntimeError(
+            f"levin.compat.install() must come before the first import of Lightning, but {loaded[0]!r} is imported "
+            "already. Call it at the top of the program, or run the program with `python -m levin SCRIPT`."
+        )
+    sys.meta_path.insert(0, AliasFinder())  # type: ignore[arg-type]  # duck-typed: importing the ABC costs 5 ms
+
+
+def _describe_missing(fullname: str) -> str:
+    """Say that there is no ``fullname``, and where its last part is found, if anywhere."""
+    name = fullname.rpartition(".")[2]
+    places = sorted(
+        {
+            f"{home}.{names_in(key)[name][1]}"
+            for key in TABLE
+            if name in names_in(key) and (home := names_in(key)[name][0]) != ABSENT
+        },
+        key=lambda place: (place.count("."), place),
+    )
+    if places:
+        hint = f"It is `{places[0]}`."
+    else:
+        hint = "See docs/migrating.md for what is there, or run this program on Lightning itself, without the alias."
+    return f"levin has no `{fullname}`. {hint}"

@@ -1,0 +1,74 @@
+"""Parameters of a module: the size of their gradients, and which of them are one and the same."""
+
+from __future__ import annotations
+
+from typing import Union
+
+import torch
+from torch import Tensor, nn
+
+
+def grad_norm(module: nn.Module, norm_type: Union[float, int, str], group_separator: str = "/") -> dict[str, Tensor]:
+    """Return the norm of each parameter's gradient, and the norm of all of them together.
+
+    Args:
+        module: Parameters without a gradient are left out.
+        norm_type: p of the p-norm, > 0; ``"inf"`` for the largest value.
+        group_separator: Stands between the kind of norm and the parameter in a key.
+
+    Returns:
+        Scalars on the device of the gradients, so that nothing waits for it.
+
+    Raises:
+        ValueError: ``norm_type`` is not positive.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> layer.weight.grad = torch.tensor([[3.0]])
+        >>> grad_norm(layer, 2)
+        {'grad_2.0_norm/weight': tensor(3.), 'grad_2.0_norm_total': tensor(3.)}
+    """
+    p = float(norm_type)
+    if p <= 0:
+        raise ValueError(f"norm_type must be > 0, received {norm_type!r}. Use 2 for the length, 'inf' for the maximum.")
+    norms = {
+        f"grad_{p}_norm{group_separator}{name}": torch.linalg.vector_norm(parameter.grad.detach(), p)
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    if norms:
+        norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack(list(norms.values())), p)
+    return norms
+
+
+def find_shared_parameters(module: nn.Module) -> list[list[str]]:
+    """Return the groups of names that stand for one parameter.
+
+    Args:
+        module: Searched with all its submodules.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> net[1].weight = net[0].weight
+        >>> find_shared_parameters(net)
+        [['0.weight', '1.weight']]
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def set_shared_parameters(module: nn.Module, shared_params: list[list[str]]) -> nn.Module:
+    """Make each group of names stand for the parameter that its first name has; return ``module``.
+
+    Args:
+        module: Changed in place.
+        shared_params: As :func:`find_shared_parameters` returns it.
+    """
+    for first, *others in shared_params:
+        parameter = module.get_parameter(first)
+        for name in others:
+            owner, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, parameter)
+    return module

@@ -1,0 +1,179 @@
+"""A step that is not finite changes nothing, and its evidence repeats it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from levin import LightningModule, Trainer
+from levin.callbacks import BadStepError, BadStepGuard, replay_bad_step
+
+BAD = 3  # index of the bad batch
+
+
+class Loss(torch.autograd.Function):
+    """Zero, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
+        return x.sum() * 0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full((1, 4), ctx.gradient), None
+
+
+class Model(LightningModule):
+    """Finite but for one batch, at which dropout decides how."""
+
+    def __init__(self, kind: str, optimizer: str = "Adam") -> None:
+        super().__init__()
+        self.kind, self.optimizer = kind, optimizer
+        self.layer = torch.nn.Linear(4, 4)
+        self.dropout = torch.nn.Dropout(0.5)
+        self.masks: list[torch.Tensor] = []
+
+    def training_step(self, batch, batch_idx):
+        out = self.dropout(self.layer(batch))
+        self.masks.append(out.detach() != 0)
+        loss = out.pow(2).mean()
+        if (batch > 50).any():
+            return loss * math.nan if self.kind == "loss" else loss + Loss.apply(out, math.inf)
+        return loss
+
+    def configure_optimizers(self):
+        kinds = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
+        more = {"momentum": 0.9, "weight_decay": 0.1} if self.optimizer == "SGD" else {"weight_decay": 0.1}
+        return kinds[self.optimizer](self.parameters(), lr=0.1, **more)
+
+
+def batches(bad: int | None = BAD) -> DataLoader:
+    data = [torch.randn(1, 4, generator=torch.Generator().manual_seed(index)) for index in range(8)]
+    if bad is not None:
+        data[bad] = data[bad] + 100
+    return DataLoader(data, batch_size=None)
+
+
+def make_trainer(tmp_path, *callbacks, **flags):
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), default_root_dir=str(tmp_path),
+        **{"max_epochs": 1, **flags},
+    )  # fmt: skip
+
+
+def trained(tmp_path, kind, guard, data=None, optimizer="Adam", **flags):
+    torch.manual_seed(2)
+    model = Model(kind, optimizer)
+    trainer = make_trainer(tmp_path, guard, **flags)
+    trainer.fit(model, batches() if data is None else data)
+    return model, trainer
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_evidence_repeats_the_step(tmp_path, kind, clip, accumulate):
+    guard = BadStepGuard(dirpath=tmp_path / "bad")
+    torch.manual_seed(2)
+    model = Model(kind)
+    trainer = make_trainer(tmp_path, guard, gradient_clip_val=clip, accumulate_grad_batches=accumulate)
+    with pytest.raises(BadStepError) as error:
+        trainer.fit(model, batches())
+    step = BAD // accumulate
+    assert error.value.step == step
+    assert error.value.path == str(tmp_path / "bad" / f"epoch=0-step={step}.pt")
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    again = Model(kind)
+    found = replay_bad_step(error.value.path, again, make_trainer(tmp_path))
+    assert found.gradients == ["layer.weight", "layer.bias"]
+    assert len(found.losses) == accumulate
+    assert math.isnan(found.losses[-1]) == (kind == "loss")
+    # The same units were dropped.
+    begin = step * accumulate
+    assert torch.equal(torch.stack(again.masks), torch.stack(model.masks[begin : begin + accumulate]))
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("bad", [0, BAD, 7])
+def test_a_step_left_out_changes_neither_weights_nor_optimizer(tmp_path, kind, optimizer, bad):
+    states = []
+
+    class Watch(BadStepGuard):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            weights = [parameter.detach().clone() for parameter in pl_module.parameters()]
+            state = trainer.optimizers[0].state_dict()["state"]
+            states.append((weights, {key: {k: v.clone() for k, v in s.items()} for key, s in state.items()}))
+
+    guard = Watch(action="skip", dirpath=tmp_path / "bad")
+    trained(tmp_path, kind, guard, batches(bad), optimizer)
+    assert guard.num_bad_steps == 1
+    assert [path.name for path in (tmp_path / "bad").iterdir()] == [f"epoch=0-step={bad}.pt"]
+    assert len(states) == 8
+    assert all(torch.isfinite(weight).all() for weights, _ in states for weight in weights)
+    if bad:
+        before, after = states[bad - 1], states[bad]
+        assert all(torch.equal(a, b) for a, b in zip(before[0], after[0]))
+        assert all(torch.equal(s[k], after[1][key][k]) for key, s in before[1].items() for k in s)
+    else:
+        assert all(not value.any() for state in states[0][1].values() for value in state.values())
+    if bad < 7:
+        assert not torch.equal(states[bad][0][0], states[bad + 1][0][0])
+
+
+def test_steps_that_are_finite_are_those_without_the_guard(tmp_path):
+    guarded, _ = trained(tmp_path, "loss", BadStepGuard(), batches(None))
+    torch.manual_seed(2)
+    plain = Model("loss")
+    make_trainer(tmp_path).fit(plain, batches(None))
+    assert all(torch.equal(a, b) for a, b in zip(guarded.parameters(), plain.parameters()))
+    assert not (tmp_path / "bad_steps").exists()
+
+
+def test_no_more_files_than_wanted(tmp_path):
+    guard = BadStepGuard("skip", max_files=1)
+    trained(tmp_path, "loss", guard, batches(), max_epochs=3)
+    assert guard.num_bad_steps == 3
+    assert [path.name for path in (tmp_path / "bad_steps").iterdir()] == ["epoch=0-step=3.pt"]
+
+
+def test_the_guard_reads_nothing_from_the_device(tmp_path):
+    reads = {"item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__"}
+
+    class Count(torch.overrides.TorchFunctionMode):
+        number = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.number += getattr(func, "__name__", "") in reads
+            return func(*args, **(kwargs or {}))
+
+    class Quiet(Model):
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).mean()
+
+    counts = []
+    for number in (2, 6):
+        trainer = make_trainer(tmp_path, BadStepGuard(), limit_train_batches=number)
+        with Count() as count:
+            trainer.fit(Quiet("loss", "SGD"), DataLoader(torch.randn(8, 4), batch_size=1))
+        counts.append(count.number)
+    assert counts[0] == counts[1]
+
+
+def test_manual_optimization_is_refused(tmp_path):
+    model = Model("loss")
+    model.automatic_optimization = False
+    with pytest.raises(ValueError, match="needs automatic optimization"):
+        make_trainer(tmp_path, BadStepGuard()).fit(model, batches())
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="action must be 'stop' or 'skip', received 'ignore'"):
+        BadStepGuard("ignore")
+    with pytest.raises(ValueError, match="max_files must be >= 0, received -1"):
+        BadStepGuard(max_files=-1)

@@ -1,0 +1,129 @@
+"""Which sampler a rank draws from: injection, wrapping and rebuilding, in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from levin.data.loaders import prepare_dataloader
+from levin.data.samplers import DistributedSamplerWrapper, UnrepeatedDistributedSampler
+from levin.utilities.exceptions import MisconfigurationException
+
+SPLIT = [{"num_replicas": 2, "rank": rank} for rank in range(2)]
+DATA = torch.arange(5.0)
+
+
+def drawn(loader) -> list[float]:
+    return [value for batch in loader for value in torch.as_tensor(batch).flatten().tolist()]
+
+
+def on_ranks(make, stage: str) -> list:
+    return [prepare_dataloader(make(), stage=stage, sampler_kwargs=split) for split in SPLIT]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_training_is_shuffled_and_split(shuffle):
+    loaders = on_ranks(lambda: DataLoader(DATA, batch_size=2, shuffle=shuffle), "train")
+    assert all(type(loader.sampler) is DistributedSampler and loader.sampler.shuffle for loader in loaders)
+    first, second = map(drawn, loaders)
+    assert len(first) == len(second) == 3  # one sample is repeated, so that ranks take the same number of steps
+    assert set(first) | set(second) == set(DATA.tolist())
+    for loader in loaders:
+        loader.sampler.set_epoch(1)
+    assert drawn(loaders[0]) != first
+
+
+def test_evaluation_keeps_its_order_and_repeats_nothing():
+    first, second = map(drawn, on_ranks(lambda: DataLoader(DATA, batch_size=2), "val"))
+    assert (first, second) == ([0.0, 2.0, 4.0], [1.0, 3.0])
+
+
+def test_predictions_repeat_nothing_and_drop_nothing():
+    loaders = on_ranks(lambda: DataLoader(DATA, batch_size=2, drop_last=True), "predict")
+    assert all(type(loader.batch_sampler._batch_sampler.sampler) is UnrepeatedDistributedSampler for loader in loaders)
+    assert list(map(drawn, loaders)) == [[0.0, 2.0, 4.0], [1.0, 3.0]]
+    assert loaders[0].batch_sampler.seen_batch_indices == [[0, 2], [4]]
+
+
+class Backwards(Sampler):
+    def __iter__(self):
+        return iter([4, 3, 2, 1, 0])
+
+    def __len__(self):
+        return 5
+
+
+class Endless(Sampler):
+    def __iter__(self):
+        return iter([0])
+
+
+def test_a_sampler_of_the_user_is_wrapped_and_keeps_its_order():
+    loaders = on_ranks(lambda: DataLoader(DATA, batch_size=2, sampler=Backwards()), "train")
+    assert all(type(loader.sampler) is DistributedSamplerWrapper for loader in loaders)
+    assert list(map(drawn, loaders)) == [[4.0, 2.0, 0.0], [3.0, 1.0, 4.0]]
+
+
+def test_a_sampler_without_a_length_cannot_be_split():
+    with pytest.raises(TypeError, match=r"Endless must have a length.*use_distributed_sampler=False"):
+        prepare_dataloader(DataLoader(DATA, sampler=Endless()), stage="train", sampler_kwargs=SPLIT[0])
+
+
+def test_what_is_split_already_or_has_no_order_is_left_alone():
+    own = DataLoader(DATA, sampler=DistributedSampler(DATA, num_replicas=2, rank=1))
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(DATA)
+
+    stream, plain = DataLoader(Stream()), [1, 2, 3]
+    for loader in (own, stream, plain):
+        assert prepare_dataloader(loader, stage="train", sampler_kwargs=SPLIT[0]) is loader
+
+
+class Doubled(BatchSampler):
+    """Each batch twice."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            yield batch
+            yield batch
+
+
+class Fixed:
+    """A batch sampler that cannot be made from another sampler."""
+
+    def __iter__(self):
+        return iter([[0, 1], [2]])
+
+    def __len__(self):
+        return 2
+
+
+def test_a_batch_sampler_of_the_user_is_made_again_of_its_class():
+    def make() -> DataLoader:
+        return DataLoader(DATA, batch_sampler=Doubled(SequentialSampler(DATA), 2, False))
+
+    loaders = on_ranks(make, "val")
+    assert all(type(loader.batch_sampler) is Doubled for loader in loaders)
+    assert drawn(loaders[1]) == [1.0, 3.0, 1.0, 3.0]
+
+
+def test_a_batch_sampler_of_another_form_cannot_be_split_but_predicts_in_one_process():
+    with pytest.raises(TypeError, match=r"Fixed must look like \(sampler, batch_size, drop_last\)"):
+        prepare_dataloader(DataLoader(DATA, batch_sampler=Fixed()), stage="val", sampler_kwargs=SPLIT[0])
+    alone = prepare_dataloader(DataLoader(DATA, batch_sampler=Fixed()), stage="predict", sampler_kwargs=None)
+    assert drawn(alone) == [0.0, 1.0, 2.0]
+    assert alone.batch_sampler.seen_batch_indices == [[0, 1], [2]]
+
+
+class Forgetful(DataLoader):
+    def __init__(self, where, **kwargs):
+        super().__init__(DATA, **kwargs)
+
+
+def test_a_loader_that_forgot_its_arguments_is_an_error_with_the_way_out():
+    with pytest.raises(MisconfigurationException, match=r"Forgetful.*'where'.*Set them in its __init__"):
+        prepare_dataloader(Forgetful("here"), stage="train", sampler_kwargs=SPLIT[0])
