@@ -46,7 +46,7 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 	$(RUN) $(BIN)/python benchmarks/run.py
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
-	$(RUN) $(BIN)/python benchmarks/checkpoint.py
+	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
 
 .PHONY: test-downstream
 test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin

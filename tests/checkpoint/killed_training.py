@@ -3,7 +3,7 @@
     python -m tests.checkpoint.killed_training FOLDER WAY NUM_KILLS SEED
 
 Each process goes on with ``ckpt_path="auto"``, saves after every step, and is killed with SIGKILL at a random moment, at
-least NUM_KILLS times, and until there is a file of so many steps.
+least NUM_KILLS times, and until there is a file of a few steps.
 Prints a line of JSON with what was found. Exits with 1 at the first file that is not whole.
 """
 
@@ -27,6 +27,8 @@ from levin.checkpoint import AsyncCheckpointIO, find_newest_intact, load
 from levin.checkpoint.verify import verify
 from levin.utilities.atomic import TEMPORARY_PREFIX
 
+MIN_STEPS = 20
+
 
 class Model(LightningModule):
     """About 1.5 MB with the states of Adam; every parameter is the number of steps."""
@@ -37,7 +39,8 @@ class Model(LightningModule):
 
     def training_step(self, batch, batch_idx):
         loss = sum(weight.sum() for weight in self.weights)
-        self.log("score", float(self.trainer.global_step % 7))
+        # Each step is better than those before, so that each is saved, and an older file deleted for it.
+        self.log("score", -float(self.trainer.global_step))
         return loss
 
     def on_before_zero_grad(self, optimizer):
@@ -119,7 +122,7 @@ def main() -> int:
     chance = random.Random(seed)
     step, num_killed, num_stopped_while_writing = 0, 0, 0
     # On a busy machine a process may be killed before its first file is complete: then it takes some more kills.
-    while num_killed < num_kills or (step < num_kills and num_killed < 10 * num_kills):
+    while num_killed < num_kills or (step < min(num_kills, MIN_STEPS) and num_killed < 10 * num_kills):
         num_killed += 1
         before = len(list(folder.glob(f"{TEMPORARY_PREFIX}*")))
         killed(folder, way, chance.uniform(0.0, 0.3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 
 from levin.checkpoint import staging
@@ -48,3 +49,21 @@ def test_long_rows_of_plain_values_are_not_walked_through():
     assert copy == {"state": (3, row, None), "list": list(row)}
     assert len(calls) == 6
     assert copy["state"][1] is row
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_tensors_of_a_device_are_copied_to_page_locked_memory_in_the_order_of_its_work():
+    weight = torch.zeros(2**22, device="cuda")
+    tree = {"device": weight, "host": torch.arange(3.0)}
+    stager = Stager()
+    for number in range(3):
+        torch.cuda._sleep(10_000_000)
+        weight.fill_(number)
+        snapshot = stager.stage(tree)
+        weight.fill_(-1.0)  # comes after the copy, which may not have begun yet
+        copy = snapshot.realize()
+        assert copy["device"].device.type == "cpu"
+        assert copy["device"].unique().tolist() == [number]
+        assert copy["host"].tolist() == [0.0, 1.0, 2.0]
+        assert stager._block.tensor.is_pinned()

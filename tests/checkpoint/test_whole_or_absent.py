@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 
+import fsspec
 import pytest
 import torch
 
@@ -105,6 +107,47 @@ def test_what_cannot_be_pickled_is_named_and_leaves_nothing(tmp_path):
     assert names(tmp_path) == []
 
 
+# Other systems ------------------------------------------------------------------------------------------------------
+
+
+def remote_names(url):
+    return sorted(os.path.basename(path) for path in fsspec.filesystem("memory").ls(url, detail=False))
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before the move", "some bytes are lost"])
+def test_a_failure_on_a_remote_system_leaves_the_older_file_and_no_litter(monkeypatch, moment):
+    url = f"memory://{uuid.uuid4().hex}"
+    system = type(fsspec.filesystem("memory"))
+    atomic_save(state(1.0), f"{url}/model.ckpt")
+    before = fsspec.filesystem("memory").cat(f"{url}/model.ckpt")
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("cut")
+
+    with monkeypatch.context() as patch:
+        if moment == "while writing":
+            patch.setattr(type(fsspec.filesystem("memory").open(f"{url}/x", "wb")), "write", fail)
+            fsspec.filesystem("memory").rm(f"{url}/x")
+        elif moment == "before the move":
+            patch.setattr(system, "mv", fail)
+        else:
+            patch.setattr(system, "info", lambda self, path, **kwargs: {"size": 10, "name": path, "type": "file"})
+        with pytest.raises(OSError, match="cut|10 of [0-9]+ bytes arrived"):
+            atomic_save(state(2.0), f"{url}/model.ckpt")
+    assert remote_names(url) == ["model.ckpt"]
+    assert fsspec.filesystem("memory").cat(f"{url}/model.ckpt") == before
+    verify(f"{url}/model.ckpt")
+
+
+def test_the_background_writes_to_a_remote_system(tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    callback = ModelCheckpoint(url, async_save=True, save_top_k=-1)
+    trainer(tmp_path, [callback], max_epochs=2).fit(TrainOnly(), loader())
+    assert remote_names(url) == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
+    assert load(callback.best_model_path)["global_step"] == 8
+    assert find_newest_intact(url).endswith("epoch=1-step=8.ckpt")
+
+
 # The order of things ------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +182,16 @@ def test_what_killed_writers_left_goes_with_the_next_save(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         atomic_save(state(1.0), tmp_path / "model.ckpt")
     assert names(tmp_path) == [".levin-busy.tmp", ".levin-young.tmp", "model.ckpt"]
+
+
+def test_links_that_killed_writers_left_go_with_the_next_save(tmp_path):
+    left, young = (tmp_path / f".levin-{name}.tmp" for name in ("left", "young"))
+    for path in (left, young):
+        path.symlink_to("model.ckpt")
+    old = time.time() - 1000
+    os.utime(left, (old, old), follow_symlinks=False)
+    atomic_save(state(1.0), tmp_path / "model.ckpt")
+    assert names(tmp_path) == [".levin-young.tmp", "model.ckpt"]
 
 
 def test_temporary_files_are_no_checkpoints_to_resume_from(tmp_path):

@@ -80,7 +80,7 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
         def on_train_epoch_end(self):
             metrics = self.trainer.callback_metrics
             # Both sum the values of an epoch, in another order: the last bits of a mean may differ.
-            mean = round(float(metrics.get("train_epoch", 0.0)), 4)
+            mean = f"{float(metrics.get('train_epoch', 0.0)):.4g}"
             loop = self.trainer.fit_loop.epoch_loop
             seen.note("on_train_epoch_end", self.current_epoch, mean, metrics.get("val"), self.training)
             seen.note("counters", loop.batch_progress.state_dict(), loop.scheduler_progress.state_dict())

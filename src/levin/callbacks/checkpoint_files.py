@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
+from levin.utilities.atomic import temporary_name
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -48,9 +49,8 @@ def link_or_copy(target: str, link: str) -> None:
         link: A local path; what is there already is replaced.
     """
     target, link = local_path(target), local_path(link)
-    directory, name = os.path.split(link)
-    new = os.path.join(directory, f".{name}.{os.getpid()}")
-    _remove(new)
+    directory = os.path.dirname(link)
+    new = os.path.join(directory, temporary_name())
     try:
         os.symlink(os.path.relpath(target, directory), new)
     except OSError as error:

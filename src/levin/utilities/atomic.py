@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from typing import IO, Any, cast
@@ -60,7 +61,7 @@ def _open_local(path: str) -> Iterator[IO[bytes]]:
     folder = os.path.dirname(path)
     make_folder(folder)
     _remove_leftovers(folder)
-    temporary = os.path.join(folder, _temporary_name())
+    temporary = os.path.join(folder, temporary_name())
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
@@ -93,7 +94,7 @@ def _open_remote(url: str) -> Iterator[IO[bytes]]:
         with filesystem.transaction, filesystem.open(path, "wb") as file:
             yield file
         return
-    temporary = f"{parent}/{_temporary_name()}"
+    temporary = f"{parent}/{temporary_name()}"
     try:
         with filesystem.open(temporary, "wb") as file:
             yield file
@@ -142,7 +143,8 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def _temporary_name() -> str:
+def temporary_name() -> str:
+    """Return a name for a file that is to be renamed; one that is left behind goes with a later save in its folder."""
     return f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
@@ -171,7 +173,11 @@ def _remove_leftovers(folder: str) -> None:
 
 
 def _remove_leftover(path: str) -> None:
-    if time.time() - os.stat(path).st_mtime < _LEFTOVER_AGE_S:
+    state = os.lstat(path)
+    if time.time() - state.st_mtime < _LEFTOVER_AGE_S:
+        return
+    if stat.S_ISLNK(state.st_mode):
+        os.unlink(path)
         return
     descriptor = os.open(path, os.O_RDWR)
     try:
