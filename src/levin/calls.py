@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -71,8 +74,11 @@ def begin(
     trainer.state.fn = fn
     trainer.state.status = TrainerStatus.RUNNING
     trainer.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
-    for stage, value in given.items():
-        getattr(trainer, f"_{stage}_loaders").attach(value, trainer.datamodule, model)
+    all_loaders = (trainer._train_loaders, trainer._val_loaders, trainer._test_loaders, trainer._predict_loaders)
+    for loaders in all_loaders:
+        loaders.combined = None  # those of the call before are let go
+        if loaders.stage in given:
+            loaders.attach(given[loaders.stage], trainer.datamodule, model)
     if fn == TrainerFn.FITTING:
         trainer._val_step = None
         trainer._last_validation_time = time.monotonic()
@@ -112,10 +118,10 @@ def _execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], mod
             result = sequence.run_sequence(trainer, path, weights_only)
     except KeyboardInterrupt as error:
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        fail(trainer, error, runs_elsewhere)
-        if launcher is not None and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGTERM)
+        with _no_further_interrupt():
+            fail(trainer, error, runs_elsewhere)
+            if launcher is not None and hasattr(launcher, "kill"):
+                launcher.kill(signal.SIGTERM)
         sys.exit(1)
     except BaseException as error:
         ended = as_ended(trainer, error)
@@ -128,6 +134,19 @@ def _execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], mod
     trainer.state.status = TrainerStatus.FINISHED
     trainer.state.stage = None
     return result
+
+
+@contextmanager
+def _no_further_interrupt() -> Iterator[None]:
+    """Let the shutdown end in peace; afterwards Ctrl-C works as before, for those who catch the exit (notebooks)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
 
 
 def _attach_model_callbacks(trainer: Trainer) -> None:

@@ -87,6 +87,11 @@ class TrainerProperties:
         self.test_loop._data_source = self._test_loaders
         self.predict_loop._data_source = self._predict_loaders
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the parts of a run, which are composed anew by the next call."""
+        kept = {**self.__dict__, "_run": None, "_step": None, "_val_step": None, "_lightning_optimizers": []}
+        return {**kept, "_exact": Exact()}
+
     # ---------------------------------------------------------------- parts
 
     @property
@@ -430,7 +435,8 @@ class TrainerProperties:
 
     def _refresh_metrics(self) -> None:
         run = self._run
-        if run is not None and self.state.status == TrainerStatus.RUNNING:
+        # After a failure the values of the batch that failed are still there, and looked at when somebody asks.
+        if run is not None and self.state.status in (TrainerStatus.RUNNING, TrainerStatus.INTERRUPTED):
             store = run.store
             if store.training and store.is_between_batches:
                 # The values of the last step stay, those of the epoch come beside them.

@@ -107,10 +107,38 @@ def parse_duration(value: Any, name: str) -> Optional[timedelta]:
     return None
 
 
-def check_at_least(value: Any, minimum: int, name: str, remedy: str = "") -> None:
-    """Raise MisconfigurationException unless ``value`` is None or an int >= ``minimum``."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < minimum):
-        raise value_error(name, value, f"must be an int >= {minimum}", remedy)
+COUNTS = {
+    "max_epochs": (-1, "Use -1 for no limit."),
+    "min_epochs": (0, "Use 1 for at least one epoch."),
+    "max_steps": (-1, "Use -1 for no limit."),
+    "min_steps": (0, "Use 1 for at least one step."),
+    "num_nodes": (1, "Use 1 for one machine."),
+    "accumulate_grad_batches": (1, "Use 1 to step on every batch."),
+    "log_every_n_steps": (0, "Use 0 to log no steps."),
+    "num_sanity_val_steps": (-1, "Use -1 for all batches."),
+    "reload_dataloaders_every_n_epochs": (0, "Use 0 to load them once."),
+    "check_val_every_n_epoch": (1, "Use None to count batches across epochs."),
+}
+"""Argument -> its least value, and the way out when it is less."""
+
+_MAY_BE_LEFT_OPEN = ("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch")
+
+
+def check_counts(given: dict[str, Any]) -> None:
+    """Raise MisconfigurationException when an argument that counts something is no int, or too small."""
+    for name, value in given.items():
+        minimum, remedy = COUNTS[name]
+        if value is None and name in _MAY_BE_LEFT_OPEN:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise value_error(name, value, f"must be an int >= {minimum}", remedy)
+
+
+def check_flags(given: dict[str, Any]) -> None:
+    """Raise MisconfigurationException when an argument that switches something is neither on nor off (None: the default)."""
+    for name, value in given.items():
+        if value is not None and value not in (True, False):
+            raise value_error(name, value, "must be True or False")
 
 
 BAREBONES = {

@@ -23,15 +23,17 @@ from levin.module import LightningModule
 from levin.profilers.choose import resolve_profiler
 from levin.properties import TrainerProperties
 from levin.settings import (
-    check_at_least,
     check_barebones,
+    check_counts,
+    check_flags,
     check_limit,
     defaults_from_environment,
     parse_duration,
 )
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.filesystem import is_local
-from levin.utilities.states import TrainerFn
+from levin.utilities.rank_zero import rank_zero_info
+from levin.utilities.states import GradClipAlgorithmType, TrainerFn
 
 if TYPE_CHECKING:
     from levin.accelerators import Accelerator
@@ -159,24 +161,29 @@ class Trainer(TrainerProperties):
         enable_model_summary = not barebones if enable_model_summary is None else enable_model_summary
         num_sanity_val_steps = (0 if barebones else 2) if num_sanity_val_steps is None else num_sanity_val_steps
         log_every_n_steps = (0 if barebones else 50) if log_every_n_steps is None else log_every_n_steps
+        if type(max_steps) is float and max_steps == int(max_steps):
+            max_steps = int(max_steps)  # people write 1e5
+        check_counts(
+            dict(
+                max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, num_nodes=num_nodes,
+                accumulate_grad_batches=accumulate_grad_batches, log_every_n_steps=log_every_n_steps,
+                num_sanity_val_steps=num_sanity_val_steps, check_val_every_n_epoch=check_val_every_n_epoch,
+                reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
+            )
+        )  # fmt: skip
+        check_flags(
+            dict(
+                barebones=barebones, enable_checkpointing=enable_checkpointing, enable_progress_bar=enable_progress_bar,
+                enable_model_summary=enable_model_summary, benchmark=benchmark, inference_mode=inference_mode,
+                use_distributed_sampler=use_distributed_sampler, detect_anomaly=detect_anomaly,
+                sync_batchnorm=sync_batchnorm, enable_autolog_hparams=enable_autolog_hparams,
+                suggest_integrations=suggest_integrations,
+            )
+        )  # fmt: skip
         super().__init__(FitLoop(min_epochs, max_epochs, min_steps, max_steps))
 
         # Limits
-        check_at_least(max_epochs, -1, "max_epochs", "Use -1 for no limit.")
-        check_at_least(max_steps, -1, "max_steps", "Use -1 for no limit.")
-        if max_steps is None:
-            raise value_error("max_steps", max_steps, "must be an int >= -1", "Use -1 for no limit.")
-        check_at_least(num_nodes, 1, "num_nodes", "Use 1 for one machine.")
-        check_at_least(accumulate_grad_batches, 1, "accumulate_grad_batches", "Use 1 to step on every batch.")
-        check_at_least(log_every_n_steps, 0, "log_every_n_steps", "Use 0 to log no steps.")
-        check_at_least(num_sanity_val_steps, -1, "num_sanity_val_steps", "Use -1 for all batches.")
-        check_at_least(
-            reload_dataloaders_every_n_epochs, 0, "reload_dataloaders_every_n_epochs", "Use 0 to load them once."
-        )
-        check_at_least(
-            check_val_every_n_epoch, 1, "check_val_every_n_epoch", "Use None to count batches across epochs."
-        )
-        if isinstance(fast_dev_run, float) or fast_dev_run is None or fast_dev_run < 0:
+        if not isinstance(fast_dev_run, int) or fast_dev_run < 0:
             raise value_error("fast_dev_run", fast_dev_run, "must be a bool or an int >= 0", "Use True for one batch.")
         self.barebones: bool = barebones
         self.limit_train_batches = check_limit(limit_train_batches, "limit_train_batches")
@@ -189,7 +196,7 @@ class Trainer(TrainerProperties):
         self.num_sanity_val_steps: int | float = math.inf if num_sanity_val_steps == -1 else num_sanity_val_steps
         self.log_every_n_steps: int = log_every_n_steps
         self.check_val_every_n_epoch: Optional[int] = check_val_every_n_epoch
-        self.val_check_batch: int | float = math.inf
+        self.val_check_batch: Optional[int | float] = None
         self._take_val_check_interval(val_check_interval)
         self.reload_dataloaders_every_n_epochs: int = reload_dataloaders_every_n_epochs
         self.fast_dev_run: int | bool = True if fast_dev_run is True or fast_dev_run == 1 else fast_dev_run
@@ -201,18 +208,30 @@ class Trainer(TrainerProperties):
             isinstance(gradient_clip_val, bool) or not isinstance(gradient_clip_val, (int, float))
         ):
             raise TypeError(f"gradient_clip_val must be an int or a float, received {gradient_clip_val!r}.")
-        if gradient_clip_algorithm is not None and str(gradient_clip_algorithm).lower() not in ("norm", "value"):
-            raise value_error("gradient_clip_algorithm", gradient_clip_algorithm, "must be 'norm' or 'value'")
+        if gradient_clip_algorithm is not None:
+            gradient_clip_algorithm = str(gradient_clip_algorithm).lower()
+            if gradient_clip_algorithm not in ("norm", "value"):
+                raise value_error("gradient_clip_algorithm", gradient_clip_algorithm, "must be 'norm' or 'value'")
         self.gradient_clip_val = gradient_clip_val
-        self.gradient_clip_algorithm = gradient_clip_algorithm and str(gradient_clip_algorithm).lower()
+        self.gradient_clip_algorithm: Optional[GradClipAlgorithmType] = (
+            None if gradient_clip_algorithm is None else GradClipAlgorithmType(gradient_clip_algorithm)
+        )
         self.accumulate_grad_batches: int = accumulate_grad_batches
         self._detect_anomaly: bool = detect_anomaly
+        if detect_anomaly:
+            rank_zero_info(
+                "You have turned on `Trainer(detect_anomaly=True)`, which slows training down a lot. Use it to find a NaN."
+            )
         self._inference_mode: bool = inference_mode
         self._use_distributed_sampler: bool = use_distributed_sampler
 
         # The engine
         if deterministic not in (None, True, False, "warn"):
             raise value_error("deterministic", deterministic, "must be True, False or 'warn'")
+        self._engine = build_engine(
+            accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision,
+            plugins=plugins, sync_batchnorm=sync_batchnorm,
+        )  # fmt: skip
         if deterministic is not None:
             torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
         if deterministic:
@@ -220,10 +239,6 @@ class Trainer(TrainerProperties):
             benchmark = False if benchmark is None else benchmark
         if benchmark is not None:
             torch.backends.cudnn.benchmark = benchmark
-        self._engine = build_engine(
-            accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision,
-            plugins=plugins, sync_batchnorm=sync_batchnorm,
-        )  # fmt: skip
         describe_devices(self._engine)
         self.profiler: Profiler = resolve_profiler(profiler)
 
@@ -265,6 +280,10 @@ class Trainer(TrainerProperties):
         self.val_check_interval: int | float = interval
 
     def _take_fast_dev_run(self, batches: int) -> None:
+        rank_zero_info(
+            f"Running in `fast_dev_run` mode: will run the requested loop using {batches} batch(es). "
+            "Logging and checkpointing is suppressed."
+        )
         if not self.overfit_batches:
             self.limit_train_batches = self.limit_val_batches = batches
         self.limit_test_batches = self.limit_predict_batches = batches

@@ -430,7 +430,7 @@ def test_before_the_processes_are_connected():
             {"find_unused": True},
             r"keywords of DistributedDataParallel, received find_unused\. Use one of: .*find_unused_parameters",
         ),
-        ({"timeout": 30}, r"timeout must be a timedelta, received 30"),
+        ({"timeout": 30}, r"timeout must be a timedelta > 0, received 30"),
         ({"ddp_comm_wrapper": print}, r"ddp_comm_wrapper wraps a ddp_comm_hook"),
         ({"model_averaging_period": 0}, r"model_averaging_period must be an int >= 1, received 0"),
         ({"model_averaging_period": 2}, r"model_averaging_period=2 needs ddp_comm_state=PostLocalSGDState"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from levin import Trainer
+from levin import Callback, Trainer
 from levin.strategies import DDPStrategy, watch
-from tests.distributed import _free_port
+from tests.distributed import _free_port, world_size
 from tests.strategies.small import QUIET, Small
 
 SIZE = 3
@@ -97,3 +99,59 @@ def test_the_others_end_and_name_the_rank_that_hangs_or_is_gone(tmp_path, fault)
         # It is awake, so it hears of it and ends, too.
         assert ranks[1].exitcode == 1
         assert "Rank 1 is late" in texts[1]
+
+
+@world_size(2, connect=False, timeout_s=200.0)
+def test_the_training_loop_does_nothing_for_it_and_timeouts_shorten_after_the_first_batch():
+    threads: list[str] = []
+    waited: list[timedelta] = []
+    report = watch.Watch._report
+
+    def told(self, *args, **kwargs):
+        threads.append(threading.current_thread().name)
+        return report(self, *args, **kwargs)
+
+    def timeout() -> timedelta:
+        return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+
+    class Looking(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 1:
+                deadline = time.monotonic() + 60
+                while timeout() != timedelta(seconds=77) and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                waited.append(timeout())
+
+    watch.Watch._report = told
+    strategy = DDPStrategy(timeout=timedelta(seconds=99), step_timeout=timedelta(seconds=77))
+    trainer = Trainer(
+        **{**QUIET, "devices": 2, "max_epochs": 1, "enable_checkpointing": False},
+        strategy=strategy,
+        callbacks=[Looking()],
+    )
+    trainer.fit(Small(size=48, batch_size=2))
+    assert waited == [timedelta(seconds=77)]
+    assert timeout() == timedelta(seconds=99)
+    # Once from the main thread: at the end it says that the run has ended well.
+    assert [name for name in threads if name != "levin-watch"] == ["MainThread"]
+    assert len(threads) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, timedelta(minutes=10)),
+        ({"timeout": None}, timedelta(minutes=10)),
+        ({"timeout": timedelta(hours=2)}, timedelta(hours=2)),
+        ({"timeout": timedelta(hours=2), "step_timeout": timedelta(minutes=1)}, timedelta(minutes=1)),
+    ],
+)
+def test_the_timeout_of_a_step(settings, expected):
+    assert DDPStrategy(**settings).step_timeout == expected
+
+
+@pytest.mark.parametrize("name", ["timeout", "step_timeout"])
+@pytest.mark.parametrize("value", [timedelta(0), 30])
+def test_a_timeout_is_a_time(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must be a timedelta > 0, received"):
+        DDPStrategy(**{name: value})

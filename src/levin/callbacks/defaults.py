@@ -179,7 +179,11 @@ def default_loggers(logger: Any, root: str, is_dry: bool) -> list[Any]:
         return [DummyLogger()]
     if logger is True:
         return [_default_logger(root)]
-    return list(logger) if isinstance(logger, Iterable) else [logger]
+    loggers = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
+    for each in loggers:
+        if not hasattr(each, "log_metrics"):
+            raise value_error("logger", each, "must be True, False, a Logger or a list of them")
+    return loggers
 
 
 def _default_logger(root: str) -> Any:

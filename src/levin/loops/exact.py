@@ -168,6 +168,8 @@ class Exact:
         else:
             self._unfinished = self._guess_unfinished(trainer) if mid_epoch else None
         if mid_epoch:
+            if batch.current.ready > batch.current.processed:
+                batch.is_last_batch = False  # said of a batch that is still to be trained on
             is_counted = self._unfinished is None or self._unfinished.moment != Moment.BATCH_END
             for counter in (batch.current, batch.total):
                 counter.ready = counter.started = counter.processed

@@ -12,7 +12,7 @@ from levin.loops.exact import Moment, Unfinished
 from levin.loops.loading import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
-from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
+from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     trainer = run.trainer
     loop = trainer.fit_loop
     _exchange(run)
-    if _is_done(run):
+    if is_done(run):
         return
-    _check_restored_epoch(run)
     trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
     trainer._exact.take_up(run)
@@ -54,16 +53,16 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
     resumed = loop.restarted_mid_epoch
     if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
         _end_unfinished_epoch(run, unfinished)
-    while not _is_done(run):
+    while not is_done(run):
         epoch = loop.epoch_progress
         prepare_epoch(run, feed)
         if not resumed:
+            epoch.increment_ready()
+            run.call("on_train_epoch_start")
             loop.epoch_loop.batch_progress.reset()
             loop.epoch_loop.scheduler_progress.reset()
             loop.epoch_loop.optim_progress.reset()
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
-            epoch.increment_ready()
-            run.call("on_train_epoch_start")
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
         trainer._exact.position.finish()
@@ -201,8 +200,7 @@ def _logs_step(trainer: Trainer, batches_that_stepped: int) -> bool:
 def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether validation follows this batch; the rules in the order of their precedence."""
     trainer = run.trainer
-    every_epochs = trainer.check_val_every_n_epoch
-    if every_epochs is not None and (trainer.current_epoch + 1) % every_epochs != 0:
+    if not _validates_in_epoch(trainer):
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
@@ -211,12 +209,18 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     if trainer._val_check_seconds is not None:
         return bool(now_s(run) - trainer._last_validation_time >= trainer._val_check_seconds)
     interval = trainer.val_check_batch
-    if interval == math.inf:
+    if interval is None or interval == math.inf:
         return False
     if trainer.num_training_batches == math.inf and isinstance(trainer.limit_train_batches, int):
         return bool((batch_idx + 1) % trainer.limit_train_batches == 0)
-    index = batch_idx if every_epochs is not None else trainer.fit_loop.epoch_loop.total_batch_idx
+    index = batch_idx if trainer.check_val_every_n_epoch is not None else trainer.fit_loop.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
+
+
+def _validates_in_epoch(trainer: Trainer) -> bool:
+    """Whether validation may run in the present epoch at all."""
+    every = trainer.check_val_every_n_epoch
+    return every is None or (trainer.current_epoch + 1) % every == 0
 
 
 def _is_once_an_epoch(trainer: Trainer) -> bool:
@@ -280,7 +284,8 @@ def _exchange(run: Run) -> None:
         run.agreement.exchange()
 
 
-def _is_done(run: Run) -> bool:
+def is_done(run: Run) -> bool:
+    """Whether a limit of training is reached, or a stop was asked for and may be obeyed; says which."""
     trainer = run.trainer
     loop = trainer.fit_loop
     if trainer.num_training_batches == 0:
@@ -311,13 +316,3 @@ def _explain_minima_once(trainer: Trainer) -> None:
 
 def _warn_of_empty_batch() -> None:
     rank_zero_warn("train_dataloader yielded None. If this was on purpose, ignore this warning...")
-
-
-def _check_restored_epoch(run: Run) -> None:
-    trainer = run.trainer
-    maximum = trainer.fit_loop.max_epochs
-    if maximum is not None and 0 <= maximum < trainer.current_epoch:
-        raise MisconfigurationException(
-            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
-            f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
-        )

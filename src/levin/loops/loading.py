@@ -113,6 +113,7 @@ def load_validation(trainer: Trainer) -> bool:
     if not _due(trainer, loaders):
         return False
     load(trainer, loaders, trainer.limit_val_batches)
+    trainer._num_sanity_val_batches = [min(trainer.num_sanity_val_steps, count) for count in loaders.num_batches]
     return True
 
 
@@ -120,15 +121,18 @@ def load_validation_if_soon(trainer: Trainer) -> None:
     """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
     every = trainer.check_val_every_n_epoch
     is_due = every is None or (trainer.current_epoch + 1) % every == 0
-    if is_due and trainer.enable_validation and trainer._val_loaders.combined is None:
+    trains = trainer.max_epochs != 0 and trainer.max_steps != 0 and trainer.num_training_batches != 0
+    if is_due and trains and trainer.enable_validation and trainer._val_loaders.combined is None:
+        trainer.validating = True
         load_validation(trainer)
+        trainer.training = True
 
 
-def _val_check_batch(trainer: Trainer) -> int | float:
-    """Return every how many batches validation is due; inf for once at the end."""
+def _val_check_batch(trainer: Trainer) -> Optional[int | float]:
+    """Return every how many batches validation is due; inf for once at the end, None when the clock decides."""
     interval, count = trainer.val_check_interval, trainer._num_training_batches
     if trainer._val_check_seconds is not None:
-        return math.inf
+        return None
     if isinstance(interval, int) and not isinstance(interval, bool):
         if interval > count and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
             raise ValueError(

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops.newest import find_newest, modified
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn
 
@@ -35,6 +35,7 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         rank_zero_warn(
             f"`trainer.ckpt_path = {trainer._ckpt_path!r}` was set, but {given!r} was passed, which is used."
         )
+        trainer._ckpt_path_is_set = False
     if given is None:
         given = _implicit(trainer, model_given)
     path: Any = None
@@ -58,7 +59,7 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         path = find_newest(trainer)
     else:
         path = given
-        if is_local(path) and not os.path.exists(path):
+        if is_local(path) and not os.path.exists(local_path(path)):
             raise FileNotFoundError(
                 f"ckpt_path must be an existing file, received {str(path)!r}. Aborting {trainer.state.fn}."
             )
@@ -75,8 +76,6 @@ def _implicit(trainer: Trainer, model_given: bool) -> Optional[str]:
         if os.environ.get("SLURM_JOB_ID") and find_hpc_checkpoint(trainer.default_root_dir):
             return "hpc"
         return None
-    if not trainer.checkpoint_callbacks or not getattr(trainer.checkpoint_callback, "best_model_path", ""):
-        return None
     rank_zero_warn(
         f"`.{trainer.state.fn}(ckpt_path=None)` was called without a model. The best model of the previous `fit` call will be used. "
         f'Pass `ckpt_path="best"` to say so, or the model to use its present weights.'
@@ -88,7 +87,8 @@ def _best(trainer: Trainer) -> str:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     if not callbacks:
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. Add one to Trainer(callbacks=...).'
+            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. '
+            "Add one to Trainer(callbacks=...), or pass the model to use the weights that it has."
         )
     if len(callbacks) > 1:
         rank_zero_warn(
@@ -102,7 +102,8 @@ def _best(trainer: Trainer) -> str:
                 "Pass an exact path, or leave ckpt_path out."
             )
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. Call `fit` first.'
+            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. '
+            "Call `fit` first, or pass the model to use the weights that it has."
         )
     return str(best)
 

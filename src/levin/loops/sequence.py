@@ -16,7 +16,7 @@ from levin.hparams import drop_unpicklable
 from levin.loops.agreement import agreement_for
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.exact import Exact
-from levin.loops.fit import fit
+from levin.loops.fit import fit, is_done
 from levin.loops.loading import (
     batch_indices,
     limit_of,
@@ -35,7 +35,7 @@ from levin.loops.resume import agree
 from levin.loops.run import Run, detach_log_store, new_store
 from levin.loops.step import compose_step
 from levin.loops.uneven import agreed_batches
-from levin.loops.verify import hint_at_eval_mode, verify
+from levin.loops.verify import check_restored_epoch, hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -99,8 +99,10 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
             tree.restore_module(trainer, checkpoint)
         tree.restore_precision_and_loops(trainer, checkpoint)
         if fn == "fit":
+            check_restored_epoch(trainer)
             tree.restore_optimizers(trainer, checkpoint)
-        rank_zero_info(f"Restored all states from the checkpoint at {ckpt_path}")
+        what = "Restored all states" if fn == "fit" else "Loaded model weights"
+        rank_zero_info(f"{what} from the checkpoint at {ckpt_path}")
     strategy.follow(functools.partial(place_of, trainer))
     trainer._signals.waits_for_batch = True
     result = run_stage(trainer, run, fn, checkpoint)
@@ -140,8 +142,7 @@ def configure_model(trainer: Trainer) -> None:
 def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
     """Run the loop of ``fn`` and return what the user gets."""
     if fn == "fit":
-        with torch.autograd.set_detect_anomaly(trainer._detect_anomaly) if trainer._detect_anomaly else nullcontext():
-            run_fit(trainer, run, checkpoint)
+        run_fit(trainer, run, checkpoint)
         return None
     loaders = loaders_of(trainer, fn)
     limit = limit_of(trainer, fn)
@@ -183,10 +184,9 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     trainer.training = True
     torch.set_grad_enabled(True)
     loop.restarting = False
-    if trainer.limit_train_batches == 0 or trainer.fit_loop.max_epochs == 0:
-        trainer._num_training_batches = 0 if trainer.limit_train_batches == 0 else trainer._num_training_batches
-        if trainer.limit_train_batches == 0:
-            return
+    if trainer.limit_train_batches == 0:
+        is_done(run)  # says so when a limit is reached as well
+        return
     load_training(trainer)
     load_validation_if_soon(trainer)
     step = compose_step(run)
@@ -197,7 +197,8 @@ def run_fit(trainer: Trainer, run: Run, checkpoint: Optional[dict[str, Any]]) ->
     run.uneven = step.uneven = feed.uneven  # type: ignore[attr-defined]  # of both kinds of steps
     trainer._exact.follow(run, feed, step, exact)
     trainer._signals.is_training = True
-    fit(run, feed, step)
+    with torch.autograd.set_detect_anomaly(True) if trainer._detect_anomaly else nullcontext():
+        fit(run, feed, step)
     trainer._signals.is_training = False
 
 
@@ -211,8 +212,7 @@ def sanity_check(trainer: Trainer, run: Run, is_resumed: bool) -> None:
         run.call("on_sanity_check_start")
         load_validation(trainer)
         loaders = trainer._val_loaders
-        limits = [min(steps, count) for count in loaders.num_batches]
-        trainer._num_sanity_val_batches = limits
+        limits = trainer.num_sanity_val_batches
         if agreed_batches(trainer.strategy, sum(limits)) > 0:
             feed = make_feed(run, loaders, limits)
             trainer._exact.follow_validation(feed, loaders, is_new=True, is_due=True)

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from levin.trainer import Trainer
 
 
+_REMOVED = {
+    "fit": ("training_epoch_end", "validation_epoch_end"),
+    "validate": ("validation_epoch_end",),
+    "test": ("test_epoch_end",),
+}
+"""Method -> hooks of Lightning 1 that it would have called, and that nothing calls any more."""
+
+
 def hint_at_eval_mode(module: LightningModule) -> None:
     """Tell the user of submodules that will not train, as nobody puts them into train mode."""
     num_eval = sum(not child.training for child in module.modules())
@@ -37,8 +45,7 @@ def verify(trainer: Trainer) -> None:
     def has(name: str) -> bool:
         return name in vars(module) or is_overridden(name, module, LightningModule)
 
-    gone = {"fit": ("training_epoch_end", "validation_epoch_end"), "validate": ("validation_epoch_end",)}
-    for old in gone.get(fn, ("test_epoch_end",) if fn == "test" else ()):
+    for old in _REMOVED.get(fn, ()):
         if callable(getattr(module, old, None)):
             new = f"on_{old.replace('training', 'train')}"
             raise NotImplementedError(
@@ -91,4 +98,14 @@ def verify(trainer: Trainer) -> None:
     if not loaders.is_defined():
         raise MisconfigurationException(
             f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
+        )
+
+
+def check_restored_epoch(trainer: Trainer) -> None:
+    """Raise MisconfigurationException when a checkpoint is from a later epoch than training may reach."""
+    maximum = trainer.max_epochs
+    if maximum is not None and 0 <= maximum < trainer.current_epoch:
+        raise MisconfigurationException(
+            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
+            f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
         )

@@ -18,6 +18,8 @@ def resolve_profiler(profiler: Any) -> Profiler:
     if profiler is None:
         return PassThroughProfiler()
     if not isinstance(profiler, str):
+        if not hasattr(profiler, "profile"):
+            raise value_error("profiler", profiler, "must be a name, a Profiler or None")
         given: Profiler = profiler
         return given
     names = {

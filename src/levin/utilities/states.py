@@ -1,4 +1,4 @@
-"""What a Trainer is doing."""
+"""What a Trainer is doing, and how."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ class RunningStage(_StrEnum):
     def dataloader_prefix(self) -> str:
         """How the loader hooks of the stage begin."""
         return "val" if self in (self.VALIDATING, self.SANITY_CHECKING) else self.value
+
+
+class GradClipAlgorithmType(_StrEnum):
+    """What of the gradients is clipped."""
+
+    NORM = "norm"
+    VALUE = "value"
 
 
 @dataclass
