@@ -7,9 +7,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
+from torch.utils.data import DataLoader
 
-from tests.checkpoint.exact_runs import MOMENTS, Setup, check
+from levin import LightningModule, Trainer
+from levin.precision import MixedPrecision
+from tests.checkpoint.exact_runs import MOMENTS, Setup, check, differences
 from tests.data.loaders_for_tests import SAMPLERS, Config
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -116,3 +120,37 @@ def test_many_resumed_runs_are_the_unbroken_ones(setup, stop, is_last):
 @given(setups(in_workers, ["plain", "plain", "stateful", "stream"], ["plain", "workers"]), stops, st.booleans())
 def test_many_resumed_runs_with_workers_are_the_unbroken_ones(setup, stop, is_last):
     checked(setup, stop, is_last)
+
+
+def test_the_loss_scale_goes_on_where_it_was(tmp_path):
+    def run(path=None, ckpt_path=None):
+        torch.manual_seed(3)
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3))
+        module = torch.nn.Linear(2, 1)
+
+        class Model(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = module
+
+            def training_step(self, batch, batch_idx):
+                if path is not None and self.trainer.global_step == 5 and batch_idx == 5:
+                    self.trainer.save_checkpoint(path)
+                return self.net(batch).pow(2).mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, plugins=[precision],
+        )  # fmt: skip
+        data = DataLoader(torch.randn(10, 2, generator=torch.Generator().manual_seed(1)), batch_size=1)
+        trainer.fit(Model(), data, ckpt_path=ckpt_path)
+        return module.state_dict(), precision.state_dict()
+
+    path = tmp_path / "scaled.ckpt"
+    unbroken = run(path)
+    assert unbroken[1]["scale"] == 64.0
+    resumed = run(ckpt_path=path)
+    assert not (lines := differences(unbroken, resumed)), lines

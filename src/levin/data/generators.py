@@ -164,10 +164,13 @@ def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path,
             if id(obj) in seen or len(seen) > _MAX_OBJECTS:
                 continue
             seen.add(id(obj))
-            if _kind(obj) is not None:
-                found[path] = obj
+            if _family(_of_type(obj)) is not None:
+                if _kind(obj) is not None:
+                    found[path] = obj
             else:
-                following.extend(((*path, key), child) for key, child in _children(obj))
+                for key, child in _children(obj):
+                    if not _is_leaf(_of_type(child)):
+                        following.append(((*path, key), child))
         level = following
     return found
 
@@ -213,8 +216,30 @@ def _global_ids() -> set[int]:
     return ids
 
 
+# The search runs at the beginning of every epoch, so what a type says is remembered.
+_of_type: Callable[[object], Any] = type  # mypy does not take a `type[Any]` for hashable
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_leaf(kind: type) -> bool:
+    leaves = (
+        str,
+        bytes,
+        int,
+        float,
+        type,
+        ModuleType,
+        FunctionType,
+        torch.Tensor,
+        torch.dtype,
+        torch.device,
+        type(None),
+    )
+    return issubclass(kind, leaves)
+
+
 def _children(obj: Any) -> Iterator[tuple[str | int, Any]]:
-    if obj is None or isinstance(obj, (str, bytes, int, float, type, ModuleType, FunctionType, torch.Tensor)):
+    if _is_leaf(_of_type(obj)):
         return
     if isinstance(obj, dict):
         if len(obj) <= _MAX_ITEMS:
@@ -238,18 +263,24 @@ def _children(obj: Any) -> Iterator[tuple[str | int, Any]]:
     yield from list(attributes.items())
 
 
-def _kind(obj: Any) -> str | None:
-    if isinstance(obj, torch.Generator):
+@functools.lru_cache(maxsize=4096)
+def _family(kind: type) -> str | None:
+    if issubclass(kind, torch.Generator):
         return "torch"
-    if isinstance(obj, random.Random) and not isinstance(obj, random.SystemRandom):
+    if issubclass(kind, random.Random) and not issubclass(kind, random.SystemRandom):
         return "python"
     module = sys.modules.get("numpy.random")
     if module is not None:
-        if isinstance(obj, module.Generator):
-            return f"numpy.{type(obj.bit_generator).__name__}"
-        if isinstance(obj, module.RandomState):
+        if issubclass(kind, module.Generator):
+            return "numpy"
+        if issubclass(kind, module.RandomState):
             return "numpy.RandomState"
     return None
+
+
+def _kind(obj: Any) -> str | None:
+    family = _family(_of_type(obj))
+    return f"numpy.{type(obj.bit_generator).__name__}" if family == "numpy" else family
 
 
 class _ByKind(dict[str, Callable[..., Any]]):

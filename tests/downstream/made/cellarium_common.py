@@ -24,7 +24,7 @@ class BoringDataset(torch.utils.data.Dataset):
     def __getitem__(self, index):
         item = {"x_ng": self.data[index, None]}
         item.update({key: value for key, value in self.fixed.items() if value is not None})
-        item.update({key: np.asarray(value[index]) for key, value in self.rows.items() if value is not None})
+        item.update({key: np.atleast_1d(value[index]) for key, value in self.rows.items() if value is not None})
         return item
 '''
 

@@ -132,7 +132,7 @@ def command(*words):
 
 def test_command_line_trains_and_predicts(table, tmp_path):
     done = command(
-        "train", "--data-path", table, "--task-type", "regression", "--output-dir", tmp_path / "out", "--epochs", 2,
+        "train", "--data-path", table, "--task-type", "regression", "--output-dir", tmp_path / "out", "--epochs", 3,
         "--num-workers", 0, "--message-hidden-dim", 16, "--ffn-hidden-dim", 16, "--accelerator", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -145,7 +145,7 @@ def test_command_line_trains_and_predicts(table, tmp_path):
 
 def test_command_line_makes_fingerprints(table, tmp_path):
     train = command(
-        "train", "--data-path", table, "--task-type", "regression", "--output-dir", tmp_path / "out", "--epochs", 1,
+        "train", "--data-path", table, "--task-type", "regression", "--output-dir", tmp_path / "out", "--epochs", 3,
         "--num-workers", 0, "--message-hidden-dim", 16, "--accelerator", "cpu", "--ensemble-size", 2,
     )  # fmt: skip
     assert train.returncode == 0, train.stderr[-2000:]
