@@ -1,13 +1,15 @@
 """levin, the bare PyTorch loop and Lightning side by side, in one process and on one thread.
 
-Each case trains the same model on the same batches. The three are run in turn, several times; a run's figure is the CPU
-time of the whole call divided by its steps (or epochs), less what the same call costs with one step, so that set-up does
-not count. Printed are medians, and the median of the ratios within each turn with its quartiles. The bare loop does the
-same training (zero_grad, forward, backward, step) and logs nothing.
+Each case trains the same model on the same batches; the bare loop does the same training (zero_grad, forward, backward,
+step) and logs nothing. Figures are CPU time.
 
-Where a step takes milliseconds, the noise of such turns would hide what a framework adds. There the two are interleaved
-step by step: the framework's loader runs a step of the bare loop before it hands out each batch, and the framework's step
-is what passes from there to the next batch. Each pair of steps is a few milliseconds apart.
+Steps are measured in pairs: the framework's loader runs a step of the bare loop before it hands out each batch, and the
+framework's step is what passes from there to the next batch. The two are next to each other in time, so that what else
+the machine does falls on both. A bare loop beside itself measures x1.00. Printed is the median of the ratios of all pairs
+with its quartiles.
+
+Other cases are run in turn, several times; a run's figure is the time of the whole call divided by its steps (or epochs),
+less what the same call costs with one step, so that set-up does not count.
 
 Peak memory is that of the whole process, with an allocator that gives freed memory back, so that it is what is in use.
 
@@ -170,12 +172,19 @@ class Interleaved:
 
 
 class PairedCase:
-    """A row whose steps take milliseconds: a bare step and a framework's step in turn."""
+    """One row about a step: a bare step and a framework's step in turn."""
 
     def __init__(
-        self, name: str, budget: float, count: int, net: Callable[[], nn.Module], data: Callable[[int], Any]
+        self,
+        name: str,
+        budget: float,
+        count: int,
+        net: Callable[[], nn.Module] = tiny,
+        data: Callable[[int], Any] = loader,
+        log: str = "",
     ) -> None:
-        self.name, self.budget, self.count, self.net, self.data = name, budget, count, net, data
+        self.name, self.budget, self.count = name, budget, count
+        self.net, self.data, self.log = net, data, log
 
     def measure(self, frameworks: dict[str, Any], turns: int) -> dict[str, Any]:
         batches = list(self.data(self.count))
@@ -194,7 +203,7 @@ class PairedCase:
 
                 pairs = Interleaved(batches, bare_step)
                 runner = trainer(lib, max_epochs=1)
-                cpu_time(lambda: runner.fit(module_for(lib, self.net, ""), pairs))
+                cpu_time(lambda: runner.fit(module_for(lib, self.net, self.log), pairs))
                 warm = len(batches) // 10
                 bare += pairs.bare[warm:]
                 ratios[name] += [ours / theirs for ours, theirs in zip(pairs.framework[warm:], pairs.bare[warm:])]
@@ -209,18 +218,14 @@ def trainer(framework: Any, **settings: Any) -> Any:
     return framework.Trainer(accelerator="cpu", devices=1, **{**QUIET, **settings})
 
 
-def fit_case(
-    name: str, budget: float, count: int, log: str = "", net: Any = tiny, data: Any = loader, extras: bool = False
-) -> Case:
+def extras_case(name: str, budget: float, count: int) -> Case:
     def bare(n: int) -> Any:
-        model, train = net(), data(n)
+        model, train = tiny(), loader(n)
         return lambda: bare_fit(model, train)
 
     def framework(lib: Any, n: int) -> Any:
-        settings: dict[str, Any] = {"max_epochs": 1}
-        if extras:
-            settings.update(dict.fromkeys(QUIET, True), enable_model_summary=False, default_root_dir=tempfile.mkdtemp())
-        model, train, runner = module_for(lib, net, log), data(n), trainer(lib, **settings)
+        extras = {**dict.fromkeys(QUIET, True), "enable_model_summary": False, "default_root_dir": tempfile.mkdtemp()}
+        model, train, runner = module_for(lib, tiny, "epoch"), loader(n), trainer(lib, max_epochs=1, **extras)
         return lambda: runner.fit(model, train)
 
     return Case(name, budget, count, bare, framework)
@@ -254,10 +259,10 @@ def epoch_case(count: int) -> Case:
 def cases(quick: bool) -> list[Case | PairedCase]:
     n = 300 if quick else 800
     return [
-        fit_case("tiny linear step, nothing logged", 1.10, n),
-        fit_case("+ three self.log, on_step", 1.25, n, "step"),
-        fit_case("+ three self.log with on_epoch and progress bar value", 1.30, n, "epoch"),
-        fit_case("+ TensorBoard, progress bar, checkpointing", 1.50, n, "epoch", extras=True),
+        PairedCase("tiny linear step, nothing logged", 1.10, n),
+        PairedCase("+ three self.log, on_step", 1.25, n, log="step"),
+        PairedCase("+ three self.log with on_epoch and progress bar value", 1.30, n, log="epoch"),
+        extras_case("+ TensorBoard, progress bar, checkpointing", 1.50, n),
         validation_case(n),
         epoch_case(30 if quick else 100),
         PairedCase(

@@ -88,7 +88,7 @@ class Trainer(TrainerProperties):
         reload_dataloaders_every_n_epochs: Ask for the loaders again every so many epochs.
         default_root_dir: Folder for logs and checkpoints; the working directory by default.
         enable_autolog_hparams: Whether to log hyper-parameters at the start of a run.
-        model_registry: Name in a model registry.
+        model_registry: Name in a model registry, which ``ckpt_path="registry"`` stands for.
         suggest_integrations: Accepted for compatibility.
 
     Raises:
@@ -246,6 +246,8 @@ class Trainer(TrainerProperties):
         root = os.getcwd() if default_root_dir is None else os.fspath(default_root_dir)
         self._default_root_dir: str = os.path.expanduser(root) if is_local(root) else root
         self.enable_autolog_hparams: bool = enable_autolog_hparams
+        # A version behind a colon is that of a model, not of the place that models are kept in.
+        self._model_registry: Optional[str] = model_registry.split(":")[0] if model_registry else None
         self.loggers: list[Logger] = default_loggers(logger, self._default_root_dir, is_dry=bool(fast_dev_run))
         self.callbacks: list[Callback] = default_callbacks(
             callbacks, max_time=max_time, enable_checkpointing=enable_checkpointing,

@@ -96,6 +96,7 @@ def test_a_lost_host(undisturbed, tmp_path):
         job = Job(folder, hosts, step_s=1.0)
         job.wait_for_step(2)
         hosts[1].crash()
+        job.agents[1].wait()
         job.wait_for(lambda: "no sign of life" in job.logs(), "the name of the lost rank")
         # Another machine takes its place.
         job.agents[1] = job.start(hosts[1])

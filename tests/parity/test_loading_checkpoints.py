@@ -214,7 +214,9 @@ def test_omegaconf_hparams(tmp_path, weights_only):
 
 
 @pytest.mark.parametrize(
-    "location", [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, place: storage], ids=str
+    "location",
+    [None, "cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, place: storage],
+    ids=["none", "string", "device", "dict", "function"],
 )
 def test_map_location(tmp_path, location):
     assert_loads_alike(tmp_path, "Net", (3,), map_location=location)

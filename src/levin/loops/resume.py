@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.loops.newest import find_newest, modified
+from levin.loops.registry import download_checkpoint, is_registry
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn
@@ -20,7 +21,8 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
 
     Args:
         trainer: With callbacks attached.
-        given: What the user passed: None, a path or URL, ``"best"``, ``"last"``, ``"hpc"`` or ``"auto"``.
+        given: What the user passed: None, a path or URL, ``"best"``, ``"last"``, ``"hpc"``, ``"auto"`` or
+            ``"registry:NAME"``.
         model_given: Whether a model was passed with the call.
 
     Raises:
@@ -57,6 +59,8 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
             )
     elif given == "auto":
         path = find_newest(trainer)
+    elif is_registry(given):
+        path = download_checkpoint(trainer, given)
     else:
         path = given
         if is_local(path) and not os.path.exists(local_path(path)):
