@@ -138,7 +138,12 @@ OTHERS = [
 @pytest.mark.parametrize("other", OTHERS, ids=" ".join)
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_the_same_name_again_in_one_hook(tmp_path, hook, other):
-    assert_same(*run_both(tmp_path, [Log(hook, "a", 1.0), Log(hook, "a", 3.0, other)], {"max_epochs": 1}))
+    theirs, ours = run_both(tmp_path, [Log(hook, "a", 1.0), Log(hook, "a", 3.0, other)], {"max_epochs": 1})
+    if ours["error"] and hook == "training_step":
+        # Differs on purpose: what the failing batch logged can be read after the failure.
+        assert (theirs["end"], ours["end"]) == (({}, {}, {}), ({"a": 1.0}, {"a": 1.0}, {}))
+        theirs["end"] = ours["end"]
+    assert_same(theirs, ours)
 
 
 def test_a_graph_is_never_kept(tmp_path):

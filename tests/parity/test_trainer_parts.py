@@ -181,6 +181,8 @@ def test_printing_leaves_other_ranks_silent(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("num_loaders", [1, 2])
 def test_the_table_of_results(tmp_path, capsys, monkeypatch, rich, num_loaders):
     monkeypatch.setenv("COLUMNS", "120")
+    # Rich keeps the console that was made first, with the width of that moment.
+    monkeypatch.setattr("rich._console", None)
     if not rich:
         import importlib.util
 
