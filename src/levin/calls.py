@@ -20,6 +20,7 @@ from levin.loops.results_table import print_results
 from levin.loops.resume import select_checkpoint
 from levin.loops.signals import as_ended, signal_handlers
 from levin.module import LightningModule
+from levin.strategies import DDPStrategy, SingleDeviceStrategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -27,6 +28,7 @@ from levin.utilities.states import RunningStage, TrainerFn, TrainerStatus
 from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
+    from levin.strategies import Strategy
     from levin.trainer import Trainer
 
 
@@ -44,6 +46,7 @@ def begin(
 
     Raises:
         TypeError: No module, or something else.
+        RuntimeError: A compiled module, and a strategy that cannot run it.
         MisconfigurationException: Loaders and a data module.
     """
     first = next(iter(given))
@@ -61,7 +64,7 @@ def begin(
             raise TypeError(
                 f"`Trainer.{fn}()` requires a `LightningModule` when it hasn't been passed in a previous run, received None."
             )
-    model = _uncompiled(model)
+    model = _uncompiled(model, trainer.strategy)
     if not isinstance(model, LightningModule):
         raise TypeError(f"`model` must be a `LightningModule`, received {type(model).__qualname__}.")
     trainer._module = model
@@ -180,10 +183,16 @@ def keeps_predictions(trainer: Trainer, value: Optional[bool]) -> bool:
     return not spawns if value is None else value
 
 
-def _uncompiled(model: Any) -> Any:
+def _uncompiled(model: Any, strategy: Strategy) -> Any:
+    """Return the module inside of a compiled one, with its forward and its steps compiled."""
     original = getattr(model, "_orig_mod", None)
     if original is None or not isinstance(original, LightningModule):
         return model
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise RuntimeError(
+            "A compiled module runs with SingleDeviceStrategy and DDPStrategy, "
+            f"received {type(strategy).__name__}. Pass the module as it is, and compile parts of it in `configure_model`."
+        )
     for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
         if name == "forward" or is_overridden(name, original, LightningModule):
             original.__dict__[name] = (

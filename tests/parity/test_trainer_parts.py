@@ -426,6 +426,22 @@ def test_a_compiled_module_is_unwrapped_and_runs_compiled(tmp_path):
     assert isinstance(trainer.lightning_module, levin.LightningModule)
 
 
+def test_a_compiled_module_needs_a_strategy_that_knows_how(tmp_path, monkeypatch):
+    from levin.strategies import Strategy
+    from levin.trainer import Trainer
+
+    class Elsewhere(Strategy):
+        def __init__(self) -> None:
+            """Nothing of it is used."""
+
+    Elsewhere.__abstractmethods__ = frozenset()
+    trainer = both.quiet(both.levin(), tmp_path, max_epochs=1)
+    compiled = torch.compile(Plain(), backend="eager")
+    monkeypatch.setattr(Trainer, "strategy", Elsewhere())
+    with listening(), pytest.raises(RuntimeError, match="received Elsewhere"):
+        trainer.fit(compiled, both.loader(2))
+
+
 def test_a_module_of_another_kind_is_refused(tmp_path):
     for framework in frameworks():
         with listening(), pytest.raises(TypeError, match="must be a `LightningModule`"):
