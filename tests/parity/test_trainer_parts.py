@@ -426,20 +426,17 @@ def test_a_compiled_module_is_unwrapped_and_runs_compiled(tmp_path):
     assert isinstance(trainer.lightning_module, levin.LightningModule)
 
 
-def test_a_compiled_module_needs_a_strategy_that_knows_how(tmp_path, monkeypatch):
+def test_a_compiled_module_needs_a_strategy_that_knows_how():
+    from levin.calls import _uncompiled
     from levin.strategies import Strategy
-    from levin.trainer import Trainer
 
     class Elsewhere(Strategy):
         def __init__(self) -> None:
             """Nothing of it is used."""
 
     Elsewhere.__abstractmethods__ = frozenset()
-    trainer = both.quiet(both.levin(), tmp_path, max_epochs=1)
-    compiled = torch.compile(Plain(), backend="eager")
-    monkeypatch.setattr(Trainer, "strategy", Elsewhere())
-    with listening(), pytest.raises(RuntimeError, match="received Elsewhere"):
-        trainer.fit(compiled, both.loader(2))
+    with pytest.raises(RuntimeError, match="received Elsewhere"):
+        _uncompiled(torch.compile(Plain(), backend="eager"), Elsewhere())
 
 
 def test_a_module_of_another_kind_is_refused(tmp_path):
