@@ -274,7 +274,7 @@ def _describe(error: BaseException, local_rank: int) -> _Failure:
     try:
         pickled: bytes | None = pickle.dumps(error)
         pickle.loads(pickled)  # type: ignore[arg-type]
-    except Exception:
+    except Exception:  # the class is the user's and may raise anything; its text is sent all the same
         pickled = None
     return _Failure(local_rank=local_rank, time_s=time.time(), text=text, exception=pickled)
 
