@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from datetime import timedelta
 
 import pytest
@@ -443,3 +446,32 @@ def test_before_the_processes_are_connected():
 def test_wrong_arguments_fail_in_the_constructor(kwargs, message):
     with pytest.raises(ValueError, match=message):
         DDPStrategy(**kwargs)
+
+
+def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent(
+            """
+            import atexit, time, weakref
+            import torch
+            import torch.distributed as dist
+            from levin.strategies.parallel import disconnect_processes
+
+            def be_slow():
+                end = time.monotonic() + 0.3
+                while time.monotonic() < end:
+                    pass
+
+            dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+            atexit.register(disconnect_processes)
+            group = dist.group.WORLD  # which a user may keep: the threads of the group stay with it
+            tensor = torch.zeros(1)
+            weakref.finalize(tensor, be_slow).atexit = False
+            work = dist.all_reduce(tensor, async_op=True)
+            del tensor, work  # from here on the thread has the tensor alone
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from abc import ABC
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -371,6 +373,27 @@ def disconnect_processes() -> None:
     """Take the process group down; without one, do nothing."""
     if is_connected():
         dist.destroy_process_group()
+        _let_gloo_threads_finish()
+
+
+def _let_gloo_threads_finish() -> None:
+    """Wait, at most a second, until no thread of Gloo is at work.
+
+    A thread that has done its collective may still have to free the tensors, for which it needs the interpreter. When
+    Python ends before, the thread ends the process by SIGABRT, and a run that was complete counts as failed.
+    """
+    deadline = time.monotonic() + 1.0
+    while any(state == "R" for state in _states_of_gloo_threads()) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+def _states_of_gloo_threads() -> Iterator[str]:
+    """Yield what Linux says of each thread: R runs or waits for a processor, S sleeps; elsewhere nothing."""
+    for path in Path("/proc/self/task").glob("*/stat"):
+        with suppress(OSError):  # the thread is gone
+            name, state = path.read_text().partition("(")[2].rsplit(") ", 1)
+            if "gloo" in name:
+                yield state[0]
 
 
 def share_processors(num_processes: int) -> None:
