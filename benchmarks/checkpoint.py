@@ -5,6 +5,10 @@ goes on until the file is complete. The loop is held up by the time that the cal
 take longer than as many steps just before the save. Printed are the first save, which finds no memory to copy to yet,
 and the median of the others. Files lie in a temporary folder and are removed.
 
+On a machine whose processors share memory and whose disk is served by the same hardware, training is also slower while
+any other program writes to the disk. How much that is shows a row in which `dd` writes as many bytes and the loop does
+nothing: no way of saving costs less, and the last column leaves it out.
+
 Training has one thread, so that on a machine with two idle processors the writer has one of its own. The column of
 processor time says what the save costs where it has none: that of the training thread beyond its usual steps, and that
 of all other threads of the process.
@@ -25,9 +29,11 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +44,7 @@ HERE = Path(__file__).parent
 BUFFER_BYTES = 4 * 2**20
 NUM_USUAL_STEPS = 60
 NUM_STEPS_AFTER = 5
+OTHER_PROGRAM = "nobody saves; dd writes as much"
 
 
 def module_for(framework: Any, num_bytes: int) -> Any:
@@ -63,7 +70,7 @@ def clocks() -> tuple[float, float, float]:
     return time.perf_counter(), time.thread_time(), time.process_time()
 
 
-def saver_for(framework: Any, folder: Path, num_saves: int) -> Any:
+def saver_for(framework: Any, write: Callable[[Any, Path], None], folder: Path, num_saves: int) -> Any:
     """A callback that saves, watches the steps and notes by how much the loop is held up."""
 
     class Saver(framework.Callback):
@@ -96,7 +103,7 @@ def saver_for(framework: Any, folder: Path, num_saves: int) -> Any:
             self.path = folder / f"{len(self.results)}.ckpt"
             self.steps, self.num_complete, self.written_s = [], 0, 0.0
             self.began = clocks()
-            trainer.save_checkpoint(str(self.path))
+            write(trainer, self.path)
             self.before = clocks()
             self.call_s, self.call_cpu_s = self.before[0] - self.began[0], self.before[1] - self.began[1]
 
@@ -123,8 +130,33 @@ def saver_for(framework: Any, folder: Path, num_saves: int) -> Any:
     return Saver()
 
 
-def measure(framework: Any, plugin: Any, num_bytes: int, num_saves: int, folder: Path) -> list[dict[str, float]]:
-    saver = saver_for(framework, folder, num_saves)
+def save(trainer: Any, path: Path) -> None:
+    trainer.save_checkpoint(str(path))
+
+
+class OtherProgram:
+    """Writes a file of some size past the page cache when it is told to, and renames it; it is started before."""
+
+    def __init__(self, num_bytes: int) -> None:
+        count = -(-num_bytes // BUFFER_BYTES)
+        self.command = (
+            f'read -r path || exit; dd if=/dev/zero of="$path.tmp" bs={BUFFER_BYTES} count={count} oflag=direct conv=fsync'
+        )
+        self.command += ' 2>/dev/null; mv "$path.tmp" "$path"'
+        self.started = self.start()
+
+    def start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(["sh", "-c", self.command], stdin=subprocess.PIPE, text=True, bufsize=1)
+
+    def __call__(self, trainer: Any, path: Path) -> None:
+        print(path, file=self.started.stdin)
+        self.started = self.start()
+
+
+def measure(
+    framework: Any, plugin: Any, num_bytes: int, num_saves: int, folder: Path, write: Callable[[Any, Path], None] = save
+) -> list[dict[str, float]]:
+    saver = saver_for(framework, write, folder, num_saves)
     trainer = framework.Trainer(
         accelerator="cpu", devices=1, max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[saver], plugins=[plugin] if plugin is not None else None,
@@ -147,6 +179,7 @@ def contestants() -> list[tuple[str, Any, Any]]:
     return [
         ("levin, blocking", levin, lambda: None),
         ("levin, background", levin, levin.plugins.AsyncCheckpointIO),
+        (OTHER_PROGRAM, levin, lambda: None),
         (f"{theirs}, blocking", lightning.pytorch, lambda: None),
         (f"{theirs}, background", lightning.pytorch, lightning.pytorch.plugins.AsyncCheckpointIO),
     ]
@@ -157,9 +190,14 @@ def median(results: list[dict[str, float]], *keys: str) -> float:
 
 
 def rows_for(num_bytes: int, num_saves: int, folder: Path) -> list[str]:
-    rows, blocking_s = [], {}
+    names, measured = [], []
     for name, framework, make_plugin in contestants():
-        results = measure(framework, make_plugin(), num_bytes, num_saves, folder)
+        write = OtherProgram(num_bytes) if name == OTHER_PROGRAM else save
+        names.append(name)
+        measured.append(measure(framework, make_plugin(), num_bytes, num_saves, folder, write))
+    disk_s = max(0.0, median(measured[names.index(OTHER_PROGRAM)][1:], "call", "slower"))
+    rows, blocking_s = [], {}
+    for name, results in zip(names, measured, strict=True):
         first, others = results[:1], results[1:]
         held_up_s = median(others, "call", "slower")
         owner = name.split(",")[0]
@@ -169,7 +207,12 @@ def rows_for(num_bytes: int, num_saves: int, folder: Path) -> list[str]:
             median(others, "written"), median(others, "training"), median(others, "others"),
         )  # fmt: skip
         cells = [f"{num_bytes / 1e6:.0f} MB", name, *(f"{1e3 * seconds:.1f}" for seconds in times)]
-        cells.append(f"{held_up_s / blocking_s[owner]:.3f}")
+        if name == OTHER_PROGRAM:
+            cells += ["", ""]
+        elif name.endswith("blocking"):
+            cells += ["1", ""]
+        else:
+            cells += [f"{(held_up_s - left_out_s) / blocking_s[owner]:.3f}" for left_out_s in (0.0, disk_s)]
         rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], flush=True)
     return rows
@@ -196,8 +239,9 @@ def main() -> None:
     torch.set_num_threads(1)
     header = [
         "| state | who | first save held up training, ms | others, median, ms | of which the call | and slower steps "
-        "| file complete after, ms | processor time of training, ms | and of other threads | share of the blocking save |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| file complete after, ms | processor time of training, ms | and of other threads | share of the blocking save "
+        "| without what the disk costs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(header), flush=True)
     folder = Path(tempfile.mkdtemp(prefix="levin-bench-", dir=options.folder))
@@ -207,7 +251,7 @@ def main() -> None:
             row
             for num_bytes in sizes
             for row in rows_for(
-                num_bytes, 3 if options.quick else 4 if num_bytes > 10**9 else 6 if num_bytes > 10**8 else 11, folder
+                num_bytes, 3 if options.quick else 5 if num_bytes > 10**9 else 9 if num_bytes > 10**8 else 25, folder
             )
         ]
     finally:

@@ -8,6 +8,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from torch.utils.serialization import config as serialization
 
 from levin.checkpoint.archive import pack, unpack, write_archive
 from levin.checkpoint.staging import Stager
@@ -172,6 +173,20 @@ class _Parts:
         pass
 
 
+def test_large_storages_begin_with_a_page_as_torch_can_be_told_to_do(tmp_path):
+    tree = {"first": torch.randn(300_000), "small": torch.ones(3), "last": torch.randn(300_001)}
+    data = _ours(pack(tree))
+    with serialization.patch("save.storage_alignment", 4096):
+        assert _without_id(data) == _without_id(_theirs(tree))
+    assert _without_id(_ours(Stager().stage(tree).pack())) == _without_id(data)
+    path = tmp_path / "large.ckpt"
+    path.write_bytes(data)
+    for calculates in (False, True):
+        with serialization.patch("load.calculate_storage_offsets", calculates):
+            loaded = torch.load(path, mmap=True, weights_only=True)
+        assert all(torch.equal(loaded[name], value) for name, value in tree.items())
+
+
 @pytest.mark.slow
 def test_files_beyond_4_gib_are_those_of_torch_save():
     def untouched(num_bytes):
@@ -181,7 +196,8 @@ def test_files_beyond_4_gib_are_those_of_torch_save():
     tree |= {"limit": untouched(2**32 - 1), "last": torch.arange(5)}
     ours, theirs = _Parts(), _Parts()
     write_archive(pack(tree), ours.write)
-    torch.save(tree, theirs)
+    with serialization.patch("save.storage_alignment", 4096):
+        torch.save(tree, theirs)
     assert ours.position == theirs.position
     differing = [key for key, value in theirs.bytes.items() if ours.bytes[key] != value]
     assert len(differing) <= 40 + 2 * 4  # the number of the file, and its checksum

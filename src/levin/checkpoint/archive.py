@@ -5,7 +5,8 @@ and notes which storages it needs, :func:`write_archive` puts the bytes out. The
 and writes of large buffers, during which other threads run, and it may work on a copy of the storages.
 
 The layout is a zip file with uncompressed records (``data.pkl``, a few short ones, then one for each storage), every
-one aligned to 64 bytes, described twice (in front of it and in the directory at the end) and with its CRC-32.
+one aligned to 64 bytes, or to a page where the storages are large, described twice (in front of it and in the directory
+at the end) and with its CRC-32.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_ALIGNMENT = 64
+# As torch.save does it, and where that costs at most one percent of the size: then memory can go to the disk as it is.
+_ALIGNMENT, _LARGE_ALIGNMENT = 64, 4096
 _ZIP64 = 0xFFFFFFFF
 _ROOT = "archive"
 # Long enough that the interpreter is free most of the time, short enough that checksum and write share the cache.
@@ -51,6 +53,12 @@ class Archive:
     def num_bytes(self) -> int:
         """Size of all storages together."""
         return sum(storage.nbytes() for storage in self.storages)
+
+    @property
+    def alignment(self) -> int:
+        """The positions of the storages in the file are multiples of this many bytes."""
+        is_large = self.num_bytes >= 100 * _LARGE_ALIGNMENT * len(self.storages) > 0
+        return _LARGE_ALIGNMENT if is_large else _ALIGNMENT
 
 
 class StagedStorage:
@@ -120,10 +128,11 @@ def write_archive(archive: Archive, write: Callable[[Buffer], Any]) -> int:
     Returns:
         The size of the file in bytes.
     """
-    out = _ZipWriter(write)
+    alignment = archive.alignment
+    out = _ZipWriter(write, alignment)
     out.record("data.pkl", archive.pickled)
     out.record(".format_version", b"1")
-    out.record(".storage_alignment", str(_ALIGNMENT).encode())
+    out.record(".storage_alignment", str(alignment).encode())
     out.record("byteorder", sys.byteorder.encode())
     for key, storage in enumerate(archive.storages):
         if isinstance(storage, StagedStorage):
@@ -298,8 +307,9 @@ def _find_unpicklable(obj: object) -> str:
 class _ZipWriter:
     """Writes records one after the other, then the directory; nothing is ever gone back to."""
 
-    def __init__(self, write: Callable[[Buffer], Any]) -> None:
+    def __init__(self, write: Callable[[Buffer], Any], alignment: int) -> None:
         self._write = write
+        self._alignment = alignment
         self._position = 0
         self._directory: list[bytes] = []
         self._names_crc = 0
@@ -309,7 +319,7 @@ class _ZipWriter:
         path = f"{_ROOT}/{name}".encode()
         offset, size = self._position, len(data)
         is_large = size >= _ZIP64 or offset >= _ZIP64
-        self._put(_local_header(path, size, offset))
+        self._put(_local_header(path, size, offset, self._alignment))
         crc = 0
         view = memoryview(data)
         for start in range(0, size, _CHUNK_BYTES):
@@ -353,7 +363,7 @@ class _ZipWriter:
         self._position += len(data)
 
 
-def _local_header(path: bytes, size: int, offset: int) -> bytes:
+def _local_header(path: bytes, size: int, offset: int, alignment: int) -> bytes:
     """Return the header in front of a record, padded so that the data behind it is aligned."""
     zip64 = b""
     if size >= _ZIP64:
@@ -362,7 +372,7 @@ def _local_header(path: bytes, size: int, offset: int) -> bytes:
         zip64 += struct.pack("<Q", offset)
     if zip64:
         zip64 = struct.pack("<HH", 1, len(zip64)) + zip64
-    padding = -(offset + 30 + len(path) + len(zip64) + 4) % _ALIGNMENT
+    padding = -(offset + 30 + len(path) + len(zip64) + 4) % alignment
     extra = zip64 + b"FB" + struct.pack("<H", padding) + b"Z" * padding
     fixed = struct.pack("<4s5H3I2H", b"PK\x03\x04", 0, _flags(size), 0, 0, 0, 0, 0, 0, len(path), len(extra))
     return fixed + path + extra

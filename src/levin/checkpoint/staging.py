@@ -28,7 +28,8 @@ from levin.checkpoint.archive import (
     unpack,
 )
 
-_ALIGNMENT = 64
+# Memory that begins with a page can go to the disk as it is.
+_ALIGNMENT, _LARGE_ALIGNMENT = 64, 4096
 # Below this, handing a copy to another thread costs more than it gains.
 _PARALLEL_COPY_BYTES = 2**18
 # Long enough that the system copies past the caches, short enough that no thread waits long for the last piece.
@@ -103,8 +104,9 @@ class Stager:
         storages = list(copier.storages.values())
         total, is_pinned = 0, False
         for storage in storages:
-            storage.offset = total
-            total += -(-storage.size // _ALIGNMENT) * _ALIGNMENT
+            alignment = _LARGE_ALIGNMENT if storage.size >= _LARGE_ALIGNMENT else _ALIGNMENT
+            storage.offset = -(-total // alignment) * alignment
+            total = storage.offset + storage.size
             is_pinned = is_pinned or storage.location != "cpu"
         is_pinned = is_pinned and torch.cuda.is_available()
         if self._block is None or self._block.size < total or (is_pinned and not self._block.is_pinned):
@@ -288,6 +290,8 @@ def _restore(tree: Any) -> Any:
     def restore(value: Any) -> Any:
         kind = type(value)
         if kind not in (dict, OrderedDict, list, tuple, _Pickled):
+            return value
+        if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
             return value
         if id(value) in done:
             return done[id(value)]

@@ -2,7 +2,8 @@
 
 A checkpoint written the usual way is copied into the page cache, where it takes the place of data that training reads,
 costs several times the processor time of the copy itself, and may have to wait for the dirty pages of others. Here the
-pieces are gathered in one aligned buffer, which goes to the disk as it is (``O_DIRECT``).
+pieces are gathered in one aligned buffer, which goes to the disk as it is (``O_DIRECT``); large pieces that begin with a
+page, in memory and in the file, are not even copied into the buffer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import mmap
 import os
 
 _BUFFER_BYTES = 4 * 2**20
+_PAGE_BYTES = 4096
+# From here on a piece is worth a call of the system.
+_LARGE_BYTES = 2**18
 # A slice assignment holds the interpreter while it copies; below this that is shorter than the call that does not.
 _LONG_COPY_BYTES = 2**16
 
@@ -62,7 +66,7 @@ class DirectFile(io.RawIOBase):
             OSError: The disk is full, and so on; it may be about bytes of earlier calls.
         """
         view = memoryview(data).cast("B")
-        start, end = 0, len(view)
+        start, end = self._write_uncopied(view), len(view)
         while start < end:
             count = min(end - start, _BUFFER_BYTES - self._size)
             if count >= _LONG_COPY_BYTES and not view.readonly:
@@ -73,11 +77,27 @@ class DirectFile(io.RawIOBase):
             start += count
             self._size += count
             if self._size == _BUFFER_BYTES:
-                if self._is_direct is None:
-                    self._is_direct = self._set_direct(True)
+                self._choose()
                 self._put()
         self._position += end
         return end
+
+    def _write_uncopied(self, view: memoryview) -> int:
+        """Write the whole pages of ``view`` from where they are, if that is possible; return how many bytes that were."""
+        size = len(view) - len(view) % _PAGE_BYTES
+        if size < _LARGE_BYTES or self._size % _PAGE_BYTES or view.readonly:
+            return 0
+        if ctypes.addressof(ctypes.c_char.from_buffer(view)) % _PAGE_BYTES:
+            return 0
+        self._choose()
+        if not self._is_direct:
+            return 0
+        self._put(view[:size])
+        return size
+
+    def _choose(self) -> None:
+        if self._is_direct is None:
+            self._is_direct = self._set_direct(True)
 
     def finish(self) -> None:
         """Write what is left in the buffer, and wait until all of the file is on the disk.
@@ -90,11 +110,19 @@ class DirectFile(io.RawIOBase):
         self._put()
         os.fsync(self._descriptor)
 
-    def _put(self) -> None:
-        start, end, self._size = 0, self._size, 0
-        while start < end:
+    def _put(self, more: memoryview | None = None) -> None:
+        """Write what is in the buffer, and ``more`` after it."""
+        pieces = [self._buffer[: self._size]] if self._size else []
+        self._size = 0
+        if more is not None:
+            pieces.append(more)
+        while pieces:
             try:
-                start += os.write(self._descriptor, self._buffer[start:end])
+                written = _write(self._descriptor, pieces)
+                while pieces and written >= len(pieces[0]):
+                    written -= len(pieces.pop(0))
+                if written:
+                    pieces[0] = pieces[0][written:]
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._is_direct:
                     raise
@@ -117,3 +145,9 @@ class DirectFile(io.RawIOBase):
         except OSError:
             return False
         return True
+
+
+def _write(descriptor: int, pieces: list[memoryview]) -> int:
+    if hasattr(os, "writev"):
+        return os.writev(descriptor, pieces)
+    return os.write(descriptor, pieces[0])
