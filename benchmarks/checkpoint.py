@@ -139,9 +139,7 @@ class OtherProgram:
 
     def __init__(self, num_bytes: int) -> None:
         count = -(-num_bytes // BUFFER_BYTES)
-        self.command = (
-            f'read -r path || exit; dd if=/dev/zero of="$path.tmp" bs={BUFFER_BYTES} count={count} oflag=direct conv=fsync'
-        )
+        self.command = f'read -r path || exit; dd if=/dev/zero of="$path.tmp" bs={BUFFER_BYTES} count={count} oflag=direct conv=fsync'
         self.command += ' 2>/dev/null; mv "$path.tmp" "$path"'
         self.started = self.start()
 

@@ -43,6 +43,7 @@ class Report:
         place: Where it is in the run.
         stuck_s: Seconds since it last moved.
         counts: Process group -> how many collectives it has begun there.
+        is_in_collective: Whether its main thread waits for the others.
         collective: The last of them.
         is_alive: Whether it still answers.
         has_left: Whether its run has ended well.
@@ -59,6 +60,7 @@ class Report:
     place: str = ""
     stuck_s: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
+    is_in_collective: bool = False
     collective: str = ""
     is_alive: bool = True
     has_left: bool = False
@@ -131,6 +133,33 @@ def judge(reports: Iterable[Report]) -> str:
     lines = [f"{r.who}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'no collective'}." for r in everyone]
     return _compose(
         "All ranks are alive and at the same place: the network between them is broken.", lines, everyone, everyone
+    )
+
+
+def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
+    """Return whether all ranks wait for each other, in collectives of different groups: no time will help.
+
+    Ranks that go the same way begin the collectives of their groups in the same order. So none of them can be ahead of
+    another in one group and behind it in another one.
+
+    Args:
+        reports: One per rank.
+        stuck_s: For how many seconds all of them must not have moved.
+
+    Example:
+        >>> ahead = Report(0, stuck_s=9, is_in_collective=True, counts={"gradients": 5, "control": 2})
+        >>> ended = Report(1, stuck_s=9, is_in_collective=True, counts={"gradients": 4, "control": 3})
+        >>> is_deadlock([ahead, ended], 5), is_deadlock([ahead, ahead], 5)
+        (True, False)
+    """
+    everyone = list(reports)
+    if not all(report.is_in_collective and report.stuck_s >= stuck_s for report in everyone):
+        return False
+    first = everyone[0].counts
+    return any(
+        any(report.counts.get(group, count) < count for group, count in first.items())
+        and any(report.counts.get(group, count) > count for group, count in first.items())
+        for report in everyone
     )
 
 

@@ -17,11 +17,21 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from levin.strategies.verdict import Report, format_stack, is_echo, judge, last_collective, state_of_process
+from levin.strategies.verdict import (
+    Report,
+    format_stack,
+    is_deadlock,
+    is_echo,
+    judge,
+    last_collective,
+    state_of_process,
+)
 from levin.utilities.rank_zero import log
 
 # What another process has to answer within, in beats.
 _ANSWER_BEATS = 4
+# When all ranks have waited so long without a move, rank 0 compares where they wait.
+DEADLOCK_S = 30.0
 # How long the main thread gets to raise the error of its collective, before the process is ended.
 GRACE_S = 10.0
 # How long this process waits for a store that does not answer.
@@ -80,6 +90,7 @@ class Watch(threading.Thread):
         self._shortened: dict[Any, timedelta] = {}
         self._last: tuple[Place, dict[str, int]] = (Place(0, ""), {})
         self._moved_at = time.monotonic()
+        self._next_comparison_s = DEADLOCK_S
         self._failure: Report | None = None
         self._is_raising = False
         self._wants_verdict = False
@@ -172,7 +183,7 @@ class Watch(threading.Thread):
             self._end(f"torchrun's agent (process {self._agent_pid}), which started this process, is gone.")
         now = (self._place(), self._count_collectives())
         if now != self._last:
-            self._last, self._moved_at = now, time.monotonic()
+            self._last, self._moved_at, self._next_comparison_s = now, time.monotonic(), DEADLOCK_S
         if now[0].num_batches > self._num_batches_before:
             self._shorten()
         self._store.set(f"state/{self._rank}", self._report().dump())
@@ -213,16 +224,23 @@ class Watch(threading.Thread):
         """Whether this process fails without knowing why, or has waited for the others for longer than it may."""
         if self._is_raising:
             return self._wants_verdict
+        waited_s = time.monotonic() - self._moved_at
+        if self._rank == 0 and waited_s > self._next_comparison_s:
+            self._next_comparison_s = waited_s + DEADLOCK_S
+            states = self._read("state")
+            if len(states) == self._world_size and is_deadlock(states.values(), DEADLOCK_S / 2):
+                return True
         limit = self._step_timeout if self._is_short else self._first_timeout
-        if limit is None or time.monotonic() - self._moved_at <= limit.total_seconds() + 2 * self.beat_s:
+        if limit is None or waited_s <= limit.total_seconds() + 2 * self.beat_s:
             return False
         counts = self._last[1]
         others = self._read("state").values()
         return self._waits() and any(r.counts.get(name, 0) < count for r in others for name, count in counts.items())
 
     def _waits(self) -> bool:
-        if dist.get_backend() == "nccl":
-            return True
+        return dist.get_backend() == "nccl" or self._is_in_collective()
+
+    def _is_in_collective(self) -> bool:
         frame = sys._current_frames().get(self._main)
         name = "" if frame is None else frame.f_code.co_filename.replace(os.sep, "/")
         return any(part in name for part in _WAITING_IN)
@@ -281,6 +299,7 @@ class Watch(threading.Thread):
             place=place.text,
             stuck_s=time.monotonic() - self._moved_at,
             counts=counts,
+            is_in_collective=self._is_in_collective(),
             collective=last_collective() if with_stack else "",
             stack=format_stack(sys._current_frames().get(self._main)) if with_stack else "",
             **more,
