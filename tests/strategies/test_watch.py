@@ -33,6 +33,7 @@ class Faulty(Small):
     def on_train_batch_start(self, batch, batch_idx):
         if batch_idx == 2 and self.global_rank == 1 and self.fault == "ends the epoch alone":
             return -1
+        return None
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 2 and self.global_rank == 1:
