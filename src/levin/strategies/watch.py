@@ -147,7 +147,8 @@ class Watch(threading.Thread):
         self._is_over.set()
         self._wake.set()
         if self.is_alive() and threading.current_thread() is not self:
-            self.join(2.0)
+            # As long as the store may take to answer: a thread that is left in torch's code would abort the process.
+            self.join(_STORE_TIMEOUT.total_seconds())
         if dist.is_initialized():
             for group, timeout in self._shortened.items():
                 distributed_c10d._set_pg_timeout(timeout, group)
