@@ -261,7 +261,9 @@ class Trainer(TrainerProperties):
         duration = parse_duration(value, "val_check_interval")
         self._val_check_seconds: Optional[float] = None if duration is None else duration.total_seconds()
         interval = 1.0 if value is None or duration is not None else value
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or interval <= 0:
+        # Packages give min(interval, max_steps); without a step there is nothing to validate after.
+        is_unused = interval == 0 == self.max_steps
+        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or (interval <= 0 and not is_unused):
             raise value_error("val_check_interval", value, "must be an int >= 1, a float in (0.0, 1.0] or a duration")
         if isinstance(interval, float) and interval > 1.0:
             if interval != int(interval):

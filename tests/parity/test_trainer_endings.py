@@ -21,6 +21,7 @@ LIMITS = [
     {"max_steps": 5, "max_epochs": 1}, {"limit_train_batches": 0}, {"max_epochs": 1, "min_epochs": 3},
     {"max_epochs": 3, "min_steps": 100}, {"max_epochs": 0, "limit_train_batches": 0}, {"fast_dev_run": True},
     {"max_epochs": -1, "max_steps": 6, "accumulate_grad_batches": 2}, {"max_time": "00:00:00:00", "max_epochs": 3},
+    {"max_steps": 0, "val_check_interval": 0},
 ]  # fmt: skip
 
 
