@@ -64,9 +64,8 @@ class AsyncCheckpointIO(CheckpointIO):
             reject_storage_options(storage_options, self.checkpoint_io)
         self.wait()
         self.check()
-        taken_s = time.time()
         snapshot = self._stager.stage(checkpoint)
-        self._worker.submit(lambda: self._write(snapshot, path, storage_options, taken_s), f"Saving {path}")
+        self._worker.submit(lambda: self._write(snapshot, path, storage_options), f"Saving {path}")
 
     def load_checkpoint(
         self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
@@ -124,14 +123,14 @@ class AsyncCheckpointIO(CheckpointIO):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["checkpoint_io"])  # type: ignore[misc]  # the one way to set every field
 
-    def _write(self, snapshot: Snapshot, path: PathLike, storage_options: Any | None, taken_s: float) -> None:
+    def _write(self, snapshot: Snapshot, path: PathLike, storage_options: Any | None) -> None:
         if type(self.checkpoint_io) is not TorchCheckpointIO:
             self.checkpoint_io.save_checkpoint(snapshot.realize(), path, storage_options)
             return
         pauses = _Pauses()
         archive = snapshot.pack(pauses.count)
         # A file that is saved meanwhile, such as that of a signal, is newer, though it may be complete before this one.
-        with atomic_open(path, modified_s=taken_s) as file:
+        with atomic_open(path, modified_s=snapshot.taken_s) as file:
 
             def write(data: Buffer) -> None:
                 file.write(data)
