@@ -221,7 +221,7 @@ class Exact:
             return
         self.position.load_state_dict(exact.get("data", {}))
         is_mid_epoch = trainer.fit_loop.restarted_mid_epoch
-        if not is_mid_epoch:
+        if not is_mid_epoch and not _has_only_begun(exact.get("data", {})):
             self.position.finish()
         if "window" in exact:
             self._loaded = exact if is_mid_epoch else None
@@ -328,6 +328,12 @@ class Exact:
             return True
         was_loaded = loaded["loaded_epoch"] >= 0
         return not was_loaded or bool(every_n_epochs and epoch - loaded["loaded_epoch"] >= every_n_epochs)
+
+
+def _has_only_begun(data: dict[str, Any]) -> bool:
+    """Whether the loader had begun its epoch, and so had drawn its order, when no batch was done with yet."""
+    is_open = not data.get("is_finished", True) and not data["is_ended"]
+    return is_open and data["kind"] == "index" and not data["num_done"]
 
 
 def _as_dict(unfinished: Unfinished) -> dict[str, Any]:
