@@ -98,7 +98,7 @@ def test_ctrl_c_waits_for_the_file_under_way(undisturbed, tmp_path, way):
     assert_goes_on_exactly(tmp_path, way, "on_exception.ckpt", undisturbed)
 
 
-@pytest.mark.parametrize("way", ["async_save", "plugin"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_second_request_leaves_at_once_and_no_half_file(undisturbed, tmp_path, way):
     process = start_writing(tmp_path, way, 30)
     process.send_signal(signal.SIGTERM)

@@ -96,7 +96,7 @@ CASES = [
     pytest.param((), "ddp", "rank 1", "batch", 143, id="script-second", marks=slow),
     pytest.param((), "ddp", "group", "batch", 143, id="script-group", marks=slow),
     pytest.param((), "ddp", "group", "busy", 143, id="script-group-while-the-first-is-busy"),
-    pytest.param(LEVIN, "ddp", "started", "batch", 143, id="levin-launch-agent"),
+    pytest.param(LEVIN, "ddp", "started", "batch", 143, id="levin-launch-agent", marks=slow),
     pytest.param(LEVIN, "ddp", "group", "batch", 143, id="levin-launch-group", marks=slow),
     pytest.param(LEVIN, "ddp", "rank 1", "batch", 143, id="levin-launch-second", marks=slow),
     # The other rank must not leave before the file is written, since torchrun then sends the signal again.
