@@ -77,6 +77,8 @@ class Lines(Logger):
 
 
 def train(folder: Path, way: str, pipe: int) -> None:
+    # A signal that comes after the end of fit finds this one.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     torch.manual_seed(1)
     random.seed(1)
     callback = ModelCheckpoint(
