@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,24 @@ def test_an_unknown_option_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["launch", "--nprocs", "2", "train.py"])
     assert "--nprocs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_passed_on_and_said_in_the_status(tmp_path, number, status):
+    (tmp_path / "program.py").write_text("import time; open('up', 'w').close(); time.sleep(60)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "levin", "launch", "--nproc-per-node", "1", "program.py"], cwd=tmp_path, text=True,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(SOURCE)},
+        # A process that a shell starts in the background ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert f"Ended by {number.name}, which was passed on to the processes." in errors
+    assert "SignalException" not in errors

@@ -77,6 +77,8 @@ class Lines(Logger):
 
 
 def train(folder: Path, way: str, pipe: int) -> None:
+    # A signal that comes after the end of fit finds this one.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     torch.manual_seed(1)
     random.seed(1)
     callback = ModelCheckpoint(
@@ -94,8 +96,8 @@ def train(folder: Path, way: str, pipe: int) -> None:
     torch.save((model.state_dict(), trainer.optimizers[0].state_dict()), folder / "end.pt")
 
 
-def forked(folder: Path, way: str, wait_s: float | None) -> int:
-    """Train in another process, send SIGTERM some time after its beginning, and return its exit status."""
+def forked(folder: Path, way: str, wait_s: float | None) -> tuple[int, float]:
+    """Train in another process, send SIGTERM some time after its beginning; return its exit status and how long it trained."""
     folder.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
     child = os.fork()
@@ -113,26 +115,26 @@ def forked(folder: Path, way: str, wait_s: float | None) -> int:
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
+    began = time.monotonic()
     if wait_s is not None:
         time.sleep(wait_s)
         os.killpg(child, signal.SIGTERM)
     _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
+    return os.waitstatus_to_exitcode(status), time.monotonic() - began
 
 
 def main() -> int:
     folder, way, num_signals, seed = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    began = time.monotonic()
-    if (status := forked(folder / "unbroken", way, None)) != 0:
+    status, duration_s = forked(folder / "unbroken", way, None)
+    if status != 0:
         raise ValueError(f"the unbroken run ended with {status}")
-    duration_s = time.monotonic() - began
     chance = random.Random(seed)
     num_told = 0
     while True:
-        wait_s = chance.uniform(0.0, 0.7 * duration_s) if num_told < num_signals else None
-        status = forked(folder / "told", way, wait_s)
+        wait_s = chance.uniform(0.0, min(0.7, 2 / num_signals) * duration_s) if num_told < num_signals else None
+        status, _ = forked(folder / "told", way, wait_s)
         if status == 0:
             break
         num_told += 1

@@ -129,7 +129,8 @@ class AsyncCheckpointIO(CheckpointIO):
             return
         pauses = _Pauses()
         archive = snapshot.pack(pauses.count)
-        with atomic_open(path) as file:
+        # A file that is saved meanwhile, such as that of a signal, is newer, though it may be complete before this one.
+        with atomic_open(path, modified_s=snapshot.taken_s) as file:
 
             def write(data: Buffer) -> None:
                 file.write(data)
@@ -172,10 +173,11 @@ class _Worker:
                 return
             self._jobs.append((job, name))
             if not self._is_working:
-                self._is_working = True
                 if self._thread is None:
                     self._thread = ThreadPoolExecutor(1, "levin-checkpoint")
                 self._thread.submit(self._work)
+                # Last, since Ctrl-C may come in between, and then nobody would ever say that the work is done.
+                self._is_working = True
 
     def wait(self) -> None:
         """Wait until there are no jobs."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,12 +50,14 @@ class Snapshot:
         storages: The copied storages.
         memory: Where the copies are.
         events: What to wait for until the copies from devices have arrived.
+        taken_s: When it was made, in seconds since the epoch.
     """
 
     tree: Any
     storages: list[StagedStorage]
     memory: memoryview
     events: list[Any] = field(default_factory=list)
+    taken_s: float = field(default_factory=time.time)
 
     def pack(self, pause: Callable[[], None] | None = None) -> Archive:
         """Wait for the copies and return what is written to a file."""

@@ -48,9 +48,15 @@ class Feed:
         self.is_shared: bool = True
         self.uneven: Any = None
         self.positions: Optional[list[Position]] = None
+        # Of steps that take batches themselves: index of the first batch of the step, and that after the last one taken.
+        self.step_start: int = 0
+        self.num_taken: int = 0
+        # How many batches the first step took, and each of the others: None before the second, -1 when they differ.
+        self.first_take: int = 0
+        self.later_takes: Optional[int] = None
         self._convert = convert
         self._transfer = transfer
-        self._on_demand = on_demand
+        self.is_on_demand = on_demand
         self._draw = draw
 
     def listen(self) -> None:
@@ -58,7 +64,7 @@ class Feed:
 
     def place(self, batch: Any, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
-        if self._on_demand:
+        if self.is_on_demand:
             return batch
         if self._convert is not None:
             batch = self._convert(batch)
@@ -92,7 +98,33 @@ class Feed:
             iterator: Continues the first source; by default a new iterator of it.
         """
         batches = self._batches(start, iterator)
-        return on_demand(batches) if self._on_demand else batches
+        return self._on_demand(batches) if self.is_on_demand else batches
+
+    def _on_demand(self, batches: Generator[tuple[Any, int, int], None, None]) -> Generator[Any, None, None]:
+        """Yield an :class:`OnDemand` in place of each batch, and note what the steps take."""
+        counted = self._counted(batches)
+        self.first_take, self.later_takes = 0, None
+        try:
+            for item in counted:
+                self.step_start = item[1]
+                yield OnDemand(item, counted), item[1], item[2]
+                num = self.num_taken - self.step_start
+                if not self.first_take:
+                    self.first_take = num
+                else:
+                    self.later_takes = num if self.later_takes in (None, num) else -1
+        finally:
+            batches.close()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the first step took more batches than each of the others, as steps do that keep some for later."""
+        return self.later_takes is not None and 0 < self.later_takes < self.first_take
+
+    def _counted(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+        for item in batches:
+            self.num_taken = item[1] + 1
+            yield item
 
     def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
         place = self.place
@@ -147,15 +179,6 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
     def __next__(self) -> tuple[Any, int, int]:
         item, self._item = self._item, None
         return next(self._following) if item is None else item
-
-
-def on_demand(items: Generator[tuple[Any, int, int], None, None]) -> Generator[tuple[Any, int, int], None, None]:
-    """Yield an :class:`OnDemand` over ``items`` in place of each batch."""
-    try:
-        for item in items:
-            yield OnDemand(item, items), item[1], item[2]
-    finally:
-        items.close()
 
 
 def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) -> Iterator[Any]:

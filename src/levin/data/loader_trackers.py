@@ -97,6 +97,8 @@ class IndexTracker(_LoaderTracker):
         self.steps: Steps | None = None
         # How many batches this process has not taken itself, because it went on after them.
         self.num_skipped: int = 0
+        # Whether this epoch's order was drawn when it was gone on with, though no batch of it is done with.
+        self.has_order: bool = False
 
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
@@ -104,6 +106,7 @@ class IndexTracker(_LoaderTracker):
         self.first = {}
         self.spread = None
         self.num_skipped = 0
+        self.has_order = False
         self.steps = None
         if self.num_workers:
             self.workers, batches = start_workers(self.loader, self.lookahead, self.begun, self.is_watched)
@@ -117,7 +120,7 @@ class IndexTracker(_LoaderTracker):
     def before_first(self) -> None:
         """Keep the states from which the sampler draws its order."""
         super().before_first()
-        if not self.num_workers and self.num_skipped == 0:
+        if not self.num_workers and self.num_skipped == 0 and not self.has_order:
             self.first = self.globals.read(self.names)
 
     def resume(self, state: State) -> Iterator[Any]:
@@ -161,6 +164,7 @@ class IndexTracker(_LoaderTracker):
     def _open(self, state: State, sampler: Any, num_skipped: int) -> Iterator[Any]:
         """Begin the saved epoch again and go through the first ``num_skipped`` of its indices."""
         self.num_skipped = num_skipped
+        self.has_order = False
         loader = self.loader
         self.sampler.write(self.begun["sampler"])
         if self.num_workers:
@@ -177,6 +181,9 @@ class IndexTracker(_LoaderTracker):
         if sampler is not index_sampler(loader):
             # Only an epoch of which something was seen has drawn its order.
             iterator._sampler_iter = begun_now(iter(sampler)) if state["num_done"] else iter(sampler)
+        elif self.first and not state["num_done"] and not state["befores"]:
+            self.has_order = True
+            iterator._sampler_iter = begun_now(iterator._sampler_iter)
         self.steps = Steps(iterator._sampler_iter, self.is_watched, state["steps"])
         self.steps.skip(num_skipped)
         # What follows is taken from the states that it was taken from, which include the sampler's draws.

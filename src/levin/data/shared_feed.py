@@ -91,7 +91,7 @@ class SharedFeed(Feed):
         self._num_heard = self.peers.num_collectives()
 
     def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
-        if self._on_demand:
+        if self.is_on_demand:
             # What a step takes of such an iterator is known to the user alone.
             self.is_shared = False
             yield from super()._batches(start, iterator)

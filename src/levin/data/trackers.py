@@ -89,7 +89,7 @@ class Tracker(ABC):
         """Do what must be done when there was no further batch to take."""
 
     def _last_befores(self, in_flight: int) -> list[Any]:
-        return list(self.befores)[len(self.befores) - in_flight :] if in_flight else []
+        return list(self.befores)[len(self.befores) - in_flight :] if 0 < in_flight <= len(self.befores) else []
 
 
 class StatefulTracker(Tracker):

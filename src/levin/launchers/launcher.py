@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+SIGTERM_STATUS = 143
+"""Exit status of a process that was asked to terminate, as a shell says it: 128 and the number of the signal."""
+
 
 class Launcher(ABC):
     """Starts the processes of a run and runs a function in each of them."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from levin.launchers.launcher import Launcher
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.seed import collect_rng_states, set_rng_states
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 GRACE_S = 10.0
 # How long a failure of another process may come in late and still have been the first.
 _FIRST_FAILURE_S = 0.3
+# How long after the first process that ended for SIGTERM the others may still be about to.
+_LEAVE_TOGETHER_S = 2.0
 
 
 class MultiProcessingLauncher(Launcher):
@@ -62,6 +64,8 @@ class MultiProcessingLauncher(Launcher):
         self.start_method = start_method
         self._enter = enter
         self._processes: list[BaseProcess] = []
+        # The process that may ask how they are; those that are forked off have the list too.
+        self._owner: int = os.getpid()
         self._has_fitted = False
 
     @property
@@ -110,7 +114,7 @@ class MultiProcessingLauncher(Launcher):
 
     def kill(self, signum: int) -> None:
         """Send a signal to the processes that were started."""
-        for process in self._processes:
+        for process in self._processes if os.getpid() == self._owner else ():
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signum)
 
@@ -133,6 +137,7 @@ class MultiProcessingLauncher(Launcher):
 
     def _run(self, context: Any, call: _Call) -> None:
         self._processes = []
+        self._owner = os.getpid()
         readers: dict[Connection, int] = {}
         try:
             for local_rank in range(self._num_processes):
@@ -147,8 +152,12 @@ class MultiProcessingLauncher(Launcher):
             _end(self._processes, grace_s=GRACE_S)
             raise
         if failure is not None:
+            error = failure.error()
+            if isinstance(error, SIGTERMException):
+                # Ranks that train leave together: another request would only cut short what they do last.
+                _join(self._processes, _LEAVE_TOGETHER_S)
             _end(self._processes, grace_s=GRACE_S)
-            raise failure.error()
+            raise error
 
 
 @dataclass
@@ -366,12 +375,17 @@ def _end(processes: list[BaseProcess], grace_s: float) -> None:
     for process in processes:
         if process.is_alive():
             process.terminate()
-    deadline = time.monotonic() + grace_s
+    _join(processes, grace_s)
     for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
         if process.is_alive():
             process.kill()
             process.join()
+
+
+def _join(processes: list[BaseProcess], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
 
 
 def _is_fit(trainer: Any) -> bool:

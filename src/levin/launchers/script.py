@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import __main__
-from levin.launchers.launcher import Launcher
-from levin.utilities.exceptions import MisconfigurationException
+from levin.launchers.launcher import SIGTERM_STATUS, Launcher
+from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.rank_zero import log
 
 if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
 
-# How long the other processes get to end by themselves after one has failed.
+# How long the other processes get to end by themselves after one has failed, or after a signal to all.
 GRACE_S = 10.0
 # How often the processes are looked at.
 _POLL_S = 0.2
@@ -45,6 +47,8 @@ class SubprocessLauncher(Launcher):
         self._num_nodes = num_nodes
         self._processes: list[subprocess.Popen[bytes]] = []
         self._watcher: _Watcher | None = None
+        # Whether the run ended for SIGTERM, which all processes obey by themselves.
+        self._is_told: bool = False
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -57,6 +61,12 @@ class SubprocessLauncher(Launcher):
             self._start()
         try:
             return function(*args, **kwargs)
+        except SIGTERMException:
+            # The others end at the same batch. Until all have left together they need each other, to save the run.
+            self._is_told = True
+            if self._watcher is not None:
+                self._watcher.stop()
+            raise
         except BaseException as error:
             # An error here is often only the echo of one in another process.
             is_echo = isinstance(error, Exception) and self._watcher is not None
@@ -64,6 +74,8 @@ class SubprocessLauncher(Launcher):
             self._end_all()
             if failed is None:
                 raise
+            if self._watcher is not None and self._watcher.is_sigterm:
+                raise SIGTERMException from error
             raise RuntimeError(f"{failed} Its own error stands above.") from error
 
     def kill(self, signum: int) -> None:
@@ -105,11 +117,14 @@ class SubprocessLauncher(Launcher):
         if getattr(sys, "last_value", None) is not None:
             self._end_all()
             return
+        if self._is_told:
+            wait_for_processes(self._processes, GRACE_S)
+            end_processes(self._processes)
         codes = [process.wait() for process in self._processes]
         if any(codes):
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(1)
+            os._exit(SIGTERM_STATUS if self._is_told or all(code == 0 or _is_sigterm(code) for code in codes) else 1)
 
 
 class _Watcher(threading.Thread):
@@ -119,6 +134,8 @@ class _Watcher(threading.Thread):
         super().__init__(name="levin-process-watcher", daemon=True)
         self._processes = processes
         self._failure: str | None = None
+        # Whether the process did not fail, but was asked to terminate.
+        self.is_sigterm: bool = False
         self._stopped = threading.Event()
 
     def run(self) -> None:
@@ -130,7 +147,7 @@ class _Watcher(threading.Thread):
                 end_processes(self._processes)
                 # The first process notices when it next talks to the others. Where it does not, it would wait for ever.
                 if not self._stopped.wait(GRACE_S) and threading.main_thread().is_alive():
-                    os._exit(1)
+                    os._exit(SIGTERM_STATUS if self.is_sigterm else 1)
                 return
             if all(process.poll() == 0 for process in self._processes):
                 return
@@ -155,6 +172,7 @@ class _Watcher(threading.Thread):
         for index, process in enumerate(self._processes):
             if process.poll() not in (None, 0) and self._failure is None:
                 self._failure = f"The process with local rank {index + 1} failed with exit status {process.returncode}."
+                self.is_sigterm = _is_sigterm(process.returncode)
 
 
 def end_processes(processes: list[subprocess.Popen[bytes]], grace_s: float = GRACE_S) -> None:
@@ -167,13 +185,23 @@ def end_processes(processes: list[subprocess.Popen[bytes]], grace_s: float = GRA
     for process in processes:
         if process.poll() is None:
             process.terminate()
-    deadline = time.monotonic() + grace_s
+    wait_for_processes(processes, grace_s)
     for process in processes:
-        try:
-            process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def wait_for_processes(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    """Wait until all have ended, but not for longer than ``timeout_s``."""
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
+
+
+def _is_sigterm(code: int | None) -> bool:
+    return code in (SIGTERM_STATUS, -signal.SIGTERM)
 
 
 def script_command(local_rank: int) -> tuple[list[str], str | None]:

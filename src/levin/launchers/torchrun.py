@@ -26,8 +26,10 @@ def main(arguments: Sequence[str]) -> int:
         arguments: torchrun's options, the script, and the script's arguments.
 
     Returns:
-        0 when all processes ended well, otherwise the exit status of the one that failed first.
+        0 when all processes ended well, otherwise the exit status of the one that failed first; 143 when this process
+        was asked to terminate, and in general 128 and the number of the signal that ended it.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -43,6 +45,10 @@ def main(arguments: Sequence[str]) -> int:
         code: int = error.get_first_failure()[1].exitcode
         # As a shell says it: 128 and the number of the signal.
         return code if code > 0 else 128 - code
+    except SignalException as error:
+        # torchrun has passed the signal on and waited for the processes.
+        print(f"Ended by {error.sigval.name}, which was passed on to the processes.", file=sys.stderr, flush=True)
+        return 128 + error.sigval
     return 0
 
 

@@ -68,6 +68,8 @@ class Exact:
     def __init__(self) -> None:
         self.position = Position()
         self.val_positions: list[Position] = []
+        self._feed: Optional[Feed] = None
+        self._has_warned_of_kept: bool = False
         self._store: Optional[LogStore] = None
         self._loaded: Optional[dict[str, Any]] = None
         self._unfinished: Optional[Unfinished] = None
@@ -89,7 +91,7 @@ class Exact:
         state: dict[str, Any] = {
             "window": step.state_dict(),
             "log_store": self._store.state_dict() if self._store is not None else [],
-            "data": self.position.state_dict(trainer.fit_loop.epoch_loop.batch_progress.current.processed),
+            "data": self.position.state_dict(self._num_done(trainer)),
             "metrics": collect_metric_states(run.module),
             "reduced_metrics": tuple(dict(values) for values in trainer._metrics),
             "loaded_epoch": trainer._train_loaders.loaded_epoch,
@@ -110,6 +112,22 @@ class Exact:
             if unfinished.moment == Moment.VALIDATION:
                 state.update(self._validation or {})
         return state
+
+    def _num_done(self, trainer: Trainer) -> int:
+        """Return how many batches of the epoch are done with."""
+        counter, feed = trainer.fit_loop.epoch_loop.batch_progress.current, self._feed
+        if feed is None or not feed.is_on_demand:
+            return counter.processed
+        if feed.is_ahead and not feed.is_last and not self._has_warned_of_kept:
+            self._has_warned_of_kept = True
+            rank_zero_warn(
+                f"The first step took {feed.first_take} batches from `dataloader_iter`, and each of the others "
+                f"{feed.later_takes}, as steps do that fetch ahead. A checkpoint in the middle of an epoch does not hold "
+                "the batches that a module keeps: the run that goes on from it leaves them out. Save them in "
+                "`on_save_checkpoint`, or let the loader fetch ahead (`num_workers`, `prefetch_factor`)."
+            )
+        # A step takes as many batches as it likes.
+        return feed.num_taken if counter.processed == counter.ready else feed.step_start
 
     def _find_unfinished(self, trainer: Trainer, run: Run) -> Optional[Unfinished]:
         """Return what the run is in the middle of, None between two batches."""
@@ -195,6 +213,7 @@ class Exact:
         trainer = run.trainer
         self._store = run.store
         self.position = Position()
+        self._feed = feed
         feed.track([self.position])
         self._loaded = None
         self._validation = None
@@ -202,7 +221,7 @@ class Exact:
             return
         self.position.load_state_dict(exact.get("data", {}))
         is_mid_epoch = trainer.fit_loop.restarted_mid_epoch
-        if not is_mid_epoch:
+        if not is_mid_epoch and not _has_only_begun(exact.get("data", {})):
             self.position.finish()
         if "window" in exact:
             self._loaded = exact if is_mid_epoch else None
@@ -274,6 +293,9 @@ class Exact:
                 "The checkpoint was saved in the middle of an epoch without the position in the data: "
                 f"the loader starts again, from batch {start} on."
             )
+        elif start and feed.is_on_demand and loaded is not None:
+            # The number of steps does not say how many batches they took.
+            start = feed.num_taken = loaded["data"]["num_done"]
         return feed.iterate(start)
 
     def follow_reloaded(self) -> None:
@@ -306,6 +328,12 @@ class Exact:
             return True
         was_loaded = loaded["loaded_epoch"] >= 0
         return not was_loaded or bool(every_n_epochs and epoch - loaded["loaded_epoch"] >= every_n_epochs)
+
+
+def _has_only_begun(data: dict[str, Any]) -> bool:
+    """Whether the loader had begun its epoch, and so had drawn its order, when no batch was done with yet."""
+    is_open = not data.get("is_finished", True) and not data["is_ended"]
+    return is_open and data["kind"] == "index" and not data["num_done"]
 
 
 def _as_dict(unfinished: Unfinished) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         return
     module = trainer.lightning_module
     trainer.strategy.explain(error)
-    if not _is_agreed(trainer, error):
+    is_agreed = _is_agreed(trainer, error)
+    if not is_agreed:
         # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
         trainer.strategy.stand_alone()
     # A further signal is no reason to leave out what follows.
@@ -51,9 +52,20 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         for logger in trainer.loggers:
             logger.finalize("failed")
         detach_log_store(module)
+        if is_agreed:
+            _leave_together(trainer)
         trainer.strategy.teardown()
         trainer.profiler.teardown(str(trainer.state.fn))
         trainer.state.stage = None
+
+
+def _leave_together(trainer: Trainer) -> None:
+    """Wait for the other ranks: whoever started the processes may end those that are left when the first one leaves."""
+    try:
+        trainer.strategy.barrier("fail")
+    except RuntimeError as failure:
+        # The run ends in any case.
+        log.error(f"A rank left before the others: {failure}")
 
 
 def _is_agreed(trainer: Trainer, error: BaseException) -> bool:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.environments.slurm import SLURMEnvironment
+from levin.launchers.launcher import SIGTERM_STATUS
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import log, rank_zero_info
@@ -64,8 +65,8 @@ def signal_handlers(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGTERM"):
         yield
         return
-    previous = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, _sigterm_handler(trainer, signals, previous[signal.SIGTERM]))
+    previous = {signal.SIGTERM: _handler_before()}
+    signal.signal(signal.SIGTERM, _SigtermHandler(trainer, signals, previous[signal.SIGTERM]))
     environment = trainer.strategy.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         number = environment.requeue_signal
@@ -83,11 +84,24 @@ def signal_handlers(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-def _sigterm_handler(trainer: Trainer, signals: Signals, previous: Any) -> Callable[[int, Any], None]:
-    owner = os.getpid()
+class _SigtermHandler:
+    """What is done on SIGTERM.
 
-    def on_sigterm(number: int, frame: Any) -> None:
-        if os.getpid() != owner:
+    Args:
+        trainer: In the middle of a call.
+        signals: What this process was told.
+        previous: The handler before, which is called too.
+    """
+
+    def __init__(self, trainer: Trainer, signals: Signals, previous: Any) -> None:
+        self.owner: int = os.getpid()
+        self.previous: Any = previous
+        self._trainer = trainer
+        self._signals = signals
+
+    def __call__(self, number: int, frame: Any) -> None:
+        trainer, signals = self._trainer, self._signals
+        if os.getpid() != self.owner:
             # A process that was forked off, such as a worker of a loader: it has no batch to finish.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -96,19 +110,28 @@ def _sigterm_handler(trainer: Trainer, signals: Signals, previous: Any) -> Calla
             log.info("SIGTERM is not heeded: the job is saved and in the queue again.")
             return
         if signals.is_repeated():
-            os._exit(143)
+            os._exit(SIGTERM_STATUS)
         is_first, trainer.received_sigterm = not trainer.received_sigterm, True
         if is_first:
             _let_workers_end()
             launcher = trainer.strategy.launcher
-            if launcher is not None and hasattr(launcher, "kill"):
+            # Ranks that train are told by the agreement. A signal of ours would come late where this process was busy,
+            # and to a process that has the scheduler's it would be the second request.
+            is_agreed = signals.waits_for_batch and launcher is not None and not launcher.runs_elsewhere
+            if launcher is not None and not is_agreed and hasattr(launcher, "kill"):
                 launcher.kill(number)
-        if callable(previous):
-            previous(number, frame)
+        if callable(self.previous):
+            self.previous(number, frame)
         if is_first and not signals.waits_for_batch:
             raise SIGTERMException
 
-    return on_sigterm
+
+def _handler_before() -> Any:
+    """Return the handler of SIGTERM that is not levin's own in the process which forked this one."""
+    found = signal.getsignal(signal.SIGTERM)
+    while isinstance(found, _SigtermHandler) and found.owner != os.getpid():
+        found = found.previous
+    return found
 
 
 def _requeue_handler(trainer: Trainer, signals: Signals) -> Callable[[int, Any], None]:

@@ -25,7 +25,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes the name ``path`` at the end of the block.
 
     The content is written under a temporary name in the same folder, from its beginning to its end. At the end of the
@@ -35,6 +35,8 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Args:
         path: Local path, or URL that fsspec knows. On remote systems the file is written aside and moved, or uploaded
             in a transaction where there are such.
+        modified_s: When a local file shall say that it was modified, for content that was taken some time ago; by
+            default when it was written.
 
     Raises:
         IsADirectoryError: There is a folder at ``path``.
@@ -48,13 +50,13 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         >>> os.listdir(folder)
         ['notes.txt']
     """
-    opened = _open_local(local_path(path)) if is_local(path) else _open_remote(str(path))
+    opened = _open_local(local_path(path), modified_s) if is_local(path) else _open_remote(str(path))
     with opened as file:
         yield file
 
 
 @contextlib.contextmanager
-def _open_local(path: str) -> Iterator[IO[bytes]]:
+def _open_local(path: str, modified_s: float | None) -> Iterator[IO[bytes]]:
     path = os.path.abspath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "A folder is in the place of the file that was to be saved", path)
@@ -71,6 +73,8 @@ def _open_local(path: str) -> Iterator[IO[bytes]]:
             file.finish()
         finally:
             os.close(descriptor)
+        if modified_s is not None:
+            os.utime(temporary, (modified_s, modified_s))
         os.replace(temporary, path)
     except BaseException as error:
         # The error that counts is the first one.

@@ -13,6 +13,10 @@ class SIGTERMException(SystemExit):
     def __init__(self) -> None:
         super().__init__(143)
 
+    def __reduce__(self) -> tuple[type[SIGTERMException], tuple[()]]:
+        """Be made again without arguments: exceptions are sent from process to process."""
+        return type(self), ()
+
 
 def value_error(argument: str, received: object, expected: str, remedy: str = "") -> MisconfigurationException:
     """Return the error for a wrong argument value in levin's form: what is expected, what came, the way out.
