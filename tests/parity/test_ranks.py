@@ -148,7 +148,6 @@ def watching_module(framework, seen: list):
     return Watching()
 
 
-@pytest.mark.slow
 @world_size(2, timeout_s=150, connect=False)
 def test_every_rank_sees_the_same_samples():
     found = {}
@@ -171,6 +170,12 @@ def test_every_rank_sees_the_same_samples():
                 runs[name, is_split] = seen, sampler
     for key, (seen, sampler) in found["lightning"].items():
         ours, own_sampler = found["levin"][key]
+        if key == ("own sampler", True):
+            # Lightning shuffles what the user's own sampler draws for training; here that keeps its order.
+            trained = [numbers for kind, numbers in ours if kind == "train"]
+            first = 15.0 - int(os.environ["RANK"])
+            assert trained == 2 * [[first - 4 * step, first - 4 * step - 2] for step in range(4)]
+            ours, seen = ([entry for entry in entries if entry[0] != "train"] for entries in (ours, seen))
         assert ours == seen, key
         if "own" not in key[0]:
             assert own_sampler == sampler, key
