@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
