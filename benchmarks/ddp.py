@@ -212,7 +212,7 @@ def main() -> int:
     options = parser.parse_args()
     rows = [
         ("wide", 2, 40 if options.quick else 150),
-        *(("tiny", size, 200 if options.quick else 1500) for size in options.sizes),
+        *(("tiny", size, (400 if options.quick else 2400) // size) for size in options.sizes),
     ]
     turns = 2 if options.quick else 3
     lines = [
