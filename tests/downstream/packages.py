@@ -116,7 +116,7 @@ PACKAGES = (
             "tests/test_malicious_artifacts.py",
             "tests/test_core.py",
         ),
-        ("pandas<3", "polars", "s3fs"),
+        ("pandas<3", "polars", "s3fs", "captum", "gitpython"),
         without={
             "tests/test_core.py::test_explainability": "long, and about captum",
             "tests/test_core.py::test_auto": "long, and about ray",
