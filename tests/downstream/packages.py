@@ -98,13 +98,14 @@ PACKAGES = (
                 "tests/test_logistic_regression.py::test_load_from_checkpoint_multi_device",
                 "tests/test_onepass_mean_var_std.py::test_load_from_checkpoint_multi_device[naive]",
                 "tests/test_onepass_mean_var_std.py::test_load_from_checkpoint_multi_device[shifted_data]",
+                "tests/test_ppca.py::test_load_from_checkpoint_multi_device",
                 "tests/test_socam.py::test_load_from_checkpoint_multi_device",
-                "tests/test_tdigest.py::test_load_from_checkpoint_multi_device",
             ),
             _REFUSED,
         ),
         made="made/cellarium_common.py",
-        note="its tests import a helper file that the source distribution leaves out; here it is one of ours",
+        note="its tests import a helper file that the source distribution leaves out; here it is one of ours. "
+        "The one of test_tdigest.py compares random data; it fails on both, and has passed on Lightning in another run",
     ),
     Package(
         "neuralforecast",
