@@ -400,3 +400,15 @@ def test_a_background_save_is_off_unless_asked_for(tmp_path):
     assert callback.async_save is False
     trainer(tmp_path, [callback], max_epochs=1).fit(TrainOnly(), loader())
     assert callback._background is None
+
+
+def test_what_is_saved_after_a_snapshot_is_newer_than_the_file_of_the_snapshot(tmp_path):
+    # Times that the file system takes by itself are up to some milliseconds behind the clock.
+    checkpoint_io = AsyncCheckpointIO()
+    for number in range(20):
+        earlier, later = tmp_path / f"{number}-earlier.ckpt", tmp_path / f"{number}-later.ckpt"
+        checkpoint_io.save_checkpoint({"step": 1}, earlier)
+        TorchCheckpointIO().save_checkpoint({"step": 2}, later)
+        checkpoint_io.wait()
+        assert later.stat().st_mtime_ns > earlier.stat().st_mtime_ns
+    checkpoint_io.teardown()

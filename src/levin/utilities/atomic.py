@@ -35,8 +35,8 @@ def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -
     Args:
         path: Local path, or URL that fsspec knows. On remote systems the file is written aside and moved, or uploaded
             in a transaction where there are such.
-        modified_s: When a local file shall say that it was modified, for content that was taken some time ago; by
-            default when it was written.
+        modified_s: Of which moment the content is, in seconds since the epoch; now by default. A local file says that
+            it was modified then, by a clock that is finer than that of the file system.
 
     Raises:
         IsADirectoryError: There is a folder at ``path``.
@@ -58,6 +58,7 @@ def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -
 @contextlib.contextmanager
 def _open_local(path: str, modified_s: float | None) -> Iterator[IO[bytes]]:
     path = os.path.abspath(path)
+    modified_s = time.time() if modified_s is None else modified_s
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "A folder is in the place of the file that was to be saved", path)
     folder = os.path.dirname(path)
@@ -73,9 +74,9 @@ def _open_local(path: str, modified_s: float | None) -> Iterator[IO[bytes]]:
             file.finish()
         finally:
             os.close(descriptor)
-        if modified_s is not None:
-            os.utime(temporary, (modified_s, modified_s))
         os.replace(temporary, path)
+        # Not before: an old file with a temporary name looks like one that a killed process left.
+        os.utime(path, (modified_s, modified_s))
     except BaseException as error:
         # The error that counts is the first one.
         with contextlib.suppress(OSError):
