@@ -17,8 +17,8 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from levin.data.position import Position
-from levin.data.workers import Ledger, WorkerState
+from levin.resume.position import Position
+from levin.resume.worker_state import Ledger, WorkerState
 
 
 class Augmented(Dataset):

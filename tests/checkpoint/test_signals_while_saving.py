@@ -14,7 +14,7 @@ import torch
 
 from levin import Trainer
 from levin.checkpoint.verify import verify
-from levin.loops.signals import FILE_NAME
+from levin.ranks.signals import FILE_NAME
 from tests.checkpoint.signalled_saving import train
 
 ROOT = Path(__file__).parents[2]

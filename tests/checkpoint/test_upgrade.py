@@ -7,7 +7,7 @@ import torch
 
 from levin.__main__ import main
 from levin.checkpoint import atomic_save, load, upgrade
-from levin.checkpoint.state import COMPATIBLE_VERSION
+from levin.checkpoint.layout import COMPATIBLE_VERSION
 from tests.callbacks.small import Small, loader
 from tests.checkpoint.test_migrate import fitted, newest_layout, of_version
 from tests.parity import both

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from levin.checkpoint.verify import verify
-from levin.loops.signals import FILE_NAME
+from levin.ranks.signals import FILE_NAME
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "signalled_program.py"

@@ -24,7 +24,7 @@ from levin import Callback, LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint.verify import verify
 from levin.loggers.logger import Logger
-from levin.loops.signals import FILE_NAME
+from levin.ranks.signals import FILE_NAME
 from tests.data.loaders_for_tests import Augmented, as_is
 
 

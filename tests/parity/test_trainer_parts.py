@@ -186,7 +186,7 @@ def test_the_table_of_results(tmp_path, capsys, monkeypatch, rich, num_loaders):
     if not rich:
         import importlib.util
 
-        import levin.loops.results_table as ours
+        import levin.trainer.results_table as ours
 
         find = importlib.util.find_spec
         monkeypatch.setattr(
@@ -427,8 +427,8 @@ def test_a_compiled_module_is_unwrapped_and_runs_compiled(tmp_path):
 
 
 def test_a_compiled_module_needs_a_strategy_that_knows_how():
-    from levin.calls import _uncompiled
     from levin.strategies import Strategy
+    from levin.trainer.entry import _uncompiled
 
     class Elsewhere(Strategy):
         def __init__(self) -> None:

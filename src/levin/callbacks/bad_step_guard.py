@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from levin.data.generators import GlobalGenerators
 from levin.hooks import Callback
+from levin.resume.rng_states import GlobalGenerators
 from levin.utilities.atomic import atomic_open
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.move import move_data_to_device

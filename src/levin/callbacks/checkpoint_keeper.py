@@ -293,7 +293,7 @@ class CheckpointKeeper(Checkpoint):
         background = self._find_background(trainer)
         if background is not None:
             background.wait()
-        agreement.exchange()
+        agreement.sync()
 
     def check_saves(self, trainer: Trainer) -> None:
         """Take note of what became of the file that is being written, and raise what writing it failed with."""

@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from levin.callbacks.agreed_clock import AgreedClock
 from levin.callbacks.checkpoint_files import is_nonempty_directory
 from levin.callbacks.checkpoint_keeper import CheckpointKeeper
 from levin.callbacks.checkpoint_trigger import (
@@ -16,6 +15,7 @@ from levin.callbacks.checkpoint_trigger import (
     validates_once_per_epoch,
 )
 from levin.checkpoint.background import AsyncCheckpointIO
+from levin.ranks.clock import AgreedClock
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class ModelCheckpoint(CheckpointKeeper):
 
     def _is_due_after_batch(self, trainer: Trainer) -> bool:
         if self._clock is not None:
-            return self._clock.has_gone_off(trainer)
+            return self._clock.is_due(trainer)
         return self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

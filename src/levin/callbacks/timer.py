@@ -6,8 +6,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from levin.callbacks.agreed_clock import AgreedClock
 from levin.hooks import Callback
+from levin.ranks.clock import AgreedClock
 from levin.settings import parse_duration
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import rank_zero_info
@@ -121,12 +121,12 @@ class Timer(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Stop when the time is up, if steps are what counts."""
-        if self._interval == "step" and self._clock is not None and self._clock.has_gone_off(trainer):
+        if self._interval == "step" and self._clock is not None and self._clock.is_due(trainer):
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop when the time is up, if epochs are what counts."""
-        if self._interval == "epoch" and self._clock is not None and self._clock.has_gone_off(trainer):
+        if self._interval == "epoch" and self._clock is not None and self._clock.is_due(trainer):
             self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from levin.checkpoint.state import COMPATIBLE_VERSION
+from levin.checkpoint.layout import COMPATIBLE_VERSION
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Checkpoint = dict[str, Any]

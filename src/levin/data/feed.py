@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 
-from levin.data.position import Position
+from levin.resume.position import Position
 from levin.utilities.move import move_data_to_device
 
 

@@ -10,19 +10,19 @@ import torch
 
 from levin.data.loaders import set_epoch
 from levin.hooks import has_hook
-from levin.loops.agreement import now_s
-from levin.loops.loading import load_validation, make_feed
+from levin.loops.dataloaders import load_validation, make_feed
 from levin.loops.logging import send, to_floats
 from levin.loops.run import new_store, step_arguments
+from levin.ranks.agreement import now_s
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.seed import isolate_rng
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
     from levin.log_store import LogStore
-    from levin.loops.exact import Unfinished
     from levin.loops.progress import EvaluationLoop
     from levin.loops.run import Run
+    from levin.resume.resume_state import InterruptedPhase
     from levin.trainer import Trainer
 
 
@@ -46,10 +46,10 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     trainer.validating = True
     if run.uneven is not None:
         run.uneven.forget_filler()
-    trainer._exact.begin_validation(trainer, run)
+    trainer._resume.begin_validation(trainer, run)
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
-    exact, loaders = trainer._exact, trainer._val_loaders
+    exact, loaders = trainer._resume, trainer._val_loaders
     is_due = exact.is_validation_due_to_load(trainer.reload_dataloaders_every_n_epochs, trainer.current_epoch)
     # Loaders that are made for this process only may not draw numbers that the unbroken run does not draw.
     with nullcontext() if is_due else isolate_rng():
@@ -62,12 +62,12 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
         set_epoch(loader, trainer.current_epoch)
     with torch.no_grad():
         evaluate(run, "validation", feed, trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
-    trainer._exact.end_validation()
+    trainer._resume.end_validation()
     trainer.training = True
     trainer._last_validation_time = now_s(run)
 
 
-def end_validation_in_fit(run: Run, unfinished: Unfinished) -> None:
+def end_validation_in_fit(run: Run, unfinished: InterruptedPhase) -> None:
     """Do what was left to do at the end of a validation when the checkpoint was saved."""
     trainer, module = run.trainer, run.module
     trainer.validating = True
@@ -75,7 +75,7 @@ def end_validation_in_fit(run: Run, unfinished: Unfinished) -> None:
     outer = run.activate(new_store(trainer, module, training=False))
     with torch.no_grad(), nullcontext() if has_own_train else kept_modes(module):
         module.eval()
-        trainer._exact.call_rest(run, "on_validation_end", unfinished)
+        trainer._resume.call_rest(run, "on_validation_end", unfinished)
     run.activate(outer)
     outer.is_between_batches = True
     if has_own_train:
@@ -149,7 +149,7 @@ def _batches(
     step_name = f"{stage}_step"
     is_multiple = len(feed.sources) > 1
     previous_loader = -1
-    agreement, told = run.agreement, run.told
+    agreement, flags = run.agreement, run.flags
     results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
     log_steps = run.eval_log_steps
@@ -181,8 +181,8 @@ def _batches(
         if logs_steps:
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
         if agreement is not None and feed.is_shared:
-            agreement.look()
-        if told.received_sigterm and (agreement is not None or not feed.is_last):
+            agreement.maybe_sync()
+        if flags.received_sigterm and (agreement is not None or not feed.is_last):
             raise SIGTERMException
     if is_multiple and previous_loader >= 0:
         results[previous_loader] = _end_loader(trainer, store)

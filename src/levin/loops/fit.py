@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import evaluate
-from levin.loops.agreement import now_s
-from levin.loops.exact import Moment, Unfinished
-from levin.loops.loading import prepare_epoch
+from levin.loops.dataloaders import prepare_epoch
 from levin.loops.logging import send
 from levin.loops.schedulers import step_schedulers
+from levin.ranks.agreement import now_s
+from levin.resume.resume_state import InterruptedPhase, Phase
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
@@ -48,10 +48,10 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         return
     trainer._last_validation_time = now_s(run)
     run.call("on_train_start")
-    trainer._exact.take_up(run)
+    trainer._resume.take_up(run)
     _exchange(run)
     resumed = loop.restarted_mid_epoch
-    if (unfinished := trainer._exact.take_unfinished(Moment.EPOCH_END)) is not None:
+    if (unfinished := trainer._resume.take_unfinished(Phase.EPOCH_END)) is not None:
         _end_unfinished_epoch(run, unfinished)
     while not is_done(run):
         epoch = loop.epoch_progress
@@ -65,13 +65,13 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
             epoch.increment_started()
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
-        trainer._exact.position.finish()
+        trainer._resume.position.finish()
         resumed = loop.restarted_mid_epoch = False
         epoch.increment_processed()
         _end_epoch(run)
         epoch.increment_completed()
         _exchange(run)
-        if run.told.received_sigterm:
+        if run.flags.received_sigterm:
             raise SIGTERMException
     run.call("on_train_end")
 
@@ -83,17 +83,17 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    agreement, told = run.agreement, run.told
+    agreement, flags = run.agreement, run.flags
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
-    look = run.strategy.checkpoint_io.check if agreement is None else agreement.look
+    look = run.strategy.checkpoint_io.check if agreement is None else agreement.maybe_sync
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = trainer.enable_validation
     if resumed and progress.current.ready:
         if _end_unfinished_batch(run, validates):
             return
-    if told.should_stop and _may_stop(trainer):
+    if flags.should_stop and _may_stop(trainer):
         return
-    batches = trainer._exact.batches(feed, progress.current.ready)
+    batches = trainer._resume.batches(feed, progress.current.ready)
     train = run.timed("run_training_batch", step)
     try:
         for batch, batch_idx, _ in batches:
@@ -121,9 +121,9 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             look()
             _after_batch(run, batch_idx, is_last, validates)
-            if told.received_sigterm and not _has_all_steps(trainer):
+            if flags.received_sigterm and not _has_all_steps(trainer):
                 raise SIGTERMException
-            if told.should_stop or loop.max_steps >= 0:
+            if flags.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(run):
                     break
     except StopIteration:
@@ -148,13 +148,13 @@ def _accumulates(trainer: Trainer, batch_idx: int, is_last: bool) -> bool:
 
 
 def _after_batch(
-    run: Run, batch_idx: int, is_last: bool, validates: bool, unfinished: Optional[Unfinished] = None
+    run: Run, batch_idx: int, is_last: bool, validates: bool, unfinished: Optional[InterruptedPhase] = None
 ) -> None:
     """Log the step, validate when due, count the batch; or do what is left of that."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
     accumulates = _accumulates(trainer, batch_idx, is_last)
-    if unfinished is None or unfinished.moment == Moment.BATCH_END:
+    if unfinished is None or unfinished.phase == Phase.BATCH_END:
         loop.batch_progress.increment_completed()
         if not accumulates and trainer.loggers and _logs_step(trainer, loop._batches_that_stepped):
             metrics = trainer._merge(run.store.read(on_step=True))
@@ -162,7 +162,7 @@ def _after_batch(
         if validates and _validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
             _exchange(run)
-    elif unfinished.moment == Moment.VALIDATION_END:
+    elif unfinished.phase == Phase.VALIDATION_END:
         evaluate.end_validation_in_fit(run, unfinished)
         _exchange(run)
     elif validates:
@@ -176,16 +176,16 @@ def _after_batch(
 
 def _end_unfinished_batch(run: Run, validates: bool) -> bool:
     """Do what was left to do after the last batch when the checkpoint was saved. Returns whether the epoch is over."""
-    trainer, exact = run.trainer, run.trainer._exact
+    trainer, exact = run.trainer, run.trainer._resume
     progress = trainer.fit_loop.epoch_loop.batch_progress
     batch_idx, is_last = progress.current.ready - 1, progress.is_last_batch
-    unfinished = exact.take_unfinished(Moment.BATCH_END, Moment.VALIDATION, Moment.VALIDATION_END)
+    unfinished = exact.take_unfinished(Phase.BATCH_END, Phase.VALIDATION, Phase.VALIDATION_END)
     if unfinished is not None:
         run.store.start_batch(None)
-        if unfinished.moment == Moment.BATCH_END:
+        if unfinished.phase == Phase.BATCH_END:
             exact.call_rest(run, "on_train_batch_end", unfinished, batch_idx)
         _after_batch(run, batch_idx, is_last, validates, unfinished)
-        if run.told.received_sigterm and not _has_all_steps(trainer):
+        if run.flags.received_sigterm and not _has_all_steps(trainer):
             raise SIGTERMException
     return is_last or _stops_in_epoch(run)
 
@@ -204,7 +204,7 @@ def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return False
     if is_last and (trainer.val_check_batch == math.inf or _is_once_an_epoch(trainer)):
         return True
-    if run.told.should_stop and _may_stop(trainer):
+    if run.flags.should_stop and _may_stop(trainer):
         return True
     if trainer._val_check_seconds is not None:
         return bool(now_s(run) - trainer._last_validation_time >= trainer._val_check_seconds)
@@ -228,7 +228,7 @@ def _is_once_an_epoch(trainer: Trainer) -> bool:
     return trainer.check_val_every_n_epoch is not None and trainer.val_check_batch == trainer.num_training_batches
 
 
-def _end_unfinished_epoch(run: Run, unfinished: Unfinished) -> None:
+def _end_unfinished_epoch(run: Run, unfinished: InterruptedPhase) -> None:
     """Do what was left to do at the end of the epoch when the checkpoint was saved."""
     epoch = run.trainer.fit_loop.epoch_progress
     for counter in (epoch.current, epoch.total):
@@ -237,7 +237,7 @@ def _end_unfinished_epoch(run: Run, unfinished: Unfinished) -> None:
     epoch.increment_completed()
 
 
-def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
+def _end_epoch(run: Run, unfinished: Optional[InterruptedPhase] = None) -> None:
     """Epoch-end hooks, values, schedulers."""
     trainer = run.trainer
     loop = trainer.fit_loop.epoch_loop
@@ -246,7 +246,7 @@ def _end_epoch(run: Run, unfinished: Optional[Unfinished] = None) -> None:
     if unfinished is None:
         run.call("on_train_epoch_end")
     else:
-        trainer._exact.call_rest(run, "on_train_epoch_end", unfinished)
+        trainer._resume.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
     metrics = trainer._merge(run.store.read(on_step=False))
@@ -275,13 +275,13 @@ def _stops_in_epoch(run: Run) -> bool:
     loop = trainer.fit_loop
     if 0 <= loop.max_steps <= trainer.global_step:
         return True
-    return bool(run.told.should_stop and _may_stop(trainer))
+    return bool(run.flags.should_stop and _may_stop(trainer))
 
 
 def _exchange(run: Run) -> None:
     """Let all ranks know here what each was told so far."""
     if run.agreement is not None:
-        run.agreement.exchange()
+        run.agreement.sync()
 
 
 def is_done(run: Run) -> bool:
@@ -297,7 +297,7 @@ def is_done(run: Run) -> bool:
     if loop.max_epochs is not None and 0 <= loop.max_epochs <= loop.epoch_progress.current.processed:
         rank_zero_info(f"`Trainer.fit` stopped: `max_epochs={loop.max_epochs!r}` reached.")
         return True
-    if run.told.should_stop:
+    if run.flags.should_stop:
         if _may_stop(trainer):
             rank_zero_debug("`Trainer.fit` stopped: `trainer.should_stop` was set.")
             return True

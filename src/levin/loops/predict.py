@@ -71,8 +71,8 @@ def predict(
             if return_predictions:
                 outputs[dataloader_idx].append(move_data_to_device(output, _CPU))
             if run.agreement is not None and feed.is_shared:
-                run.agreement.look()
-            if run.told.received_sigterm and (run.agreement is not None or not feed.is_last):
+                run.agreement.maybe_sync()
+            if run.flags.received_sigterm and (run.agreement is not None or not feed.is_last):
                 raise SIGTERMException
         trainer._predictions = outputs
         run.call("on_predict_epoch_end")

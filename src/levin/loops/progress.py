@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 if TYPE_CHECKING:
     from levin.data.combined import CombinedLoader
-    from levin.data.source import StageLoaders
+    from levin.loops.stage_loaders import StageLoaders
 
 FIELDS = ("ready", "started", "processed", "completed")
 

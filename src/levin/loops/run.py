@@ -14,9 +14,9 @@ from levin.log_store import LogStore
 
 if TYPE_CHECKING:
     from levin.hooks import HookTable
-    from levin.loops.agreement import Agreement
-    from levin.loops.uneven import Uneven
     from levin.module import LightningModule
+    from levin.ranks.agreement import Agreement
+    from levin.ranks.uneven import Uneven
     from levin.strategies.strategy import Strategy
     from levin.trainer import Trainer
     from levin.utilities.types import LRSchedulerConfig
@@ -60,7 +60,7 @@ class Run:
     """Whether a profiler measures the parts of the run."""
 
     @property
-    def told(self) -> Agreement | Trainer:
+    def flags(self) -> Agreement | Trainer:
         """Who knows ``should_stop`` and ``received_sigterm``: all ranks together, or the Trainer alone."""
         return self.trainer if self.agreement is None else self.agreement
 

@@ -29,7 +29,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.loops.run import Run
-    from levin.loops.uneven import Uneven
+    from levin.ranks.uneven import Uneven
 
 Step = Callable[[Any, int, bool], dict[str, Any]]
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from levin.ranks.hang_watchdog import RunLocation, Watchdog, start_watchdog
 from levin.strategies import collectives
-from levin.strategies.control import ControlLine
+from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
-from levin.strategies.watch import Place, Watch, start_watch
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
@@ -94,10 +94,10 @@ class ParallelStrategy(Strategy, ABC):
         self.environment = cluster_environment
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
-        self.control = ControlLine(timeout)
+        self.control = ControlGroup(timeout)
         is_default = timeout in (None, DEFAULT_TIMEOUT)
         self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
-        self._watch: Watch | None = None
+        self._watch: Watchdog | None = None
         self._process_group_backend = process_group_backend
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
@@ -211,10 +211,10 @@ class ParallelStrategy(Strategy, ABC):
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
-        self.control.is_cut = False
+        self.control.is_closed = False
         if self._watch is not None:
             self._watch.stop()
-        self._watch = start_watch(self.global_rank, self.world_size, self.timeout, self.step_timeout)
+        self._watch = start_watchdog(self.global_rank, self.world_size, self.timeout, self.step_timeout)
         # All processes start from the same weights and draw the same numbers.
         reset_seed()
 
@@ -222,15 +222,15 @@ class ParallelStrategy(Strategy, ABC):
         """Move the module to the device of this process."""
         self.lightning_module.to(self.root_device)
 
-    def follow(self, place: Callable[[], Place]) -> None:
-        """Ask ``place`` where this process is, for the others; see :class:`levin.strategies.watch.Watch`."""
+    def watch_progress(self, place: Callable[[], RunLocation]) -> None:
+        """Ask ``place`` where this process is, for the others; see :class:`levin.ranks.hang_watchdog.Watchdog`."""
         if self._watch is not None:
-            self._watch.follow(place)
+            self._watch.watch_progress(place)
 
-    def explain(self, error: BaseException) -> None:
+    def annotate_error(self, error: BaseException) -> None:
         """Tell the other processes of the error; where they are its reason, say so in its message."""
         if self._watch is not None:
-            self._watch.explain(error)
+            self._watch.annotate_error(error)
 
     def teardown(self) -> None:
         """Free the device and what was written into the process environment. The process group stays for the next run."""
@@ -245,7 +245,7 @@ class ParallelStrategy(Strategy, ABC):
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
-        if self.control.is_cut:
+        if self.control.is_closed:
             return tensor
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
@@ -255,26 +255,26 @@ class ParallelStrategy(Strategy, ABC):
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return the object of rank ``src`` in every process; before the processes are connected, ``obj``."""
-        if not is_connected() or self.control.is_cut:
+        if not is_connected() or self.control.is_closed:
             return obj
         return collectives.broadcast_object(obj, src=src, device=self._transport_device)
 
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here; before they are connected, return at once."""
-        if not is_connected() or self.control.is_cut:
+        if not is_connected() or self.control.is_closed:
             return
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
             dist.barrier()
 
-    def stand_alone(self) -> None:
-        """Answer for this process alone from here on; see :meth:`Strategy.stand_alone`."""
-        self.control.is_cut = True
+    def abandon_peers(self) -> None:
+        """Answer for this process alone from here on; see :meth:`Strategy.abandon_peers`."""
+        self.control.is_closed = True
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
-        if self.control.is_cut:
+        if self.control.is_closed:
             return decision
         return collectives.agree(decision, all_must=all, device=self._transport_device)
 

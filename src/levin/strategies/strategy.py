@@ -247,10 +247,10 @@ class Strategy(ABC):
         self.optimizers = optimizers
         return optimizers
 
-    def follow(self, place: Callable[[], Any]) -> None:
+    def watch_progress(self, place: Callable[[], Any]) -> None:
         """Take note of how to find out where this process is in its run; only those with other processes need it."""
 
-    def explain(self, error: BaseException) -> None:
+    def annotate_error(self, error: BaseException) -> None:
         """Say in the message of an error what other processes have to do with it. Runs first when the run fails."""
 
     def on_exception(self, exception: BaseException) -> None:
@@ -396,7 +396,7 @@ class Strategy(ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
 
-    def stand_alone(self) -> None:
+    def abandon_peers(self) -> None:
         """Take note that the other processes cannot be counted on any more, because this one failed."""
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

@@ -1,0 +1,134 @@
+"""Where the loaders of a stage come from, and what is made of them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Optional
+
+from levin.data.combined import CombinedLoader, combined_length
+from levin.data.loaders import capture_init_args, has_len, prepare_dataloader
+from levin.hooks import DataHooks
+from levin.resume.position import Joint
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.overrides import is_overridden
+
+if TYPE_CHECKING:
+    from levin.datamodule import LightningDataModule
+    from levin.module import LightningModule
+
+
+class StageLoaders:
+    """The loaders of one stage.
+
+    Args:
+        stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.hook = f"{stage}_dataloader"
+        self.given: Any = None
+        self.owner: Any = None
+        self.combined: Optional[CombinedLoader] = None
+        self.lengths: list[int | float] = []
+        self.limits: list[int | float] = []
+        self.loaded_epoch: float = -math.inf
+
+    def attach(
+        self, given: Any, datamodule: Optional[LightningDataModule], module: LightningModule, reset: bool = True
+    ) -> None:
+        """Remember who gives the loaders: the caller, the data module or the module, in this order."""
+        self.given = given
+        self.owner = None
+        if given is None:
+            for owner in (datamodule, module):
+                if owner is not None and is_overridden(self.hook, owner, DataHooks):
+                    self.owner = owner
+                    break
+        if reset:
+            self.combined = None
+            self.loaded_epoch = -math.inf
+
+    def is_defined(self) -> bool:
+        """Whether anybody gives loaders."""
+        return self.given is not None or self.owner is not None
+
+    @property
+    def user_loaders(self) -> Any:
+        """The collection in the user's own structure, samplers injected; None before it is loaded."""
+        return None if self.combined is None else self.combined.iterables
+
+    def load(self, sampler_kwargs: Optional[dict[str, int]], is_overfit: bool = False) -> None:
+        """Ask for the loaders and prepare each.
+
+        Raises:
+            TypeError: Something that cannot be iterated.
+            ValueError: A mode that this stage cannot use.
+        """
+        if self.given is not None:
+            loaders = self.given
+        else:
+            with capture_init_args():
+                loaders = getattr(self.owner, self.hook)()
+        if loaders is None:
+            raise MisconfigurationException(
+                f"`{self.hook}` must return a loader, received None. Return [] for no data."
+            )
+        mode: Any = "max_size_cycle" if self.stage == "train" else "sequential"
+        combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
+        if self.stage == "train" and combined._mode == "sequential":
+            raise ValueError(
+                'CombinedLoader(mode="sequential") cannot be used for training, received it for train_dataloader. '
+                'Use "max_size_cycle", "max_size" or "min_size".'
+            )
+        if self.stage == "predict" and combined._mode != "sequential":
+            raise ValueError(
+                f'predict needs CombinedLoader(mode="sequential"), received mode={combined._mode!r}. Pass a list of loaders.'
+            )
+        for loader in combined.flattened:
+            if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+                raise TypeError(
+                    f"`{self.hook}` must give iterables, received {type(loader).__name__}. Pass a DataLoader or any iterable of batches."
+                )
+        stage: Any = self.stage
+        combined.flattened = [
+            prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
+            for loader in combined.flattened
+        ]
+        combined.is_settled = True
+        self.combined = combined
+
+    def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:
+        """Find the lengths and limits, per loader, or of the joint batches for a mode that combines."""
+        combined = self.combined
+        assert combined is not None
+        if self.is_sequential:
+            raw = [len(loader) if has_len(loader) else math.inf for loader in combined.flattened]
+            self.limits = [num_from_limit(limit, length, name) for length in raw]
+            self.lengths = list(raw)
+            return
+        lengths = [len(loader) if has_len(loader) else math.inf for loader in combined.flattened]
+        length = combined_length(lengths, combined.mode)
+        self.limits = [num_from_limit(limit, length, name)]
+        self.lengths = [length]
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether one loader follows the other."""
+        return self.combined is not None and self.combined._mode == "sequential"
+
+    @property
+    def num_batches(self) -> list[int | float]:
+        """Batches that the feed will give of each source."""
+        return [min(limit, length) for limit, length in zip(self.limits, self.lengths)]
+
+    def sources(self) -> list[Any]:
+        """Return what the feed iterates over: loaders, one after the other, or the joint loader."""
+        combined = self.combined
+        assert combined is not None
+        if self.is_sequential or not combined.flattened:
+            return list(combined.flattened)
+        # One loader alone needs no combining: its batches are the joint batches.
+        if combined.iterables is combined.flattened[0]:
+            return [combined.flattened[0]]
+        return [Joint(combined.flattened, combined.mode, combined.rebuild)]

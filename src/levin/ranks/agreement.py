@@ -1,0 +1,124 @@
+"""What all ranks agree on while they run: to stop, to end for a signal, that a save has failed, and what time it is.
+
+Any rank may be told something at any moment. If it acted at once, the others would wait for it in their next collective.
+So every rank calls :meth:`Agreement.look` at the same batches, and every so many calls the ranks exchange what they were
+told: a few times a second, on a line of their own over the CPU. Between two exchanges a look is one subtraction.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from levin.ranks.uneven import is_shared
+
+if TYPE_CHECKING:
+    from levin.loops.run import Run
+    from levin.trainer import Trainer
+
+PERIOD_S = 0.25
+"""Seconds between two exchanges, about."""
+
+
+def looks_until_exchange(seconds_per_look: float, num_before: int) -> int:
+    """Return how many looks go by until the next exchange.
+
+    Args:
+        seconds_per_look: How long it took from one look to the next, on the slowest rank.
+        num_before: How many looks went by before the last exchange: the number at most doubles, so that a few quick
+            steps at the beginning do not make ranks deaf to what comes after.
+
+    Example:
+        >>> looks_until_exchange(0.01, 100), looks_until_exchange(0.01, 4), looks_until_exchange(3.0, 4)
+        (25, 8, 1)
+    """
+    return max(1, min(int(PERIOD_S / max(seconds_per_look, 1e-6)), 2 * num_before))
+
+
+class Agreement:
+    """What all ranks have agreed on so far, the same on every rank.
+
+    Args:
+        trainer: What this rank is told lies in its ``should_stop`` and ``received_sigterm``.
+        exchange: Returns the numbers of every rank, in the order of ranks.
+        check: Raises what has failed in the background of this rank, if anything.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        exchange: Callable[[list[float]], list[list[float]]],
+        check: Callable[[], None],
+    ) -> None:
+        self.should_stop: bool = False
+        self.received_sigterm: bool = False
+        # Since the beginning of the run, as of the last exchange.
+        self.time_s: float = 0.0
+        self._trainer = trainer
+        self._exchange = exchange
+        self._check = check
+        self._started_s: float = time.monotonic()
+        self._num_looks: int = 1
+        self._num_left: int = 1
+
+    def maybe_sync(self) -> None:
+        """Exchange what ranks were told, if it is time to; every rank calls this after the same batches.
+
+        Raises:
+            Exception: What has failed in the background on this rank.
+            RuntimeError: It has failed on another rank.
+        """
+        self._num_left -= 1
+        if self._num_left <= 0:
+            self.sync()
+
+    def sync(self) -> None:
+        """Exchange what ranks were told; every rank calls this at the same moment. Raises as :meth:`maybe_sync` does."""
+        trainer = self._trainer
+        error = self._failure()
+        rows = self._exchange(
+            [trainer.should_stop, trainer.received_sigterm, error is not None, time.monotonic() - self._started_s]
+        )
+        stops, signals, failures, times = zip(*rows)
+        self.should_stop = any(stops)
+        if self.should_stop:
+            trainer.should_stop = True
+        self.received_sigterm = self.received_sigterm or any(signals)
+        num_looks = max(1, self._num_looks - self._num_left)
+        now_s = max(self.time_s, *times)
+        self._num_looks = self._num_left = looks_until_exchange((now_s - self.time_s) / num_looks, num_looks)
+        self.time_s = now_s
+        if error is not None:
+            raise error
+        if any(failures):
+            rank = failures.index(True)
+            raise RuntimeError(f"Saving in the background failed on rank {rank}, which tells why.")
+
+    def _failure(self) -> Exception | None:
+        try:
+            self._check()
+        except Exception as error:  # raised again once all ranks know
+            return error
+        return None
+
+
+def agreement_for(trainer: Trainer) -> Agreement | None:
+    """Return an agreement for a run of ``trainer``, None where there is no other rank to agree with."""
+    strategy: Any = trainer.strategy
+    if not is_shared(strategy):
+        return None
+
+    def check() -> None:
+        for callback in trainer.checkpoint_callbacks:
+            callback.check_saves(trainer)
+        strategy.checkpoint_io.check()
+
+    return Agreement(trainer, strategy.control.exchange, check)
+
+
+def now_s(run: Run | None) -> float:
+    """Return the time in seconds since some moment, the same on every rank of ``run``."""
+    if run is None or run.agreement is None:
+        return time.monotonic()
+    return run.agreement.time_s

@@ -1,0 +1,111 @@
+"""Steps for which not all ranks have a batch of their own: what they do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from levin.ranks.shared_feed import Peers, SharedFeed
+from levin.resume.metric_states import collect_metric_states, load_metric_states
+from levin.strategies.collectives import num_collectives
+from levin.strategies.parallel import is_connected
+
+if TYPE_CHECKING:
+    from levin.data.feed import Feed
+    from levin.loops.run import Run
+    from levin.strategies.strategy import Strategy
+
+
+class Uneven:
+    """Lets a filler count for nothing, and the batches of the other ranks for all of the step.
+
+    The loss of a filler is multiplied by zero, its logged values have no weight, and the states of metric objects are
+    put back after it.
+
+    Args:
+        run: Whose steps.
+        size: Number of processes.
+    """
+
+    def __init__(self, run: Run, size: int) -> None:
+        self.size: int = size
+        self.is_filler: bool = False
+        self.num_lacking: int = 0
+        self._run = run
+        self._metrics: dict[str, Any] | None = None
+
+    @property
+    def share(self) -> float:
+        """What the batch of this rank counts in a plain mean over all ranks."""
+        return 0.0 if self.is_filler else self.size / (self.size - self.num_lacking)
+
+    @contextmanager
+    def __call__(self, is_filler: bool, num_active: int) -> Iterator[None]:
+        """Run a step for which ``num_active`` ranks have a batch of their own."""
+        self.is_filler, self.num_lacking = is_filler, self.size - num_active
+        store = self._run.store
+        store.is_filler = is_filler
+        if is_filler:
+            self._metrics = _copied(collect_metric_states(self._run.module))
+        try:
+            yield
+        finally:
+            self.forget_filler()
+            store.is_filler = None
+            self.is_filler, self.num_lacking = False, 0
+
+    def forget_filler(self) -> None:
+        """Put the metrics back to what they were before the filler; what follows in the same step counts."""
+        metrics, self._metrics = self._metrics, None
+        if metrics is not None:
+            for state in metrics.values():
+                # Where nothing was ever seen, metrics would otherwise warn that they were not updated.
+                state["update_count"] = max(1, state["update_count"])
+            load_metric_states(self._run.module, metrics)
+            children: Iterator[Any] = self._run.module.modules()
+            for child in children:
+                if hasattr(child, "_update_count") and hasattr(child, "_computed"):
+                    child._computed = None
+
+
+def _copied(states: dict[str, Any]) -> dict[str, Any]:
+    return {name: {key: _copy(value) for key, value in state.items()} for name, state in states.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return list(value) if isinstance(value, list) else value
+
+
+def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
+    """Return the feed of a stage on several ranks.
+
+    Args:
+        run: The run.
+        stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
+        args: As for :class:`~levin.data.feed.Feed`.
+    """
+    strategy: Any = run.strategy
+    peers = Peers(
+        strategy.global_rank, strategy.world_size, strategy.control.exchange, strategy.control.share, num_collectives
+    )
+    uneven = Uneven(run, strategy.world_size)
+    return SharedFeed(*args, peers=peers, rule=strategy.uneven if stage == "train" else None, uneven=uneven)
+
+
+def agreed_batches(strategy: Any, num_batches: float, rule: str = "longest") -> int | float:
+    """Return how many batches of one loader all ranks go through together; each asks with its own number."""
+    if not is_shared(strategy) or not is_connected():
+        return num_batches
+    numbers = [row[0] for row in strategy.control.exchange([float(num_batches)])]
+    agreed = min(numbers) if rule == "shortest" else max(numbers)
+    return agreed if agreed == float("inf") else int(agreed)
+
+
+def is_shared(strategy: Strategy) -> bool:
+    """Whether there are other ranks to take steps with."""
+    return strategy.is_distributed and strategy.world_size > 1

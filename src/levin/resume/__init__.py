@@ -1,0 +1,1 @@
+"""Going on exactly: the place in the data and in the run, kept in a checkpoint and found again."""

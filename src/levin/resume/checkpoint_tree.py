@@ -1,0 +1,165 @@
+"""The one tree that is saved: collected from a run, and put back into one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Optional
+
+from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
+from levin.resume.rank_states import part_of_rank, with_other_ranks
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.seed import collect_rng_states, set_rng_states
+from levin.utilities.timing import call_timed
+
+if TYPE_CHECKING:
+    from levin.trainer import Trainer
+
+
+def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
+    """Return the tree of a run.
+
+    Args:
+        trainer: Whose run.
+        weights_only: Whether to leave out optimizers, schedulers, callbacks and the exact position.
+    """
+    module, datamodule = trainer.lightning_module, trainer.datamodule
+    checkpoint: dict[str, Any] = {
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "pytorch-lightning_version": COMPATIBLE_VERSION,
+        "state_dict": trainer.strategy.lightning_module_state_dict(),
+        "loops": {
+            "fit_loop": trainer.fit_loop.state_dict(),
+            "validate_loop": trainer.validate_loop.state_dict(),
+            "test_loop": trainer.test_loop.state_dict(),
+            "predict_loop": trainer.predict_loop.state_dict(),
+        },
+    }
+    if not weights_only:
+        checkpoint["callbacks"] = {
+            callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())
+        }
+        checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        precision = trainer.precision_plugin
+        precision_state = precision.state_dict()
+        if precision_state:
+            checkpoint[type(precision).__qualname__] = precision_state
+        own = {"version": 1, "rng": collect_rng_states(), **trainer._resume.state_dict(trainer)}
+        checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
+    for prefix, owner in (("", module), ("datamodule_", datamodule)):
+        if owner is not None and owner.hparams:
+            name = owner._hparams_name
+            key = "hparams_name" if not prefix else "datamodule_hparams_name"
+            value_key = f"{prefix}hyper_parameters"
+            checkpoint[key] = name
+            if type(owner.hparams).__module__.split(".")[0] == "omegaconf":
+                checkpoint[value_key] = owner.hparams
+                checkpoint[f"{prefix}hparams_type"] = type(owner.hparams)
+            else:
+                checkpoint[value_key] = dict(owner.hparams)
+    if datamodule is not None:
+        state = call_timed(trainer, "LightningDataModule", datamodule, "state_dict")
+        if state:
+            checkpoint[type(datamodule).__qualname__] = state
+    if not weights_only:
+        for callback in trainer.callbacks:
+            call_timed(trainer, "Callback", callback, "on_save_checkpoint", trainer, module, checkpoint)
+    call_timed(trainer, "LightningModule", module, "on_save_checkpoint", checkpoint)
+    return checkpoint
+
+
+def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Load weights, data module and callbacks out of ``checkpoint``."""
+    module = trainer.lightning_module
+    call_timed(trainer, "LightningModule", module, "on_load_checkpoint", checkpoint)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    datamodule = trainer.datamodule
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        state = checkpoint[type(datamodule).__qualname__]
+        call_timed(trainer, "LightningDataModule", datamodule, "load_state_dict", state)
+    states = checkpoint.get("callbacks")
+    if states is None:
+        return
+    for callback in trainer.callbacks:
+        call_timed(trainer, "Callback", callback, "on_load_checkpoint", trainer, module, checkpoint)
+    present = {key for callback in trainer.callbacks for key in _keys_of(callback)}
+    absent = sorted(str(key) for key in states if key not in present)
+    if absent:
+        rank_zero_warn(
+            "The checkpoint holds states of callbacks that the Trainer does not have: "
+            f"{absent}. Add them to Trainer(callbacks=...) to go on with them."
+        )
+    for callback in trainer.callbacks:
+        state = next((states[key] for key in _keys_of(callback) if key in states), None)
+        if state:
+            callback.load_state_dict(deepcopy(state))
+
+
+def _keys_of(callback: Any) -> tuple[Any, ...]:
+    """Return where a callback's state may be: under its key, or in files of Lightning before 1.5 under its class."""
+    return callback.state_key, type(callback), type(callback).__qualname__
+
+
+def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Load the gradient scaler and the counters."""
+    precision = trainer.precision_plugin
+    for key in (type(precision).__qualname__, "native_amp_scaling_state"):
+        if key in checkpoint:
+            precision.load_state_dict(checkpoint[key])
+            break
+    loops = checkpoint.get("loops") or {}
+    fn = str(trainer.state.fn)
+    if fn == "fit":
+        trainer.fit_loop.load_state_dict(loops.get("fit_loop", {}))
+        if own_state(checkpoint) is None:
+            _count_steps_once(trainer)
+    for name, loop in (
+        ("validate", trainer.validate_loop), ("test", trainer.test_loop), ("predict", trainer.predict_loop),
+    ):  # fmt: skip
+        if fn == name:
+            loop.load_state_dict(loops.get(f"{name}_loop", {}))
+
+
+def _count_steps_once(trainer: Trainer) -> None:
+    """Leave out the steps of the other kind of optimization, which files that Lightning has migrated count as well."""
+    loop = trainer.fit_loop.epoch_loop
+    unused = loop.manual_step_progress if trainer.lightning_module.automatic_optimization else loop.optim_progress.step
+    zero = dict.fromkeys(("ready", "completed"), 0)
+    unused.load_state_dict({"total": zero, "current": zero})
+
+
+def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Load optimizers and schedulers.
+
+    Raises:
+        KeyError: The file holds none, since it was saved with weights only.
+    """
+    for key in ("optimizer_states", "lr_schedulers"):
+        if key not in checkpoint:
+            raise KeyError(
+                f"The checkpoint has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
+                "Load the weights with `load_from_checkpoint` and start a new fit."
+            )
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
+        config.scheduler.load_state_dict(state)
+
+
+def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+    """Return what levin itself added to the file, or None when another framework wrote it."""
+    state = checkpoint.get(OWN_KEY)
+    return state if isinstance(state, dict) else None
+
+
+def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
+    """Return the part of :func:`own_state` that is for this rank."""
+    state = own_state(checkpoint)
+    return None if state is None else part_of_rank(state, strategy.global_rank, strategy.world_size)
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put the random states of this process back, if it was there when they were saved."""
+    if "rng" in state:
+        set_rng_states(state["rng"])

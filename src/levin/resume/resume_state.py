@@ -1,0 +1,354 @@
+"""Going on exactly where a run stopped: what a checkpoint holds for that beyond Lightning's keys, and its way back.
+
+Between two batches the counters say where a run is. A checkpoint that was saved by a hook is saved in the middle of
+something, which is finished before anything else: the other hooks of that moment, logging, validation, schedulers.
+A validation that was under way is begun again, from the random states and the place in its data that it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from levin.log_store import LogStore
+from levin.resume import checkpoint_tree as tree
+from levin.resume.metric_states import collect_metric_states, load_metric_states
+from levin.resume.plain_values import copied, is_plain
+from levin.resume.position import Position
+from levin.resume.rng_states import GlobalGenerators
+from levin.utilities.move import move_data_to_device
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.states import TrainerFn
+
+if TYPE_CHECKING:
+    from levin.data.feed import Feed
+    from levin.loops.run import Run
+    from levin.loops.stage_loaders import StageLoaders
+    from levin.trainer import Trainer
+
+
+class Phase(IntEnum):
+    """Where in the work after a batch a run is, in the order of that work."""
+
+    BATCH_END = 0
+    VALIDATION = 1
+    VALIDATION_END = 2
+    EPOCH_END = 3
+
+
+_PHASE_OF_HOOK = {
+    "on_train_batch_end": Phase.BATCH_END,
+    "on_validation_end": Phase.VALIDATION_END,
+    "on_train_epoch_end": Phase.EPOCH_END,
+}
+
+
+@dataclass
+class InterruptedPhase:
+    """What a checkpoint was saved in the middle of.
+
+    Args:
+        phase: Where.
+        num_hooks: How many hooks of that phase were not called yet.
+        arguments: The outputs and the batch that they get, for ``on_train_batch_end``; None if they could not be saved.
+    """
+
+    phase: Phase
+    num_hooks: int = 0
+    arguments: Optional[tuple[Any, Any]] = None
+
+
+class ResumeState:
+    """Where training is: in the data, in the accumulation window, in the running sums of logged values and metrics."""
+
+    def __init__(self) -> None:
+        self.position = Position()
+        self.val_positions: list[Position] = []
+        self._feed: Optional[Feed] = None
+        self._has_warned_of_kept: bool = False
+        self._store: Optional[LogStore] = None
+        self._loaded: Optional[dict[str, Any]] = None
+        self._unfinished: Optional[InterruptedPhase] = None
+        self._generators = GlobalGenerators()
+        # What a validation that is under way began with.
+        self._validation: Optional[dict[str, Any]] = None
+        # Where the validation data were, until validation begins.
+        self._loaded_validation: Optional[dict[str, Any]] = None
+        self._loaded_callbacks: dict[str, Any] = {}
+        self._loaded_store: Optional[list[dict[str, Any]]] = None
+
+    # ---------------------------------------------------------------- saving
+
+    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what :meth:`follow` needs after a restart; empty outside fit."""
+        run, step = trainer._run, trainer._step
+        if run is None or trainer.state.fn != TrainerFn.FITTING or step is None:
+            return {}
+        state: dict[str, Any] = {
+            "window": step.state_dict(),
+            "log_store": self._store.state_dict() if self._store is not None else [],
+            "data": self.position.state_dict(self._num_done(trainer)),
+            "metrics": collect_metric_states(run.module),
+            "reduced_metrics": tuple(dict(values) for values in trainer._metrics),
+            "loaded_epoch": trainer._train_loaders.loaded_epoch,
+            "eval_log_steps": dict(run.eval_log_steps),
+            "validation_data": {
+                "loaded_epoch": trainer._val_loaders.loaded_epoch,
+                "positions": [position.state_dict() for position in self.val_positions],
+            },
+            "checkpoint_callbacks": {
+                callback.state_key: kept for callback in trainer.checkpoint_callbacks if (kept := callback.run_state())
+            },
+        }
+        if self._loaded_validation is not None:
+            state["validation_data"] = self._loaded_validation
+        unfinished = self._find_unfinished(trainer, run)
+        if unfinished is not None:
+            state["unfinished"] = _as_dict(unfinished)
+            if unfinished.phase == Phase.VALIDATION:
+                state.update(self._validation or {})
+        return state
+
+    def _num_done(self, trainer: Trainer) -> int:
+        """Return how many batches of the epoch are done with."""
+        counter, feed = trainer.fit_loop.epoch_loop.batch_progress.current, self._feed
+        if feed is None or not feed.is_on_demand:
+            return counter.processed
+        if feed.is_ahead and not feed.is_last and not self._has_warned_of_kept:
+            self._has_warned_of_kept = True
+            rank_zero_warn(
+                f"The first step took {feed.first_take} batches from `dataloader_iter`, and each of the others "
+                f"{feed.later_takes}, as steps do that fetch ahead. A checkpoint in the middle of an epoch does not hold "
+                "the batches that a module keeps: the run that goes on from it leaves them out. Save them in "
+                "`on_save_checkpoint`, or let the loader fetch ahead (`num_workers`, `prefetch_factor`)."
+            )
+        # A step takes as many batches as it likes.
+        return feed.num_taken if counter.processed == counter.ready else feed.step_start
+
+    def _find_unfinished(self, trainer: Trainer, run: Run) -> Optional[InterruptedPhase]:
+        """Return what the run is in the middle of, None between two batches."""
+        name, iterator, arguments = run.under_way
+        phase = _PHASE_OF_HOOK.get(name)
+        if self._validation is not None and phase != Phase.VALIDATION_END:
+            return InterruptedPhase(Phase.VALIDATION)
+        if phase is None:
+            return None
+        num_hooks = iterator.__length_hint__()
+        if phase != Phase.BATCH_END or not num_hooks:
+            return InterruptedPhase(phase, num_hooks)
+        outputs, batch, _ = arguments
+        kept = (copied(outputs), copied(batch)) if is_plain((outputs, batch)) else None
+        return InterruptedPhase(phase, num_hooks, kept)
+
+    def begin_validation(self, trainer: Trainer, run: Run) -> None:
+        """Keep what it takes to begin this validation again."""
+        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        self._validation = {
+            "generators": {**self._generators.read(), **_device_generators()},
+            "metrics": copied(collect_metric_states(run.module)),
+            "eval_log_steps": dict(run.eval_log_steps),
+            "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
+            "validation_data": self._loaded_validation
+            or {
+                "loaded_epoch": trainer._val_loaders.loaded_epoch,
+                "positions": [position.state_dict() for position in self.val_positions],
+            },
+        }
+
+    def end_validation(self) -> None:
+        """The validation is over."""
+        for position in self.val_positions:
+            position.finish()
+        self._validation = None
+
+    # ---------------------------------------------------------------- going on
+
+    def settle_counters(self, trainer: Trainer, exact: Optional[dict[str, Any]]) -> None:
+        """Turn what was being counted when the file was saved into where to go on.
+
+        Args:
+            trainer: With the counters of the file.
+            exact: What :meth:`state_dict` returned then; None for a file of another framework.
+        """
+        loop = trainer.fit_loop
+        epoch, batch = loop.epoch_progress, loop.epoch_loop.batch_progress
+        for counter in (epoch.current, epoch.total):
+            if counter.processed > counter.completed:
+                counter.completed = counter.processed
+        mid_epoch = epoch.current.started > epoch.current.processed and batch.current.processed > 0
+        loop.restarted_mid_epoch = mid_epoch
+        if exact is not None and "unfinished" in exact:
+            self._unfinished = _from_dict(exact["unfinished"])
+        else:
+            self._unfinished = self._guess_unfinished(trainer) if mid_epoch else None
+        if mid_epoch:
+            if batch.current.ready > batch.current.processed:
+                batch.is_last_batch = False  # said of a batch that is still to be trained on
+            is_counted = self._unfinished is None or self._unfinished.phase != Phase.BATCH_END
+            for counter in (batch.current, batch.total):
+                counter.ready = counter.started = counter.processed
+                counter.completed = counter.processed - (not is_counted)
+        else:
+            epoch.current.ready = epoch.current.started = epoch.current.processed
+            ends_epoch = self._unfinished is not None and self._unfinished.phase == Phase.EPOCH_END
+            if batch.current.ready and not ends_epoch:
+                batch.reset()
+
+    @staticmethod
+    def _guess_unfinished(trainer: Trainer) -> Optional[InterruptedPhase]:
+        """Return what the counters alone tell."""
+        loop = trainer.fit_loop.epoch_loop
+        batch, validation = loop.batch_progress, loop.val_loop.batch_progress
+        if batch.current.processed > batch.current.completed:
+            return InterruptedPhase(Phase.BATCH_END)
+        is_complete = validation.is_last_batch and validation.current.completed == validation.current.ready
+        return InterruptedPhase(Phase.VALIDATION) if validation.current.started > 0 and not is_complete else None
+
+    def follow(self, run: Run, feed: Feed, step: Any, exact: Optional[dict[str, Any]]) -> None:
+        """Follow the data from here on, and go on where ``exact`` was collected."""
+        trainer = run.trainer
+        self._store = run.store
+        self.position = Position()
+        self._feed = feed
+        feed.track([self.position])
+        self._loaded = None
+        self._validation = None
+        if exact is None:
+            return
+        self.position.load_state_dict(exact.get("data", {}))
+        is_mid_epoch = trainer.fit_loop.restarted_mid_epoch
+        if not is_mid_epoch and not _has_only_begun(exact.get("data", {})):
+            self.position.finish()
+        if "window" in exact:
+            self._loaded = exact if is_mid_epoch else None
+            step.load_state_dict(exact["window"])
+            if is_mid_epoch or self._unfinished is not None:
+                self._loaded_store = exact.get("log_store", [])
+            load_metric_states(run.module, exact.get("metrics", {}))
+            device = run.strategy.root_device
+            for values, saved in zip(trainer._metrics, exact.get("reduced_metrics", ())):
+                values.update(move_data_to_device(saved, device))
+        if "validation_data" in exact:
+            trainer._train_loaders.loaded_epoch = exact["loaded_epoch"]
+            run.eval_log_steps.update(exact["eval_log_steps"])
+            self._loaded_validation = exact["validation_data"]
+            if trainer._val_loaders.combined is not None:
+                trainer._val_loaders.loaded_epoch = exact["validation_data"]["loaded_epoch"]
+        self._loaded_callbacks = exact.get("checkpoint_callbacks", {})
+        if "val_total" in exact:
+            total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            for name, value in zip(total.__slots__, exact["val_total"]):
+                setattr(total, name, value)
+        tree.restore_rng(exact)
+        if "generators" in exact:
+            self._generators.write(exact["generators"])
+            if "torch.cuda" in exact["generators"]:
+                tree.restore_rng({"rng": {"torch.cuda": exact["generators"]["torch.cuda"]}})
+
+    def take_up(self, run: Run) -> None:
+        """Take up what ``on_train_start``, which is called after a restart too, would change."""
+        trainer = run.trainer
+        if self._loaded_store is not None:
+            run.store.load_state_dict(self._loaded_store)
+        self._loaded_store = None
+        for callback in trainer.checkpoint_callbacks:
+            if (state := self._loaded_callbacks.get(callback.state_key)) is not None:
+                callback.load_run_state(state)
+        self._loaded_callbacks = {}
+
+    def take_unfinished(self, *phases: Phase) -> Optional[InterruptedPhase]:
+        """Return what the checkpoint was saved in the middle of, once, if it is one of ``phases``."""
+        unfinished = self._unfinished
+        if unfinished is None or unfinished.phase not in phases:
+            return None
+        self._unfinished = None
+        return unfinished
+
+    def call_rest(self, run: Run, name: str, unfinished: InterruptedPhase, batch_idx: int = 0) -> None:
+        """Call those hooks ``name`` that were not called yet when the checkpoint was saved."""
+        if not unfinished.num_hooks:
+            return
+        arguments: tuple[Any, ...] = ()
+        if name == "on_train_batch_end":
+            if unfinished.arguments is None:
+                rank_zero_warn(
+                    "The checkpoint was saved in `on_train_batch_end`, before some of these hooks were called, and their "
+                    "batch holds more than tensors and plain values and was not saved: they are not called for it."
+                )
+                return
+            outputs, batch = move_data_to_device(unfinished.arguments, run.strategy.root_device)
+            run.store.start_batch(batch)
+            arguments = (outputs, batch, batch_idx)
+        run.call(name, *arguments, num_last=unfinished.num_hooks)
+
+    def batches(self, feed: Feed, start: int) -> Generator[Any, None, None]:
+        """Return the batches of the epoch from index ``start`` on."""
+        loaded, self._loaded = self._loaded, None
+        if start and (loaded is None or "data" not in loaded):
+            rank_zero_warn(
+                "The checkpoint was saved in the middle of an epoch without the position in the data: "
+                f"the loader starts again, from batch {start} on."
+            )
+        elif start and feed.is_on_demand and loaded is not None:
+            # The number of steps does not say how many batches they took.
+            start = feed.num_taken = loaded["data"]["num_done"]
+        return feed.iterate(start)
+
+    def follow_reloaded(self) -> None:
+        """The training loaders were made anew: what was known of those before does not count for them."""
+        self.position.load_state_dict({})
+
+    def follow_validation(self, feed: Feed, loaders: StageLoaders, is_new: bool, is_due: bool) -> None:
+        """Follow the validation data.
+
+        Args:
+            feed: The feed of the validation that begins.
+            loaders: Its loaders.
+            is_new: Whether they were made for this validation.
+            is_due: Whether they would have been made for it in any case, not only after a restart.
+        """
+        loaded, self._loaded_validation = self._loaded_validation, None
+        if is_new or len(self.val_positions) != len(feed.sources):
+            self.val_positions = [Position() for _ in feed.sources]
+        if loaded is not None and not is_due:
+            loaders.loaded_epoch = loaded["loaded_epoch"]
+            for position, state in zip(self.val_positions, loaded["positions"]):
+                position.load_state_dict(state)
+                position.finish()
+        feed.track(self.val_positions)
+
+    def is_validation_due_to_load(self, every_n_epochs: int, epoch: int) -> bool:
+        """Whether the unbroken run, too, would make its validation loaders now."""
+        loaded = self._loaded_validation
+        if loaded is None:
+            return True
+        was_loaded = loaded["loaded_epoch"] >= 0
+        return not was_loaded or bool(every_n_epochs and epoch - loaded["loaded_epoch"] >= every_n_epochs)
+
+
+def _has_only_begun(data: dict[str, Any]) -> bool:
+    """Whether the loader had begun its epoch, and so had drawn its order, when no batch was done with yet."""
+    is_open = not data.get("is_finished", True) and not data["is_ended"]
+    return is_open and data["kind"] == "index" and not data["num_done"]
+
+
+def _as_dict(unfinished: InterruptedPhase) -> dict[str, Any]:
+    return {
+        "phase": int(unfinished.phase),
+        "num_hooks": unfinished.num_hooks,
+        "arguments": unfinished.arguments,
+    }
+
+
+def _from_dict(state: dict[str, Any]) -> InterruptedPhase:
+    return InterruptedPhase(Phase(state["phase"]), state["num_hooks"], state["arguments"])
+
+
+def _device_generators() -> dict[str, Any]:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no type
+        return {"torch.cuda": torch.cuda.get_rng_state_all()}
+    return {}

@@ -1,0 +1,217 @@
+"""The random states of data-loader workers, batch by batch.
+
+Workers run ahead of the loop: when a run is saved, they have drawn numbers for batches nobody has seen. So each worker
+leaves its random states after every batch in memory that the main process shares, enough of them to reach back to
+the last batch that was consumed. Batches themselves, and what PyTorch draws, stay untouched.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+from torch import nn
+from torch.utils.data import IterableDataset, get_worker_info
+
+from levin.data.combined import is_stateful
+from levin.resume.rng_states import GlobalGenerators, find_generators, read_generators, write_generators
+from levin.resume.stateful import end_once, leave_epoch
+
+# The three global generators take 10 kB; the rest is for those of the data set.
+_SLOT_BYTES = 32 * 1024
+_NUMBER_BYTES = 8
+_TOO_LARGE = 2**63 - 1
+
+
+class Ledger:
+    """Memory in which each worker writes a state after every batch; the last ``num_slots`` of them can be read.
+
+    Args:
+        num_workers: Workers that write.
+        num_slots: States kept per worker.
+        slot_bytes: Largest size of a state.
+
+    Example:
+        >>> ledger = Ledger(num_workers=1, num_slots=2)
+        >>> ledger.write(0, b"after the first batch")
+        >>> ledger.count(0), ledger.read(0, 1)
+        (1, b'after the first batch')
+    """
+
+    def __init__(self, num_workers: int, num_slots: int, slot_bytes: int = _SLOT_BYTES) -> None:
+        self.num_slots: int = num_slots
+        self.slot_bytes: int = slot_bytes
+        # What a fork or a new process inherits; no lock is needed, since each part has one writer.
+        self._worker_bytes: int = _NUMBER_BYTES + num_slots * (_NUMBER_BYTES + slot_bytes)
+        self._memory: Any = RawArray("B", num_workers * self._worker_bytes)
+
+    def write(self, worker: int, state: bytes) -> None:
+        """Add the state of ``worker`` after its next batch."""
+        view = memoryview(self._memory).cast("B")
+        count = self._number(view, worker * self._worker_bytes)
+        start = self._slot(worker, count + 1)
+        size = len(state)
+        if size <= self.slot_bytes:
+            view[start + _NUMBER_BYTES : start + _NUMBER_BYTES + size] = state
+        else:
+            size = _TOO_LARGE
+        view[start : start + _NUMBER_BYTES] = size.to_bytes(_NUMBER_BYTES, "little")
+        # The count comes last: a state that is counted is whole.
+        header = worker * self._worker_bytes
+        view[header : header + _NUMBER_BYTES] = (count + 1).to_bytes(_NUMBER_BYTES, "little")
+
+    def count(self, worker: int) -> int:
+        """Return how many batches ``worker`` has made."""
+        return self._number(memoryview(self._memory).cast("B"), worker * self._worker_bytes)
+
+    def read(self, worker: int, count: int) -> bytes | None:
+        """Return the state of ``worker`` after batch number ``count`` (from 1), None if it is not kept."""
+        view = memoryview(self._memory).cast("B")
+        if not self.count(worker) - self.num_slots < count <= self.count(worker):
+            return None
+        start = self._slot(worker, count)
+        size = self._number(view, start)
+        if size == _TOO_LARGE:
+            return None
+        return bytes(view[start + _NUMBER_BYTES : start + _NUMBER_BYTES + size])
+
+    def _slot(self, worker: int, count: int) -> int:
+        slot = count % self.num_slots
+        return worker * self._worker_bytes + _NUMBER_BYTES + slot * (_NUMBER_BYTES + self.slot_bytes)
+
+    @staticmethod
+    def _number(view: memoryview, start: int) -> int:
+        return int.from_bytes(view[start : start + _NUMBER_BYTES], "little")
+
+
+class RecordingCollate:
+    """Calls the user's ``collate_fn``, the last thing that happens to a batch, and records the worker's state.
+
+    Args:
+        collate_fn: The user's or PyTorch's.
+        ledger: Where to write.
+        batch_size: Samples in a whole batch of an iterable data set; a smaller batch is its worker's last.
+    """
+
+    def __init__(self, collate_fn: Callable[[Any], Any], ledger: Ledger, batch_size: int | None = None) -> None:
+        self.collate_fn: Callable[[Any], Any] = collate_fn
+        self.ledger: Ledger = ledger
+        self.batch_size: int | None = batch_size
+        self._state: WorkerState | None = None
+        self._worker: int = -1
+
+    def __call__(self, samples: Any) -> Any:
+        """Return the batch of ``samples``."""
+        batch = self.collate_fn(samples)
+        if self._state is None:
+            info = get_worker_info()
+            if info is None:
+                return batch
+            self._worker = info.id
+            self._state = WorkerState(info.dataset, self.collate_fn)
+        ended = self.batch_size is not None and len(samples) < self.batch_size
+        self.ledger.write(self._worker, pickle.dumps(self._state.read(ended), pickle.HIGHEST_PROTOCOL))
+        return batch
+
+
+class WorkerState:
+    """Reads and sets what decides the numbers that a worker (or a loader without workers) draws.
+
+    That is: the global generators, the generators that the data set and the ``collate_fn`` hold, and the data set's own
+    ``state_dict``.
+
+    Args:
+        dataset: The data set in this process.
+        collate_fn: Function that makes the batches.
+    """
+
+    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+        self.dataset: Any = dataset
+        self.owners: dict[str, Any] = {"dataset": dataset, "collate_fn": collate_fn}
+        # The state of a module is its weights, not a place in the data.
+        self.has_state: bool = is_stateful(dataset) and not isinstance(dataset, nn.Module)
+        self._globals: GlobalGenerators = GlobalGenerators()
+        self._generators: dict[Any, Any] = {}
+        self._num_read: int = 0
+
+    def read(self, ended: bool = False) -> dict[str, Any]:
+        """Return the state.
+
+        Args:
+            ended: Whether an iterable data set has come to its end.
+        """
+        state = {"globals": self._globals.read(), **self.read_own()}
+        if ended:
+            state["ended"] = True
+        return state
+
+    def read_own(self) -> dict[str, Any]:
+        """Return the part of the state that the global generators are not."""
+        self._num_read += 1
+        # Looking for generators costs more than reading them, and many data sets make theirs when first used: look
+        # after batches 1, 2, 4, 8 and so on.
+        if self._num_read & (self._num_read - 1) == 0:
+            self._generators = find_generators(self.owners)
+        state: dict[str, Any] = {}
+        if self._generators:
+            state["generators"] = read_generators(self._generators)
+        if self.has_state:
+            state["dataset"] = self.dataset.state_dict()
+        return state
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Set everything that is in ``state``."""
+        self._globals.write(state.get("globals", {}))
+        self.write_own(state)
+
+    def write_own(self, state: Mapping[str, Any]) -> None:
+        """Set all but the global generators."""
+        write_generators(self.owners, state.get("generators", {}))
+        if "dataset" in state and self.has_state:
+            self.dataset.load_state_dict(state["dataset"])
+
+    def write_left(self, state: Mapping[str, Any], is_ended: bool) -> None:
+        """Set all but the global generators to a state saved where an epoch was left, to begin a new one.
+
+        The data set may be iterated, which draws from the global generators.
+        """
+        if "dataset" in state and self.has_state and isinstance(self.dataset, IterableDataset):
+            leave_epoch(self.dataset, state["dataset"], is_ended)
+            write_generators(self.owners, state.get("generators", {}))
+        else:
+            self.write_own(state)
+
+
+class RestoringInit:
+    """A ``worker_init_fn`` that calls the user's and then sets each worker to a saved state.
+
+    Args:
+        worker_init_fn: The user's, or None.
+        states: The state of each worker that has one.
+        collate_fn: Function that makes the batches.
+    """
+
+    def __init__(
+        self, worker_init_fn: Callable[[int], None] | None, states: Mapping[int, Mapping[str, Any]], collate_fn: Any
+    ) -> None:
+        self.worker_init_fn: Callable[[int], None] | None = worker_init_fn
+        self.states: Mapping[int, Mapping[str, Any]] = states
+        self.collate_fn: Any = collate_fn
+
+    def __call__(self, worker_id: int) -> None:
+        """Set up the worker that this is called in."""
+        if self.worker_init_fn is not None:
+            self.worker_init_fn(worker_id)
+        state = self.states.get(worker_id)
+        info = get_worker_info()
+        if state is None or info is None:
+            return
+        worker = WorkerState(info.dataset, self.collate_fn)
+        if state.get("ended"):
+            worker.write_left(state, is_ended=True)
+            end_once(info.dataset)
+        else:
+            worker.write_own(state)
+        GlobalGenerators().write(state["globals"])

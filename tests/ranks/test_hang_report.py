@@ -1,0 +1,140 @@
+"""Who is to blame, given what each rank reports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch.distributed as dist
+
+from levin.ranks.hang_report import Report, diagnose, format_stack, is_secondary_failure, state_of_process
+
+
+def reports(**of_rank_one) -> list[Report]:
+    others = [Report(rank, place="step 7", counts={"0": 9}, collective="all_reduce of [[5]] #9") for rank in (0, 2)]
+    return [*others, Report(1, host="b", pid=77, **of_rank_one)]
+
+
+def test_the_rank_that_has_begun_fewer_collectives_is_late():
+    text = diagnose(reports(place="training_step, step 6", counts={"0": 8}, stuck_s=12.0, stack="File x\n  wait()"))
+    lines = text.splitlines()
+    assert lines[0] == "Rank 1 is late, the others wait for it."
+    assert "rank 1 (process 77 on b): training_step, step 6, for 12 s; it has begun 8 collectives" in lines[1]
+    assert "    File x\n      wait()" in text
+    assert "in all_reduce of [[5]] #9" in text
+
+
+def test_a_rank_that_answers_nothing_is_named_with_what_its_machine_says():
+    text = diagnose(reports(place="step 6", is_alive=False, process_state="it has ended"))
+    assert text.startswith(
+        "Rank 1 gives no sign of life.\nrank 1 (process 77 on b): last seen at step 6; it has ended."
+    )
+    text = diagnose(reports(is_alive=False))
+    assert "last seen at set-up; no Python code runs in it, or its machine or the network to it is gone" in text
+
+
+def test_a_failure_comes_before_its_echoes_and_before_what_they_leave():
+    everyone = reports(failure="KeyError: 'x'", order=3, place="training_step, step 6")
+    everyone[0].failure, everyone[0].is_secondary_failure, everyone[0].order = (
+        "RuntimeError: Connection closed by peer",
+        True,
+        1,
+    )
+    everyone[1].is_alive = False
+    text = diagnose(everyone)
+    assert text.startswith("Rank 1 failed first.\nrank 1 (process 77 on b): training_step, step 6\n    KeyError: 'x'")
+    assert "peer" not in text
+
+
+def test_of_two_failures_the_first_is_told():
+    everyone = reports(failure="KeyError: 'second'", order=2)
+    everyone[0].failure, everyone[0].order = "ValueError: first", 1
+    assert "ValueError: first" in diagnose(everyone)
+    assert "second" not in diagnose(everyone)
+
+
+def test_a_rank_that_has_ended_its_run_well_is_named():
+    text = diagnose(reports(place="the end", has_left=True, is_alive=False))
+    assert text.startswith("Rank 1 left the run, the others wait.\nrank 1 (process 77 on b): its run ended at the end.")
+
+
+def test_different_collectives_at_the_same_count():
+    text = diagnose(reports(place="step 7", counts={"0": 9}, collective="broadcast of [[2]] #9"))
+    assert text.startswith("The ranks went different ways and wait for each other.")
+    assert "in broadcast of [[2]] #9" in text
+    assert text.count("all_reduce of [[5]] #9") == 2
+
+
+def test_ranks_that_are_each_ahead_in_another_group_wait_for_each_other():
+    everyone = reports(place="the end of the epoch", counts={"0": 8, "1": 5}, stack="File x\n  vote()")
+    for other in everyone[:2]:
+        other.counts = {"0": 9, "1": 4}
+    text = diagnose(everyone)
+    assert text.startswith("The ranks went different ways and wait for each other.")
+    assert "the end of the epoch" in text
+    assert "vote()" in text
+
+
+def test_everybody_at_the_same_place_means_the_network():
+    text = diagnose(reports(place="step 7", counts={"0": 9}, collective="all_reduce of [[5]] #9"))
+    assert "the network between them is broken" in text
+
+
+def test_a_thousand_ranks_are_told_in_a_few_lines():
+    everyone = [Report(rank, counts={"0": 9}, place="step 7") for rank in range(1000)]
+    for rank in range(500, 530):
+        everyone[rank].counts = {"0": 8}
+    lines = diagnose(everyone).splitlines()
+    assert lines[0].startswith("Ranks 500, 501, 502, 503, 504, 505, 506, 507, ... are late")
+    assert "... and 22 more ranks." in lines
+    assert lines[-1] == "... and 969 more ranks that wait."
+    assert len(lines) == 12
+
+
+def test_a_report_travels_as_text():
+    report = Report(3, host="a", stack="x\ny", failure="é", order=2)
+    assert Report.load(report.dump().encode()) == report
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:3"), True),
+        (RuntimeError("unbound_buffer.cc:129] Timed out waiting 3000ms for send operation to complete"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (KeyError("peer"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_what_is_the_echo_of_another_rank(error, expected):
+    assert is_secondary_failure(error) is expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system has no /proc")
+def test_the_machine_says_what_became_of_a_process():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        assert "stopped" not in state_of_process(process.pid)
+        process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + 20
+        while "stopped by a signal" not in state_of_process(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert state_of_process(process.pid) == "it has ended"
+
+
+def test_a_stack_shows_the_users_calls_and_the_innermost():
+    def inner():
+        return format_stack(sys._getframe())
+
+    text = inner()
+    assert "test_a_stack_shows_the_users_calls" in text
+    assert text.rstrip().endswith("return format_stack(sys._getframe())")

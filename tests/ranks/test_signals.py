@@ -1,0 +1,293 @@
+"""What a run does when it is told to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from levin import Callback, LightningModule, Trainer
+from levin.callbacks import ModelCheckpoint
+from levin.checkpoint.verify import verify
+from levin.ranks.signals import FILE_NAME
+from tests.checkpoint.exact_runs import Run, Setup, differences, first_difference
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the signals of POSIX")
+
+
+class Model(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.layer(batch).sum())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Tell(Callback):
+    """Sends a signal to this very process at a hook, and notes what is called afterwards."""
+
+    def __init__(self, hook: str, number: int = signal.SIGTERM) -> None:
+        self.number, self.calls = number, []
+        setattr(self, hook, self.tell)
+
+    def tell(self, *args, **kwargs) -> None:
+        if not self.calls:
+            self.calls.append("told")
+            os.kill(os.getpid(), self.number)
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self.calls.append(type(exception).__name__)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.calls:
+            self.calls.append(f"batch {batch_idx}")
+
+
+def fit(tmp_path, callbacks, fn="fit", **flags):
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), callbacks=callbacks, **flags,
+    )  # fmt: skip
+    loaders = [DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(3, 2))]
+    with pytest.raises(SystemExit) as found:
+        getattr(trainer, fn)(Model(), *(loaders if fn == "fit" else loaders[1:]))
+    assert found.value.code == 143
+    assert trainer.interrupted
+    return trainer
+
+
+def test_the_batch_is_finished_and_the_run_saved(tmp_path):
+    tell = Tell("on_before_zero_grad")
+    fit(tmp_path, [tell, ModelCheckpoint(tmp_path / "kept")])
+    assert tell.calls == ["told", "SIGTERMException"]
+    verify(tmp_path / "kept" / FILE_NAME)
+    assert torch.load(tmp_path / "kept" / FILE_NAME)["global_step"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_auto_goes_on_from_it(tmp_path):
+    fit(tmp_path, [Tell("on_before_zero_grad"), ModelCheckpoint(tmp_path / "kept")])
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), callbacks=[ModelCheckpoint(tmp_path / "kept")],
+    )  # fmt: skip
+    trainer.fit(Model(), DataLoader(torch.ones(4, 2)), DataLoader(torch.ones(3, 2)), ckpt_path="auto")
+    assert trainer.ckpt_path == str(tmp_path / "kept" / FILE_NAME)
+    assert trainer.global_step == 4
+
+
+def test_without_a_checkpoint_callback_nothing_is_saved(tmp_path):
+    fit(tmp_path, [Tell("on_before_zero_grad")], enable_checkpointing=False)
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_the_folder_of_weights_alone_is_not_used(tmp_path):
+    fit(tmp_path, [Tell("on_before_zero_grad"), ModelCheckpoint(tmp_path / "kept", save_weights_only=True)])
+    assert (tmp_path / FILE_NAME).exists()
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start", "on_fit_start"])
+def test_before_training_there_is_nothing_to_save(tmp_path, hook):
+    tell = Tell(hook)
+    fit(tmp_path, [tell, ModelCheckpoint(tmp_path / "kept")])
+    assert tell.calls == ["told", "SIGTERMException"]
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_validation_alone_ends_after_its_batch(tmp_path):
+    tell = Tell("on_validation_batch_start")
+    fit(tmp_path, [tell], fn="validate", enable_checkpointing=False)
+    assert tell.calls == ["told", "SIGTERMException"]
+
+
+def test_handlers_of_the_user_are_called_and_come_back(tmp_path):
+    seen = []
+
+    def own(number, frame):
+        seen.append(number)
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        fit(tmp_path, [Tell("on_before_zero_grad")], enable_checkpointing=False)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM]
+
+
+def test_in_another_thread_no_handler_is_put_in_place():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    class Look(Callback):
+        def on_train_start(self, trainer, pl_module):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    def work():
+        Trainer(
+            accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[Look()],
+        ).fit(Model(), DataLoader(torch.ones(2, 2)), DataLoader(torch.ones(3, 2)))  # fmt: skip
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_what_fails_to_be_saved_does_not_keep_the_hooks_from_being_called(tmp_path, monkeypatch, caplog):
+    tell = Tell("on_before_zero_grad")
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda *args: 1 / 0)
+    fit(tmp_path, [tell, ModelCheckpoint(tmp_path / "kept")])
+    assert tell.calls == ["told", "SIGTERMException"]
+    assert "was not saved: ZeroDivisionError" in caplog.text
+
+
+class TellRun(Callback):
+    def __init__(self, moment: str, number: int) -> None:
+        self.moment, self.number = moment, number
+        setattr(self, moment, self.come)
+
+    def come(self, trainer, *args) -> None:
+        if not trainer.sanity_checking:
+            self.number -= 1
+            if self.number == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [("on_train_batch_start", 3), ("on_train_batch_end", 4), ("on_validation_batch_end", 3), ("on_train_epoch_end", 1)],
+)
+def test_the_run_that_goes_on_is_the_unbroken_one(tmp_path, moment, number):
+    setup = Setup(keeps=True, accumulate=2)
+    unbroken = Run(setup, tmp_path / "unbroken", "never", 0, stops=False, is_last=False)
+    assert unbroken.go()
+    stopped = Run(
+        setup, tmp_path / "stopped", "never", 0, stops=False, is_last=False, more=(TellRun(moment, number),)
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        stopped.go()
+    resumed = Run(setup, tmp_path / "stopped", "never", 0, stops=False, is_last=False)
+    assert resumed.go("auto")
+    assert Path(resumed.trainer.ckpt_path).name == FILE_NAME
+    if moment != "on_validation_batch_end":  # which is begun again
+        told = [event for event in stopped.events if event != ("on_save_checkpoint",)]
+        events = [event for event in unbroken.events if event != ("on_save_checkpoint",)]
+        going_on = [event for event in resumed.after_start() if event != ("on_save_checkpoint",)]
+        assert not (found := first_difference(events, told + going_on)), found
+    assert not (lines := differences(unbroken.state(), resumed.state())), "\n".join(lines)
+
+
+PROGRAM = """
+import sys, time, torch, warnings
+warnings.simplefilter("ignore")
+from torch.utils.data import DataLoader
+from levin import LightningModule, Trainer
+from levin.callbacks import ModelCheckpoint
+torch.set_num_threads(1)
+folder, kind = sys.argv[1:]
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        print("step", self.trainer.global_step, flush=True)
+        time.sleep({"hangs": 30, "slurm": 0.05, "slurm again": 0.0}[kind])
+        return self.layer(batch).sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+plugins = []
+if kind.startswith("slurm"):
+    from levin.environments import SLURMEnvironment
+    plugins = [SLURMEnvironment()]
+trainer = Trainer(accelerator="cpu", devices=1, max_steps=300, logger=False,
+    enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, plugins=plugins)
+trainer.fit(Model(), DataLoader(torch.ones(2000, 2)))
+print("resumed from", trainer.ckpt_path, "at", trainer.global_step)
+"""
+
+
+def start(tmp_path, kind, **environment):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", **environment},
+    )  # fmt: skip
+    while not (line := process.stdout.readline()).startswith("step"):
+        assert line, process.stderr.read()
+    return process
+
+
+def test_a_second_request_ends_the_process_at_once(tmp_path):
+    process = start(tmp_path, "hangs")
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # a launcher that sends it on besides the scheduler
+    time.sleep(1.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (programs / "scontrol").chmod(0o755)
+    slurm = {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train",
+    }  # fmt: skip
+    first = start(tmp_path, "slurm", **slurm)
+    first.send_signal(signal.SIGUSR1)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 143, errors
+    verify(tmp_path / "hpc_ckpt_1.ckpt")
+    second = start(tmp_path, "slurm", SLURM_ARRAY_JOB_ID="70", SLURM_ARRAY_TASK_ID="7", **slurm)
+    second.send_signal(signal.SIGUSR1)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 143, errors
+    assert (tmp_path / "asked").read_text() == "requeue 77\nrequeue 70_7\n"
+    last = start(tmp_path, "slurm again", **slurm)
+    output, errors = last.communicate(timeout=60)
+    assert last.returncode == 0, errors
+    assert f"resumed from {tmp_path / 'hpc_ckpt_2.ckpt'} at" in output
+
+
+def tell(folder: Path, way: str, num_signals: int) -> int:
+    seed = int.from_bytes(os.urandom(4), "little")
+    command = [sys.executable, "-m", "tests.loops.signalled_training", str(folder), way, str(num_signals), str(seed)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"seed {seed}:\n{done.stdout}\n{done.stderr}"
+    return json.loads(done.stdout.splitlines()[-1])["num_told"]
+
+
+@pytest.mark.parametrize("way", ["plain", "workers"])
+def test_a_run_told_at_random_moments_is_the_unbroken_one(tmp_path, way):
+    tell(tmp_path, way, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("way", ["plain", "workers", "async", "accumulate"])
+def test_runs_told_at_many_random_moments_are_the_unbroken_one(tmp_path, way):
+    assert sum(tell(tmp_path / str(number), way, 10) for number in range(5)) >= 10
