@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from levin import Callback, LightningModule, Trainer
-from levin.strategies import DDPStrategy, watch
+from levin.ranks import hang_watchdog as watch
+from levin.strategies import DDPStrategy
 from levin.strategies.parallel import disconnect_processes
 from tests.distributed import _free_port
 from tests.strategies.small import QUIET

@@ -146,7 +146,7 @@ def test_exchanges_follow_the_clock(monkeypatch):
     own = Agreement(trainer, exchange, lambda: None)
     for _ in range(10_000):
         now[0] += 0.001
-        own.look()
+        own.maybe_sync()
     gaps = [after - before for before, after in zip(moments, moments[1:], strict=False)]
     assert len(moments) < 60
     assert max(gaps) == pytest.approx(0.25, abs=0.01)
@@ -156,7 +156,7 @@ def test_exchanges_follow_the_clock(monkeypatch):
     moments.clear()
     for _ in range(600):
         now[0] += 1.0
-        own.look()
+        own.maybe_sync()
     assert len(moments) > 300
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from levin.hooks import Callback
-from levin.utilities.layer_table import Column, check_max_depth, format_summary_table
-from levin.utilities.layer_table import ModelSummary as Summary
-from levin.utilities.layer_table import summarize as summarize_model
+from levin.utilities.model_summary import Column, check_max_depth, format_summary_table
+from levin.utilities.model_summary import ModelSummary as Summary
+from levin.utilities.model_summary import summarize as summarize_model
 from levin.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 from levin.callbacks.model_summary import ModelSummary
-from levin.utilities.layer_table import Column, get_formatted_model_size, get_human_readable_count
+from levin.utilities.model_summary import Column, get_formatted_model_size, get_human_readable_count
 
 _RIGHT_ALIGNED = ("Params", "Params per Device", "FLOPs", "In sizes", "Out sizes")
 

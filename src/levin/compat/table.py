@@ -23,7 +23,7 @@ _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
 _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
     "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
 )  # fmt: skip
-_RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.layer_table", "levin.callbacks.progress"
+_RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.model_summary", "levin.callbacks.progress"
 _ROOT = "Callback LightningDataModule LightningModule Trainer seed_everything"
 _ALL_ENVIRONMENTS = (
     "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment "
