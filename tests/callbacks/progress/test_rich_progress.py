@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from levin.callbacks import RichProgressBar, RichProgressBarTheme
-from levin.callbacks.progress import clocked
+from levin.callbacks.progress import drawn
 from tests.callbacks.progress.models import Logging, loader, trainer
 from tests.callbacks.progress.screen import Terminal
 
@@ -22,8 +22,8 @@ def test_rich_missing_is_an_error_that_names_the_other_bar(monkeypatch: pytest.M
 
 
 def test_refresh_rate_is_a_number_of_drawings_per_second() -> None:
-    assert RichProgressBar(refresh_rate=1)._interval_s == 1.0
-    assert RichProgressBar(refresh_rate=100)._interval_s == clocked.DRAW_INTERVAL_S
+    assert RichProgressBar(refresh_rate=1)._min_interval_s() == 1.0
+    assert RichProgressBar(refresh_rate=100)._min_interval_s() == drawn.DRAW_INTERVAL_S
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from levin.callbacks import TQDMProgressBar
-from levin.callbacks.progress import clocked
+from levin.callbacks.progress import drawn
 from levin.callbacks.progress.tqdm_progress import Tqdm, with_margin
 from tests.callbacks.progress.models import Logging, loader, trainer
 from tests.callbacks.progress.screen import Terminal
@@ -21,10 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`"
 @pytest.fixture
 def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the clock allow every drawing."""
-    monkeypatch.setattr(
-        clocked.ClockedProgressBar, "_draw_timed", lambda self, loop, metrics: self._draw(loop, metrics)
-    )
-    monkeypatch.setattr(clocked.ClockedProgressBar, "_may_draw_change", lambda self: False)
+    monkeypatch.setattr(drawn.DrawClock, "set_next", lambda self, start: None)
+    monkeypatch.setattr(drawn.DrawClock, "may_draw_change", lambda self: False)
 
 
 class Positions(TQDMProgressBar):
@@ -97,7 +95,7 @@ def test_bars_are_there_in_the_hooks_of_a_subclass(terminal: Terminal) -> None:
 
     trainer(Custom(), max_epochs=2, num_sanity_val_steps=1).fit(Logging(), loader(3), loader(2))
     assert terminal.screen == ["My epoch 1:  [3/3] , text=hello, number=0.500"]
-    assert seen == [(0, 1), (0, 2), (0, 2), (0, 2), (0, 2)]
+    assert seen == [(0, 1), (0, 2), (1, 2), (0, 2), (1, 2)]
 
 
 def test_process_position_leaves_lines_free(terminal: Terminal) -> None:

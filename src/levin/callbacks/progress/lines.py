@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
-LINE_INTERVAL_S = 60.0
-"""Least time between two lines about one unfinished loop."""
-END_INTERVAL_S = 10.0
-"""Least time between the lines that end an epoch; the last epoch always has its line."""
+from typing_extensions import override
+
+from levin.callbacks.progress.progress_bar import Metrics, convert_inf
+from levin.callbacks.progress.renderer import Renderer, ShownLoop
+
+
+class LineRenderer(Renderer):
+    """Writes each state that it is given as a line of text.
+
+    Args:
+        write: Writes a line.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write: Callable[[str], None] = write
+
+    @override
+    def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
+        seconds = monotonic() - loop.start
+        total = convert_inf(loop.total)
+        num_timed = loop.done - loop.first
+        self._write(format_line(loop.description.strip(), loop.done, total, seconds, num_timed, metrics or {}))
+
+    @override
+    def close(self, stage: str, keep: bool) -> None:
+        pass
+
+    @override
+    def stop(self) -> None:
+        pass
 
 
 def format_line(

@@ -90,8 +90,15 @@ class ProgressBar(Callback):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Number of batches in a training epoch; ``float("inf")`` when the loader has no length."""
-        return self.trainer.num_training_batches
+        """Number of batches in this training epoch; ``float("inf")`` if nothing says where it ends.
+
+        Where ``max_steps`` alone ends the run, these are at most the batches that are left until then.
+        """
+        trainer = self.trainer
+        total = trainer.num_training_batches
+        if trainer.max_epochs != -1 or trainer.max_steps < 0:
+            return total
+        return min(total, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
 
     @property
     def total_val_batches(self) -> int | float:

@@ -123,6 +123,7 @@ class MetricsProgress(Progress):
 
     def __init__(self, *columns: ProgressColumn | str, metrics: MetricsTextColumn, console: Console | None) -> None:
         self._metrics_column: MetricsTextColumn = metrics
+        self.is_hidden: bool = False
         super().__init__(
             *columns, metrics, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
         )
@@ -130,7 +131,7 @@ class MetricsProgress(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Yield the table of bars, and the values where they need lines of their own."""
         tasks = [task for task in self.tasks if task.visible]
-        if not tasks:
+        if not tasks or self.is_hidden:
             return
         self._metrics_column.is_empty = True
         table = self.make_tasks_table(tasks)

@@ -9,24 +9,19 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from levin.callbacks.progress.clocked import (
-    DRAW_INTERVAL_S,
-    PREDICT,
-    SANITY,
-    TEST,
-    TRAIN,
-    VALIDATE,
-    ClockedProgressBar,
-    ShownLoop,
-)
+from typing_extensions import override
+
+from levin.callbacks.progress.drawn import DRAW_INTERVAL_S, DrawnProgressBar
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
-from levin.callbacks.progress.terminal import Redirection, bypassed, draws_in_place, is_notebook
+from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
+from levin.callbacks.progress.terminal import NoStream, Redirection, draws_in_place, is_notebook, real_stream
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, ProgressColumn, Task
+    from rich.progress import ProgressColumn, Task
     from rich.style import Style
 
+    from levin.callbacks.progress.rich_columns import MetricsProgress
     from levin.module import LightningModule
     from levin.trainer import Trainer
 
@@ -72,7 +67,133 @@ class RichProgressBarTheme:
     metrics_format: str = ".3f"
 
 
-class RichProgressBar(ClockedProgressBar):
+class RichRenderer(Renderer):
+    """Draws each stage as a task of one Rich progress.
+
+    Args:
+        callback: Says where to draw and with which columns and styles.
+    """
+
+    def __init__(self, callback: RichProgressBar) -> None:
+        self._callback: RichProgressBar = callback
+        self.progress: MetricsProgress | None = None
+        self.tasks: dict[str, Task] = {}
+        # The loop that the task of each stage shows at the moment.
+        self._shown: dict[str, ShownLoop] = {}
+        self._is_over: bool = True
+        self._redirection: Redirection = Redirection(self._write_above, self._clear)
+
+    def __reduce__(self) -> tuple[type[RichRenderer], tuple[RichProgressBar]]:
+        return RichRenderer, (self._callback,)
+
+    @override
+    def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
+        task = self.open(loop)
+        assert self.progress is not None
+        fields: dict[str, Any] = {} if metrics is None else {"metrics": self._format_metrics(metrics)}
+        self.progress.update(task.id, completed=loop.done, **fields)
+        self.progress.refresh()
+
+    def open(self, loop: ShownLoop) -> Task:
+        """Return the task of the loop's stage, made if need be, and started again for a new loop."""
+        progress = self._start_progress()
+        if self._shown.get(loop.stage) is not loop:
+            self._shown[loop.stage] = loop
+            self._start_task(progress, loop)
+        return self.tasks[loop.stage]
+
+    def _start_progress(self) -> MetricsProgress:
+        if self.progress is None or self._is_over:
+            self.progress, self.tasks, self._is_over = self._callback._make_progress(), {}, False
+        if not self.progress.live.is_started:
+            self.progress.is_hidden = self.progress.live.transient = False
+            self.progress.start()
+            if self._callback._is_terminal:
+                self._redirection.start()
+        return self.progress
+
+    def _start_task(self, progress: MetricsProgress, loop: ShownLoop) -> None:
+        task = self.tasks.get(loop.stage)
+        if task is None:
+            task_id = progress.add_task(loop.description, total=None, completed=loop.first)
+            self.tasks[loop.stage] = task = next(task for task in progress.tasks if task.id == task_id)
+        else:
+            fields = {"metrics": task.fields.get("metrics", ())}
+            progress.reset(task.id, completed=loop.first, visible=True, description=loop.description, **fields)
+        task.fields["first"] = loop.first
+        task.total = convert_inf(loop.total)
+        task.start_time = loop.start
+
+    def _format_metrics(self, metrics: Metrics) -> tuple[str, ...]:
+        number_format = self._callback.theme.metrics_format
+        return tuple(f"{name}: {format_metric(value, number_format)}" for name, value in metrics.items())
+
+    @override
+    def close(self, stage: str, keep: bool) -> None:
+        if self._shown.pop(stage, None) is None or self.progress is None:
+            return
+        if not keep:
+            self.progress.update(self.tasks[stage].id, visible=False)
+        elif stage == TRAIN and not self._shown:
+            self._stop_progress()
+
+    @override
+    def stop(self) -> None:
+        self._stop_progress()
+        self._redirection.stop()
+
+    def _stop_progress(self) -> None:
+        """Leave the bars on the screen; the next drawing makes new ones below."""
+        if self.progress is not None:
+            self.progress.stop()
+        self._shown, self._is_over = {}, True
+
+    def _write_above(self, stream: TextIO, text: str) -> None:
+        if self.progress is not None and self.progress.live.is_started:
+            from rich.text import Text
+
+            self.progress.console.print(Text.from_ansi(text.removesuffix("\n")), soft_wrap=True)
+        else:
+            stream.write(text)
+            stream.flush()
+
+    def _clear(self) -> None:
+        if self.progress is not None and self.progress.live.is_started:
+            # Rich would move the cursor over the height of the bars once more when it starts again.
+            self.progress.is_hidden = self.progress.live.transient = True
+            self.progress.stop()
+
+
+def _task_property(stage: str, doc: str) -> property:
+    def get(callback: RichProgressBar) -> Task:
+        renderer = callback._rich
+        for loop in (callback._train, callback._eval):
+            if loop is not None and loop.stage == stage:
+                task = renderer.open(loop)
+                task.completed = max(task.completed, loop.done)
+        if stage not in renderer.tasks:
+            name = type(callback).__name__
+            raise TypeError(f"The {stage} bar of `{name}` is not there. Read it while the bar is shown.")
+        return renderer.tasks[stage]
+
+    return property(get, doc=f"{doc}\n\n        Raises:\n            TypeError: There is none yet.")
+
+
+def format_metric(value: Any, number_format: str) -> str:
+    """Return a value of the bar as text.
+
+    Example:
+        >>> [format_metric(value, ".3f") for value in (0.5, 1e-5, 3)]
+        ['0.500', '1.0e-05', '3']
+    """
+    if not isinstance(value, float):
+        return str(value)
+    text = format(value, number_format)
+    # A learning rate of 1e-5 is not 0.000.
+    return f"{value:.1e}" if value != 0 and text.strip("-0.") == "" else text
+
+
+class RichProgressBar(DrawnProgressBar):
     """Show the progress with Rich: one bar for training, and one below it for the validation.
 
     The bar is drawn at most ten times a second, and where the output is no terminal, it is a few lines of text.
@@ -102,76 +223,25 @@ class RichProgressBar(ClockedProgressBar):
             raise ModuleNotFoundError(
                 "`RichProgressBar` requires `rich`, which is not installed. Install it, or use `TQDMProgressBar`."
             )
-        super().__init__(refresh_rate, leave)
-        self._interval_s = max(DRAW_INTERVAL_S, 1 / refresh_rate) if refresh_rate > 0 else DRAW_INTERVAL_S
+        self._rich: RichRenderer = RichRenderer(self)
+        super().__init__(refresh_rate, leave, self._rich)
         self.theme: RichProgressBarTheme = RichProgressBarTheme() if theme is None else theme
         self._console_kwargs: dict[str, Any] = console_kwargs or {}
         self._console: Console | None = None
-        self.progress: Progress | None = None
-        self._tasks: dict[str, Task] = {}
-        # The loop that the task of each stage shows at the moment.
-        self._shown: dict[str, ShownLoop] = {}
-        self._redirection: Redirection = Redirection(self._write_above)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        state.update(_console=None, progress=None, _tasks={}, _shown={})
-        del state["_redirection"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._redirection = Redirection(self._write_above)
+        return {**self.__dict__, "_console": None}
 
     @property
-    def train_progress_bar(self) -> Task:
-        """Rich's task of the training.
+    def progress(self) -> MetricsProgress | None:
+        """Rich's display of the bars, that of the last run if none is under way."""
+        return self._rich.progress
 
-        Raises:
-            TypeError: It is not on the screen.
-        """
-        return self._task(TRAIN)
-
-    @property
-    def val_sanity_check_bar(self) -> Task:
-        """Rich's task of the sanity check.
-
-        Raises:
-            TypeError: It is not on the screen.
-        """
-        return self._task(SANITY)
-
-    @property
-    def val_progress_bar(self) -> Task:
-        """Rich's task of the validation.
-
-        Raises:
-            TypeError: It is not on the screen.
-        """
-        return self._task(VALIDATE)
-
-    @property
-    def test_progress_bar(self) -> Task:
-        """Rich's task of the test.
-
-        Raises:
-            TypeError: It is not on the screen.
-        """
-        return self._task(TEST)
-
-    @property
-    def predict_progress_bar(self) -> Task:
-        """Rich's task of the prediction.
-
-        Raises:
-            TypeError: It is not on the screen.
-        """
-        return self._task(PREDICT)
-
-    def _task(self, stage: str) -> Task:
-        if stage not in self._tasks:
-            raise TypeError(f"The {stage} bar of `{type(self).__name__}` is not there. Read it while the bar is shown.")
-        return self._tasks[stage]
+    train_progress_bar = _task_property(TRAIN, "Rich's task of the training.")
+    val_sanity_check_bar = _task_property(SANITY, "Rich's task of the sanity check.")
+    val_progress_bar = _task_property(VALIDATE, "Rich's task of the validation.")
+    test_progress_bar = _task_property(TEST, "Rich's task of the test.")
+    predict_progress_bar = _task_property(PREDICT, "Rich's task of the prediction.")
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn | str]:
         """Return the columns before that of the values; override it to show others.
@@ -207,90 +277,35 @@ class RichProgressBar(ClockedProgressBar):
         if self.progress is not None:
             self.progress.refresh()
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the trainer, be silent on every rank but 0, and look at where the output goes."""
+        from rich.console import Console
+
+        # A console of its own: that of the process belongs to the user.
+        file = {} if is_notebook() or self._console_kwargs.get("stderr") else {"file": real_stream(sys.stdout)}
+        self._console = Console(**{**file, **self._console_kwargs})
         super().setup(trainer, pl_module, stage)
-        if self.is_enabled:
-            from rich.console import Console
 
-            # A console of its own, on the real stream: the redirected one leads back here.
-            file = {} if is_notebook() or self._console_kwargs.get("stderr") else {"file": bypassed(sys.stdout)}
-            self._console = Console(**{**file, **self._console_kwargs})
-            # Rich believes FORCE_COLOR to mean a terminal, but a log stays a log.
-            is_forced = bool(self._console_kwargs.get("force_terminal"))
-            self._is_terminal = is_forced or draws_in_place(bypassed(self._console.file))
+    @override
+    def _draws_in_place(self) -> bool:
+        # Rich believes FORCE_COLOR to mean a terminal, but a log stays a log.
+        is_forced = bool(self._console_kwargs.get("force_terminal"))
+        return is_forced or (self._console is not None and draws_in_place(self._console.file))
 
-    # ---------------------------------------------------------------- drawing
+    @override
+    def _min_interval_s(self) -> float:
+        return max(DRAW_INTERVAL_S, 1 / self._refresh_rate) if self._refresh_rate > 0 else DRAW_INTERVAL_S
 
-    def _draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
-        if not self._is_terminal:
-            return
-        progress = self._start_progress()
-        if self._shown.get(loop.stage) is not loop:
-            self._shown[loop.stage] = loop
-            self._start_task(progress, loop)
-        task = self._tasks[loop.stage]
-        fields: dict[str, Any] = {} if metrics is None else {"metrics": self._format_metrics(metrics)}
-        progress.update(task.id, completed=loop.done, **fields)
-        progress.refresh()
+    def _make_progress(self) -> MetricsProgress:
+        from rich.console import Console
 
-    def _start_progress(self) -> Progress:
-        if self.progress is None:
-            from levin.callbacks.progress.rich_columns import MetricsProgress, MetricsTextColumn
+        from levin.callbacks.progress.rich_columns import MetricsProgress, MetricsTextColumn
 
-            self.progress = MetricsProgress(
-                *self.configure_columns(self.trainer),
-                metrics=MetricsTextColumn(style=self.theme.metrics, delimiter=self.theme.metrics_text_delimiter),
-                console=self._console,
-            )
-        if not self.progress.live.is_started:
-            self.progress.live.transient = False
-            self.progress.start()
-            self._redirection.start()
-        return self.progress
-
-    def _start_task(self, progress: Progress, loop: ShownLoop) -> None:
-        task = self._tasks.get(loop.stage)
-        if task is None:
-            task_id = progress.add_task(loop.description, total=None, completed=loop.first)
-            self._tasks[loop.stage] = task = next(task for task in progress.tasks if task.id == task_id)
-        else:
-            fields = {"metrics": task.fields.get("metrics", ())}
-            progress.reset(task.id, completed=loop.first, visible=True, description=loop.description, **fields)
-        task.fields["first"] = loop.first
-        task.total = convert_inf(loop.total)
-        task.start_time = loop.start
-
-    def _format_metrics(self, metrics: Metrics) -> tuple[str, ...]:
-        return tuple(f"{name}: {self._format(value)}" for name, value in metrics.items())
-
-    def _format(self, value: Any) -> str:
-        if not isinstance(value, float):
-            return str(value)
-        text = format(value, self.theme.metrics_format)
-        # A learning rate of 1e-5 is not 0.000.
-        return f"{value:.1e}" if value != 0 and text.strip("-0.") == "" else text
-
-    def _close(self, stage: str, keep: bool) -> None:
-        if self._shown.pop(stage, None) is None or self.progress is None:
-            return
-        if not keep:
-            self.progress.update(self._tasks[stage].id, visible=False)
-        elif stage == TRAIN and self._train_loop is not None and not self._shown:
-            self._stop_progress()
-
-    def _close_all(self) -> None:
-        self._stop_progress()
-        self._redirection.stop()
-
-    def _stop_progress(self) -> None:
-        """Leave the bars on the screen; the next drawing makes new ones below."""
-        if self.progress is not None:
-            self.progress.stop()
-        self.progress, self._tasks, self._shown = None, {}, {}
-
-    def _is_batch_due(self, done: int, total: int | float) -> bool:
-        return True
+        return MetricsProgress(
+            *self.configure_columns(self.trainer),
+            metrics=MetricsTextColumn(style=self.theme.metrics, delimiter=self.theme.metrics_text_delimiter),
+            console=self._console if self._is_terminal else Console(file=NoStream()),
+        )
 
     def _get_train_description(self, current_epoch: int) -> str:
         last = self.trainer.max_epochs
@@ -300,20 +315,6 @@ class RichProgressBar(ClockedProgressBar):
     def _get_eval_description(self, label: str, dataloader_idx: int, num_dataloaders: int) -> str:
         # A longer label would push the bar of the training to the side.
         return label if num_dataloaders == 1 else super()._get_eval_description(label, dataloader_idx, num_dataloaders)
-
-    def _write_above(self, stream: TextIO, text: str) -> None:
-        """Write ``text`` above the bars; a prompt, or a flood of lines, without them until they are next drawn."""
-        progress = self.progress
-        if progress is not None and progress.live.is_started:
-            if text.endswith("\n") and self._may_draw_change():
-                from rich.text import Text
-
-                progress.console.print(Text.from_ansi(text), soft_wrap=True)
-                return
-            progress.live.transient = True
-            progress.stop()
-        stream.write(text)
-        stream.flush()
 
     def _print_line(self, line: str) -> None:
         if self._console is None:

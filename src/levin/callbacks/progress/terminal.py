@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 _ERASE_BELOW = "\r\x1b[J"
-WriteAbove = Callable[[TextIO, str], None]
 
 
 def draws_in_place(file: Any) -> bool:
@@ -26,79 +26,47 @@ def is_notebook() -> bool:
     return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")
 
 
-def bypassed(file: Any) -> Any:
+def real_stream(file: Any) -> Any:
     """Return the stream behind ``file`` when that is a redirected one, else ``file``."""
-    return file.stream if isinstance(file, RedirectedStream) else file
+    return file.stream if isinstance(file, StreamAboveBars) else file
 
 
-def _write_over(stream: TextIO, text: str) -> None:
-    stream.write(_ERASE_BELOW + text)
-    stream.flush()
-
-
-def _ignore(_: RedirectedStream) -> None:
-    pass
-
-
-class RedirectedStream:
-    """Stands in for a terminal's stream and hands whole lines to ``write_above``.
-
-    Text without a newline waits until it is flushed; that is how prompts (``input``, the debugger) appear.
+class StreamAboveBars:
+    """Stands in for a terminal's stream: whole lines go above the bars, prompts into their place.
 
     Args:
         stream: The real one; all other attributes are its own.
-        write_above: Called with the real stream and the text.
-        on_flush: Called when it is flushed with nothing to write.
+        redirection: Knows the bars.
     """
 
-    def __init__(self, stream: TextIO, write_above: WriteAbove, on_flush: Callable[[RedirectedStream], None]) -> None:
+    def __init__(self, stream: TextIO, redirection: Redirection) -> None:
         self.stream: TextIO = stream
-        self._write_above: WriteAbove = write_above
-        self._on_flush: Callable[[RedirectedStream], None] = on_flush
+        self._redirection: Redirection = redirection
         self._pending: str = ""
         self._pid: int = os.getpid()
-        self.is_flushed: bool = False
 
     def write(self, text: str) -> int:
-        """Write ``text`` above the bar, as soon as its line is complete."""
-        if os.getpid() != self._pid:
-            self._become_worker()
-        self.is_flushed = False
-        lines, newline, rest = (self._pending + text).rpartition("\n")
-        self._pending = rest
-        if newline:
-            self._write_above(self.stream, lines + newline)
+        """Write ``text`` as soon as its line is complete."""
+        lines, newline, self._pending = (self._pending + text).rpartition("\n")
+        if newline and os.getpid() == self._pid:
+            self._redirection.write_above(self.stream, lines + newline)
+        elif newline:
+            # In a forked worker: the bar belongs to the parent, which will draw it again.
+            self.stream.write(_ERASE_BELOW + lines + newline)
+            self.stream.flush()
         return len(text)
 
-    def _become_worker(self) -> None:
-        """In a forked process: write over the bar, which belongs to the parent and which that will draw again."""
-        self._pid, self._pending = os.getpid(), ""
-        self._write_above = _write_over
-        self._on_flush = _ignore
-
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         """Write each of ``lines``."""
-        for line in lines:
-            self.write(line)
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Write what is pending, complete or not."""
-        if os.getpid() != self._pid:
-            self._become_worker()
-        text, self._pending = self._pending, ""
-        if text:
-            self._write_above(self.stream, text)
-        else:
-            self._on_flush(self)
-        self.is_flushed = True
+        pending, self._pending = self._pending, ""
+        if os.getpid() == self._pid:
+            self._redirection.on_flush(self, bool(pending))
+        self.stream.write(pending)
         self.stream.flush()
-
-    def finish(self) -> None:
-        """Write what is pending to the real stream."""
-        text, self._pending = self._pending, ""
-        if text:
-            self.stream.write(text)
-            self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -110,13 +78,16 @@ class Redirection:
     Without it, a printed line continues the line of the bar.
 
     Args:
-        write_above: Writes text to a stream so that the bar is not in its way.
+        write_above: Writes lines to a stream, above the bars.
+        clear: Takes the bars off the screen until they are drawn again.
     """
 
-    def __init__(self, write_above: WriteAbove) -> None:
-        self._write_above: WriteAbove = write_above
-        self._streams: dict[str, RedirectedStream] = {}
-        self._handlers: list[tuple[logging.StreamHandler[Any], RedirectedStream]] = []
+    def __init__(self, write_above: Callable[[TextIO, str], None], clear: Callable[[], None]) -> None:
+        self.write_above: Callable[[TextIO, str], None] = write_above
+        self._clear: Callable[[], None] = clear
+        self._streams: dict[str, StreamAboveBars] = {}
+        self._handlers: list[tuple[logging.StreamHandler[Any], StreamAboveBars]] = []
+        self._last_flushed: StreamAboveBars | None = None
 
     def start(self) -> None:
         """Redirect. Does nothing when it is on already."""
@@ -124,8 +95,8 @@ class Redirection:
             return
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
-            if not isinstance(stream, RedirectedStream) and draws_in_place(stream):
-                self._streams[name] = RedirectedStream(stream, self._write_above, self._clear_for_prompt)
+            if draws_in_place(stream):
+                self._streams[name] = StreamAboveBars(stream, self)
                 setattr(sys, name, self._streams[name])
         for handler in _stream_handlers():
             for redirected in self._streams.values():
@@ -133,26 +104,28 @@ class Redirection:
                     handler.setStream(redirected)
                     self._handlers.append((handler, redirected))
 
-    def _clear_for_prompt(self, flushed: RedirectedStream) -> None:
-        """Clear the bar when ``input`` or the debugger is about to write its prompt past us.
+    def on_flush(self, flushed: StreamAboveBars, has_pending: bool) -> None:
+        """Make room for a prompt: ``input`` and the debugger flush both streams and then write past them.
 
-        Both flush standard error and then standard output, with nothing to write.
+        Args:
+            flushed: The redirected stream that is flushed.
+            has_pending: Whether a part of a line is about to be written, as other prompts are.
         """
-        stdout, stderr = self._streams.get("stdout"), self._streams.get("stderr")
-        if stdout is not None and flushed is stdout and stderr is not None and stderr.is_flushed:
-            stderr.is_flushed = False
-            self._write_above(stdout.stream, "")
+        is_prompt = flushed is self._streams.get("stdout") and self._last_flushed is self._streams.get("stderr")
+        self._last_flushed = flushed
+        if is_prompt or has_pending:
+            self._clear()
 
     def stop(self) -> None:
         """Put everything back that nobody else has replaced since."""
-        for name, redirected in self._streams.items():
-            redirected.finish()
-            if getattr(sys, name) is redirected:
-                setattr(sys, name, redirected.stream)
         for handler, redirected in self._handlers:
             if handler.stream is redirected:
                 handler.setStream(redirected.stream)
-        self._streams, self._handlers = {}, []
+        for name, redirected in self._streams.items():
+            redirected.flush()
+            if getattr(sys, name) is redirected:
+                setattr(sys, name, redirected.stream)
+        self._streams, self._handlers, self._last_flushed = {}, [], None
 
 
 def _stream_handlers() -> list[logging.StreamHandler[Any]]:
@@ -161,18 +134,9 @@ def _stream_handlers() -> list[logging.StreamHandler[Any]]:
     return [handler for handler in handlers if isinstance(handler, logging.StreamHandler)]
 
 
-class NoStream:
+class NoStream(io.StringIO):
     """A stream that writes nothing."""
-
-    encoding: str = "utf-8"
 
     def write(self, text: str) -> int:
         """Forget ``text``."""
         return len(text)
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def isatty(self) -> bool:
-        """Return False."""
-        return False

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, TextIO
 
-from levin.callbacks.progress.clocked import PREDICT, SANITY, TEST, TRAIN, VALIDATE, ClockedProgressBar, ShownLoop
+from typing_extensions import override
+
+from levin.callbacks.progress.drawn import DrawnProgressBar
 from levin.callbacks.progress.lines import format_value
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
-from levin.callbacks.progress.terminal import NoStream, Redirection, bypassed, draws_in_place, is_notebook
+from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
+from levin.callbacks.progress.terminal import NoStream, Redirection, draws_in_place, is_notebook, real_stream
 from levin.utilities.rank_zero import rank_zero_debug
 
 if is_notebook() and importlib.util.find_spec("ipywidgets") is not None:
@@ -32,7 +35,7 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
     monitor_interval = 0  # no thread of tqdm's own: the callback says when to draw
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        file = bypassed(kwargs.get("file") or sys.stderr)
+        file = real_stream(kwargs.get("file") or sys.stderr)
         kwargs["file"] = file if draws_in_place(file) else NoStream()
         super().__init__(*args, **kwargs)
         measure = getattr(self, "dynamic_ncols", None)
@@ -51,7 +54,125 @@ def with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: A
     return columns and columns - 2, rows
 
 
-class TQDMProgressBar(ClockedProgressBar):
+class TqdmRenderer(Renderer):
+    """Draws each stage with a tqdm bar; the sanity check and the validation share theirs.
+
+    Args:
+        callback: Makes the bars, in its methods ``init_*_tqdm``.
+    """
+
+    def __init__(self, callback: TQDMProgressBar) -> None:
+        self._callback: TQDMProgressBar = callback
+        self.bars: dict[str, Tqdm] = {}
+        # The loop that each bar shows at the moment, none for a bar that waits for its first.
+        self._shown: dict[str, ShownLoop | None] = {}
+        self._redirection: Redirection = Redirection(self._write_above, self._clear)
+
+    def __reduce__(self) -> tuple[type[TqdmRenderer], tuple[TQDMProgressBar]]:
+        return TqdmRenderer, (self._callback,)
+
+    def _write_above(self, stream: TextIO, text: str) -> None:
+        bars = [self.bars[slot] for slot in self._shown]
+        with Tqdm.get_lock():  # type: ignore[no-untyped-call]  # tqdm is untyped here
+            for bar in bars:
+                bar.clear(nolock=True)
+            stream.write(text)
+            stream.flush()
+            for bar in bars:
+                bar.refresh(nolock=True)
+
+    def _clear(self) -> None:
+        for slot in self._shown:
+            self.bars[slot].clear()
+
+    @override
+    def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
+        bar = self.open(loop)
+        if metrics is not None:
+            bar.set_postfix(metrics, refresh=False)
+        bar.update(int(loop.done - bar.n))
+
+    def open(self, loop: ShownLoop) -> Tqdm:
+        """Return the bar of the loop's stage, made if need be, and started again for a new loop."""
+        slot = _SLOTS[loop.stage]
+        if slot not in self._shown:
+            self.bars[slot] = self._make(loop.stage)
+            if draws_in_place(sys.stdout):
+                self._redirection.start()
+        bar = self.bars[slot]
+        if self._shown.get(slot) is not loop:
+            self._shown[slot] = loop
+            bar.set_description(loop.description, refresh=False)
+            bar.total = convert_inf(loop.total)
+            bar.reset(bar.total)
+            bar.initial = bar.n = bar.last_print_n = loop.first
+            bar.start_t = bar.last_print_t = bar._time() - (monotonic() - loop.start)  # type: ignore[attr-defined]  # set by tqdm itself
+        return bar
+
+    def use(self, slot: str, bar: Tqdm) -> None:
+        """Show the next loop in ``bar``, which the user made."""
+        self.bars[slot] = _undelayed(bar)
+        self._shown[slot] = None
+
+    def _make(self, stage: str) -> Tqdm:
+        init = {
+            TRAIN: self._callback.init_train_tqdm,
+            SANITY: self._callback.init_sanity_tqdm,
+            VALIDATE: self._callback.init_validation_tqdm,
+            TEST: self._callback.init_test_tqdm,
+            PREDICT: self._callback.init_predict_tqdm,
+        }[stage]
+        return _undelayed(init())
+
+    @override
+    def close(self, stage: str, keep: bool) -> None:
+        slot = _SLOTS[stage]
+        if slot in self._shown:
+            del self._shown[slot]
+            self.bars[slot].leave = keep
+            self.bars[slot].close()
+
+    @override
+    def stop(self) -> None:
+        for loop in tuple(self._shown.values()):
+            if loop is not None:
+                self.close(loop.stage, keep=loop.stage != SANITY)
+        self._redirection.stop()
+
+
+def _undelayed(bar: Tqdm) -> Tqdm:
+    """Let each ``update`` draw, since the callback decides when to call it."""
+    bar.delay = bar.miniters = bar.mininterval = 0
+    bar.dynamic_miniters = False
+    return bar
+
+
+def _bar_property(slot: str, doc: str) -> property:
+    """Return the property that is the bar of a slot, even one whose turn on the screen has not come yet."""
+
+    def get(callback: TQDMProgressBar) -> Tqdm:
+        renderer = callback._tqdm
+        for loop in (callback._train, callback._eval):
+            if loop is not None and _SLOTS[loop.stage] == slot:
+                bar = renderer.open(loop)
+                bar.n = max(bar.n, loop.done)  # a subclass may count by itself
+        if slot not in renderer.bars:
+            raise TypeError(
+                f"The `{type(callback).__name__}._{slot}_progress_bar` reference has not been set yet."
+                " Read it while the bar is shown."
+            )
+        return renderer.bars[slot]
+
+    def use(callback: TQDMProgressBar, bar: Tqdm) -> None:
+        callback._tqdm.use(slot, bar)
+
+    return property(get, use, doc=f"{doc}\n\n        Raises:\n            TypeError: There is none yet.")
+
+
+_SLOTS = {TRAIN: "train", SANITY: "val", VALIDATE: "val", TEST: "test", PREDICT: "predict"}
+
+
+class TQDMProgressBar(DrawnProgressBar):
     """Show the progress with tqdm: one bar for training, and one below it for the validation.
 
     The bar is drawn at most ten times a second, and where the output is no terminal, it is a few lines of text.
@@ -77,86 +198,20 @@ class TQDMProgressBar(ClockedProgressBar):
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        super().__init__(refresh_rate, leave)
-        self._refresh_rate = self._resolve_refresh_rate(refresh_rate)
+        self._tqdm: TqdmRenderer = TqdmRenderer(self)
+        super().__init__(refresh_rate, leave, self._tqdm)
+        self._refresh_rate = self._draw_every = _resolve_refresh_rate(refresh_rate)
         self._process_position: int = process_position
-        self._train_progress_bar: Tqdm | None = None
-        self._val_progress_bar: Tqdm | None = None
-        self._test_progress_bar: Tqdm | None = None
-        self._predict_progress_bar: Tqdm | None = None
-        # The loop that each bar shows at the moment, by stage.
-        self._shown: dict[str, ShownLoop] = {}
-        self._are_bars_clear: bool = False
-        self._redirection: Redirection = Redirection(self._write_above)
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = dict(self.__dict__)
-        for name in ("_train_progress_bar", "_val_progress_bar", "_test_progress_bar", "_predict_progress_bar"):
-            state[name] = None
-        state["_shown"] = {}
-        del state["_redirection"]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._redirection = Redirection(self._write_above)
+    train_progress_bar = _bar_property("train", "The bar of the training.")
+    val_progress_bar = _bar_property("val", "The bar of the validation and the sanity check.")
+    test_progress_bar = _bar_property("test", "The bar of the test.")
+    predict_progress_bar = _bar_property("predict", "The bar of the prediction.")
 
     @property
     def process_position(self) -> int:
         """How many pairs of lines are left free above."""
         return self._process_position
-
-    @property
-    def train_progress_bar(self) -> Tqdm:
-        """The bar of the training.
-
-        Raises:
-            TypeError: There is none yet.
-        """
-        return self._shown_bar(TRAIN)
-
-    @train_progress_bar.setter
-    def train_progress_bar(self, bar: Tqdm) -> None:
-        self._train_progress_bar = bar
-
-    @property
-    def val_progress_bar(self) -> Tqdm:
-        """The bar of the validation and the sanity check.
-
-        Raises:
-            TypeError: There is none yet.
-        """
-        return self._shown_bar(VALIDATE)
-
-    @val_progress_bar.setter
-    def val_progress_bar(self, bar: Tqdm) -> None:
-        self._val_progress_bar = bar
-
-    @property
-    def test_progress_bar(self) -> Tqdm:
-        """The bar of the test.
-
-        Raises:
-            TypeError: There is none yet.
-        """
-        return self._shown_bar(TEST)
-
-    @test_progress_bar.setter
-    def test_progress_bar(self, bar: Tqdm) -> None:
-        self._test_progress_bar = bar
-
-    @property
-    def predict_progress_bar(self) -> Tqdm:
-        """The bar of the prediction.
-
-        Raises:
-            TypeError: There is none yet.
-        """
-        return self._shown_bar(PREDICT)
-
-    @predict_progress_bar.setter
-    def predict_progress_bar(self, bar: Tqdm) -> None:
-        self._predict_progress_bar = bar
 
     def init_sanity_tqdm(self) -> Tqdm:
         """Return the bar for the sanity check; override it to change the bar."""
@@ -192,95 +247,15 @@ class TQDMProgressBar(ClockedProgressBar):
             delay=0 if is_notebook() else _UNTIL_OPENED_S,
         )
 
-    # ---------------------------------------------------------------- drawing
-
-    def _draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
-        bar = self._open_bar(loop)
-        if metrics is not None:
-            bar.set_postfix(metrics, refresh=False)
-        bar.n = loop.done
-        bar.refresh()
-        self._are_bars_clear = False
-
-    def _open_bar(self, loop: ShownLoop) -> Tqdm:
-        """Return the bar of the loop's stage, made if need be, and started again for a new loop."""
-        name, init = _ATTRIBUTES[loop.stage]
-        bar: Tqdm | None = getattr(self, name)
-        if bar is None or loop.stage not in self._shown:
-            bar = getattr(self, init)()
-            setattr(self, name, bar)
-            bar.delay = 0
-            if self._is_terminal:
-                self._redirection.start()
-        if self._shown.get(loop.stage) is not loop:
-            self._shown[loop.stage] = loop
-            bar.n = bar.initial = loop.first
-            bar.total = convert_inf(loop.total)
-            bar.start_t = bar.last_print_t = bar._time() - (monotonic() - loop.start)  # type: ignore[union-attr]  # set by tqdm itself
-            bar.set_description(loop.description, refresh=False)
-        return bar
-
-    def _shown_bar(self, stage: str) -> Tqdm:
-        """Return the bar of ``stage``, even one whose turn on the screen has not come yet."""
-        current = self._train_loop if stage == TRAIN else self._eval_loop
-        if current is not None and _ATTRIBUTES[current.stage][0] == _ATTRIBUTES[stage][0]:
-            return self._open_bar(current)
-        name, _ = _ATTRIBUTES[stage]
-        bar: Tqdm | None = getattr(self, name)
-        if bar is None:
-            raise TypeError(
-                f"The `{self.__class__.__name__}.{name}` reference has not been set yet. Read it while the bar is shown."
-            )
-        return bar
-
-    def _close(self, stage: str, keep: bool) -> None:
-        if self._shown.pop(stage, None) is not None:
-            bar: Tqdm = getattr(self, _ATTRIBUTES[stage][0])
-            bar.leave = keep
-            bar.close()
-
-    def _close_all(self) -> None:
-        for stage in tuple(self._shown):
-            self._close(stage, keep=stage != SANITY)
-        self._redirection.stop()
-
-    def _is_batch_due(self, done: int, total: int | float) -> bool:
-        return done % self._refresh_rate == 0 or done == total
-
-    def _write_above(self, stream: TextIO, text: str) -> None:
-        """Write ``text`` where the bars are, and draw them again below it."""
-        bars = [getattr(self, _ATTRIBUTES[stage][0]) for stage in self._shown]
-        with Tqdm.get_lock():  # type: ignore[no-untyped-call]  # tqdm is untyped here
-            for bar in bars:
-                bar.clear(nolock=True)
-            stream.write(text)
-            stream.flush()
-            # After a prompt, or in a flood of lines, the clock brings the bars back.
-            self._are_bars_clear = not (text.endswith("\n") and self._may_draw_change())
-            if not self._are_bars_clear:
-                for bar in bars:
-                    bar.refresh(nolock=True)
-            self._is_train_stale = self._are_bars_clear and self._train_loop is not None
-
+    @override
     def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        """Print above the bar, as the builtin does."""
         super().print(*args, sep=sep, **kwargs)
 
-    @staticmethod
-    def _resolve_refresh_rate(refresh_rate: int) -> int:
-        if refresh_rate == 0:
-            return 0
-        if os.environ.get("COLAB_GPU") and refresh_rate == 1:
-            rank_zero_debug(f"Drawing every {COLAB_REFRESH_RATE} batches, as Colab is slow to draw.")
-            refresh_rate = COLAB_REFRESH_RATE
-        return max(refresh_rate, int(os.environ.get("TQDM_MINITERS", 0)))
 
-
-# The field with the bar of a stage, and the method that makes it.
-_ATTRIBUTES = {
-    TRAIN: ("_train_progress_bar", "init_train_tqdm"),
-    SANITY: ("_val_progress_bar", "init_sanity_tqdm"),
-    VALIDATE: ("_val_progress_bar", "init_validation_tqdm"),
-    TEST: ("_test_progress_bar", "init_test_tqdm"),
-    PREDICT: ("_predict_progress_bar", "init_predict_tqdm"),
-}
+def _resolve_refresh_rate(refresh_rate: int) -> int:
+    if refresh_rate == 0:
+        return 0
+    if os.environ.get("COLAB_GPU") and refresh_rate == 1:
+        rank_zero_debug(f"Drawing every {COLAB_REFRESH_RATE} batches, as Colab is slow to draw.")
+        refresh_rate = COLAB_REFRESH_RATE
+    return max(refresh_rate, int(os.environ.get("TQDM_MINITERS") or 0))
