@@ -49,7 +49,7 @@ def test_the_default_is_one_cpu_in_single_precision():
     assert isinstance(engine.strategy, SingleDeviceStrategy)
     assert type(engine.precision) is Precision
     assert (engine.num_devices, engine.device_ids, engine.num_nodes) == (1, [0], 1)
-    assert engine.environment is engine.layer_sync is engine.checkpoint_io is None
+    assert engine.environment is engine.layer_sync is None
     assert engine.strategy.launcher is None
     assert engine.strategy.accelerator is engine.accelerator
     assert engine.strategy.precision is engine.strategy.precision_plugin is engine.precision
@@ -62,16 +62,16 @@ def test_on_one_device_in_single_precision_the_step_is_the_users_own():
     strategy.setup_environment()
     assert strategy.setup_module(model, for_training=True) is model
     for name in ("training_step", "validation_step", "test_step", "predict_step"):
-        assert strategy.step_function(name) == getattr(model, name)
-    with pytest.raises(ValueError, match=r"name must be one of training_step, .* received 'fit'"):
-        strategy.step_function("fit")
+        assert strategy.step_function(model, name) == getattr(model, name)
+    with pytest.raises(ValueError, match=r"name must be a method of Model, received 'fit'"):
+        strategy.step_function(model, "fit")
 
 
 def test_other_precisions_put_their_context_around_the_step():
     strategy = build_engine(precision="bf16-mixed").strategy
     strategy.setup_environment()
-    strategy.setup_module(Model(), for_training=True)
-    assert strategy.step_function("training_step")(torch.ones(3, 2), 0).dtype == torch.bfloat16
+    model = strategy.setup_module(Model(), for_training=True)
+    assert strategy.step_function(model, "training_step")(torch.ones(3, 2), 0).dtype == torch.bfloat16
 
 
 def test_a_strategy_of_the_users_may_replace_a_step():
@@ -82,10 +82,11 @@ def test_a_strategy_of_the_users_may_replace_a_step():
     strategy = build_engine(strategy=Doubling()).strategy
     strategy.setup_environment()
     model = Model()
+    strategy.connect(model)
     strategy.setup_module(model, for_training=True)
     batch = torch.ones(1, 2)
-    assert strategy.step_function("training_step")(batch, 0) == model.training_step(batch, 0) * 2
-    assert strategy.step_function("test_step") == model.test_step
+    assert strategy.step_function(model, "training_step")(batch, 0) == model.training_step(batch, 0) * 2
+    assert strategy.step_function(model, "test_step") == model.test_step
 
 
 @pytest.mark.parametrize(
@@ -330,10 +331,11 @@ def test_teardown_brings_states_to_the_cpu_and_parts_are_told():
     strategy = build_engine(plugins=[Telling()]).strategy
     strategy.setup_environment()
     model = Model()
+    strategy.connect(model)
     strategy.setup_module(model, for_training=True)
     optimizer = torch.optim.Adam(model.parameters())
-    strategy.setup_optimizers([optimizer])
-    loss = strategy.step_function("training_step")(torch.ones(1, 2), 0)
+    strategy.optimizers = [strategy.setup_optimizer(optimizer)]
+    loss = strategy.step_function(model, "training_step")(torch.ones(1, 2), 0)
     strategy.backward(loss)
     strategy.optimizer_step(optimizer)
     strategy.teardown()
@@ -349,11 +351,12 @@ def test_a_step_on_a_real_gpu():
     strategy = engine.strategy
     strategy.setup_environment()
     model = Model()
+    strategy.connect(model)
     strategy.setup_module(model, for_training=True)
     assert model.layer.weight.device.type == "cuda"
     optimizer = torch.optim.Adam(model.parameters())
-    strategy.setup_optimizers([optimizer])
-    step = strategy.step_function("training_step")
+    strategy.optimizers = [strategy.setup_optimizer(optimizer)]
+    step = strategy.step_function(model, "training_step")
     batch = strategy.batch_to_device(torch.ones(4, 2))
 
     def closure():

@@ -28,7 +28,8 @@ from levin.environments import (
     TorchElasticEnvironment,
 )
 from levin.launchers import MultiProcessingLauncher
-from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from levin.precision import Precision
+from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.interactive import is_interactive
@@ -38,17 +39,6 @@ from levin.utilities.warnings import PossibleUserWarning
 if TYPE_CHECKING:
     from levin.checkpoint.io import CheckpointIO
 
-_PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
-# The value says whether the short form is so often misunderstood that levin points to the long one.
-_SHORT_PRECISIONS: dict[Any, tuple[str, bool]] = {
-    64: ("64-true", False),
-    "64": ("64-true", False),
-    32: ("32-true", False),
-    "32": ("32-true", False),
-    16: ("16-mixed", True),
-    "16": ("16-mixed", True),
-    "bf16": ("bf16-mixed", True),
-}
 _DETECTED_ENVIRONMENTS: tuple[type[ClusterEnvironment], ...] = (
     TorchElasticEnvironment,
     SLURMEnvironment,
@@ -67,27 +57,40 @@ class PluginTypeError(MisconfigurationException, TypeError):
 
 @dataclass
 class Engine:
-    """The parts that a run is made of, chosen and checked.
+    """A strategy, which holds the other parts of a run, and the devices of this machine.
 
     Args:
-        accelerator: The hardware.
-        strategy: Wraps the module and talks to the other processes; holds the other parts too.
-        precision: The number format.
-        environment: Who starts the processes; None in a single process.
-        checkpoint_io: Writes and reads checkpoints; None for the default one.
-        layer_sync: Makes layers aware of other processes in training; None for no such thing.
-        num_nodes: Number of machines.
+        strategy: Wraps the module and talks to the other processes.
         parallel_devices: One device per process of this machine.
     """
 
-    accelerator: Accelerator
     strategy: Strategy
-    precision: Precision
-    environment: ClusterEnvironment | None
-    checkpoint_io: CheckpointIO | None
-    layer_sync: LayerSync | None
-    num_nodes: int
     parallel_devices: list[torch.device]
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The hardware."""
+        return self.strategy.accelerator
+
+    @property
+    def precision(self) -> Precision:
+        """The number format."""
+        return self.strategy.precision
+
+    @property
+    def environment(self) -> ClusterEnvironment | None:
+        """Who starts the processes; None in a single process."""
+        return self.strategy.environment
+
+    @property
+    def layer_sync(self) -> LayerSync | None:
+        """What makes layers aware of other processes in training; None for no such thing."""
+        return self.strategy.layer_sync
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of machines."""
+        return self.strategy.num_nodes
 
     @property
     def is_distributed(self) -> bool:
@@ -152,14 +155,17 @@ def build_engine(
     _check_strategy(strategy)
     given_plugins = _sort_plugins(plugins, sync_batchnorm)
     if precision is not None:
-        _check_precision(precision)
+        check_precision_name(precision)
     _check_conflicts(strategy, accelerator, precision, given_plugins)
 
     chosen_accelerator = _choose_accelerator(accelerator, strategy)
     parallel_devices = _choose_devices(chosen_accelerator, devices, strategy)
     detected = _choose_environment(given_plugins, strategy)
     chosen_strategy = _choose_strategy(strategy, chosen_accelerator, parallel_devices, num_nodes)
-    chosen_precision = _choose_precision(precision, given_plugins, chosen_strategy, parallel_devices[0])
+    chosen_precision = given_plugins.precision or chosen_strategy.user_parts.precision
+    if chosen_precision is None:
+        name = resolve_precision_name("32-true" if precision is None else precision)
+        chosen_precision = chosen_strategy.precision_for(name, parallel_devices[0])
     _check_combination(chosen_strategy, strategy, chosen_accelerator, parallel_devices, num_nodes, devices)
 
     environment = given_plugins.environment if isinstance(chosen_strategy, SingleDeviceStrategy) else detected
@@ -167,22 +173,13 @@ def build_engine(
         accelerator=chosen_accelerator,
         precision=chosen_precision,
         parallel_devices=parallel_devices,
-        num_nodes=num_nodes,
+        num_nodes=int(num_nodes),
         environment=environment,
         checkpoint_io=given_plugins.checkpoint_io,
         layer_sync=given_plugins.layer_sync,
     )
     _check_processes(chosen_strategy, strategy, detected, len(parallel_devices), num_nodes)
-    return Engine(
-        accelerator=chosen_accelerator,
-        strategy=chosen_strategy,
-        precision=chosen_precision,
-        environment=environment,
-        checkpoint_io=given_plugins.checkpoint_io or chosen_strategy.given.checkpoint_io,
-        layer_sync=given_plugins.layer_sync,
-        num_nodes=int(num_nodes),
-        parallel_devices=parallel_devices,
-    )
+    return Engine(chosen_strategy, parallel_devices)
 
 
 def describe_devices(engine: Engine) -> None:
@@ -201,34 +198,6 @@ def describe_devices(engine: Engine) -> None:
     if has_tpu and not uses_tpu:
         rank_zero_warn(
             "There is a TPU, and it is not used. Use `accelerator='tpu'` to run on it.", category=PossibleUserWarning
-        )
-
-
-def resolve_precision_name(precision: Any) -> str:
-    """Return the full name of a number format; short forms that are easily misunderstood warn.
-
-    Raises:
-        ValueError: There is no such format.
-
-    Example:
-        >>> resolve_precision_name(64)
-        '64-true'
-    """
-    _check_precision(precision)
-    if isinstance(precision, str) and precision in _PRECISIONS:
-        return precision
-    name, should_warn = _SHORT_PRECISIONS[precision]
-    if should_warn:
-        rank_zero_warn(f"precision={precision!r} means {name!r}. Write precision={name!r}.")
-    return name
-
-
-def _check_precision(precision: Any) -> None:
-    is_known = isinstance(precision, (str, int)) and not isinstance(precision, bool)
-    if not is_known or (precision not in _PRECISIONS and precision not in _SHORT_PRECISIONS):
-        allowed = ", ".join(repr(name) for name in (*_PRECISIONS, *_SHORT_PRECISIONS))
-        raise MisconfigurationException(
-            f"precision must be one of {allowed}, received {precision!r}. Use '32-true' for single precision."
         )
 
 
@@ -286,7 +255,7 @@ def _check_conflicts(strategy: Any, accelerator: Any, precision: Any, plugins: _
         )
     if not isinstance(strategy, Strategy):
         return
-    given = strategy.given
+    given = strategy.user_parts
     pairs: list[tuple[str, object, object]] = [
         ("accelerator", given.accelerator, None if accelerator == "auto" else accelerator),
         ("precision", given.precision, precision if plugins.precision is None else plugins.precision),
@@ -315,10 +284,10 @@ def _choose_accelerator(accelerator: Any, strategy: Any) -> Accelerator:
         )
     if accelerator == "auto":
         if isinstance(strategy, Strategy):
-            if strategy.given.accelerator is not None:
-                return _available(strategy.given.accelerator)
-            if strategy.given.parallel_devices:
-                return _available(_accelerator_for(strategy.given.parallel_devices[0]))
+            if strategy.user_parts.accelerator is not None:
+                return _available(strategy.user_parts.accelerator)
+            if strategy.user_parts.parallel_devices:
+                return _available(_accelerator_for(strategy.user_parts.parallel_devices[0]))
         for name in ("tpu", "mps", "cuda"):
             if AcceleratorRegistry.get_class(name).is_available():
                 return AcceleratorRegistry.get(name)
@@ -357,13 +326,13 @@ def _unavailable(name: str) -> UnavailableError:
 
 
 def _choose_devices(accelerator: Accelerator, devices: Any, strategy: Any) -> list[torch.device]:
-    if isinstance(strategy, Strategy) and strategy.given.parallel_devices:
+    if isinstance(strategy, Strategy) and strategy.user_parts.parallel_devices:
         if devices != "auto":
             raise MisconfigurationException(
                 f"devices={devices!r} and {type(strategy).__name__}(parallel_devices=...) both name the devices. "
                 "Set one of them."
             )
-        return list(strategy.given.parallel_devices)
+        return list(strategy.user_parts.parallel_devices)
     if devices == "auto":
         devices = accelerator.auto_device_count()
     if (isinstance(devices, (list, tuple)) and not devices) or (isinstance(devices, str) and devices.strip() == "0"):
@@ -381,8 +350,8 @@ def _choose_devices(accelerator: Accelerator, devices: Any, strategy: Any) -> li
 def _choose_environment(plugins: _Plugins, strategy: Any) -> ClusterEnvironment:
     if plugins.environment is not None:
         return plugins.environment
-    if isinstance(strategy, Strategy) and strategy.given.environment is not None:
-        return strategy.given.environment
+    if isinstance(strategy, Strategy) and strategy.user_parts.environment is not None:
+        return strategy.user_parts.environment
     for kind in _DETECTED_ENVIRONMENTS:
         if kind.detect():
             return kind()
@@ -405,28 +374,6 @@ def _choose_strategy(
     if name == "single_device":
         return SingleDeviceStrategy(device=parallel_devices[0])
     return StrategyRegistry.get(name)
-
-
-def _choose_precision(precision: Any, plugins: _Plugins, strategy: Strategy, device: torch.device) -> Precision:
-    given = plugins.precision or strategy.given.precision
-    if given is not None:
-        return given
-    name = resolve_precision_name("32-true" if precision is None else precision)
-    if name == "16-mixed" and device.type == "cpu":
-        rank_zero_warn(
-            f"precision={precision!r} is not supported on the CPU: its float16 has no loss scale. Using 'bf16-mixed'. "
-            "Write precision='bf16-mixed' to say so."
-        )
-        name = "bf16-mixed"
-    if name == "64-true" and device.type == "mps":
-        raise MisconfigurationException(
-            "precision='64-true' cannot be used with accelerator='mps', which has no 64-bit numbers. Use '32-true'."
-        )
-    if name in ("16-true", "bf16-true"):
-        return HalfPrecision(name)
-    if name in ("16-mixed", "bf16-mixed"):
-        return MixedPrecision(name, device.type)
-    return DoublePrecision() if name == "64-true" else Precision()
 
 
 def _check_combination(

@@ -14,7 +14,6 @@ from levin import loading
 from levin.exports import Exports
 from levin.hooks import CheckpointHooks, DataHooks, ModelHooks
 from levin.hparams import HyperparametersMixin
-from levin.optimizer import LightningOptimizer
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
@@ -372,8 +371,9 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
             raise MisconfigurationException(
                 f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
             )
-        raw = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        trainer.precision_plugin.clip_gradients(raw, value, algorithm)
+        if value > 0:
+            bound: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": value}
+            trainer.strategy.clip_gradients(self, optimizer, **bound)
 
     def toggle_optimizer(self, optimizer: Any) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""

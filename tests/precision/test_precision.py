@@ -95,7 +95,11 @@ class Recorder:
         self.gradient = None if self.skip else self.module.weight.grad.clone()
 
     def step(self):
-        return self.precision.optimizer_step(self.optimizer, self.module, self.closure, self.before_step)
+        self.precision.before_step = self.before_step
+        try:
+            return self.precision.optimizer_step(self.optimizer, self.module, self.closure)
+        finally:
+            self.precision.before_step = None
 
 
 def test_the_step_runs_closure_then_hooks_then_update():
@@ -108,7 +112,8 @@ def test_the_step_runs_closure_then_hooks_then_update():
     # Without a hook the closure goes to the optimizer as it is.
     recorder.precision.optimizer_step(recorder.optimizer, recorder.module, recorder.closure)
     # Without a closure the gradients that are there are used.
-    recorder.precision.optimizer_step(recorder.optimizer, before_step=recorder.before_step)
+    recorder.precision.before_step = recorder.before_step
+    recorder.precision.optimizer_step(recorder.optimizer)
     assert torch.allclose(recorder.module.weight, before - 0.3)
 
 
@@ -213,8 +218,7 @@ def test_half_precision_training_on_cuda():
         return loss
 
     for _ in range(20):
-        loss = precision.optimizer_step(
-            optimizer, module, closure, lambda optimizer: precision.clip_gradients(optimizer, 10.0)
-        )
+        precision.before_step = lambda optimizer: precision.clip_gradients(optimizer, 10.0)
+        loss = precision.optimizer_step(optimizer, module, closure)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2

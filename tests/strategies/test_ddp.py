@@ -58,6 +58,12 @@ def assembled(strategy=None, precision=None, layer_sync=None, size=2):
     return strategy
 
 
+def set_up(strategy, model, for_training):
+    """Set up the module of a Trainer."""
+    strategy.connect(model)
+    return strategy.setup_module(model, for_training=for_training)
+
+
 def batch_of(rank: int) -> torch.Tensor:
     return torch.randn(6, 4, generator=torch.Generator().manual_seed(rank))
 
@@ -72,8 +78,8 @@ def test_gradients_are_those_of_one_process_with_all_data():
     rank = dist.get_rank()
     strategy = assembled()
     model = without_norm(Model())
-    assert isinstance(strategy.setup_module(model, for_training=True), DistributedDataParallel)
-    step = strategy.step_function("training_step")
+    assert isinstance(set_up(strategy, model, for_training=True), DistributedDataParallel)
+    step = strategy.step_function(strategy.model, "training_step")
     strategy.backward(step(batch_of(rank), 0))
     alone = without_norm(Model())
     alone.training_step(torch.cat([batch_of(0), batch_of(1)]), 0).backward()
@@ -89,11 +95,11 @@ def test_ranks_start_from_the_weights_of_rank_zero_and_stay_together():
     model = Model()
     with torch.no_grad():
         model.layer.weight.fill_(float(rank))
-    strategy.setup_module(model, for_training=True)
+    set_up(strategy, model, for_training=True)
     assert model.layer.weight.eq(0).all()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    strategy.setup_optimizers([optimizer])
-    step = strategy.step_function("training_step")
+    strategy.setup_optimizer(optimizer)
+    step = strategy.step_function(strategy.model, "training_step")
     for index in range(3):
         optimizer.zero_grad()
 
@@ -115,10 +121,10 @@ def test_evaluation_syncs_the_module_once_and_needs_nobody_afterwards():
     with torch.no_grad():
         model.layer.weight.fill_(float(rank))
         model.norm.running_mean.fill_(float(rank))
-    assert strategy.setup_module(model, for_training=False) is model
+    assert set_up(strategy, model, for_training=False) is model
     assert model.layer.weight.eq(0).all()
     assert model.norm.running_mean.eq(0).all()
-    step = strategy.step_function("validation_step")
+    step = strategy.step_function(strategy.model, "validation_step")
     assert step == model.validation_step
     # Ranks with different numbers of batches do not wait for each other.
     for index in range(1 + 3 * rank):
@@ -130,13 +136,13 @@ def test_validation_in_fit_starts_from_the_buffers_of_rank_zero():
     rank = dist.get_rank()
     strategy = assembled()
     model = Model()
-    strategy.setup_module(model, for_training=True)
-    strategy.step_function("training_step")(batch_of(rank), 0)
+    set_up(strategy, model, for_training=True)
+    strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0)
     means = strategy.all_gather(model.norm.running_mean)
     assert not torch.equal(means[0], means[1])
     strategy.on_validation_start()
     assert torch.equal(model.norm.running_mean, means[0])
-    assert strategy.step_function("validation_step") == model.validation_step
+    assert strategy.step_function(strategy.model, "validation_step") == model.validation_step
 
 
 @world_size(2)
@@ -144,19 +150,19 @@ def test_no_sync_keeps_gradients_to_each_rank_until_the_window_closes():
     rank = dist.get_rank()
     strategy = assembled()
     model = without_norm(Model())
-    strategy.setup_module(model, for_training=True)
-    step = strategy.step_function("training_step")
-    with strategy.no_sync(True):
+    set_up(strategy, model, for_training=True)
+    step = strategy.step_function(strategy.model, "training_step")
+    with strategy.no_sync(strategy.model):
         strategy.backward(step(batch_of(rank), 0))
     apart = strategy.all_gather(model.layer.weight.grad)
     assert not torch.equal(apart[0], apart[1])
     strategy.backward(step(batch_of(rank + 2), 0))
     together = strategy.all_gather(model.layer.weight.grad)
     assert torch.equal(together[0], together[1])
-    with strategy.no_sync(False):
+    with strategy.no_sync(strategy.model, enabled=False):
         pass
     with pytest.raises(TypeError, match=r"no_sync needs a module in DistributedDataParallel, received Model"):
-        strategy.no_sync(module=model)
+        strategy.no_sync(model)
 
 
 class ManualModel(Model):
@@ -169,7 +175,7 @@ class ManualModel(Model):
             self.strategy.backward(self(batch).mean() * factor)
             gathered = self.strategy.all_gather(self.layer.weight.grad)
             assert torch.equal(gathered[0], gathered[1]), "the gradients of this backward were not averaged"
-        with self.strategy.no_sync(True):
+        with self.strategy.no_sync(self.strategy.model):
             self.zero_grad()
             self.strategy.backward(self(batch).mean())
             gathered = self.strategy.all_gather(self.layer.weight.grad)
@@ -183,8 +189,8 @@ def test_manual_optimization_averages_in_each_backward(find_unused):
     strategy = assembled(DDPStrategy(find_unused_parameters=find_unused))
     model = without_norm(ManualModel(has_unused=find_unused))
     model.strategy = strategy
-    strategy.setup_module(model, for_training=True)
-    step = strategy.step_function("training_step")
+    set_up(strategy, model, for_training=True)
+    step = strategy.step_function(strategy.model, "training_step")
     for index in range(3):
         step(batch_of(rank + 2 * index), index)
     assert strategy.model.require_backward_grad_sync
@@ -194,8 +200,8 @@ def test_manual_optimization_averages_in_each_backward(find_unused):
 def test_unused_parameters_are_explained():
     rank = dist.get_rank()
     strategy = assembled()
-    strategy.setup_module(Model(has_unused=True), for_training=True)
-    step = strategy.step_function("training_step")
+    set_up(strategy, Model(has_unused=True), for_training=True)
+    step = strategy.step_function(strategy.model, "training_step")
     strategy.backward(step(batch_of(rank), 0))
     with pytest.raises(RuntimeError) as caught:
         step(batch_of(rank), 1)
@@ -204,8 +210,8 @@ def test_unused_parameters_are_explained():
     strategy.on_exception(ValueError("another"))
 
     strategy = assembled(StrategyRegistry.get("ddp_find_unused_parameters_true"))
-    strategy.setup_module(Model(has_unused=True), for_training=True)
-    step = strategy.step_function("training_step")
+    set_up(strategy, Model(has_unused=True), for_training=True)
+    step = strategy.step_function(strategy.model, "training_step")
     for index in range(3):
         strategy.backward(step(batch_of(rank), index))
 
@@ -213,10 +219,10 @@ def test_unused_parameters_are_explained():
 @world_size(2)
 def test_static_graph_and_other_keywords_reach_torch():
     strategy = assembled(DDPStrategy(static_graph=True, gradient_as_bucket_view=True, bucket_cap_mb=5))
-    wrapper = strategy.setup_module(without_norm(Model()), for_training=True)
+    wrapper = set_up(strategy, without_norm(Model()), for_training=True)
     assert wrapper.static_graph
     assert wrapper.gradient_as_bucket_view
-    step = strategy.step_function("training_step")
+    step = strategy.step_function(strategy.model, "training_step")
     for index in range(3):
         strategy.backward(step(batch_of(index + dist.get_rank()), index))
 
@@ -226,8 +232,8 @@ def test_communication_hooks_exchange_the_gradients():
     rank = dist.get_rank()
     strategy = assembled(DDPStrategy(ddp_comm_hook=default_hooks.fp16_compress_hook))
     model = without_norm(Model())
-    strategy.setup_module(model, for_training=True)
-    strategy.backward(strategy.step_function("training_step")(batch_of(rank), 0))
+    set_up(strategy, model, for_training=True)
+    strategy.backward(strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0))
     gradient = model.layer.weight.grad
     # What went through sixteen bits can be said in sixteen bits.
     assert torch.equal(gradient * 2, (gradient * 2).half().float())
@@ -242,8 +248,8 @@ def test_communication_hooks_exchange_the_gradients():
         return counted
 
     strategy = assembled(DDPStrategy(ddp_comm_hook=default_hooks.allreduce_hook, ddp_comm_wrapper=wrapper))
-    strategy.setup_module(without_norm(Model()), for_training=True)
-    strategy.backward(strategy.step_function("training_step")(batch_of(rank), 0))
+    set_up(strategy, without_norm(Model()), for_training=True)
+    strategy.backward(strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0))
     assert calls == [0]
 
 
@@ -257,10 +263,10 @@ def test_weights_are_averaged_in_the_given_period():
         DDPStrategy(ddp_comm_state=state, ddp_comm_hook=post_localSGD_hook.post_localSGD_hook, model_averaging_period=2)
     )
     model = without_norm(Model())
-    strategy.setup_module(model, for_training=True)
+    set_up(strategy, model, for_training=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    strategy.setup_optimizers([optimizer])
-    step = strategy.step_function("training_step")
+    strategy.setup_optimizer(optimizer)
+    step = strategy.step_function(strategy.model, "training_step")
     are_equal = []
     for index in range(6):
         optimizer.zero_grad()
@@ -282,7 +288,7 @@ def test_batch_norm_over_all_ranks_is_that_of_one_process():
     strategy = assembled(layer_sync=TorchSyncBatchNorm())
     model = Model()
     statistics = model.norm.running_mean
-    strategy.setup_module(model, for_training=True)
+    set_up(strategy, model, for_training=True)
     assert type(model.norm).__name__ == "CPUSyncBatchNorm"
     # Batches of different sizes count by their samples.
     batches = [batch_of(0), torch.cat([batch_of(1), 3 + batch_of(2)])]
@@ -305,7 +311,7 @@ def test_batch_norm_over_all_ranks_is_that_of_one_process():
     alone.eval()
     torch.testing.assert_close(model(batches[0]), alone(batches[0]))
 
-    strategy.setup_module(model, for_training=False)
+    set_up(strategy, model, for_training=False)
     assert isinstance(model.norm, nn.BatchNorm1d)
 
 
@@ -314,8 +320,8 @@ def test_gradients_flow_through_the_statistics_of_all_ranks():
     rank = dist.get_rank()
     strategy = assembled(layer_sync=TorchSyncBatchNorm())
     model = Model()
-    strategy.setup_module(model, for_training=True)
-    strategy.backward(strategy.step_function("training_step")(batch_of(rank), 0))
+    set_up(strategy, model, for_training=True)
+    strategy.backward(strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0))
     alone = Model()
     alone.training_step(torch.cat([batch_of(0), batch_of(1)]), 0).backward()
     for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
@@ -335,9 +341,9 @@ def test_precision_holds_inside_the_wrapper():
 
     for precision, dtype in ((MixedPrecision("bf16-mixed", "cpu"), torch.bfloat16), (DoublePrecision(), torch.float64)):
         strategy = assembled(precision=precision)
-        strategy.setup_module(Seeing(), for_training=True)
+        set_up(strategy, Seeing(), for_training=True)
         batch = precision.convert_input(batch_of(rank))
-        strategy.backward(strategy.step_function("training_step")(batch, 0))
+        strategy.backward(strategy.step_function(strategy.model, "training_step")(batch, 0))
         assert seen[-1] == dtype
 
 
@@ -347,7 +353,7 @@ def test_frozen_modules_are_not_wrapped_but_made_equal():
     strategy = assembled()
     model = Model().requires_grad_(False)
     model.layer.weight.fill_(float(rank))
-    assert strategy.setup_module(model, for_training=True) is model
+    assert set_up(strategy, model, for_training=True) is model
     assert model.layer.weight.eq(0).all()
 
 
@@ -358,10 +364,10 @@ def test_zero_redundancy_optimizer_state_is_gathered_on_rank_zero():
     rank = dist.get_rank()
     strategy = assembled()
     model = without_norm(Model())
-    strategy.setup_module(model, for_training=True)
+    set_up(strategy, model, for_training=True)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.1)
-    strategy.setup_optimizers([optimizer])
-    strategy.backward(strategy.step_function("training_step")(batch_of(rank), 0))
+    strategy.setup_optimizer(optimizer)
+    strategy.backward(strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0))
     strategy.optimizer_step(optimizer)
     state = strategy.optimizer_state(optimizer)
     assert bool(state) == (rank == 0)

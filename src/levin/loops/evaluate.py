@@ -86,7 +86,9 @@ def end_validation_in_fit(run: Run, unfinished: InterruptedPhase) -> None:
 def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:
     """Return ``step(batch, batch_idx, dataloader_idx)`` that passes what the user's step takes."""
     name = f"{stage}_step"
-    function = run.timed(f"[Strategy]{type(run.strategy).__name__}.{name}", run.strategy.step_function(name))
+    function = run.timed(
+        f"[Strategy]{type(run.strategy).__name__}.{name}", run.strategy.step_function(run.strategy.model, name)
+    )
     count = step_arguments(run.module, name, num_dataloaders)
     if count == 3:
         return function

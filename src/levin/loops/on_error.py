@@ -28,7 +28,8 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         trainer.state.stage = None
         return
     module = trainer.lightning_module
-    trainer.strategy.annotate_error(error)
+    if trainer._watchdog is not None:
+        trainer._watchdog.annotate_error(error)
     is_agreed = _is_agreed(trainer, error)
     if not is_agreed:
         # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
@@ -55,8 +56,16 @@ def fail(trainer: Trainer, error: BaseException, is_told: bool = False) -> None:
         if is_agreed:
             _leave_together(trainer)
         trainer.strategy.teardown()
+        stop_watchdog(trainer)
         trainer.profiler.teardown(str(trainer.state.fn))
         trainer.state.stage = None
+
+
+def stop_watchdog(trainer: Trainer) -> None:
+    """Watch over the other processes no more; those that still wait are told that this one has left."""
+    watchdog, trainer._watchdog = trainer._watchdog, None
+    if watchdog is not None:
+        watchdog.stop(has_left=True)
 
 
 def _leave_together(trainer: Trainer) -> None:

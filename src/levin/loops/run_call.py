@@ -26,6 +26,7 @@ from levin.loops.dataloaders import (
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit, is_done
 from levin.loops.logging import send_hyperparameters
+from levin.loops.on_error import stop_watchdog
 from levin.loops.predict import predict
 from levin.loops.profiled import ProfiledRun, is_profiling, kind_of, time_step, timed_transfer, timer, untimed
 from levin.loops.run import Run, detach_log_store, new_store
@@ -33,6 +34,7 @@ from levin.loops.step import compose_step
 from levin.loops.validate_setup import check_restored_epoch, hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.ranks.agreement import agreement_for
+from levin.ranks.hang_watchdog import start_watchdog
 from levin.ranks.location import locate
 from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
@@ -44,6 +46,7 @@ from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
     from levin.trainer import Trainer
+    from levin.utilities.types import LRSchedulerConfig
 
 
 def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool]) -> Any:
@@ -66,6 +69,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
     trainer._is_setting_up = True
     strategy.connect(module)
     strategy.setup_environment()
+    trainer._watchdog = start_watchdog(strategy)
     ckpt_path = agree(trainer, ckpt_path)
     local_rank = trainer.local_rank if trainer.world_size > 1 else None
     trainer.profiler.setup(stage=fn, local_rank=local_rank, log_dir=trainer.log_dir if is_profiling(trainer) else None)
@@ -85,7 +89,9 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
         checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)
         if not strategy.restore_checkpoint_after_setup:
             tree.restore_module(trainer, checkpoint)
-    strategy.setup_module(module, for_training=fn == "fit")
+    if fn == "fit":
+        strategy.configure_optimizers = functools.partial(configure_optimizers, trainer)
+    strategy.setup(trainer)
     trainer._moved_metrics_to(strategy.root_device)
     trainer.profiler.attach(module)
     run = compose_run(trainer, fn)
@@ -103,12 +109,14 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
             tree.restore_optimizers(trainer, checkpoint)
         what = "Restored all states" if fn == "fit" else "Loaded model weights"
         rank_zero_info(f"{what} from the checkpoint at {ckpt_path}")
-    strategy.watch_progress(functools.partial(locate, trainer))
+    if trainer._watchdog is not None:
+        trainer._watchdog.watch_progress(functools.partial(locate, trainer))
     trainer._signals.waits_for_batch = True
     result = run_stage(trainer, run, fn, checkpoint)
     run.activate(new_store(trainer, module, training=False))
     detach_log_store(module)
     strategy.teardown()
+    stop_watchdog(trainer)
     trainer._moved_metrics_to(torch.device("cpu"))
     if fn == "fit":
         run.call("on_fit_end")
@@ -135,8 +143,14 @@ def configure_model(trainer: Trainer) -> None:
             raise RuntimeError(f"`{name}` and `configure_model` are both defined. Keep `configure_model` alone.")
         rank_zero_deprecation(f"`{name}` is deprecated. Rename it to `configure_model`.")
     if is_new or old is not None:
-        with trainer.strategy.module_init_context():
+        with trainer.strategy.module_init_context(), trainer.strategy.model_sharded_context():
             call_timed(trainer, "LightningModule", module, "configure_model" if is_new else "configure_sharded_model")
+
+
+def configure_optimizers(trainer: Trainer) -> tuple[list[Any], list[LRSchedulerConfig]]:
+    """Return the module's optimizers and schedulers, in one form."""
+    module = trainer.lightning_module
+    return resolve_optimizers(call_timed(trainer, "LightningModule", module, "configure_optimizers"), module)
 
 
 def run_stage(trainer: Trainer, run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
@@ -242,14 +256,8 @@ def compose_run(trainer: Trainer, fn: str) -> Run:
     """Resolve everything that can be known before the first batch."""
     module, strategy = trainer.lightning_module, trainer.strategy
     timed = timer(trainer.profiler) if is_profiling(trainer) else None
-    optimizers: list[Any] = []
-    schedulers: list[Any] = []
     if fn == "fit":
-        configured = call_timed(trainer, "LightningModule", module, "configure_optimizers")
-        optimizers, schedulers = resolve_optimizers(configured, module)
-        optimizers = strategy.setup_optimizers(optimizers)
-        strategy.optimizers, strategy.lr_scheduler_configs = optimizers, schedulers
-        trainer._lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in optimizers]
+        trainer._lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in strategy.optimizers]
         for optimizer in trainer._lightning_optimizers:
             optimizer._module = module
     owners = [owner for owner in (trainer.datamodule, module) if owner is not None]
@@ -261,8 +269,8 @@ def compose_run(trainer: Trainer, fn: str) -> Run:
         transfer=transfer_hooks(owners) if timed is None else timed_transfer(timed, owners, strategy),
         timed=timed or untimed,
         store=new_store(trainer, module, training=fn == "fit"),
-        optimizers=optimizers,
-        schedulers=schedulers,
+        optimizers=strategy.optimizers if fn == "fit" else [],
+        schedulers=strategy.lr_scheduler_configs if fn == "fit" else [],
         agreement=agreement_for(trainer),
     )
     run.activate(run.store)

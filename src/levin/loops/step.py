@@ -11,7 +11,6 @@ automatic                                        manual
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Optional
@@ -39,36 +38,31 @@ def compose_step(run: Run) -> Step:
     return AutomaticStep(run) if run.module.automatic_optimization else ManualStep(run)
 
 
-def compose_backward(run: Run) -> Callable[..., None]:
-    """Return ``backward(loss, *args, **kwargs)``: precision, hooks and the user's override around ``loss.backward``."""
-    hooks, store_owner = run.hooks, run
+def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
+    """Return ``backward(loss, *args, **kwargs)``: precision, hooks and the user's override around ``loss.backward``.
+
+    Args:
+        run: Whose steps.
+        optimizer: The one that is stepped next; None where the user steps them.
+    """
+    hooks, owner, module, precision = run.hooks, run, run.module, run.strategy.precision
     before, after = hooks["on_before_backward"], hooks["on_after_backward"]
-    strategy, precision, module = run.strategy, run.strategy.precision, run.module
     own = _own(module, "backward")
-    scales = type(precision).pre_backward is not Precision.pre_backward
-    # Only backward passes inside of training_step need the strategy's help.
-    prepares = not module.automatic_optimization and type(strategy).pre_backward is not Strategy.pre_backward
-    custom = type(strategy).backward is not Strategy.backward or type(precision).backward is not Precision.backward
+    by_precision = type(precision).backward is not Precision.backward
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        if scales:
-            loss = precision.pre_backward(loss, module)
-        if prepares:
-            strategy.pre_backward(loss)
         if before:
-            store_owner.call("on_before_backward", loss)
-        if own is not None:
-            store_owner.call_own("backward", own, loss, *args, **kwargs)
-        elif custom:
-            precision.backward(loss, module, *args, **kwargs)
+            owner.call("on_before_backward", loss)
+        if by_precision:
+            precision.backward(loss, module, optimizer, *args, **kwargs)
+        elif own is not None:
+            owner.call_own("backward", own, loss, *args, **kwargs)
         else:
             loss.backward(*args, **kwargs)
         if after:
-            store_owner.call("on_after_backward")
-        if prepares:
-            strategy.post_backward(loss)
+            owner.call("on_after_backward")
 
-    return backward
+    return run.strategy.backward_function(optimizer, backward)
 
 
 class AutomaticStep:
@@ -82,15 +76,19 @@ class AutomaticStep:
         self.lightning_optimizer = trainer._lightning_optimizers[0]
         self.progress = trainer.fit_loop.epoch_loop.optim_progress
         self.training_step = run.timed(
-            f"[Strategy]{type(strategy).__name__}.training_step", strategy.step_function("training_step")
+            f"[Strategy]{type(strategy).__name__}.training_step",
+            strategy.step_function(strategy.model, "training_step"),
         )
         self.num_arguments = step_arguments(module, "training_step", 1)
-        self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", compose_backward(run))
+        self.backward = run.timed(
+            f"[Strategy]{type(strategy).__name__}.backward", compose_backward(run, self.optimizer)
+        )
         self.own_zero_grad = _own(module, "optimizer_zero_grad")
         self.own_optimizer_step = _own(module, "optimizer_step")
         self.own_clipping = _own(module, "configure_gradient_clipping")
         self.clip_val = trainer.gradient_clip_val
         self.clip_algorithm = trainer.gradient_clip_algorithm
+        self.clip: dict[str, Any] = {"clip_val" if self.clip_algorithm == "value" else "max_norm": self.clip_val}
         self.zero_grad_hooks = run.hooks["on_before_zero_grad"]
         self.step_hooks = run.hooks["on_before_optimizer_step"]
         self.is_distributed = strategy.is_distributed
@@ -108,6 +106,7 @@ class AutomaticStep:
         plain_precision = type(strategy.precision).optimizer_step is Precision.optimizer_step
         self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
         self.lightning_optimizer._on_step = self._step_through_strategy
+        strategy.precision.before_step = self.before_step
         self._closure_ran: bool = False
         # On several ranks: steps for which not all of them have a batch, and how many batches the window lacks so.
         self.uneven: Optional[Uneven] = None
@@ -165,7 +164,7 @@ class AutomaticStep:
             step.increment_completed()
             self.held = self.lacks = 0
         else:
-            with self.run.strategy.no_sync(True) if self.is_distributed else nullcontext():
+            with self.run.strategy.block_backward_sync() if self.is_distributed else nullcontext():
                 self.closure()
         self.batch = None
         return self.outputs
@@ -276,8 +275,8 @@ class AutomaticStep:
                 "configure_gradient_clipping", self.own_clipping, optimizer,
                 gradient_clip_val=self.clip_val, gradient_clip_algorithm=self.clip_algorithm,
             )  # fmt: skip
-        elif self.clip_val:
-            self.run.strategy.precision.clip_gradients(optimizer, self.clip_val, self.clip_algorithm or "norm")
+        elif self.clip_val and self.clip_val > 0:
+            self.run.strategy.clip_gradients(self.run.module, optimizer, **self.clip)
 
     def _average_window(self) -> None:
         """Divide the summed gradients by what the window really held, where that was not known beforehand."""
@@ -295,10 +294,7 @@ class AutomaticStep:
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
-        result = self.run.strategy.optimizer_step(
-            optimizer, _nothing if closure is None else closure, model=self.run.module, before_step=self.before_step,
-            **kwargs,
-        )  # fmt: skip
+        result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
         return None if closure is None else result
 
 
@@ -310,15 +306,17 @@ class ManualStep:
         self.run = run
         self.progress = trainer.fit_loop.epoch_loop.manual_step_progress
         self.training_step = run.timed(
-            f"[Strategy]{type(strategy).__name__}.training_step", strategy.step_function("training_step")
+            f"[Strategy]{type(strategy).__name__}.training_step",
+            strategy.step_function(strategy.model, "training_step"),
         )
         self.num_arguments = step_arguments(run.module, "training_step", 1)
         self.step_hooks = run.hooks["on_before_optimizer_step"]
-        self._backward = compose_backward(run)
+        self._backward = compose_backward(run, None)
+        strategy.precision.before_step = self._before_step if self.step_hooks else None
         self.uneven: Optional[Uneven] = None
         for optimizer in trainer._lightning_optimizers:
-            optimizer._on_step = functools.partial(self._step)
-            optimizer._no_sync = functools.partial(strategy.no_sync, True)
+            optimizer._on_step = self._step
+            optimizer._no_sync = strategy.block_backward_sync
             optimizer._module = run.module
 
     def state_dict(self) -> dict[str, Any]:
@@ -359,10 +357,7 @@ class ManualStep:
 
     def _step(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
         self.progress.increment_ready()
-        result = self.run.strategy.optimizer_step(
-            optimizer, _nothing if closure is None else closure, model=self.run.module,
-            before_step=self._before_step if self.step_hooks else None, **kwargs,
-        )  # fmt: skip
+        result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
         self.progress.increment_completed()
         return None if closure is None else result
 

@@ -67,7 +67,6 @@ class MixedPrecision(Precision):
         optimizer: Optimizer,
         model: Module | None = None,
         closure: Callable[[], Any] | None = None,
-        before_step: Callable[[Optimizer], None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """Step the optimizer unless the scaled gradients overflowed; see :meth:`Precision.optimizer_step`.
@@ -76,13 +75,14 @@ class MixedPrecision(Precision):
             ValueError: The optimizer is LBFGS, which calls the closure many times in a step.
         """
         if self.scaler is None:
-            return super().optimizer_step(optimizer, model, closure, before_step, **kwargs)
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
                 f"precision={self.precision!r} cannot be used with LBFGS: it evaluates the loss many times in a step, "
                 "and the loss scale is fixed for a step. Use precision='bf16-mixed' or '32-true'."
             )
         # The closure runs first: the scaler must see the gradients before the optimizer does.
+        before_step = self.before_step
         result = closure() if closure is not None else None
         if closure is not None and result is None:
             if before_step is not None:
@@ -101,21 +101,14 @@ class MixedPrecision(Precision):
         if self.scaler is not None and not handles_unscaling(optimizer):
             self.scaler.unscale_(optimizer)
 
-    def clip_gradients(
-        self, optimizer: Optimizer, clip_val: float | None = None, algorithm: str | None = "norm"
-    ) -> None:
-        """Clip the gradients; see :meth:`Precision.clip_gradients`.
-
-        Raises:
-            RuntimeError: The optimizer unscales gradients itself, inside its step, after clipping would have to happen.
-        """
-        if clip_val is not None and clip_val > 0 and self.scaler is not None and handles_unscaling(optimizer):
+    def check_unscaled(self, optimizer: Optimizer) -> None:
+        """Check that the optimizer does not unscale gradients itself; see :meth:`Precision.check_unscaled`."""
+        if self.scaler is not None and handles_unscaling(optimizer):
             raise RuntimeError(
-                f"gradient_clip_val={clip_val} cannot be used with the fused optimizer {type(optimizer).__name__} and "
+                f"Clipping cannot be used with the fused optimizer {type(optimizer).__name__} and "
                 f"precision={self.precision!r}: it unscales the gradients inside its own step. Pass fused=False to the "
                 "optimizer, or use precision='bf16-mixed'."
             )
-        super().clip_gradients(optimizer, clip_val, algorithm)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loss scale."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Precision:
 
     precision: str = "32-true"
     scaler: GradScaler | None = None
+    before_step: Callable[[Optimizer], None] | None = None
+    """Runs between the closure and the update, on unscaled gradients (clipping, hooks); given by the Trainer for a run."""
 
     def convert_module(self, module: Module) -> Module:
         """Return ``module`` with its parameters in the type of this precision."""
@@ -54,20 +57,44 @@ class Precision:
         """Return a context for the forward pass."""
         return nullcontext()
 
+    def train_step_context(self) -> AbstractContextManager[Any]:
+        """Return a context for ``training_step``."""
+        return self.forward_context()
+
+    def val_step_context(self) -> AbstractContextManager[Any]:
+        """Return a context for ``validation_step``."""
+        return self.forward_context()
+
+    def test_step_context(self) -> AbstractContextManager[Any]:
+        """Return a context for ``test_step``."""
+        return self.forward_context()
+
+    def predict_step_context(self) -> AbstractContextManager[Any]:
+        """Return a context for ``predict_step``."""
+        return self.forward_context()
+
     def pre_backward(self, tensor: Tensor, module: Module | None) -> Tensor:
         """Return the loss as it goes into the backward pass."""
         return tensor
 
-    def backward(self, tensor: Tensor, model: Module | None = None, *args: Any, **kwargs: Any) -> None:
+    def backward(
+        self, tensor: Tensor, model: Module | None = None, optimizer: Optimizer | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Run the backward pass.
 
         Args:
             tensor: The loss, a scalar.
-            model: The module, for precisions that need it.
+            model: The module, for precisions that need it; a LightningModule's own ``backward`` is what runs.
+            optimizer: The optimizer that is stepped next, for precisions that need it.
             args: Passed to ``tensor.backward``.
             kwargs: Passed to ``tensor.backward``.
         """
-        tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no type for it
+        run = getattr(model, "backward", None)
+        # Under Fabric it is the module's own backward that calls this.
+        if callable(run) and getattr(model, "_fabric", None) is None:
+            run(tensor, *args, **kwargs)
+        else:
+            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no type for it
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Tensor:
         """Return the loss as it comes out of the backward pass."""
@@ -78,21 +105,20 @@ class Precision:
         optimizer: Optimizer,
         model: Module | None = None,
         closure: Callable[[], Any] | None = None,
-        before_step: Callable[[Optimizer], None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Step the optimizer.
+        """Step the optimizer, with :attr:`before_step` between the closure and the update.
 
         Args:
             optimizer: The optimizer.
             model: The module, for precisions that need it.
             closure: Runs forward, zero_grad and backward and returns the loss, or None when there is nothing to step for.
-            before_step: Runs between the closure and the step, on unscaled gradients (clipping, hooks).
             kwargs: Passed to ``optimizer.step``.
 
         Returns:
             What ``optimizer.step`` returns: the loss of the closure.
         """
+        before_step = self.before_step
         if closure is None:
             if before_step is not None:
                 before_step(optimizer)
@@ -110,30 +136,69 @@ class Precision:
     def unscale_gradients(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the factor that the loss was multiplied with, once per step."""
 
+    def check_unscaled(self, optimizer: Optimizer) -> None:
+        """Check that gradients can be seen without a loss scale before the optimizer's step, as clipping has to.
+
+        Raises:
+            RuntimeError: The optimizer unscales them itself, inside of its step.
+        """
+
+    # Clipping: a strategy does it itself where none of these is overridden.
+
+    @property
+    def clips_gradients(self) -> bool:
+        """Whether a subclass has a way of its own to clip gradients."""
+        names = ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value")
+        return any(getattr(type(self), name) is not getattr(Precision, name) for name in names)
+
+    def main_params(self, optimizer: Optimizer) -> Iterable[Tensor]:
+        """Return the parameters whose gradients are clipped: those that the optimizer steps, in the order of groups."""
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     def clip_gradients(
-        self, optimizer: Optimizer, clip_val: float | None = None, algorithm: str | None = "norm"
+        self, optimizer: Optimizer, clip_val: float | None = None, gradient_clip_algorithm: str | None = "norm"
     ) -> None:
         """Clip the gradients of the optimizer's parameters in place.
 
         Args:
             optimizer: Whose parameters.
             clip_val: Largest norm over all parameters, or largest absolute value; nothing happens at None and <= 0.
-            algorithm: ``"norm"`` or ``"value"``.
+            gradient_clip_algorithm: ``"norm"`` or ``"value"``.
 
         Raises:
-            ValueError: ``algorithm`` is neither.
+            ValueError: ``gradient_clip_algorithm`` is neither.
         """
         if clip_val is None or clip_val <= 0:
             return
-        parameters = optimizer_parameters(optimizer)
-        if algorithm == "value":
-            torch.nn.utils.clip_grad_value_(parameters, clip_val)
-        elif algorithm is None or algorithm == "norm":
-            torch.nn.utils.clip_grad_norm_(parameters, clip_val)
+        self.check_unscaled(optimizer)
+        if gradient_clip_algorithm == "value":
+            self.clip_grad_by_value(optimizer, clip_val)
+        elif gradient_clip_algorithm is None or gradient_clip_algorithm == "norm":
+            self.clip_grad_by_norm(optimizer, clip_val)
         else:
             raise MisconfigurationException(
-                f"gradient_clip_algorithm must be 'norm' or 'value', received {algorithm!r}."
+                f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
             )
+
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip the norm of the gradients over all parameters of the optimizer."""
+        clip_by_norm(self.main_params(optimizer), clip_val)
+
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clip each element of the gradients of the optimizer's parameters."""
+        clip_by_value(self.main_params(optimizer), clip_val)
+
+    def connect(
+        self, model: Module, optimizers: list[Optimizer], lr_schedulers: list[Any]
+    ) -> tuple[Module, list[Optimizer], list[Any]]:
+        """Return module, optimizers and schedulers of a Trainer as this precision needs them, once they are set up."""
+        return model, optimizers, lr_schedulers
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add to a checkpoint what :meth:`state_dict` has no place for."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Read what :meth:`on_save_checkpoint` added."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what must be saved to go on exactly: empty without a loss scale."""
@@ -144,11 +209,6 @@ class Precision:
 
     def teardown(self) -> None:
         """Undo what outlives the run."""
-
-
-def optimizer_parameters(optimizer: Optimizer) -> list[Tensor]:
-    """Return all parameters of an optimizer in the order of its groups."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from levin.ranks.hang_report import (
     last_collective,
     state_of_process,
 )
+from levin.strategies.parallel import ParallelStrategy
+from levin.strategies.strategy import Strategy
 from levin.utilities.rank_zero import log
 
 # What another process has to answer within, in beats.
@@ -322,22 +324,13 @@ class Watchdog(threading.Thread):
         return missing
 
 
-def start_watchdog(
-    rank: int, world_size: int, first_timeout: timedelta | None, step_timeout: timedelta
-) -> Watchdog | None:
-    """Start watching over the processes of the process group; alone there is nobody to watch.
-
-    Args:
-        rank: This process.
-        world_size: Number of processes.
-        first_timeout: How long a collective may take until the first batch is done.
-        step_timeout: How long from then on.
-    """
-    if world_size < 2:
+def start_watchdog(strategy: Strategy) -> Watchdog | None:
+    """Start watching over the processes that a strategy has connected; alone there is nobody to watch."""
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size < 2:
         return None
-    watch = Watchdog(rank, world_size, first_timeout, step_timeout)
-    watch.start()
-    return watch
+    watchdog = Watchdog(strategy.global_rank, strategy.world_size, strategy.timeout, strategy.step_timeout)
+    watchdog.start()
+    return watchdog
 
 
 def record_error(error: BaseException) -> None:

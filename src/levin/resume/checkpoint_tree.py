@@ -46,6 +46,7 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
+        precision.on_save_checkpoint(checkpoint)
         own = {"version": 1, "rng": collect_rng_states(), **trainer._resume.state_dict(trainer)}
         checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
@@ -109,6 +110,7 @@ def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) ->
         if key in checkpoint:
             precision.load_state_dict(checkpoint[key])
             break
+    precision.on_load_checkpoint(checkpoint)
     loops = checkpoint.get("loops") or {}
     fn = str(trainer.state.fn)
     if fn == "fit":
@@ -142,7 +144,8 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 f"The checkpoint has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
-    trainer.strategy.load_optimizer_state_dict(checkpoint)
+    if trainer.strategy.lightning_restore_optimizer:
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
     for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
 

@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.strategies import collectives
+from levin.strategies.contexts import in_forward_context
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
-from levin.strategies.strategy import in_forward_context
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from levin.precision.precision import Precision
 
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
+_EVALUATION_STEPS = ("validation_step", "test_step", "predict_step")
 _SET_BY_US = ("self", "module", "device_ids", "output_device")
 
 
@@ -126,21 +127,14 @@ class DDPStrategy(ParallelStrategy):
 
     # From set-up to teardown
 
-    def setup_module(self, module: Module, for_training: bool) -> Module:
-        """Prepare the module and wrap it for training; see :meth:`Strategy.setup_module`."""
-        self.connect(self.precision.convert_module(module))
-        self.model_to_device()
-        if for_training and self.layer_sync is not None:
-            self.connect(self.layer_sync.apply(self.lightning_module))
-            self._has_replaced_layers = True
-        self.model = self.wrap_module(self.lightning_module, for_training)
-        return self.model
-
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
         """Return the module in DistributedDataParallel; for evaluation, and when nothing learns, the module itself.
 
         Either way all processes end up with the weights of rank 0.
         """
+        if for_training and self.layer_sync is not None:
+            module = self.layer_sync.apply(module)
+            self._has_replaced_layers = True
         if not for_training or not any(parameter.requires_grad for parameter in module.parameters()):
             collectives.sync_tensors(_tensors_to_sync(module))
             return module
@@ -151,14 +145,16 @@ class DDPStrategy(ParallelStrategy):
             wrapper.register_comm_hook(state=self._comm_state, hook=hook)  # type: ignore[no-untyped-call]  # torch
         return wrapper
 
-    def setup_optimizers(self, optimizers: list[Optimizer]) -> list[Optimizer]:
-        """Return the optimizers, and let them average the weights after their steps where that is asked for."""
-        self._remove_averagers()
+    def unwrap(self, module: Module) -> Module:
+        """Return the module inside of DistributedDataParallel."""
+        return module.module if isinstance(module, DistributedDataParallel) else module
+
+    def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
+        """Return the optimizer, and let it average the weights after its steps where that is asked for."""
         if self._averaging_period is not None:
             warmup_steps = getattr(self._comm_state, "start_localSGD_iter", 0)
-            for optimizer in optimizers:
-                self._averagers.append(average_after_steps(optimizer, self._averaging_period, warmup_steps))
-        return super().setup_optimizers(optimizers)
+            self._averagers.append(average_after_steps(optimizer, self._averaging_period, warmup_steps))
+        return optimizer
 
     def _remove_averagers(self) -> None:
         for handle in self._averagers:
@@ -187,14 +183,14 @@ class DDPStrategy(ParallelStrategy):
 
     # The step
 
-    def compose_step(self, name: str) -> Callable[..., Any]:
-        """Return the step; a training step goes through the wrapper's ``forward``."""
-        if name != "training_step" or not isinstance(self.model, DistributedDataParallel):
-            return super().compose_step(name)
-        step = run_through(self.model, self.lightning_module, getattr(self.lightning_module, name))
-        return in_forward_context(step, self.precision)
+    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+        """Return the method; but for steps of evaluation it goes through the wrapper's ``forward``."""
+        if not isinstance(module, DistributedDataParallel) or name in _EVALUATION_STEPS:
+            return super().compose_step(self.unwrap(module), name)
+        step = run_through(module, module.module, getattr(module.module, name))
+        return in_forward_context(step, self.precision, name)
 
-    def pre_backward(self, loss: Tensor) -> None:
+    def pre_backward(self, closure_loss: Tensor) -> None:
         """Arm the gradient reduction for a backward pass inside of ``training_step`` (manual optimization)."""
         wrapper = self.model
         if not isinstance(wrapper, DistributedDataParallel) or _is_automatic(self.lightning_module):
@@ -205,25 +201,24 @@ class DDPStrategy(ParallelStrategy):
             # Also left to the next forward by torch; another backward may come before it.
             wrapper.reducer._rebuild_buckets()
             should_search = wrapper.find_unused_parameters and not wrapper.static_graph
-            wrapper.reducer.prepare_for_backward([loss] if should_search else [])
+            wrapper.reducer.prepare_for_backward([closure_loss] if should_search else [])
         else:
             wrapper.require_forward_param_sync = False
 
-    def no_sync(self, enabled: bool = True, module: Module | None = None) -> AbstractContextManager[Any]:
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which backward leaves the gradients of this process to itself.
 
         Raises:
             TypeError: The module is not wrapped in DistributedDataParallel.
         """
-        wrapper = self.model if module is None else module
         if not enabled:
             return nullcontext()
-        if not isinstance(wrapper, DistributedDataParallel):
+        if not isinstance(module, DistributedDataParallel):
             raise TypeError(
-                f"no_sync needs a module in DistributedDataParallel, received {type(wrapper).__name__}. Set the module up "
+                f"no_sync needs a module in DistributedDataParallel, received {type(module).__name__}. Set the module up "
                 "for training first."
             )
-        context: AbstractContextManager[Any] = wrapper.no_sync()
+        context: AbstractContextManager[Any] = module.no_sync()
         return context
 
     def on_validation_start(self) -> None:

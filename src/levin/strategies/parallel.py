@@ -6,7 +6,7 @@ import atexit
 import os
 import time
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.nn import Module
 from torch.optim import Optimizer
 
-from levin.ranks.hang_watchdog import RunLocation, Watchdog, start_watchdog
 from levin.strategies import collectives
 from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
@@ -89,15 +89,14 @@ class ParallelStrategy(Strategy, ABC):
                 raise MisconfigurationException(
                     f"{name} must be a timedelta > 0, received {value!r}. Use datetime.timedelta(seconds=...)."
                 )
-        self.given.environment = cluster_environment
-        self.given.parallel_devices = parallel_devices
+        self.user_parts.environment = cluster_environment
+        self.user_parts.parallel_devices = parallel_devices
         self.environment = cluster_environment
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
         self.control = ControlGroup(timeout)
         is_default = timeout in (None, DEFAULT_TIMEOUT)
         self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
-        self._watch: Watchdog | None = None
         self._process_group_backend = process_group_backend
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
@@ -176,7 +175,7 @@ class ParallelStrategy(Strategy, ABC):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """``num_replicas`` and ``rank`` for samplers."""
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+        return {"num_replicas": self.data_parallel.size, "rank": self.data_parallel.rank}
 
     @property
     def process_group_backend(self) -> str:
@@ -212,32 +211,12 @@ class ParallelStrategy(Strategy, ABC):
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
         self.control.is_closed = False
-        if self._watch is not None:
-            self._watch.stop()
-        self._watch = start_watchdog(self.global_rank, self.world_size, self.timeout, self.step_timeout)
         # All processes start from the same weights and draw the same numbers.
         reset_seed()
-
-    def model_to_device(self) -> None:
-        """Move the module to the device of this process."""
-        self.lightning_module.to(self.root_device)
-
-    def watch_progress(self, place: Callable[[], RunLocation]) -> None:
-        """Ask ``place`` where this process is, for the others; see :class:`levin.ranks.hang_watchdog.Watchdog`."""
-        if self._watch is not None:
-            self._watch.watch_progress(place)
-
-    def annotate_error(self, error: BaseException) -> None:
-        """Tell the other processes of the error; where they are its reason, say so in its message."""
-        if self._watch is not None:
-            self._watch.annotate_error(error)
 
     def teardown(self) -> None:
         """Free the device and what was written into the process environment. The process group stays for the next run."""
         super().teardown()
-        if self._watch is not None:
-            self._watch.stop(has_left=True)
-            self._watch = None
         if self.environment is not None:
             self.environment.teardown()
 
@@ -305,11 +284,11 @@ class ParallelStrategy(Strategy, ABC):
         if any(failed):
             raise RuntimeError(f"Saving {os.fspath(filepath)!r} failed on rank {failed.index(1.0)}, which tells why.")
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
         """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""
         consolidate = getattr(optimizer, "consolidate_state_dict", None)
         if consolidate is None:
-            return optimizer.state_dict()
+            return super().optimizer_state(optimizer, module)
         consolidate()
         return optimizer.state_dict() if self.is_global_zero else {}
 

@@ -57,10 +57,6 @@ class SingleDeviceStrategy(Strategy):
         """True: this is the only process."""
         return True
 
-    def model_to_device(self) -> None:
-        """Move the module to the device."""
-        self.lightning_module.to(self.root_device)
-
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return ``tensor``."""
         return tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -13,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
+from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
+from levin.strategies.contexts import SkipInit, in_forward_context
+from levin.strategies.data_parallel import DataParallelGroup
+from levin.strategies.extension_points import ExtensionPoints
+from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
+from levin.utilities.states import GradClipAlgorithmType
 
 if TYPE_CHECKING:
     import os
@@ -29,11 +33,10 @@ if TYPE_CHECKING:
     from levin.strategies.layer_sync import LayerSync
 
 T = TypeVar("T")
-STEP_NAMES = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 @dataclass
-class GivenParts:
+class UserParts:
     """What the user passed to a strategy's constructor; None stands for "levin may choose"."""
 
     accelerator: Accelerator | None = None
@@ -43,10 +46,21 @@ class GivenParts:
     parallel_devices: list[torch.device] | None = None
 
 
-class Strategy(ABC):
-    """Places and wraps the module, talks to the other processes, steps the optimizer, gathers the state.
+class Strategy(ExtensionPoints, ABC):
+    """Places and wraps modules, talks to the other processes, steps optimizers, gathers state.
 
-    One tree of strategies serves Trainer and Fabric. A strategy knows neither loops nor callbacks.
+    One tree of strategies serves Trainer and Fabric. A strategy knows neither loops nor callbacks, and keeps no list of
+    what it set up: each verb names the module or the optimizer that it speaks of, so that there can be several of them.
+    What a new strategy must implement is abstract here; what it may change, by the question it answers::
+
+        where is everything     root_device, is_global_zero, world_size, ..., data_parallel
+        number formats          precision_for
+        modules                 module_to_device, wrap_module, unwrap, compose_step
+        the step                backward, no_sync, optimizer_step, clip_gradients, setup_optimizer
+        other processes         reduce, all_gather, broadcast, barrier, reduce_boolean_decision
+        state                   module_state, load_module_state, optimizer_state, load_optimizer_state
+        files                   save_checkpoint, load_checkpoint, remove_checkpoint
+        the life of a run       assemble, setup_environment, on_exception, teardown
 
     Args:
         accelerator: The hardware; chosen by the engine when None.
@@ -67,9 +81,6 @@ class Strategy(ABC):
     restore_checkpoint_after_setup: bool = False
     """Whether weights can be loaded only after the module was set up, because that is what shards it."""
 
-    lightning_restore_optimizer: bool = True
-    """Whether the checkpoint's optimizer states are loaded by the caller."""
-
     supports_inference_mode: bool = True
     """Whether evaluation may run under ``torch.inference_mode``; ``torch.no_grad`` otherwise."""
 
@@ -80,25 +91,22 @@ class Strategy(ABC):
         precision: Precision | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        super().__init__()
         if precision is not None and precision_plugin is not None:
             raise MisconfigurationException(
                 f"precision and precision_plugin are the same argument, received {precision!r} and "
                 f"{precision_plugin!r}. Pass one of them."
             )
-        self.given = GivenParts(
+        self.user_parts = UserParts(
             accelerator=accelerator, precision=precision or precision_plugin, checkpoint_io=checkpoint_io
         )
         self._accelerator: Accelerator | None = accelerator
         self._checkpoint_io: CheckpointIO | None = checkpoint_io
-        self.precision: Precision = self.given.precision or Precision()
+        self.precision: Precision = self.user_parts.precision or Precision()
         self.environment: ClusterEnvironment | None = None
         self.launcher: Launcher | None = None
         self.layer_sync: LayerSync | None = None
         self.num_nodes: int = 1
-        self.model: Module | None = None
-        self.lightning_module: Any = None
-        self.optimizers: list[Optimizer] = []
-        self.lr_scheduler_configs: list[Any] = []
 
     # What it is made of
 
@@ -132,15 +140,17 @@ class Strategy(ABC):
     def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
         self._checkpoint_io = checkpoint_io
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """Another name for :attr:`precision`."""
-        return self.precision
+    def precision_for(self, name: str, device: torch.device) -> Precision:
+        """Return the number format of a name for modules that this strategy sets up.
 
-    @property
-    def cluster_environment(self) -> ClusterEnvironment | None:
-        """Another name for :attr:`environment`."""
-        return self.environment
+        Args:
+            name: In full, for example ``"bf16-mixed"``.
+            device: The device of a process.
+
+        Raises:
+            ValueError: This strategy, or the device, cannot do it.
+        """
+        return choose_precision(name, device.type)
 
     def assemble(
         self,
@@ -168,7 +178,7 @@ class Strategy(ABC):
         self.precision = precision
         self.num_nodes = num_nodes
         self.environment = environment
-        self._checkpoint_io = checkpoint_io or self.given.checkpoint_io
+        self._checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io
         self.layer_sync = layer_sync
 
     # Where this process stands
@@ -204,54 +214,65 @@ class Strategy(ABC):
         return 0
 
     @property
+    def data_parallel(self) -> DataParallelGroup:
+        """The processes that see different data: all of them, unless a subclass cuts modules over some."""
+        return DataParallelGroup(self.global_rank, self.world_size)
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """``num_replicas`` and ``rank`` for samplers; None when every process shall see all data."""
         return None
 
-    # From set-up to teardown
+    # Modules and optimizers
 
     def setup_environment(self) -> None:
         """Prepare the device of this process and connect it with the others. Runs in every process, once."""
         self.accelerator.setup_device(self.root_device)
 
-    def connect(self, model: Module) -> None:
-        """Take note of the user's module, before it is set up."""
-        self.lightning_module = model
-        self.model = model
-
-    def setup_module(self, module: Module, for_training: bool) -> Module:
-        """Bring the module into its number format and onto the device, and wrap it where the strategy does so.
+    def setup_module(self, module: Module, for_training: bool = True, move_to_device: bool = True) -> Module:
+        """Bring a module into its number format and onto the device, and wrap it where the strategy does so.
 
         Args:
             module: The user's module.
             for_training: Whether gradients will be computed.
+            move_to_device: Whether to move it; otherwise the user has placed it.
 
         Returns:
-            The wrapped module, or ``module`` itself; also in :attr:`model`.
+            The wrapped module, or ``module`` itself.
         """
-        self.connect(self.precision.convert_module(module))
-        self.model_to_device()
-        self.model = self.wrap_module(self.lightning_module, for_training)
-        return self.model
+        is_trainers = module is self.lightning_module
+        module = self.precision.convert_module(module)
+        if is_trainers:
+            self.connect(module)
+        if move_to_device and is_trainers:
+            self.model_to_device()
+        elif move_to_device:
+            self.module_to_device(module)
+        wrapped = self.wrap_module(module, for_training)
+        if is_trainers:
+            self.model = wrapped
+        return wrapped
 
-    @abstractmethod
-    def model_to_device(self) -> None:
-        """Move :attr:`lightning_module` to the device."""
+    def module_to_device(self, module: Module) -> None:
+        """Move a module to the device of this process."""
+        module.to(self.root_device)
 
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
-        """Return ``module``, which is on the device already, in what connects its copies on all processes."""
+        """Return ``module``, which is on the device already, in what connects its copies or parts on all processes."""
         return module
 
-    def setup_optimizers(self, optimizers: list[Optimizer]) -> list[Optimizer]:
-        """Return the optimizers as this strategy steps them; also in :attr:`optimizers`."""
-        self.optimizers = optimizers
-        return optimizers
+    def unwrap(self, module: Module) -> Module:
+        """Return the user's module inside of what :meth:`setup_module` returned."""
+        return module
 
-    def watch_progress(self, place: Callable[[], Any]) -> None:
-        """Take note of how to find out where this process is in its run; only those with other processes need it."""
+    def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
+        """Return an optimizer as this strategy steps it.
 
-    def annotate_error(self, error: BaseException) -> None:
-        """Say in the message of an error what other processes have to do with it. Runs first when the run fails."""
+        Args:
+            optimizer: The user's, made of parameters of the module after it was set up.
+            module: The module whose parameters it steps, where that is known.
+        """
+        return optimizer
 
     def on_exception(self, exception: BaseException) -> None:
         """Run when the run fails."""
@@ -259,12 +280,14 @@ class Strategy(ABC):
             self._checkpoint_io.on_exception(exception)
 
     def teardown(self) -> None:
-        """Move the module and the states of the optimizers to the CPU and free the device."""
+        """Move the Trainer's module and the states of its optimizers to the CPU and free the device."""
         for optimizer in self.optimizers:
             optimizer_to_device(optimizer, torch.device("cpu"))
         if self.lightning_module is not None:
             self.lightning_module.cpu()
             self.model = self.lightning_module
+        self.configure_optimizers = self.transfer_batch = self._run_backward = None
+        self.precision.before_step = None
         self.precision.teardown()
         if self._accelerator is not None:
             self._accelerator.teardown()
@@ -273,94 +296,163 @@ class Strategy(ABC):
 
     # The step
 
-    def step_function(self, name: str) -> Callable[..., Any]:
-        """Return the callable that runs one step of the user's module.
+    def step_function(self, module: Module, name: str) -> Callable[..., Any]:
+        """Return the callable that runs a method of a module that was set up.
 
         On one device in single precision this is the module's own bound method.
 
         Args:
-            name: ``training_step``, ``validation_step``, ``test_step`` or ``predict_step``.
+            module: As :meth:`setup_module` returned it.
+            name: For example ``training_step``.
 
         Raises:
-            ValueError: Another name.
+            ValueError: The module has no such method.
         """
-        if name not in STEP_NAMES:
-            raise MisconfigurationException(f"name must be one of {', '.join(STEP_NAMES)}, received {name!r}.")
-        # A strategy of the user's may replace a step; then that is what runs.
-        if getattr(type(self), name) is not getattr(Strategy, name):
-            return getattr(self, name)  # type: ignore[no-any-return]  # found by name
-        return self.compose_step(name)
+        user_module = self.unwrap(module)
+        if not callable(getattr(user_module, name, None)):
+            raise MisconfigurationException(
+                f"name must be a method of {type(user_module).__name__}, received {name!r}. Define it, or correct the name."
+            )
+        if module is not self.model or not hasattr(ExtensionPoints, name):
+            return self.compose_step(module, name)
+        # A strategy of the user's may replace a step of the Trainer's module; then that is what runs.
+        step: Callable[..., Any] = getattr(self, name) if self.is_overridden(name) else self.compose_step(module, name)
+        return self._followed(step) if name == "training_step" and self.is_overridden("post_training_step") else step
 
-    def compose_step(self, name: str) -> Callable[..., Any]:
-        """Return the module's own step in what the strategy puts around it; see :meth:`step_function`."""
-        return in_forward_context(getattr(self.lightning_module, name), self.precision)
+    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+        """Return the module's method in what the strategy puts around it; see :meth:`step_function`."""
+        return in_forward_context(getattr(module, name), self.precision, name)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's training step; a subclass may replace this."""
-        return self.compose_step("training_step")(*args, **kwargs)
+    def _followed(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        def followed(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            self.post_training_step()
+            return result
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's validation step; a subclass may replace this."""
-        return self.compose_step("validation_step")(*args, **kwargs)
+        return followed
 
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's test step; a subclass may replace this."""
-        return self.compose_step("test_step")(*args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's predict step; a subclass may replace this."""
-        return self.compose_step("predict_step")(*args, **kwargs)
-
-    def pre_backward(self, loss: Tensor) -> None:
-        """Prepare for a backward pass that happens inside of ``training_step`` (manual optimization)."""
-
-    def post_backward(self, loss: Tensor) -> None:
-        """Clean up after a backward pass that happened inside of ``training_step`` (manual optimization)."""
-
-    def backward(self, loss: Tensor, *args: Any, module: Module | None = None, **kwargs: Any) -> Tensor:
-        """Run the backward pass as precision and module want it.
+    def backward_function(self, optimizer: Optimizer | None, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``backward(loss, *args, **kwargs)`` for the Trainer: ``inner`` in what strategy and precision add.
 
         Args:
-            loss: A scalar.
-            args: Passed to ``loss.backward``.
-            module: The module; by default the one that was set up.
-            kwargs: Passed to ``loss.backward``.
+            optimizer: Shown to overrides; None where the user steps optimizers.
+            inner: Runs the Trainer's hooks and the backward pass itself.
+        """
+        precision = type(self.precision)
+        is_plain = (
+            precision.pre_backward is Precision.pre_backward and precision.post_backward is Precision.post_backward
+        )
+        names = ("pre_backward", "post_backward")
+        if is_plain and type(self).backward is Strategy.backward and not any(map(self.is_overridden, names)):
+            return inner
+        self._run_backward = inner
+
+        def backward(loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.backward(loss, optimizer, *args, **kwargs)
+
+        return backward
+
+    def backward(
+        self,
+        closure_loss: Tensor,
+        optimizer: Optimizer | None = None,
+        *args: Any,
+        module: Module | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run a backward pass as the precision wants it.
+
+        Args:
+            closure_loss: The loss, a scalar.
+            optimizer: The optimizer that is stepped next, for precisions that need it.
+            args: Passed to ``Tensor.backward``.
+            module: The module it is of; by default that of the Trainer.
+            kwargs: Passed to ``Tensor.backward``.
 
         Returns:
             The loss as it comes out, scaled where there is a loss scale.
         """
-        self.pre_backward(loss)
         owner = self.lightning_module if module is None else module
-        loss = self.precision.pre_backward(loss, owner)
-        run = getattr(owner, "backward", None)
-        if callable(run):
-            run(loss, *args, **kwargs)
+        self.pre_backward(closure_loss)
+        loss = self.precision.pre_backward(closure_loss, owner)
+        if module is None and self._run_backward is not None:
+            self._run_backward(loss, *args, **kwargs)
         else:
-            self.precision.backward(loss, owner, *args, **kwargs)
+            self.precision.backward(loss, owner, optimizer, *args, **kwargs)
         loss = self.precision.post_backward(loss, owner)
         self.post_backward(loss)
         return loss
+
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Return a context in which backward leaves the gradients of this process to itself.
+
+        Args:
+            module: As :meth:`setup_module` returned it.
+            enabled: Whether to; False gives a context that does nothing.
+        """
+        return nullcontext()
 
     def optimizer_step(
         self,
         optimizer: Optimizer,
         closure: Callable[[], Any] | None = None,
         model: Module | None = None,
-        before_step: Callable[[Optimizer], None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Step the optimizer; see :meth:`levin.precision.Precision.optimizer_step`."""
-        owner = self.lightning_module if model is None else model
-        return self.precision.optimizer_step(optimizer, model=owner, closure=closure, before_step=before_step, **kwargs)
-
-    def no_sync(self, enabled: bool = True, module: Module | None = None) -> AbstractContextManager[Any]:
-        """Return a context in which backward leaves the gradients of this process to itself.
+        """Step an optimizer; see :meth:`levin.precision.Precision.optimizer_step`.
 
         Args:
-            enabled: Whether to; False gives a context that does nothing.
-            module: The wrapped module; by default the one that was set up.
+            optimizer: As :meth:`setup_optimizer` returned it.
+            closure: Computes the loss and the gradients; None where they are there.
+            model: The module whose parameters are stepped; by default that of the Trainer.
+            kwargs: Passed to the optimizer.
         """
-        return nullcontext()
+        owner = self.lightning_module if model is None else model
+        return self.precision.optimizer_step(optimizer, model=owner, closure=closure, **kwargs)
+
+    def clip_gradients(
+        self,
+        module: Module,
+        optimizer: Optimizer,
+        clip_val: float | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor | None:
+        """Clip the gradients of the parameters of an optimizer, which are unscaled already.
+
+        Args:
+            module: The module whose parameters they are.
+            optimizer: As :meth:`setup_optimizer` returned it.
+            clip_val: Largest absolute value.
+            max_norm: Largest norm over all parameters. One of the two is given.
+            norm_type: p of the p-norm; ``inf`` for the largest absolute value.
+            error_if_nonfinite: Whether a norm that is nan or infinite is an error.
+
+        Returns:
+            The norm before clipping; None with ``clip_val``, and where a precision of the user's clips.
+
+        Raises:
+            ValueError: None, or both, of ``clip_val`` and ``max_norm`` are given.
+            RuntimeError: The optimizer unscales gradients itself, inside of its step; or the norm is not finite and
+                ``error_if_nonfinite`` is set.
+        """
+        if (clip_val is None) == (max_norm is None):
+            raise MisconfigurationException(
+                f"clip_gradients takes one of clip_val and max_norm, received {clip_val!r} and {max_norm!r}. "
+                "Use max_norm to bound the length of the gradient, clip_val to bound each element."
+            )
+        if self.precision.clips_gradients:
+            value, algorithm = (clip_val, "value") if max_norm is None else (max_norm, "norm")
+            self.precision.clip_gradients(optimizer, value, GradClipAlgorithmType(algorithm))  # type: ignore[arg-type]
+            return None
+        self.precision.check_unscaled(optimizer)
+        parameters = self.precision.main_params(optimizer)
+        if max_norm is None:
+            assert clip_val is not None
+            clip_by_value(parameters, clip_val)
+            return None
+        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite)
 
     # Talking to the other processes
 
@@ -373,10 +465,6 @@ class Strategy(ABC):
             group: The processes that take part; all when None.
             reduce_op: ``"mean"`` (or ``"avg"``), ``"sum"``, ``"min"``, ``"max"``, ``"product"``, or a ``ReduceOp``.
         """
-
-    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return the tensor reduced over all processes; another name for :meth:`reduce`."""
-        return self.reduce(tensor, group=group, reduce_op=reduce_op)
 
     @abstractmethod
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
@@ -396,40 +484,53 @@ class Strategy(ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
 
-    def abandon_peers(self) -> None:
-        """Take note that the other processes cannot be counted on any more, because this one failed."""
-
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
         return decision
 
-    # Batches and state
+    def abandon_peers(self) -> None:
+        """Take note that the other processes cannot be counted on any more, because this one failed."""
 
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Return the batch on ``device``, by default the device of this process."""
-        return move_data_to_device(batch, self.root_device if device is None else device)
+    # State
 
-    def process_dataloader(self, dataloader: object) -> object:
-        """Return what is iterated in place of the user's loader."""
-        return dataloader
+    def module_state(self, module: Module) -> dict[str, Any]:
+        """Return the weights of a module as they are saved. Runs in every process.
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state of an optimizer as it is saved. Runs in every process."""
-        return optimizer.state_dict()
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the weights as they are saved. Runs in every process."""
-        state: dict[str, Any] = self.lightning_module.state_dict()
+        Args:
+            module: As :meth:`setup_module` returned it.
+        """
+        state: dict[str, Any] = self.unwrap(module).state_dict()
         return state
 
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
-        """Load ``checkpoint["state_dict"]`` into the module."""
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+    def load_module_state(self, module: Module, state: dict[str, Any], strict: bool = True) -> None:
+        """Load the weights of a module. Runs in every process.
 
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        """Load ``checkpoint["optimizer_states"]`` into the optimizers."""
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+        Args:
+            module: As :meth:`setup_module` returned it; the user's module before that, unless
+                :attr:`restore_checkpoint_after_setup`.
+            state: As :meth:`module_state` returned it.
+            strict: Whether the names must be the same.
+        """
+        self.unwrap(module).load_state_dict(state, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
+        """Return the state of an optimizer as it is saved. Runs in every process.
+
+        Args:
+            optimizer: As :meth:`setup_optimizer` returned it.
+            module: The module whose parameters it steps; by default that of the Trainer.
+        """
+        return optimizer.state_dict()
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], module: Module | None = None) -> None:
+        """Load the state of an optimizer. Runs in every process.
+
+        Args:
+            optimizer: As :meth:`setup_optimizer` returned it.
+            state: As :meth:`optimizer_state` returned it.
+            module: The module whose parameters it steps; by default that of the Trainer.
+        """
+        optimizer.load_state_dict(state)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
@@ -466,79 +567,11 @@ class Strategy(ABC):
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Make new modules on the device and in the number format of this run; see :meth:`tensor_init_context`."""
-        with ExitStack() as stack:
-            stack.enter_context(self.root_device)
-            stack.enter_context(self.precision.module_init_context())
-            if empty_init:
-                stack.enter_context(SkipInit())
+        with self.tensor_init_context(empty_init), self.precision.module_init_context():
             yield
-
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Shard modules while they are made, where the strategy can."""
-        yield
-
-    # Moments that a subclass may want to know of
-
-    def on_train_start(self) -> None:
-        """Run when training starts."""
-
-    def on_train_end(self) -> None:
-        """Run when training ends."""
-
-    def on_validation_start(self) -> None:
-        """Run when a validation starts."""
-
-    def on_validation_end(self) -> None:
-        """Run when a validation ends."""
-
-    def on_test_start(self) -> None:
-        """Run when a test starts."""
-
-    def on_test_end(self) -> None:
-        """Run when a test ends."""
-
-    def on_predict_start(self) -> None:
-        """Run when a prediction starts."""
-
-    def on_predict_end(self) -> None:
-        """Run when a prediction ends."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Run when a training batch starts."""
-
-
-def in_forward_context(step: Callable[..., Any], precision: Precision) -> Callable[..., Any]:
-    """Return ``step`` run inside the precision's forward context; ``step`` itself where there is none."""
-    if type(precision).forward_context is Precision.forward_context:
-        return step
-    context = precision.forward_context
-
-    def step_in_context(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return step(*args, **kwargs)
-
-    return step_in_context
 
 
 def optimizer_to_device(optimizer: Optimizer, device: torch.device) -> None:
     """Move the tensors in the state of an optimizer, in place."""
     for parameter, state in optimizer.state.items():
         optimizer.state[parameter] = move_data_to_device(state, device)
-
-
-class SkipInit(TorchFunctionMode):
-    """While this mode is on, the functions of ``torch.nn.init`` leave their tensor as it is."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Skip ``torch.nn.init``, run everything else."""
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        # Some of these functions are not announced themselves, only what they do to the tensor.
-        is_in_place = getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__")
-        if is_in_place and sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":
-            return args[0]
-        return func(*args, **kwargs)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from levin.loops.run import Run
     from levin.precision.precision import Precision
     from levin.profilers.profiler import Profiler
+    from levin.ranks.hang_watchdog import Watchdog
     from levin.strategies.strategy import Strategy
     from levin.utilities.types import LRSchedulerConfig, PathLike
 
@@ -62,6 +63,7 @@ class TrainerProperties:
         self.datamodule: Optional[LightningDataModule] = None
         self._module: Optional[LightningModule] = None
         self._run: Optional[Run] = None
+        self._watchdog: Optional[Watchdog] = None
         self._step: Any = None
         self._val_step: Any = None
         self._metrics = Metrics({}, {}, {})

@@ -35,7 +35,7 @@ def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool])
 def collect_results(trainer: Trainer) -> dict[str, Any]:
     """Return what the Trainer in the waiting process shall know: weights, callbacks, metrics and counters."""
     return {
-        "weights": trainer.lightning_module.state_dict(),
+        "weights": trainer.strategy.lightning_module_state_dict(),
         "callbacks": [callback.state_dict() for callback in trainer.callbacks],
         "metrics": trainer._metrics,
         "should_stop": trainer.should_stop,

@@ -1,0 +1,58 @@
+"""What stands around the user's code: the number format around a step, no initialization around the making of modules."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from levin.precision.precision import Precision
+
+_STEP_CONTEXTS = {
+    "training_step": "train_step_context",
+    "validation_step": "val_step_context",
+    "test_step": "test_step_context",
+    "predict_step": "predict_step_context",
+}
+
+
+def in_forward_context(step: Callable[..., Any], precision: Precision, name: str) -> Callable[..., Any]:
+    """Return ``step`` run inside the precision's forward context; ``step`` itself where there is none.
+
+    Args:
+        step: A method of the module.
+        precision: The number format.
+        name: Of the method; precisions may have a context for each step of a Trainer.
+    """
+    context: Callable[[], AbstractContextManager[Any]] = precision.forward_context
+    own = _STEP_CONTEXTS.get(name, "forward_context")
+    if getattr(type(precision), own) is not getattr(Precision, own):
+        context = getattr(precision, own)
+    elif type(precision).forward_context is Precision.forward_context:
+        return step
+
+    def step_in_context(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return step(*args, **kwargs)
+
+    return step_in_context
+
+
+class SkipInit(TorchFunctionMode):
+    """While this mode is on, the functions of ``torch.nn.init`` leave their tensor as it is."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Skip ``torch.nn.init``, run everything else."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        # Some of these functions are not announced themselves, only what they do to the tensor.
+        is_in_place = getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__")
+        if is_in_place and sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":
+            return args[0]
+        return func(*args, **kwargs)

@@ -1,0 +1,201 @@
+"""The names under which users' subclasses of a strategy change what the Trainer does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from levin.utilities.move import move_data_to_device
+
+if TYPE_CHECKING:
+    from levin.environments.environment import ClusterEnvironment
+    from levin.precision.precision import Precision
+    from levin.strategies.strategy import Strategy
+
+
+class ExtensionPoints:
+    """Lightning's names on a strategy: each is called by the Trainer where a subclass overrides it, and costs nothing
+    where none does. They speak of the one module of the Trainer and its optimizers, which are views of what it set up;
+    everything else in levin uses the verbs of :class:`levin.strategies.Strategy`, which name the module they mean.
+    """
+
+    lightning_restore_optimizer: bool = True
+    """Whether the checkpoint's optimizer states are loaded by the Trainer."""
+
+    def __init__(self) -> None:
+        # The one module of a Trainer: as the user wrote it, and as it was set up.
+        self.lightning_module: Any = None
+        self.model: Any = None
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[Any] = []
+        # Given by the Trainer for the time of a run, so that the defaults below do what it does.
+        self.configure_optimizers: Callable[[], tuple[list[Optimizer], list[Any]]] | None = None
+        self.transfer_batch: Callable[[Any, torch.device, int], Any] | None = None
+        self._run_backward: Callable[..., Any] | None = None
+
+    @property
+    def _strategy(self) -> Strategy:
+        return self  # type: ignore[return-value]  # this class is mixed into no other
+
+    def is_overridden(self, name: str) -> bool:
+        """Return whether a subclass replaces one of the names of this class.
+
+        Example:
+            >>> from levin.strategies import SingleDeviceStrategy
+            >>> SingleDeviceStrategy().is_overridden("batch_to_device")
+            False
+        """
+        return getattr(type(self), name) is not getattr(ExtensionPoints, name)
+
+    @property
+    def precision_plugin(self) -> Precision:
+        """Another name for :attr:`precision`."""
+        return self._strategy.precision
+
+    @property
+    def cluster_environment(self) -> ClusterEnvironment | None:
+        """Another name for :attr:`environment`."""
+        return self._strategy.environment
+
+    # From set-up to teardown
+
+    def connect(self, model: Module) -> None:
+        """Take note of the Trainer's module, before it is set up."""
+        self.lightning_module = model
+        self.model = model
+
+    def setup(self, trainer: Any) -> None:
+        """Set up the module and, in fit, its optimizers.
+
+        Args:
+            trainer: The Trainer that runs.
+        """
+        self._strategy.accelerator.setup(trainer)
+        self._strategy.setup_module(self.lightning_module, for_training=self.configure_optimizers is not None)
+        if self.configure_optimizers is not None:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def model_to_device(self) -> None:
+        """Move the module to the device of this process."""
+        self._strategy.module_to_device(self.lightning_module)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Ask the module for its optimizers and set them up; they are in :attr:`optimizers` afterwards.
+
+        Args:
+            trainer: The Trainer that runs.
+        """
+        assert self.configure_optimizers is not None
+        optimizers, self.lr_scheduler_configs = self.configure_optimizers()
+        self.optimizers = [self._strategy.setup_optimizer(optimizer, self.lightning_module) for optimizer in optimizers]
+
+    def setup_precision_plugin(self) -> None:
+        """Let the precision replace the module, the optimizers or the schedulers."""
+        model, self.optimizers, self.lr_scheduler_configs = self._strategy.precision.connect(
+            self.model, self.optimizers, self.lr_scheduler_configs
+        )
+        self.model = model
+
+    # The step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's training step."""
+        return self._strategy.compose_step(self.model, "training_step")(*args, **kwargs)
+
+    def post_training_step(self) -> None:
+        """Run after each training step, before its backward pass where the Trainer runs that."""
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's validation step."""
+        return self._strategy.compose_step(self.model, "validation_step")(*args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's test step."""
+        return self._strategy.compose_step(self.model, "test_step")(*args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's predict step."""
+        return self._strategy.compose_step(self.model, "predict_step")(*args, **kwargs)
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Run before each backward pass."""
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Run after each backward pass."""
+
+    def block_backward_sync(self) -> AbstractContextManager[Any]:
+        """Return a context in which backward leaves the gradients of this process to itself."""
+        return self._strategy.no_sync(self.model)
+
+    # Talking to the other processes
+
+    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the tensor reduced over all processes; another name for :meth:`Strategy.reduce`."""
+        return self._strategy.reduce(tensor, group=group, reduce_op=reduce_op)
+
+    # Batches and state
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Return what is iterated in place of the user's loader."""
+        return dataloader
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """Return the batch on ``device``, by default the device of this process, through the module's transfer hooks."""
+        device = self._strategy.root_device if device is None else device
+        if self.transfer_batch is None:
+            return move_data_to_device(batch, device)
+        return self.transfer_batch(batch, device, dataloader_idx)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Return the weights as they are saved. Runs in every process."""
+        return self._strategy.module_state(self.model)
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        """Load ``checkpoint["state_dict"]`` into the module."""
+        self._strategy.load_module_state(self.model, checkpoint["state_dict"], strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Load ``checkpoint["optimizer_states"]`` into the optimizers."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._strategy.load_optimizer_state(optimizer, state, self.model)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Stand around ``configure_model``, for strategies that shard modules while they are made."""
+        yield
+
+    # Moments
+
+    def on_train_start(self) -> None:
+        """Run when training starts."""
+
+    def on_train_end(self) -> None:
+        """Run when training ends."""
+
+    def on_validation_start(self) -> None:
+        """Run when a validation starts."""
+
+    def on_validation_end(self) -> None:
+        """Run when a validation ends."""
+
+    def on_test_start(self) -> None:
+        """Run when a test starts."""
+
+    def on_test_end(self) -> None:
+        """Run when a test ends."""
+
+    def on_predict_start(self) -> None:
+        """Run when a prediction starts."""
+
+    def on_predict_end(self) -> None:
+        """Run when a prediction ends."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Run when a training batch starts."""
