@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint docs clean
+.PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -44,6 +44,11 @@ lint: $(STAMP)  ## Check style and types
 
 bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 	$(RUN) $(BIN)/python benchmarks/run.py
+
+# Installs nothing: runs with the torch, Lightning and pytest of the machine. PYTHON says which python.
+gpu:  ## Test and measure on a CUDA device, with the python that is there
+	PYTHONPATH=src PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m pytest -q -p no:cacheprovider tests/gpu
+	PYTHONPATH=src PYTHONDONTWRITEBYTECODE=1 $(PYTHON) benchmarks/gpu.py
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large

@@ -1,0 +1,69 @@
+"""Strategies and profilers on one CUDA device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from levin.profilers import PyTorchProfiler
+from levin.strategies import DDPStrategy
+from tests.gpu.small import DEVICE, Net, SaveAt, Validated, loader, trainer, values
+
+
+def test_ddp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run():
+    backends = []
+
+    class Looking(Validated):
+        def on_train_start(self):
+            backends.append(dist.get_backend())
+
+    runs = []
+    for strategy in ("auto", DDPStrategy()):
+        torch.manual_seed(0)
+        module = (Validated if strategy == "auto" else Looking)(dropout=0.0)
+        runner = trainer(strategy=strategy, max_epochs=2)
+        runner.fit(module, loader(), loader(8))
+        runs.append((values(module), runner.callback_metrics["val_loss"].item()))
+    assert backends == ["nccl"]
+    assert runs[0] == runs[1]
+    assert not dist.is_initialized()
+
+
+def test_ddp_of_one_process_resumes_exactly(tmp_path):
+    def run(path=None, **kwargs):
+        torch.manual_seed(0)
+        module = Net()
+        trainer(strategy=DDPStrategy(), max_epochs=2, **kwargs).fit(module, loader(shuffle=True), ckpt_path=path)
+        return module
+
+    unbroken = run(callbacks=SaveAt(5, tmp_path / "a.ckpt"))
+    resumed = run(tmp_path / "a.ckpt")
+    assert values(resumed) == values(unbroken)[5:]
+
+
+def test_the_profiler_records_kernels(tmp_path):
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile")
+    trainer(profiler=profiler).fit(Net(), loader())
+    report = "".join(path.read_text() for path in tmp_path.glob("*.txt"))
+    assert "CUDA" in report
+    traces = list(tmp_path.glob("*.json*"))
+    assert traces
+    assert any("cuda_runtime" in path.read_text() or "kernel" in path.read_text() for path in traces if path.suffix == ".json")  # fmt: skip
+
+
+def test_evaluation_and_prediction_run_on_the_device():
+    class Predicting(Validated):
+        def predict_step(self, batch, batch_idx):
+            return self.net(batch)
+
+        test_step = Validated.validation_step
+
+    module, runner = Predicting(dropout=0.0), trainer()
+    (result,) = runner.validate(module, loader(), verbose=False)
+    assert result["val_loss"] > 0
+    (tested,) = runner.test(module, loader(), verbose=False)
+    assert tested["val_loss"] == pytest.approx(result["val_loss"])
+    predictions = runner.predict(module, loader())
+    assert len(predictions) == 8
+    assert predictions[0].device == DEVICE
