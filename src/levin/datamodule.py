@@ -17,7 +17,7 @@ from levin.loading import load_from_checkpoint, restricted_classmethod
 from levin.utilities.overrides import is_overridden
 
 if TYPE_CHECKING:
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import _MAP_LOCATION_TYPE
 
 Self = TypeVar("Self", bound="LightningDataModule")

@@ -12,6 +12,7 @@ The choices are made in this order, each checked against those before it::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -180,6 +181,17 @@ def build_engine(
     )
     _check_processes(chosen_strategy, strategy, detected, len(parallel_devices), num_nodes)
     return Engine(chosen_strategy, parallel_devices)
+
+
+def use_deterministic(deterministic: Any, benchmark: bool | None) -> None:
+    """Switch torch to deterministic algorithms, and cudnn's search for the fastest ones on or off, where that is asked for."""
+    if deterministic is not None:
+        torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        benchmark = False if benchmark is None else benchmark
+    if benchmark is not None:
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def describe_devices(engine: Engine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import torch
@@ -16,9 +16,12 @@ from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.timing import action_name
 
 if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.trainer import Trainer
     from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS
+
+# Users override hooks with annotations of their own, which may be any class of theirs: these take all of them. Both
+# classes stand above this file; what levin's own callbacks see of a Trainer is written down in protocols.py.
+Trainer = Any
+LightningModule = Any
 
 Hooks = tuple[Callable[..., Any], ...]
 Profile = Callable[[str, Callable[..., Any]], Callable[..., Any]]
@@ -232,6 +235,8 @@ class Callback:
     """Whether the Trainer moves the callback behind all others."""
     is_monitor: bool = False
     """Whether on_train_epoch_end runs after the module's, so as to see what that logs."""
+    saves_checkpoints: bool = False
+    """Whether this is a :class:`~levin.callbacks.Checkpoint`."""
 
     @property
     def state_key(self) -> str:
@@ -449,7 +454,7 @@ class HookTable:
                 (callback.is_monitor, _callback_hook(callback, name, profile, trainer, module))
                 for callback in callbacks
             ]
-            own = _timed_hook("LightningModule", module, name, profile, has_hook(module, name))
+            own = _timed_hook(module, name, profile, has_hook(module, name))
             if name == "on_train_epoch_end":
                 ordered = [hook for monitor, hook in hooks if not monitor]
                 ordered += [own, *(hook for monitor, hook in hooks if monitor)]
@@ -458,7 +463,7 @@ class HookTable:
             if strategy is not None:
                 is_own = getattr(type(strategy), name, None) is not getattr(Strategy, name, None)
                 last = len(ordered) if name != "on_train_batch_start" else len(ordered) - 1
-                ordered.insert(last, _timed_hook("Strategy", strategy, name, profile, is_own))
+                ordered.insert(last, _timed_hook(strategy, name, profile, is_own))
             self._table[name] = tuple(hook for hook in ordered if hook is not None)
 
     def __getitem__(self, name: str) -> Hooks:
@@ -469,18 +474,16 @@ def _callback_hook(
     callback: Callback, name: str, profile: Optional[Profile], *args: Any
 ) -> Optional[Callable[..., Any]]:
     is_own = name in vars(callback) or is_overridden(name, callback, Callback)
-    hook = _timed_hook("Callback", callback, name, profile, is_own)
+    hook = _timed_hook(callback, name, profile, is_own)
     return None if hook is None else functools.partial(hook, *args)
 
 
-def _timed_hook(
-    kind: str, owner: Any, name: str, profile: Optional[Profile], is_own: bool
-) -> Optional[Callable[..., Any]]:
+def _timed_hook(owner: Any, name: str, profile: Optional[Profile], is_own: bool) -> Optional[Callable[..., Any]]:
     """Return the hook if it ``is_own``, no default that does nothing; a profiler measures those as well."""
     if profile is None:
         return getattr(owner, name) if is_own else None
     hook = getattr(owner, name, None)
-    return None if hook is None else profile(action_name(kind, owner, name), hook)
+    return None if hook is None else profile(action_name(owner, name), hook)
 
 
 def has_hook(module: Any, name: str) -> bool:
@@ -493,18 +496,23 @@ def has_hook(module: Any, name: str) -> bool:
     return True
 
 
-def transfer_hooks(owners: Iterable[Any]) -> Optional[Callable[[Any, torch.device, int], Any]]:
+def transfer_hooks(
+    owners: Sequence[Any], profile: Optional[Profile] = None, strategy: Optional[Strategy] = None
+) -> Optional[Callable[[Any, torch.device, int], Any]]:
     """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
 
     Args:
         owners: Who may override them, most important first (the data module, then the module).
+        profile: As for :class:`HookTable`.
+        strategy: Named in the report of the profiler.
     """
-    owners = list(owners)
     chosen: dict[str, Any] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         having = [owner for owner in owners if name in vars(owner) or is_overridden(name, owner, DataHooks)]
-        if having:
-            chosen[name] = getattr(having[0], name)
+        if having or profile is not None:
+            owner = (having or owners[-1:])[0]
+            hook = getattr(owner, name)
+            chosen[name] = hook if profile is None else profile(action_name(owner, name), hook)
         if len(having) > 1:
             first, second = (type(owner).__name__ for owner in having)
             rank_zero_warn(
@@ -516,10 +524,12 @@ def transfer_hooks(owners: Iterable[Any]) -> Optional[Callable[[Any, torch.devic
     transfer = chosen.get("transfer_batch_to_device")
     after = chosen.get("on_after_batch_transfer")
 
-    def chain(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        if before is not None:
-            batch = before(batch, dataloader_idx)
+    def to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         batch = move_data_to_device(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 
-    return chain
+    if profile is not None:
+        to_device = profile(action_name(strategy, "batch_to_device"), to_device)
+    if before is None:
+        return to_device
+    return lambda batch, device, dataloader_idx: to_device(before(batch, dataloader_idx), device, dataloader_idx)

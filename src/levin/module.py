@@ -21,7 +21,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from levin.hooks import Callback
     from levin.log_store import LogStore
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
 log = logging.getLogger("levin")
@@ -128,7 +128,7 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
     @property
     def device(self) -> torch.device:
         """Device of the parameters; the target device already inside ``setup``."""
-        if self._trainer is not None and self._trainer._is_setting_up:
+        if self._trainer is not None and self._trainer.run is not None and self._trainer.run.is_setting_up:
             return self._trainer.strategy.root_device
         for tensor in (*self.parameters(), *self.buffers()):
             return tensor.device
@@ -272,7 +272,8 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
         Args:
             use_pl_optimizer: False for the raw torch optimizers.
         """
-        wrapped = self.trainer._lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
+        run = self.trainer.run if use_pl_optimizer else None
+        wrapped = self.trainer.optimizers if run is None else run.lightning_optimizers
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
     def lr_schedulers(self) -> Any:
@@ -296,7 +297,7 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
                 "`manual_backward` is for manual optimization, received automatic_optimization=True. "
                 "Set `self.automatic_optimization = False` in `__init__`."
             )
-        self.trainer._manual_backward(loss, *args, **kwargs)
+        self.trainer.run.step.backward(loss, *args, **kwargs)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run ``loss.backward()``; override to do it another way."""

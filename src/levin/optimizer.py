@@ -16,7 +16,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig
 
 if TYPE_CHECKING:
-    from levin.module import LightningModule
+    from levin.hooks import LightningModule
 
 _OPTIMIZER_API = ("step", "param_groups", "defaults", "state", "state_dict", "load_state_dict")
 

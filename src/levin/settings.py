@@ -1,4 +1,4 @@
-"""The Trainer's arguments: each checked on its own, as pure functions."""
+"""Settings: what the user asked of a Trainer, checked. Each argument is checked by pure functions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,178 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Optional, TypeVar, Union, cast
 
 from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info
+from levin.utilities.states import GradClipAlgorithmType
 
 Limit = Union[int, float]
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked arguments of a Trainer, under their names there; made by :func:`check_settings`.
+
+    Engine, loggers, callbacks and profiler are made of the other arguments. A setting that is changed on a Trainer
+    makes a new object, which takes the place of this one.
+    """
+
+    # Limits. The live ones of training lie in ``trainer.fit_loop``, where users change them.
+    max_epochs: Optional[int]
+    min_epochs: Optional[int]
+    max_steps: int
+    min_steps: Optional[int]
+    fast_dev_run: Union[int, bool]
+    overfit_batches: Limit
+    limit_train_batches: Limit
+    limit_val_batches: Limit
+    limit_test_batches: Limit
+    limit_predict_batches: Limit
+    # Cadences
+    num_sanity_val_steps: Limit
+    val_check_interval: Limit
+    val_check_seconds: Optional[float]
+    check_val_every_n_epoch: Optional[int]
+    log_every_n_steps: int
+    reload_dataloaders_every_n_epochs: int
+    # The step
+    accumulate_grad_batches: int
+    gradient_clip_val: Optional[Union[int, float]]
+    gradient_clip_algorithm: Optional[GradClipAlgorithmType]
+    detect_anomaly: bool
+    inference_mode: bool
+    # Around it
+    barebones: bool
+    logger: Any
+    enable_checkpointing: bool
+    enable_progress_bar: bool
+    enable_model_summary: bool
+    enable_autolog_hparams: bool
+    use_distributed_sampler: bool
+    default_root_dir: str
+    model_registry: Optional[str]
+
+
+def check_settings(arguments: Mapping[str, Any]) -> Settings:
+    """Return the settings for the arguments of a Trainer, with their defaults filled in.
+
+    Args:
+        arguments: Name -> value as it was given; those that are no settings are left to others.
+
+    Raises:
+        MisconfigurationException: A value that cannot be meant, with the way out.
+        TypeError: A value for clipping that is no number.
+    """
+    values = dict(arguments)
+    is_bare = values["barebones"]
+    if is_bare:
+        check_barebones(values)
+    for name, default in DEFAULTS.items():
+        if values[name] is None:
+            values[name] = BAREBONES[name] if is_bare else default
+    steps = values["max_steps"]
+    if type(steps) is float and steps == int(steps):
+        values["max_steps"] = int(steps)  # people write 1e5
+    check_counts({name: values[name] for name in COUNTS})
+    check_flags({name: values[name] for name in FLAGS})
+    dry = values["fast_dev_run"]
+    if not isinstance(dry, int) or dry < 0:
+        raise value_error("fast_dev_run", dry, "must be a bool or an int >= 0", "Use True for one batch.")
+    values.update({name: check_limit(values[name], name) for name in LIMITS})
+    if values["overfit_batches"]:
+        values["limit_train_batches"] = values["limit_val_batches"] = values["overfit_batches"]
+    if values["num_sanity_val_steps"] == -1:
+        values["num_sanity_val_steps"] = math.inf
+    values["val_check_interval"], values["val_check_seconds"] = check_val_interval(
+        values["val_check_interval"], values["check_val_every_n_epoch"], values["max_steps"]
+    )
+    values["fast_dev_run"] = True if dry == 1 else dry
+    if dry:
+        values.update(_dry(int(dry), is_overfit=bool(values["overfit_batches"])))
+    values["gradient_clip_algorithm"] = check_clipping(values["gradient_clip_val"], values["gradient_clip_algorithm"])
+    if values["detect_anomaly"]:
+        rank_zero_info(
+            "You have turned on `Trainer(detect_anomaly=True)`, which slows training down a lot. Use it to find a NaN."
+        )
+    if values["deterministic"] not in (None, True, False, "warn"):
+        raise value_error("deterministic", values["deterministic"], "must be True, False or 'warn'")
+    root = os.getcwd() if values["default_root_dir"] is None else os.fspath(values["default_root_dir"])
+    values["default_root_dir"] = os.path.expanduser(root) if is_local(root) else root
+    if values["model_registry"]:
+        # A version behind a colon is that of a model, not of the place that models are kept in.
+        values["model_registry"] = values["model_registry"].split(":")[0]
+    return Settings(**{field.name: values[field.name] for field in fields(Settings)})
+
+
+def _dry(batches: int, is_overfit: bool) -> dict[str, Any]:
+    """Return what ``fast_dev_run`` sets in place of what was given."""
+    rank_zero_info(
+        f"Running in `fast_dev_run` mode: will run the requested loop using {batches} batch(es). "
+        "Logging and checkpointing is suppressed."
+    )
+    limits = ["limit_test_batches", "limit_predict_batches"]
+    if not is_overfit:
+        limits += ["limit_train_batches", "limit_val_batches"]
+    return {
+        **dict.fromkeys(limits, batches),
+        "max_epochs": 1,
+        "max_steps": batches,
+        "num_sanity_val_steps": 0,
+        "val_check_interval": 1.0,
+        "val_check_seconds": None,
+        "check_val_every_n_epoch": 1,
+    }
+
+
+def check_val_interval(value: Any, every_n_epoch: Optional[int], max_steps: int) -> tuple[Limit, Optional[float]]:
+    """Return the interval between validations, as batches or a fraction, and in seconds if it goes by the clock.
+
+    Raises:
+        MisconfigurationException: It is none of them, or a fraction without epochs to be a fraction of.
+    """
+    meaning = "must be an int >= 1, a float in (0.0, 1.0] or a duration"
+    if value is None:
+        return 1.0, None
+    duration = parse_duration(value, "val_check_interval")
+    if duration is not None:
+        return 1.0, duration.total_seconds()
+    # Packages give min(interval, max_steps); without a step there is nothing to validate after.
+    is_unused = value == 0 == max_steps
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or (value <= 0 and not is_unused):
+        raise value_error("val_check_interval", value, meaning)
+    if isinstance(value, float) and value > 1.0:
+        if value != int(value):
+            raise value_error("val_check_interval", value, meaning)
+        return int(value), None
+    if every_n_epoch is None and isinstance(value, float):
+        raise MisconfigurationException(
+            f"val_check_interval must be an int with check_val_every_n_epoch=None, received {value}. "
+            "Give the number of training batches between validations."
+        )
+    return value, None
+
+
+def check_clipping(value: Any, algorithm: Any) -> Optional[GradClipAlgorithmType]:
+    """Return the algorithm for clipping gradients to ``value``, None for the default one.
+
+    Raises:
+        TypeError: ``value`` is no number.
+        MisconfigurationException: Another algorithm.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise TypeError(f"gradient_clip_val must be an int or a float, received {value!r}.")
+    if algorithm is None:
+        return None
+    name = str(algorithm).lower()
+    if name not in ("norm", "value"):
+        raise value_error("gradient_clip_algorithm", name, "must be 'norm' or 'value'")
+    return GradClipAlgorithmType(name)
 
 
 def defaults_from_environment(init: F) -> F:
@@ -132,6 +295,22 @@ def check_counts(given: dict[str, Any]) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise value_error(name, value, f"must be an int >= {minimum}", remedy)
+
+
+FLAGS = (
+    "barebones", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark", "inference_mode",
+    "use_distributed_sampler", "detect_anomaly", "sync_batchnorm", "enable_autolog_hparams", "suggest_integrations",
+)  # fmt: skip
+"""The arguments that switch something on or off."""
+
+LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+"""The arguments that are a number of batches or a fraction of them."""
+
+DEFAULTS = {
+    "logger": True, "enable_checkpointing": True, "enable_progress_bar": True, "enable_model_summary": True,
+    "num_sanity_val_steps": 2, "log_every_n_steps": 50,
+}  # fmt: skip
+"""What stands for None, unless barebones does."""
 
 
 def check_flags(given: dict[str, Any]) -> None:

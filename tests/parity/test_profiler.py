@@ -312,7 +312,7 @@ def test_a_run_without_a_profiler_composes_nothing_for_it(tmp_path: Path) -> Non
     framework = levin()
     trainer = quiet(framework, tmp_path, max_epochs=1)
     trainer.fit(make_parts(framework).module, loader(), loader())
-    composed = trainer._run
+    composed = trainer.run
     assert not composed.is_profiled
     assert composed.hooks["on_train_batch_start"] == () and composed.transfer is None
     function = object()

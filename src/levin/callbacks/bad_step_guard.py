@@ -20,7 +20,7 @@ from levin.utilities.rank_zero import log
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import PathLike
 
 

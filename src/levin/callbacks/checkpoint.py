@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from levin.hooks import Callback
 
 if TYPE_CHECKING:
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 class Checkpoint(Callback):
@@ -23,6 +23,7 @@ class Checkpoint(Callback):
 
     runs_last = True
     is_monitor = True
+    saves_checkpoints = True
 
     def check_saves(self, trainer: Trainer) -> None:
         """Raise what a save of this callback in the background failed with, if any; rank 0 tells the others."""

@@ -21,8 +21,8 @@ from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
-    from levin.callbacks.model_checkpoint import ModelCheckpoint
-    from levin.trainer import Trainer
+    from levin.loggers.logger import ModelCheckpoint
+    from levin.protocols import Trainer
 
 
 @dataclass
@@ -286,7 +286,7 @@ class CheckpointKeeper(Checkpoint):
 
     def _settle_before_save(self, trainer: Trainer) -> None:
         """Wait for the file that is being written; if writing it failed, raise, and on several ranks on all of them."""
-        agreement = None if trainer._run is None else trainer._run.agreement
+        agreement = None if trainer.run is None else trainer.run.agreement
         if agreement is None:
             self._settle(trainer, should_wait=True)
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from levin.utilities.exceptions import MisconfigurationException, value_error
 
 if TYPE_CHECKING:
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 def check_triggers(

@@ -16,7 +16,7 @@ from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 class EarlyStoppingReason(Enum):

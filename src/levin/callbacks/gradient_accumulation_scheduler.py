@@ -9,7 +9,7 @@ from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 def _is_int(value: object, minimum: int) -> bool:

@@ -9,7 +9,7 @@ from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
     from levin.hooks import Callback
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 def require_logger(trainer: Trainer, callback: Callback) -> None:

@@ -20,7 +20,7 @@ from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 
@@ -146,7 +146,7 @@ class ModelCheckpoint(CheckpointKeeper):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
-        if trainer._run is None or trainer._run.agreement is None:
+        if trainer.run is None or trainer.run.agreement is None:
             self._settle(trainer, should_wait=False)
         if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
             return

@@ -12,7 +12,7 @@ from levin.utilities.rank_zero import rank_zero_info
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 
 class ModelSummary(Callback):

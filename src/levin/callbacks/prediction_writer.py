@@ -14,7 +14,7 @@ from levin.utilities.move import move_data_to_device
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 _CPU = torch.device("cpu")
 

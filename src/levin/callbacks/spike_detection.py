@@ -16,7 +16,7 @@ from levin.utilities.exceptions import value_error
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 _FILE = "skip_batches.json"

@@ -18,7 +18,7 @@ from levin.utilities.types import LRSchedulerConfig
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 AverageFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -216,7 +216,7 @@ class StochasticWeightAveraging(Callback):
                 module.reset_running_stats()
                 # Without momentum the statistics are the plain mean over the epoch.
                 module.momentum = None
-        step, accumulate, backward = trainer._step, trainer.accumulate_grad_batches, trainer._step.backward
+        step, accumulate, backward = trainer.run.step, trainer.accumulate_grad_batches, trainer.run.step.backward
         step.backward = lambda loss, *args, **kwargs: None
         # One window for the whole epoch: no reduction of gradients that are not there, and no more than one step.
         trainer.accumulate_grad_batches = max(int(min(trainer.num_training_batches, 10**9)), 1)

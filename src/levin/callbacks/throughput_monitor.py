@@ -15,7 +15,7 @@ from levin.utilities.throughput import Throughput, get_available_flops
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}

@@ -15,7 +15,7 @@ from levin.utilities.states import RunningStage
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 

@@ -15,7 +15,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 _PREFIX = "module."

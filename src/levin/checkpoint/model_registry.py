@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from levin.checkpoint.newest import Call
 from levin.utilities.filesystem import is_local, local_path
-
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
 
 
 def is_registry(given: object) -> bool:
@@ -51,7 +48,7 @@ def name_in_registry(given: str, default: str | None) -> str:
     return f"{name}:{match['version']}" if match["version"] else name
 
 
-def download_checkpoint(trainer: Trainer, given: str) -> str | None:
+def download_checkpoint(run: Call, given: str) -> str | None:
     """Download a checkpoint into a folder below ``default_root_dir``, and return the path of its first ``.ckpt`` file.
 
     One process per machine downloads; the others get None, and learn the path from rank 0.
@@ -61,18 +58,18 @@ def download_checkpoint(trainer: Trainer, given: str) -> str | None:
         ValueError: The name has another form, or ``default_root_dir`` is remote.
         FileNotFoundError: What was downloaded holds no ``.ckpt`` file.
     """
-    name = name_in_registry(given, trainer._model_registry)
+    name = name_in_registry(given, run.settings.model_registry)
     if importlib.util.find_spec("litmodels") is None:
         raise ModuleNotFoundError(
             f"ckpt_path={given!r} needs the package litmodels, which is not installed. Run `pip install litmodels`."
         )
-    root = trainer.default_root_dir
+    root = run.settings.default_root_dir
     if not is_local(root):
         raise ValueError(f"ckpt_path={given!r} needs a local default_root_dir, received {root!r}.")
     from litmodels import download_model
 
     folder = Path(local_path(root)) / re.sub("[/:]", "_", name)
-    if trainer.local_rank != 0:
+    if run.strategy.local_rank != 0:
         return None
     download_model(name, download_dir=str(folder))
     files = sorted(folder.rglob("*.ckpt"))

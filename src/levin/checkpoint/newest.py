@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional, Protocol
 
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
-from levin.utilities.states import TrainerFn
-
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
+from levin.utilities.states import TrainerFn, TrainerState
 
 
-def find_newest(trainer: Trainer) -> Optional[str]:
+class Call(Protocol):
+    """What of a call of the Trainer says which checkpoint it starts from."""
+
+    trainer: Any
+    settings: Any
+    strategy: Any
+    state: TrainerState
+    callbacks: list[Any]
+    loggers: list[Any]
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """Those that save checkpoints."""
+
+
+def find_newest(run: Call) -> Optional[str]:
     """Return the newest intact checkpoint of the run's folders, or None for a fresh start.
 
     The folders are ``default_root_dir``, those of the checkpoint callbacks, and for a callback that saves in the folder
@@ -21,15 +33,15 @@ def find_newest(trainer: Trainer) -> Optional[str]:
     damaged or incomplete are named in a warning each. Fit leaves out callbacks that save weights only.
 
     Args:
-        trainer: With callbacks and loggers attached.
+        run: With callbacks and loggers attached.
     """
     from levin.checkpoint.verify import find_newest_intact
 
-    rows: list[list[str]] = [[str(trainer.default_root_dir)]]
-    for callback in trainer.checkpoint_callbacks:
-        if trainer.state.fn == TrainerFn.FITTING and getattr(callback, "save_weights_only", False):
+    rows: list[list[str]] = [[str(run.settings.default_root_dir)]]
+    for callback in run.checkpoint_callbacks:
+        if run.state.fn == TrainerFn.FITTING and getattr(callback, "save_weights_only", False):
             continue  # there is nothing to go on from
-        rows.append(_folders_of(trainer, callback))
+        rows.append(_folders_of(run, callback))
     found: dict[str, Any] = {}
     seen: set[str] = set()
     for row in rows:
@@ -52,16 +64,16 @@ def modified(path: str) -> float:
     return when
 
 
-def _folders_of(trainer: Trainer, callback: Any) -> list[str]:
+def _folders_of(run: Call, callback: Any) -> list[str]:
     """Return the folders that hold the files of a callback, the newest first."""
     resolve = getattr(callback, "_resolve_ckpt_dir", None)
-    folder = resolve(trainer) if resolve is not None else getattr(callback, "dirpath", None)
+    folder = resolve(run.trainer) if resolve is not None else getattr(callback, "dirpath", None)
     if not folder:
         return []
     folder = str(folder)
     parent, name = os.path.split(folder)
     parent, version = os.path.split(parent)
-    logger = trainer.loggers[0] if trainer.loggers else None
+    logger = run.loggers[0] if run.loggers else None
     is_numbered = getattr(logger, "_numbers_versions", False) and name == "checkpoints"
     if not is_numbered or version != f"version_{getattr(logger, 'version', None)}":
         return [folder]

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from levin.checkpoint.model_registry import download_checkpoint, is_registry
-from levin.checkpoint.newest import find_newest, modified
+from levin.checkpoint.newest import Call, find_newest, modified
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn
 
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
 
-
-def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
+def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
     """Return the path to restore from, or None.
 
     Args:
-        trainer: With callbacks attached.
+        run: With callbacks attached.
         given: What the user passed: None, a path or URL, ``"best"``, ``"last"``, ``"hpc"``, ``"auto"`` or
             ``"registry:NAME"``.
         model_given: Whether a model was passed with the call.
@@ -29,95 +26,87 @@ def select_checkpoint(trainer: Trainer, given: Any, model_given: bool) -> Any:
         FileNotFoundError: The path does not exist.
         ValueError: The name stands for nothing.
     """
-    if (wait := getattr(trainer.strategy.checkpoint_io, "wait", None)) is not None:
+    if (wait := getattr(run.strategy.checkpoint_io, "wait", None)) is not None:
         wait()  # what is being written in the background may be what is asked for
-    if given is None and trainer._ckpt_path_is_set:
-        return trainer._ckpt_path
-    if given is not None and trainer._ckpt_path_is_set:
-        rank_zero_warn(
-            f"`trainer.ckpt_path = {trainer._ckpt_path!r}` was set, but {given!r} was passed, which is used."
-        )
-        trainer._ckpt_path_is_set = False
     if given is None:
-        given = _implicit(trainer, model_given)
+        given = _implicit(run, model_given)
     path: Any = None
     if given is None:
         path = None
     elif given == "best":
-        path = _best(trainer)
+        path = _best(run)
     elif given == "last":
-        path = _last(trainer)
+        path = _last(run)
         if path is None:
             rank_zero_warn(
-                f'.{trainer.state.fn}(ckpt_path="last") is set, but there is no last checkpoint available. No checkpoint will be loaded.'
+                f'.{run.state.fn}(ckpt_path="last") is set, but there is no last checkpoint available. No checkpoint will be loaded.'
             )
     elif given == "hpc":
-        path = find_hpc_checkpoint(trainer.default_root_dir)
+        path = find_hpc_checkpoint(run.settings.default_root_dir)
         if path is None:
             raise ValueError(
-                f'.{trainer.state.fn}(ckpt_path="hpc") is set, but no hpc_ckpt_N.ckpt is in {trainer.default_root_dir!r}. Pass a path.'
+                f'.{run.state.fn}(ckpt_path="hpc") is set, but no hpc_ckpt_N.ckpt is in {run.settings.default_root_dir!r}. Pass a path.'
             )
     elif given == "auto":
-        path = find_newest(trainer)
+        path = find_newest(run)
     elif is_registry(given):
-        path = download_checkpoint(trainer, given)
+        path = download_checkpoint(run, given)
     else:
         path = given
         if is_local(path) and not os.path.exists(local_path(path)):
             raise FileNotFoundError(
-                f"ckpt_path must be an existing file, received {str(path)!r}. Aborting {trainer.state.fn}."
+                f"ckpt_path must be an existing file, received {str(path)!r}. Aborting {run.state.fn}."
             )
-    trainer._ckpt_path = path
     return path
 
 
-def _implicit(trainer: Trainer, model_given: bool) -> Optional[str]:
+def _implicit(run: Call, model_given: bool) -> Optional[str]:
     if model_given:
-        if trainer.state.fn == TrainerFn.FITTING and any(
-            type(callback).__name__ == "OnExceptionCheckpoint" for callback in trainer.callbacks
+        if run.state.fn == TrainerFn.FITTING and any(
+            type(callback).__name__ == "OnExceptionCheckpoint" for callback in run.callbacks
         ):
             return "last"
-        if os.environ.get("SLURM_JOB_ID") and find_hpc_checkpoint(trainer.default_root_dir):
+        if os.environ.get("SLURM_JOB_ID") and find_hpc_checkpoint(run.settings.default_root_dir):
             return "hpc"
         return None
     rank_zero_warn(
-        f"`.{trainer.state.fn}(ckpt_path=None)` was called without a model. The best model of the previous `fit` call will be used. "
+        f"`.{run.state.fn}(ckpt_path=None)` was called without a model. The best model of the previous `fit` call will be used. "
         f'Pass `ckpt_path="best"` to say so, or the model to use its present weights.'
     )
     return "best"
 
 
-def _best(trainer: Trainer) -> str:
-    callbacks: list[Any] = trainer.checkpoint_callbacks
+def _best(run: Call) -> str:
+    callbacks: list[Any] = run.checkpoint_callbacks
     if not callbacks:
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. '
+            f'`.{run.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. '
             "Add one to Trainer(callbacks=...), or pass the model to use the weights that it has."
         )
     if len(callbacks) > 1:
         rank_zero_warn(
-            f'`.{trainer.state.fn}(ckpt_path="best")` found several `ModelCheckpoint` callbacks; the first is used.'
+            f'`.{run.state.fn}(ckpt_path="best")` found several `ModelCheckpoint` callbacks; the first is used.'
         )
     best = getattr(callbacks[0], "best_model_path", "")
     if not best:
-        if trainer.fast_dev_run:
+        if run.settings.fast_dev_run:
             raise ValueError(
-                f'You cannot execute `.{trainer.state.fn}(ckpt_path="best")` with `fast_dev_run=True`, which saves no checkpoints. '
+                f'You cannot execute `.{run.state.fn}(ckpt_path="best")` with `fast_dev_run=True`, which saves no checkpoints. '
                 "Pass an exact path, or leave ckpt_path out."
             )
         raise ValueError(
-            f'`.{trainer.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. '
+            f'`.{run.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` has not saved a best checkpoint yet. '
             "Call `fit` first, or pass the model to use the weights that it has."
         )
     return str(best)
 
 
-def _last(trainer: Trainer) -> Optional[str]:
+def _last(run: Call) -> Optional[str]:
     candidates: list[str] = []
-    for callback in trainer.checkpoint_callbacks:
+    for callback in run.checkpoint_callbacks:
         found = getattr(callback, "_find_last_checkpoints", None)
         if found is not None:
-            candidates.extend(str(path) for path in found(trainer))
+            candidates.extend(str(path) for path in found(run.trainer))
         path = getattr(callback, "ckpt_path", None)
         if path:
             candidates.append(str(path))
@@ -126,15 +115,15 @@ def _last(trainer: Trainer) -> Optional[str]:
     return max(times, key=lambda path: (times[path], path), default=None)
 
 
-def agree(trainer: Trainer, path: Any) -> Any:
+def agree(run: Call, path: Any) -> Any:
     """Return what rank 0 starts from: each process has looked by itself, and may have seen another state of the disk.
 
     Args:
-        trainer: With its processes connected.
+        run: With its processes connected.
         path: What :func:`select_checkpoint` found in this process.
     """
-    if trainer.world_size > 1 and (path is None or isinstance(path, str)):
-        return trainer.strategy.broadcast(path)
+    if run.strategy.world_size > 1 and (path is None or isinstance(path, str)):
+        return run.strategy.broadcast(path)
     return path
 
 

@@ -18,7 +18,7 @@ _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
     "levin.checkpoint",
     "levin.launchers",
     "levin.loggers",
-    "levin.loops.progress",
+    "levin.counters",
 )
 _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
     "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",

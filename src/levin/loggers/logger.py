@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from levin.callbacks.model_checkpoint import ModelCheckpoint
+# The class stands above this file, and loggers of users annotate with what they like.
+ModelCheckpoint = Any
 
 T = TypeVar("T")
 

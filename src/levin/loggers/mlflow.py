@@ -17,7 +17,7 @@ from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, ne
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:
-    from levin.callbacks.model_checkpoint import ModelCheckpoint
+    from levin.loggers.logger import ModelCheckpoint
 
 _FILE = "file:"
 _MAX_PARAM_CHARS = 250

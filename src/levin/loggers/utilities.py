@@ -19,7 +19,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import PathLike
 
 if TYPE_CHECKING:
-    from levin.callbacks.model_checkpoint import ModelCheckpoint
+    from levin.loggers.logger import ModelCheckpoint
 
 HPARAMS_FILE = "hparams.yaml"
 

@@ -18,7 +18,7 @@ from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import PathLike
 
 if TYPE_CHECKING:
-    from levin.callbacks.model_checkpoint import ModelCheckpoint
+    from levin.loggers.logger import ModelCheckpoint
 
 STEP = "trainer/global_step"
 """The metric that all others are drawn over."""

@@ -5,37 +5,43 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
+from levin.counters import EvaluationLoop
 from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
-from levin.loops.profiled import NEXT, kind_of
+from levin.loops.run import Run
 from levin.loops.stage_loaders import StageLoaders
 from levin.precision.precision import Precision
 from levin.ranks.uneven import agreed_batches, is_shared, shared_feed
 from levin.settings import num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.states import RunningStage
 from levin.utilities.timing import action_name
 from levin.utilities.warnings import PossibleUserWarning
 
-if TYPE_CHECKING:
-    from levin.loops.run import Run
-    from levin.trainer import Trainer
+NEXT = {
+    "train": "[_TrainingEpochLoop].train_dataloader_next",
+    "val": "[_EvaluationLoop].val_next",
+    "test": "[_EvaluationLoop].test_next",
+    "predict": "[_PredictionLoop].predict_next",
+}
+"""Stage -> name of the wait for the next batch in reports of profilers; these are the names that it has always had."""
 
 
-def loaders_of(trainer: Trainer, fn: str) -> StageLoaders:
+def loaders_of(run: Run, fn: str) -> StageLoaders:
     """Return the loaders that ``validate``, ``test`` or ``predict`` runs over."""
     return {
-        "validate": trainer._val_loaders, "test": trainer._test_loaders, "predict": trainer._predict_loaders,
+        "validate": run.loaders.val, "test": run.loaders.test, "predict": run.loaders.predict,
     }[fn]  # fmt: skip
 
 
-def limit_of(trainer: Trainer, fn: str) -> int | float:
+def limit_of(run: Run, fn: str) -> int | float:
     """Return the limit of batches of ``validate``, ``test`` or ``predict``."""
     return {
-        "validate": trainer.limit_val_batches, "test": trainer.limit_test_batches,
-        "predict": trainer.limit_predict_batches,
+        "validate": run.settings.limit_val_batches, "test": run.settings.limit_test_batches,
+        "predict": run.settings.limit_predict_batches,
     }[fn]  # fmt: skip
 
 
@@ -53,20 +59,24 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     return shared_feed(run, loaders.stage, *arguments) if is_shared(run.strategy) else Feed(*arguments)
 
 
-def load(trainer: Trainer, loaders: StageLoaders, limit: int | float) -> None:
+def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
     """Ask for the loaders of a stage and measure them."""
-    sampler_kwargs = trainer.distributed_sampler_kwargs if trainer._use_distributed_sampler else None
-    is_overfit = bool(trainer.overfit_batches) and loaders.stage in ("train", "val") and str(trainer.state.fn) == "fit"
+    sampler_kwargs = run.strategy.distributed_sampler_kwargs if run.settings.use_distributed_sampler else None
+    is_overfit = bool(run.settings.overfit_batches) and loaders.stage in ("train", "val") and run.fn == "fit"
     owner = loaders.owner
-    with nullcontext() if owner is None else trainer.profiler.profile(action_name(kind_of(owner), owner, loaders.hook)):
+    with nullcontext() if owner is None else run.profiler.profile(action_name(owner, loaders.hook)):
         loaders.load(sampler_kwargs, is_overfit)
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )
-    if trainer.reload_dataloaders_every_n_epochs:
+    if run.settings.reload_dataloaders_every_n_epochs:
         _warn_of_pinned_workers(loaders)
     loaders.measure(limit, name, num_from_limit)
-    loaders.loaded_epoch = trainer.current_epoch
+    loaders.loaded_epoch = run.current_epoch
+    for loop in run.loops.of_stage(loaders.stage):
+        loop._combined_loader = loaders.combined
+        if isinstance(loop, EvaluationLoop):
+            loop.max_batches = loaders.num_batches
 
 
 def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
@@ -82,60 +92,62 @@ def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
         )
 
 
-def _due(trainer: Trainer, loaders: StageLoaders) -> bool:
-    every = trainer.reload_dataloaders_every_n_epochs
-    return loaders.combined is None or bool(every and trainer.current_epoch - loaders.loaded_epoch >= every)
+def _due(run: Run, loaders: StageLoaders) -> bool:
+    every = run.settings.reload_dataloaders_every_n_epochs
+    return loaders.combined is None or bool(every and run.current_epoch - loaders.loaded_epoch >= every)
 
 
-def load_training(trainer: Trainer) -> bool:
+def load_training(run: Run) -> bool:
     """Load the training loaders when they are not there, or due again. Returns whether it did."""
-    loaders = trainer._train_loaders
-    if not _due(trainer, loaders):
+    loaders = run.loaders.train
+    if not _due(run, loaders):
         return False
-    load(trainer, loaders, trainer.limit_train_batches)
-    rule = getattr(trainer.strategy, "uneven", "longest")
-    trainer._num_training_batches = agreed_batches(trainer.strategy, loaders.num_batches[0], rule)
-    trainer.val_check_batch = _val_check_batch(trainer)
-    if trainer.loggers and trainer.log_every_n_steps and loaders.num_batches[0] < trainer.log_every_n_steps:
-        if not trainer.fast_dev_run:
+    load(run, loaders, run.settings.limit_train_batches)
+    rule = getattr(run.strategy, "uneven", "longest")
+    run.loops.fit.max_batches = agreed_batches(run.strategy, loaders.num_batches[0], rule)
+    run.loops.fit.val_check_batch = _val_check_batch(run)
+    if run.loggers and run.settings.log_every_n_steps and loaders.num_batches[0] < run.settings.log_every_n_steps:
+        if not run.settings.fast_dev_run:
             rank_zero_warn(
                 f"The number of training batches ({loaders.num_batches[0]}) is smaller than the logging interval "
-                f"Trainer(log_every_n_steps={trainer.log_every_n_steps}). "
+                f"Trainer(log_every_n_steps={run.settings.log_every_n_steps}). "
                 "Set a lower value for log_every_n_steps if you want to see logs for the training epoch.",
                 category=PossibleUserWarning,
             )
     return True
 
 
-def load_validation(trainer: Trainer) -> bool:
+def load_validation(run: Run) -> bool:
     """Load the validation loaders when they are not there, or due again. Returns whether it did."""
-    loaders = trainer._val_loaders
-    if not _due(trainer, loaders):
+    loaders = run.loaders.val
+    if not _due(run, loaders):
         return False
-    load(trainer, loaders, trainer.limit_val_batches)
-    trainer._num_sanity_val_batches = [min(trainer.num_sanity_val_steps, count) for count in loaders.num_batches]
+    load(run, loaders, run.settings.limit_val_batches)
+    run.loops.fit.num_sanity_val_batches = [
+        min(run.settings.num_sanity_val_steps, count) for count in loaders.num_batches
+    ]
     return True
 
 
-def load_validation_if_soon(trainer: Trainer) -> None:
+def load_validation_if_soon(run: Run) -> None:
     """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
-    every = trainer.check_val_every_n_epoch
-    is_due = every is None or (trainer.current_epoch + 1) % every == 0
-    is_stopped = trainer.should_stop and not trainer.min_epochs and not trainer.min_steps
-    trains = not is_stopped and 0 not in (trainer.max_epochs, trainer.max_steps, trainer.num_training_batches)
-    if is_due and trains and trainer.enable_validation and trainer._val_loaders.combined is None:
-        trainer.validating = True
-        load_validation(trainer)
-        trainer.training = True
+    every = run.settings.check_val_every_n_epoch
+    is_due = every is None or (run.current_epoch + 1) % every == 0
+    is_stopped = run.told.should_stop and not run.loops.fit.min_epochs and not run.loops.fit.min_steps
+    trains = not is_stopped and 0 not in (run.loops.fit.max_epochs, run.loops.fit.max_steps, run.loops.fit.max_batches)
+    if is_due and trains and run.enable_validation and run.loaders.val.combined is None:
+        run.state.stage = RunningStage.VALIDATING
+        load_validation(run)
+        run.state.stage = RunningStage.TRAINING
 
 
-def _val_check_batch(trainer: Trainer) -> Optional[int | float]:
+def _val_check_batch(run: Run) -> Optional[int | float]:
     """Return every how many batches validation is due; inf for once at the end, None when the clock decides."""
-    interval, count = trainer.val_check_interval, trainer._num_training_batches
-    if trainer._val_check_seconds is not None:
+    interval, count = run.settings.val_check_interval, run.loops.fit.max_batches
+    if run.settings.val_check_seconds is not None:
         return None
     if isinstance(interval, int) and not isinstance(interval, bool):
-        if interval > count and trainer.check_val_every_n_epoch is not None and trainer.enable_validation:
+        if interval > count and run.settings.check_val_every_n_epoch is not None and run.enable_validation:
             raise ValueError(
                 f"val_check_interval must be <= the number of training batches ({count}), received {interval}. "
                 "Set Trainer(check_val_every_n_epoch=None) to count batches across epochs."
@@ -152,15 +164,14 @@ def _val_check_batch(trainer: Trainer) -> Optional[int | float]:
 
 def prepare_epoch(run: Run, feed: Feed) -> None:
     """Load the training data again when that is due, and tell samplers the epoch."""
-    trainer = run.trainer
-    loaders = trainer._train_loaders
-    if load_training(trainer):
+    loaders = run.loaders.train
+    if load_training(run):
         fresh = make_feed(run, loaders)
         feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
-        trainer._resume.follow_reloaded()
+        run.resume.follow_reloaded()
     assert loaders.combined is not None
     for loader in loaders.combined.flattened:
-        set_epoch(loader, trainer.current_epoch)
+        set_epoch(loader, run.current_epoch)
 
 
 def batch_indices(feed: Feed, dataloader_idx: int, batch_idx: int) -> Optional[list[int]]:

@@ -1,29 +1,29 @@
-"""Validation and test, alone or inside fit."""
+"""Validation, test and predictions, alone or inside fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Optional
 
 import torch
 
+from levin.counters import EvaluationLoop
+from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
 from levin.hooks import has_hook
-from levin.loops.dataloaders import load_validation, make_feed
+from levin.log_store import LogStore
+from levin.loops.dataloaders import batch_indices, load_validation, make_feed
 from levin.loops.logging import send, to_floats
-from levin.loops.run import new_store, step_arguments
-from levin.ranks.agreement import now_s
+from levin.loops.run import Run, new_store, step_arguments
+from levin.resume.resume_state import InterruptedPhase
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.move import move_data_to_device
+from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import isolate_rng
+from levin.utilities.states import RunningStage
 
-if TYPE_CHECKING:
-    from levin.data.feed import Feed
-    from levin.log_store import LogStore
-    from levin.loops.progress import EvaluationLoop
-    from levin.loops.run import Run
-    from levin.resume.resume_state import InterruptedPhase
-    from levin.trainer import Trainer
+_CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -39,48 +39,47 @@ def kept_modes(module: torch.nn.Module) -> Iterator[None]:
 
 def validate_in_fit(run: Run, accumulates: bool) -> None:
     """Validate in the middle of training; gradients are freed unless an accumulation window is open."""
-    trainer = run.trainer
     if not accumulates:
         # Whoever reads during the validation, or right after it, finds the values of the step before.
-        trainer._merge(run.store.read(on_step=True))
-    trainer.validating = True
+        run.merge(run.store.read(on_step=True))
+    run.state.stage = RunningStage.VALIDATING
     if run.uneven is not None:
         run.uneven.forget_filler()
-    trainer._resume.begin_validation(trainer, run)
+    run.resume.begin_validation(run)
     if not accumulates:
         run.call_own("on_validation_model_zero_grad", run.module.on_validation_model_zero_grad)
-    exact, loaders = trainer._resume, trainer._val_loaders
-    is_due = exact.is_validation_due_to_load(trainer.reload_dataloaders_every_n_epochs, trainer.current_epoch)
+    exact, loaders = run.resume, run.loaders.val
+    is_due = exact.is_validation_due_to_load(run.settings.reload_dataloaders_every_n_epochs, run.current_epoch)
     # Loaders that are made for this process only may not draw numbers that the unbroken run does not draw.
     with nullcontext() if is_due else isolate_rng():
-        is_new = load_validation(trainer)
-    if is_new or trainer._val_step is None:
-        trainer._val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
+        is_new = load_validation(run)
+    if is_new or run.val_step is None:
+        run.val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
     feed = make_feed(run, loaders)
     exact.follow_validation(feed, loaders, is_new, is_due)
     for loader in feed.sources:
-        set_epoch(loader, trainer.current_epoch)
+        set_epoch(loader, run.current_epoch)
     with torch.no_grad():
-        evaluate(run, "validation", feed, trainer._val_step, trainer.fit_loop.epoch_loop.val_loop)
-    trainer._resume.end_validation()
-    trainer.training = True
-    trainer._last_validation_time = now_s(run)
+        evaluate(run, "validation", feed, run.val_step, run.loops.fit.epoch_loop.val_loop)
+    run.resume.end_validation()
+    run.state.stage = RunningStage.TRAINING
+    run.last_validation_s = run.now_s
 
 
 def end_validation_in_fit(run: Run, unfinished: InterruptedPhase) -> None:
     """Do what was left to do at the end of a validation when the checkpoint was saved."""
-    trainer, module = run.trainer, run.module
-    trainer.validating = True
+    module = run.module
+    run.state.stage = RunningStage.VALIDATING
     has_own_train = has_hook(module, "on_validation_model_train")
-    outer = run.activate(new_store(trainer, module, training=False))
+    outer = run.activate(new_store(run, training=False))
     with torch.no_grad(), nullcontext() if has_own_train else kept_modes(module):
         module.eval()
-        trainer._resume.call_rest(run, "on_validation_end", unfinished)
+        run.resume.call_rest(run, "on_validation_end", unfinished)
     run.activate(outer)
     outer.is_between_batches = True
     if has_own_train:
         run.call_own("on_validation_model_train", module.on_validation_model_train)
-    trainer.training = True
+    run.state.stage = RunningStage.TRAINING
 
 
 def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:
@@ -97,10 +96,48 @@ def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Calla
     return lambda batch, batch_idx, dataloader_idx: function(batch)
 
 
+class Predictions:
+    """What ``predict`` keeps of its batches: which samples they were, and what came out.
+
+    Args:
+        feed: The batches.
+        loop: Where users find the indices.
+        keeps: Whether the outputs are kept as well, on the CPU.
+    """
+
+    def __init__(self, feed: Feed, loop: EvaluationLoop, keeps: bool) -> None:
+        self._feed = feed
+        self._loop = loop
+        self._keeps = keeps
+        self._outputs: list[list[Any]] = [[] for _ in feed.sources]
+        self._has_warned: bool = False
+        loop.epoch_batch_indices = [[] for _ in feed.sources]
+
+    def begin_batch(self, batch_idx: int, dataloader_idx: int) -> None:
+        """Find the indices of the batch, if they are known."""
+        self._loop.current_batch_indices = batch_indices(self._feed, dataloader_idx, batch_idx) or []
+
+    def end_batch(self, output: Any, dataloader_idx: int) -> None:
+        """Keep what the batch gave."""
+        if output is None and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn("`predict_step` returned None. Return the prediction if this was not meant.")
+        if self._loop.current_batch_indices:
+            self._loop.epoch_batch_indices[dataloader_idx].append(self._loop.current_batch_indices)
+        if self._keeps:
+            self._outputs[dataloader_idx].append(move_data_to_device(output, _CPU))
+
+    def result(self) -> Optional[list[Any]]:
+        """Return one list of outputs, or a list of lists with several loaders; None when they are not kept."""
+        if not self._keeps:
+            return None
+        return self._outputs if len(self._outputs) > 1 else (self._outputs[0] if self._outputs else [])
+
+
 def evaluate(
     run: Run, stage: str, feed: Feed, step: Callable[[Any, int, int], Any], loop: EvaluationLoop
-) -> list[dict[str, float]]:
-    """Run ``validation`` or ``test`` over all batches once.
+) -> Optional[list[Any]]:
+    """Run ``validation``, ``test`` or ``predict`` over all batches once.
 
     In pseudocode::
 
@@ -109,20 +146,21 @@ def evaluate(
         on_<stage>_epoch_end; log; on_<stage>_end; modes back
 
     Returns:
-        The logged epoch values, one dict per loader.
+        The logged epoch values, one dict per loader; of predictions what :meth:`Predictions.result` returns.
     """
-    trainer, module = run.trainer, run.module
-    store = new_store(trainer, module, training=False)
+    module = run.module
+    predictions = Predictions(feed, loop, run.keeps_predictions) if stage == "predict" else None
+    has_own_train = predictions is None and has_hook(module, f"on_{stage}_model_train")
+    store = new_store(run, training=False)
     outer = run.activate(store)
     store.is_between_batches = outer.is_between_batches
-    progress = loop.batch_progress
-    progress.reset()
+    loop.batch_progress.reset()
     try:
-        with nullcontext() if has_hook(module, f"on_{stage}_model_train") else kept_modes(module):
+        with nullcontext() if has_own_train else kept_modes(module):
             run.call_own(f"on_{stage}_model_eval", getattr(module, f"on_{stage}_model_eval"))
             run.call(f"on_{stage}_start")
             run.call(f"on_{stage}_epoch_start")
-            results = _batches(run, stage, feed, step, loop, store)
+            results = _batches(run, stage, feed, step, loop, predictions)
             store.end_batches()
             run.call(f"on_{stage}_epoch_end")
             _finish(run, store, results)
@@ -131,9 +169,11 @@ def evaluate(
     finally:
         run.activate(outer)
         outer.is_between_batches = True
-    if has_hook(module, f"on_{stage}_model_train"):
+    if has_own_train:
         run.call_own(f"on_{stage}_model_train", getattr(module, f"on_{stage}_model_train"))
-    return [] if trainer.state.fn == "fit" else [to_floats(result) for result in results]
+    if predictions is not None:
+        return predictions.result()
+    return [] if run.fn == "fit" else [to_floats(result) for result in results]
 
 
 def _batches(
@@ -142,10 +182,10 @@ def _batches(
     feed: Feed,
     step: Callable[[Any, int, int], Any],
     loop: EvaluationLoop,
-    store: LogStore,
+    predictions: Optional[Predictions],
 ) -> list[dict[str, Any]]:
     """Run over all batches. Returns a dict for each loader, with its epoch values where there are several loaders."""
-    trainer, hooks, progress = run.trainer, run.hooks, loop.batch_progress
+    hooks, progress, store = run.hooks, loop.batch_progress, run.store
     start, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
     has_start, has_end = bool(hooks[start]), bool(hooks[end])
     step_name = f"{stage}_step"
@@ -153,18 +193,23 @@ def _batches(
     previous_loader = -1
     agreement, flags = run.agreement, run.flags
     results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
-    logs_steps = bool(trainer.loggers) and not trainer.sanity_checking
+    logs_steps = bool(run.loggers) and not run.is_sanity_checking
     log_steps = run.eval_log_steps
     for batch, batch_idx, dataloader_idx in feed:
+        if predictions is not None and feed.is_filler:
+            step(batch, batch_idx, dataloader_idx)
+            continue
         progress.is_last_batch = feed.is_last
         if dataloader_idx != previous_loader:
             if previous_loader >= 0:
-                results[previous_loader] = _end_loader(trainer, store)
+                results[previous_loader] = _end_loader(run, store)
                 feed.listen()
             previous_loader = dataloader_idx
             progress.current.set_all(0)
         progress.increment_ready()
         store.start_batch(batch, dataloader_idx if is_multiple else None)
+        if predictions is not None:
+            predictions.begin_batch(batch_idx, dataloader_idx)
         index = (dataloader_idx,) if is_multiple else ()
         if has_start:
             run.call(start, batch, batch_idx, *index)
@@ -176,10 +221,12 @@ def _batches(
         if has_end:
             run.call(end, output, batch, batch_idx, *index)
         progress.increment_completed()
+        if predictions is not None:
+            predictions.end_batch(output, dataloader_idx)
         if store.has_step_slots:
-            metrics = trainer._merge(store.read(on_step=True))
+            metrics = run.merge(store.read(on_step=True))
             if logs_steps:
-                send(trainer, metrics.logged, step=log_steps.get(dataloader_idx, 0))
+                send(run, metrics.logged, step=log_steps.get(dataloader_idx, 0))
         if logs_steps:
             log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
         if agreement is not None and feed.is_shared:
@@ -187,26 +234,25 @@ def _batches(
         if flags.received_sigterm and (agreement is not None or not feed.is_last):
             raise SIGTERMException
     if is_multiple and previous_loader >= 0:
-        results[previous_loader] = _end_loader(trainer, store)
+        results[previous_loader] = _end_loader(run, store)
     return results
 
 
-def _end_loader(trainer: Trainer, store: LogStore) -> dict[str, Any]:
+def _end_loader(run: Run, store: LogStore) -> dict[str, Any]:
     """Reduce the values of one of several loaders, before the next one adds to the same metric objects."""
     metrics = store.read(on_step=False)
-    if not trainer.sanity_checking:
-        trainer._merge(metrics)
+    if not run.is_sanity_checking:
+        run.merge(metrics)
     return metrics.logged
 
 
 def _finish(run: Run, store: LogStore, results: list[dict[str, Any]]) -> None:
-    """Reduce what belongs to no single loader, and hand all on to the trainer and the loggers."""
-    trainer = run.trainer
+    """Reduce what belongs to no single loader, and hand all on to users and loggers."""
     metrics = store.read(on_step=False)
     logged: dict[str, Any] = {}
     for result in results:
         result.update(metrics.logged)
         logged.update(result)
-    if not trainer.sanity_checking:
-        trainer._merge(metrics)
-        send(trainer, logged)
+    if not run.is_sanity_checking:
+        run.merge(metrics)
+        send(run, logged)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
+from levin.loops.run import Run
 
 
 def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -35,36 +34,36 @@ def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
     return result
 
 
-def send(trainer: Trainer, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+def send(run: Run, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
     """Send ``metrics`` to every logger.
 
     Args:
         metrics: Values by key. A key ``step`` overrides the axis; without it, ``epoch`` is added unless it is there.
         step: Value on the x-axis; by default the number of batches that stepped, less the one under way.
     """
-    if not trainer.loggers or not metrics:
+    if not run.loggers or not metrics:
         return
     values = to_floats(metrics)
     if step is None:
         if "step" in values:
             step = int(values.pop("step"))
         else:
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            values.setdefault("epoch", trainer.current_epoch)
-    for logger in trainer.loggers:
+            step = run.loops.fit.epoch_loop._batches_that_stepped
+            values.setdefault("epoch", run.current_epoch)
+    for logger in run.loggers:
         logger.log_metrics(metrics=dict(values), step=step)
         logger.save()
 
 
-def send_hyperparameters(trainer: Any) -> None:
+def send_hyperparameters(run: Run) -> None:
     """Send the hyper-parameters of module and data module, and the graph, to every logger.
 
     Raises:
         RuntimeError: Module and data module have different values under one name.
     """
-    if not trainer.loggers or not trainer.enable_autolog_hparams:
+    if not run.loggers or not run.settings.enable_autolog_hparams:
         return
-    module, datamodule = trainer._module, trainer.datamodule
+    module, datamodule = run.module, run.datamodule
     merged: dict[str, Any] = {}
     for owner in (module, datamodule):
         if owner is None or not owner._log_hyperparams:
@@ -78,7 +77,7 @@ def send_hyperparameters(trainer: Any) -> None:
                     f"received {merged[name]!r} and {value!r}. Rename one, or use save_hyperparameters(logger=False)."
                 )
             merged[name] = value
-    for logger in trainer.loggers:
+    for logger in run.loggers:
         if merged or (module is not None and module._log_hyperparams):
             logger.log_hyperparams(merged)
         logger.log_graph(module)

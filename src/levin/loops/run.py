@@ -3,66 +3,180 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Optional
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor
 
-from levin.log_store import LogStore
+from levin.counters import Loops
+from levin.datamodule import LightningDataModule
+from levin.engine import Engine
+from levin.hooks import Callback, HookTable, Trainer
+from levin.log_store import LogStore, Metrics
+from levin.loggers.logger import Logger
+from levin.loops.stage_loaders import Loaders
+from levin.module import LightningModule
+from levin.optimizer import LightningOptimizer
+from levin.profilers.profiler import Profiler, Timed, untimed
+from levin.ranks.agreement import Agreement
+from levin.ranks.hang_watchdog import Watchdog
+from levin.ranks.signals import Signals
+from levin.ranks.uneven import Uneven
+from levin.resume.resume_state import ResumeState
+from levin.settings import Settings
+from levin.strategies.strategy import Strategy
+from levin.utilities.move import move_data_to_device
+from levin.utilities.overrides import is_overridden
+from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
+from levin.utilities.timing import action_name
+from levin.utilities.types import LRSchedulerConfig, PathLike
 
-if TYPE_CHECKING:
-    from levin.hooks import HookTable
-    from levin.module import LightningModule
-    from levin.ranks.agreement import Agreement
-    from levin.ranks.uneven import Uneven
-    from levin.strategies.strategy import Strategy
-    from levin.trainer import Trainer
-    from levin.utilities.types import LRSchedulerConfig
+
+class Step(Protocol):
+    """What is done with one batch of training; composed once per run."""
+
+    uneven: Optional[Uneven]
+
+    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+        """Train on one batch; returns what ``on_train_batch_end`` gets."""
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the backward pass, with the hooks around it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is unfinished between two batches."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """The parts of one run, composed before its first batch.
+    """One call of the Trainer: what it was given, and the parts that set-up composes of it.
+
+    A run begins with its arguments. Set-up composes the rest, which is what other processes do anew: a run that is
+    pickled, and one that is unpickled, has its arguments alone.
 
     Args:
-        trainer: Settings and counters.
+        trainer: The first argument of callbacks' hooks, and nothing else: loops do not look into it.
+        settings: What the user asked; changed settings take its place at once.
+        engine: Where and how to compute.
+        profiler: Measures the parts.
+        callbacks: In calling order.
+        loggers: In the order of the user.
+        loops: Limits and counters, which outlive the run.
+        state: Status, method and stage, which outlive the run.
+        told: What this process alone was told: to stop, to end for a signal. See :attr:`flags`.
         module: The user's module, unwrapped.
-        strategy: Where and how it runs.
-        hooks: Hook name -> what to call.
-        transfer: The chain of overridden batch-transfer hooks, or None.
-        timed: Wraps a function so that the profiler times it under a name; returns it unchanged without a profiler.
-        store: The log store that ``self.log`` writes into at the moment.
-        optimizers: Of the strategy, as they are stepped.
-        schedulers: With when they are stepped.
-        eval_log_steps: Loader index -> batches evaluated in this run, which is the x-axis of their step values.
-        agreement: What all ranks have agreed on; None on one device.
-        uneven: Knows of training steps for which not all ranks have a batch; None on one device.
-        under_way: Name of the hooks that are being called, those that are left, and their arguments.
+        datamodule: The user's data module.
+        loaders: Where the loaders of each stage come from.
+        metrics: The values that users read, reduced.
+        keeps_predictions: Whether ``predict`` returns them.
+        ckpt_path: What the run starts from.
     """
 
     trainer: Trainer
+    settings: Settings
+    engine: Engine
+    profiler: Profiler
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    loops: Loops
+    state: TrainerState
+    told: StopFlags
     module: LightningModule
-    strategy: Strategy
-    hooks: HookTable
-    transfer: Optional[Callable[[Any, torch.device, int], Any]]
-    timed: Callable[[str, Callable[..., Any]], Callable[..., Any]]
-    store: LogStore
-    optimizers: list[Any]
-    schedulers: list[LRSchedulerConfig]
-    eval_log_steps: dict[int, int] = field(default_factory=dict)
-    uneven: Optional[Uneven] = None
-    agreement: Optional[Agreement] = None
-    under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
+    datamodule: Optional[LightningDataModule]
+    loaders: Loaders
+    metrics: Metrics = field(default_factory=lambda: Metrics({}, {}, {}))
+    keeps_predictions: bool = True
+    ckpt_path: Optional[PathLike] = None
+    step: Step = field(init=False)  # there while training runs, and after it
 
-    is_profiled: ClassVar[bool] = False
-    """Whether a profiler measures the parts of the run."""
+    def __post_init__(self) -> None:
+        self.strategy: Strategy = self.engine.strategy
+        self.signals = Signals()
+        self.resume = ResumeState()
+        self.is_setting_up: bool = False
+        # Composed in set-up.
+        self.hooks = HookTable(self.trainer, self.module, ())
+        self.transfer: Optional[Callable[[Any, torch.device, int], Any]] = None
+        self.timed: Timed = untimed
+        self.is_profiled: bool = False
+        self.store: LogStore = new_store(self, training=False)
+        self.optimizers: list[Any] = []
+        self.lightning_optimizers: list[LightningOptimizer] = []
+        self.schedulers: list[LRSchedulerConfig] = []
+        self.watchdog: Optional[Watchdog] = None
+        self.uneven: Optional[Uneven] = None
+        self.agreement: Optional[Agreement] = None
+        # How training and validation go on.
+        self.val_step: Optional[Callable[[Any, int, int], Any]] = None
+        self.last_validation_s: float = time.monotonic()
+        self.eval_log_steps: dict[int, int] = {}
+        self.has_explained_minima: bool = False
+        # Name of the hooks that are being called, those that are left, and their arguments.
+        self.under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        self.__init__(**arguments)  # type: ignore[misc]  # a run that has not begun
 
     @property
-    def flags(self) -> Agreement | Trainer:
-        """Who knows ``should_stop`` and ``received_sigterm``: all ranks together, or the Trainer alone."""
-        return self.trainer if self.agreement is None else self.agreement
+    def fn(self) -> str:
+        """The method that runs: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``."""
+        return str(self.state.fn)
+
+    @property
+    def flags(self) -> Agreement | StopFlags:
+        """``should_stop`` and ``received_sigterm``, as all ranks know them: what loops act on."""
+        return self.told if self.agreement is None else self.agreement
+
+    @property
+    def now_s(self) -> float:
+        """The time in seconds since some moment, the same on every rank."""
+        return time.monotonic() if self.agreement is None else self.agreement.time_s
+
+    @property
+    def current_epoch(self) -> int:
+        """Completed epochs of training."""
+        return self.loops.fit.epoch_progress.current.completed
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken."""
+        return self.loops.fit.epoch_loop.global_step
+
+    @property
+    def is_filler(self) -> bool:
+        """Whether this rank has no batch of its own in this step, see :mod:`levin.ranks.uneven`."""
+        return bool(self.store.is_filler)
+
+    @property
+    def is_sanity_checking(self) -> bool:
+        """Whether the validation before training runs."""
+        return self.state.stage == RunningStage.SANITY_CHECKING
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """All callbacks that save checkpoints."""
+        return [callback for callback in self.callbacks if getattr(callback, "saves_checkpoints", False)]
+
+    @property
+    def enable_validation(self) -> bool:
+        """Whether validation runs inside fit: there is a loader, a step, and a limit above 0."""
+        module = self.module
+        return (
+            self.loaders.val.is_defined()
+            and ("validation_step" in vars(module) or is_overridden("validation_step", module, LightningModule))
+            and self.settings.limit_val_batches > 0
+        )
+
+    # ---------------------------------------------------------------- hooks
 
     def call(self, name: str, *args: Any, num_last: Optional[int] = None) -> Any:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
@@ -94,6 +208,8 @@ class Run:
 
     def call_own(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call one function of the module as the hook ``name``."""
+        if self.is_profiled and name != "backward":  # measured as that of the strategy
+            function = self.timed(action_name(self.module, name), function)
         store = self.store
         previous, store.hook = store.hook, name
         try:
@@ -101,19 +217,58 @@ class Run:
         finally:
             store.hook = previous
 
+    def call_of(self, owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method that callback, module or data module have in any case, a few times per run, outside the loops."""
+        with self.profiler.profile(action_name(owner, name)):
+            return getattr(owner, name)(*args, **kwargs)
+
+    def stop_watchdog(self) -> None:
+        """Watch over the other processes no more; those that still wait are told that this one has left."""
+        watchdog, self.watchdog = self.watchdog, None
+        if watchdog is not None:
+            watchdog.stop(has_left=True)
+
+    # ---------------------------------------------------------------- logged values
+
     def activate(self, store: LogStore) -> LogStore:
         """Let ``self.log`` write into ``store``; returns the one before."""
         previous, self.store = self.store, store
-        if not self.trainer.barebones:
+        if not self.settings.barebones:
             for module in self.module.modules():
                 if "_log_store" in module.__dict__:
                     module.__dict__["_log_store"] = store
         return previous
 
+    def merge(self, metrics: Metrics) -> Metrics:
+        """Take reduced values into the three dictionaries that users read."""
+        self.metrics.callback.update(metrics.callback)
+        self.metrics.logged.update(metrics.logged)
+        self.metrics.progress_bar.update(metrics.progress_bar)
+        return metrics
 
-def new_store(trainer: Trainer, module: LightningModule, training: bool) -> LogStore:
-    """Return an empty log store for a loop of ``trainer``."""
-    strategy = trainer.strategy
+    def read_metrics(self) -> Metrics:
+        """Return the values that users read, with those that were logged since they were last reduced."""
+        store = self.store
+        # After a failure the values of the batch that failed are still there, and looked at when somebody asks.
+        if self.state.status in (TrainerStatus.RUNNING, TrainerStatus.INTERRUPTED):
+            if store.training and store.is_between_batches:
+                # The values of the last step stay, those of the epoch come beside them.
+                self.merge(store.read(on_step=True))
+            self.merge(store.read(on_step=not store.is_between_batches))
+        return self.metrics
+
+    def reset_metrics(self) -> None:
+        """Begin with no values; dictionaries that users have stay as they are."""
+        self.metrics = Metrics({}, {}, {})
+
+    def move_metrics(self, device: torch.device) -> None:
+        """Move all values to ``device``."""
+        self.metrics = Metrics(*(move_data_to_device(values, device) for values in self.metrics))
+
+
+def new_store(run: Run, training: bool) -> LogStore:
+    """Return an empty log store for a loop of ``run``."""
+    strategy, module = run.strategy, run.module
     found: dict[str, Any] = {}
 
     def modules() -> dict[str, Any]:
@@ -125,7 +280,16 @@ def new_store(trainer: Trainer, module: LightningModule, training: bool) -> LogS
         reduced: Tensor = strategy.reduce(value.to(strategy.root_device), group=group, reduce_op=reduction)
         return reduced
 
-    return LogStore(training, modules, sync if strategy.is_distributed else None, bool(trainer.loggers))
+    return LogStore(training, modules, sync if strategy.is_distributed else None, bool(run.loggers))
+
+
+def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Optional[str]:
+    """Return the folder of the first logger, else ``root``; the same on all ranks, which all call this."""
+    folder: Optional[str] = root
+    if loggers:
+        folder = loggers[0].save_dir if loggers[0].log_dir is None else loggers[0].log_dir
+    agreed: Optional[str] = strategy.broadcast(folder)
+    return agreed
 
 
 def detach_log_store(module: torch.nn.Module) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
-
-if TYPE_CHECKING:
-    from levin.loops.run import Run
 
 
 def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
@@ -23,16 +21,15 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
     Raises:
         MisconfigurationException: The monitored value is missing and the scheduler is strict.
     """
-    trainer = run.trainer
-    epoch_loop = trainer.fit_loop.epoch_loop
-    index = epoch_loop.batch_idx if interval == "step" else trainer.current_epoch
+    epoch_loop = run.loops.fit.epoch_loop
+    index = epoch_loop.batch_idx if interval == "step" else run.current_epoch
     own = run.is_profiled or is_overridden("lr_scheduler_step", run.module, LightningModule)
     for config in run.schedulers:
         if config.interval != interval or config.reduce_on_plateau != plateau or (index + 1) % config.frequency:
             continue
         value: Any = None
         if config.reduce_on_plateau:
-            metrics = trainer.callback_metrics
+            metrics = run.read_metrics().callback
             value = metrics.get(str(config.monitor))
             if value is None:
                 text = (

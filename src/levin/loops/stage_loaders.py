@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.data.combined import CombinedLoader, combined_length
@@ -34,9 +35,7 @@ class StageLoaders:
         self.limits: list[int | float] = []
         self.loaded_epoch: float = -math.inf
 
-    def attach(
-        self, given: Any, datamodule: Optional[LightningDataModule], module: LightningModule, reset: bool = True
-    ) -> None:
+    def attach(self, given: Any, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
         """Remember who gives the loaders: the caller, the data module or the module, in this order."""
         self.given = given
         self.owner = None
@@ -45,9 +44,6 @@ class StageLoaders:
                 if owner is not None and is_overridden(self.hook, owner, DataHooks):
                     self.owner = owner
                     break
-        if reset:
-            self.combined = None
-            self.loaded_epoch = -math.inf
 
     def is_defined(self) -> bool:
         """Whether anybody gives loaders."""
@@ -132,3 +128,13 @@ class StageLoaders:
         if combined.iterables is combined.flattened[0]:
             return [combined.flattened[0]]
         return [Joint(combined.flattened, combined.mode, combined.rebuild)]
+
+
+@dataclass
+class Loaders:
+    """The loaders of a run, by stage."""
+
+    train: StageLoaders = field(default_factory=lambda: StageLoaders("train"))
+    val: StageLoaders = field(default_factory=lambda: StageLoaders("val"))
+    test: StageLoaders = field(default_factory=lambda: StageLoaders("test"))
+    predict: StageLoaders = field(default_factory=lambda: StageLoaders("predict"))

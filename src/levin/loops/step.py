@@ -13,24 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from levin.loops.run import step_arguments
+from levin.loops.run import Run, Step, step_arguments
 from levin.module import LightningModule
 from levin.precision.precision import Precision
+from levin.ranks.uneven import Uneven
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
-
-if TYPE_CHECKING:
-    from levin.loops.run import Run
-    from levin.ranks.uneven import Uneven
-
-Step = Callable[[Any, int, bool], dict[str, Any]]
 
 
 def compose_step(run: Run) -> Step:
@@ -69,12 +64,11 @@ class AutomaticStep:
     """training_step, zero_grad, backward, clipping and update, by the Trainer."""
 
     def __init__(self, run: Run) -> None:
-        trainer, module, strategy = run.trainer, run.module, run.strategy
+        module, strategy = run.module, run.strategy
         self.run = run
-        self.trainer = trainer
         self.optimizer: Any = run.optimizers[0]
-        self.lightning_optimizer = trainer._lightning_optimizers[0]
-        self.progress = trainer.fit_loop.epoch_loop.optim_progress
+        self.lightning_optimizer = run.lightning_optimizers[0]
+        self.progress = run.loops.fit.epoch_loop.optim_progress
         self.training_step = run.timed(
             f"[Strategy]{type(strategy).__name__}.training_step",
             strategy.step_function(strategy.model, "training_step"),
@@ -83,11 +77,11 @@ class AutomaticStep:
         self.backward = run.timed(
             f"[Strategy]{type(strategy).__name__}.backward", compose_backward(run, self.optimizer)
         )
-        self.own_zero_grad = _own(module, "optimizer_zero_grad")
-        self.own_optimizer_step = _own(module, "optimizer_step")
-        self.own_clipping = _own(module, "configure_gradient_clipping")
-        self.clip_val = trainer.gradient_clip_val
-        self.clip_algorithm = trainer.gradient_clip_algorithm
+        self.own_zero_grad = _own(module, "optimizer_zero_grad", run.is_profiled)
+        self.own_optimizer_step = _own(module, "optimizer_step", run.is_profiled)
+        self.own_clipping = _own(module, "configure_gradient_clipping", run.is_profiled)
+        self.clip_val = run.settings.gradient_clip_val
+        self.clip_algorithm = run.settings.gradient_clip_algorithm
         self.clip: dict[str, Any] = {"clip_val" if self.clip_algorithm == "value" else "max_norm": self.clip_val}
         self.zero_grad_hooks = run.hooks["on_before_zero_grad"]
         self.step_hooks = run.hooks["on_before_optimizer_step"]
@@ -137,7 +131,7 @@ class AutomaticStep:
     def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         self.batch, self.batch_idx = batch, batch_idx
-        accumulate = self.trainer.accumulate_grad_batches
+        accumulate = self.run.settings.accumulate_grad_batches
         if self.held == 0 or batch_idx % accumulate == 0:
             self._open_window(accumulate, batch_idx)
         self.held += 1
@@ -150,7 +144,7 @@ class AutomaticStep:
             if self.is_plain:
                 self.optimizer.step(self.closure_and_before_step)
             elif self.own_optimizer_step is not None:
-                epoch = self.run.trainer.current_epoch
+                epoch = self.run.current_epoch
                 self.run.call_own(
                     "optimizer_step", self.own_optimizer_step, epoch, batch_idx, self.lightning_optimizer, self.closure
                 )
@@ -177,7 +171,7 @@ class AutomaticStep:
         if accumulate == 1:
             self.window = 1
         else:
-            remaining = self.trainer.num_training_batches - batch_idx
+            remaining = self.run.loops.fit.max_batches - batch_idx
             self.window = accumulate if remaining > accumulate else max(1, int(remaining))
 
     def closure(self) -> Optional[Tensor]:
@@ -251,9 +245,7 @@ class AutomaticStep:
         progress.increment_started()
         if self.own_zero_grad is not None:
             run = self.run
-            run.call_own(
-                "optimizer_zero_grad", self.own_zero_grad, run.trainer.current_epoch, self.batch_idx, self.optimizer
-            )
+            run.call_own("optimizer_zero_grad", self.own_zero_grad, run.current_epoch, self.batch_idx, self.optimizer)
         else:
             self.optimizer.zero_grad()
         progress.increment_completed()
@@ -302,9 +294,9 @@ class ManualStep:
     """training_step alone; the user runs backward and steps the optimizers."""
 
     def __init__(self, run: Run) -> None:
-        trainer, strategy = run.trainer, run.strategy
+        strategy = run.strategy
         self.run = run
-        self.progress = trainer.fit_loop.epoch_loop.manual_step_progress
+        self.progress = run.loops.fit.epoch_loop.manual_step_progress
         self.training_step = run.timed(
             f"[Strategy]{type(strategy).__name__}.training_step",
             strategy.step_function(strategy.model, "training_step"),
@@ -314,8 +306,8 @@ class ManualStep:
         self._backward = compose_backward(run, None)
         strategy.precision.before_step = self._before_step if self.step_hooks else None
         self.uneven: Optional[Uneven] = None
-        for optimizer in trainer._lightning_optimizers:
-            optimizer._on_step = self._step
+        for optimizer in run.lightning_optimizers:
+            optimizer._on_step = run.timed("optimizer_step", self._step)
             optimizer._no_sync = strategy.block_backward_sync
             optimizer._module = run.module
 
@@ -383,8 +375,10 @@ def _nothing() -> Any:
     return torch.zeros(())
 
 
-def _own(module: Any, name: str) -> Optional[Callable[..., Any]]:
-    return getattr(module, name) if name in vars(module) or is_overridden(name, module, LightningModule) else None
+def _own(module: Any, name: str, is_profiled: bool = False) -> Optional[Callable[..., Any]]:
+    """Return the method ``name`` where the user overrode it; a profiler measures the default one as well."""
+    is_own = is_profiled or name in vars(module) or is_overridden(name, module, LightningModule)
+    return getattr(module, name) if is_own else None
 
 
 def _scale_gradients(optimizer: Any, factor: Any) -> None:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from levin.loops.dataloaders import loaders_of
+from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
-
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
-
 
 _REMOVED = {
     "fit": ("training_epoch_end", "validation_epoch_end"),
@@ -34,13 +29,13 @@ def hint_at_eval_mode(module: LightningModule) -> None:
         )
 
 
-def verify(trainer: Trainer) -> None:
+def verify(run: Run) -> None:
     """Check that the hooks a run needs are there, before anything starts.
 
     Raises:
         MisconfigurationException: One is missing, or settings do not fit the module.
     """
-    module, fn = trainer.lightning_module, str(trainer.state.fn)
+    module, fn = run.module, run.fn
 
     def has(name: str) -> bool:
         return name in vars(module) or is_overridden(name, module, LightningModule)
@@ -57,31 +52,31 @@ def verify(trainer: Trainer) -> None:
                 raise MisconfigurationException(
                     f"`Trainer.fit` requires `{name}`, which {type(module).__name__} does not define. Define it."
                 )
-        if not trainer._train_loaders.is_defined():
+        if not run.loaders.train.is_defined():
             raise MisconfigurationException(
                 f"`Trainer.fit` requires training data, received none for {type(module).__name__}. Pass "
                 "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
             )
-        if has("validation_step") and not trainer._val_loaders.is_defined():
+        if has("validation_step") and not run.loaders.val.is_defined():
             rank_zero_warn(
                 "You defined a `validation_step` but have no `val_dataloader`. Skipping validation.",
                 category=PossibleUserWarning,
             )
-        elif trainer._val_loaders.is_defined() and not has("validation_step"):
+        elif run.loaders.val.is_defined() and not has("validation_step"):
             rank_zero_warn(
                 "You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.",
                 category=PossibleUserWarning,
             )
         if not module.automatic_optimization:
-            if trainer.gradient_clip_val:
+            if run.settings.gradient_clip_val:
                 raise MisconfigurationException(
                     "Automatic gradient clipping is not possible in manual optimization, received "
-                    f"Trainer(gradient_clip_val={trainer.gradient_clip_val!r}). Call `self.clip_gradients` in `training_step`."
+                    f"Trainer(gradient_clip_val={run.settings.gradient_clip_val!r}). Call `self.clip_gradients` in `training_step`."
                 )
-            if trainer.accumulate_grad_batches != 1:
+            if run.settings.accumulate_grad_batches != 1:
                 raise MisconfigurationException(
                     "Automatic gradient accumulation is not possible in manual optimization, received "
-                    f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}). Step every N batches yourself."
+                    f"Trainer(accumulate_grad_batches={run.settings.accumulate_grad_batches}). Step every N batches yourself."
                 )
         return
     name = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[fn]
@@ -94,18 +89,18 @@ def verify(trainer: Trainer) -> None:
         raise MisconfigurationException(
             f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
         )
-    loaders = loaders_of(trainer, fn)
+    loaders = loaders_of(run, fn)
     if not loaders.is_defined():
         raise MisconfigurationException(
             f"`Trainer.{fn}` requires data, received none. Pass `dataloaders`, a `datamodule`, or define `{loaders.hook}`."
         )
 
 
-def check_restored_epoch(trainer: Trainer) -> None:
+def check_restored_epoch(run: Run) -> None:
     """Raise MisconfigurationException when a checkpoint is from a later epoch than training may reach."""
-    maximum = trainer.max_epochs
-    if maximum is not None and 0 <= maximum < trainer.current_epoch:
+    maximum = run.loops.fit.max_epochs
+    if maximum is not None and 0 <= maximum < run.current_epoch:
         raise MisconfigurationException(
-            f"The restored checkpoint is at current_epoch={trainer.current_epoch}, "
+            f"The restored checkpoint is at current_epoch={run.current_epoch}, "
             f"received Trainer(max_epochs={maximum}). Set max_epochs to more than that."
         )

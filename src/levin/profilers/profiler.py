@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.rank_zero import rank_zero_info
@@ -163,3 +163,30 @@ class PassThroughProfiler(Profiler):
 
     def stop(self, action_name: str) -> None:
         """Do nothing."""
+
+
+Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""``timed(action_name, function)`` returns a function in place of ``function``."""
+
+
+def is_profiling(profiler: Profiler) -> bool:
+    """Whether anything is measured at all."""
+    return type(profiler) is not PassThroughProfiler
+
+
+def timer(profiler: Profiler) -> Timed:
+    """Return ``timed(action_name, function)``, which wraps a function so that ``profiler`` measures it."""
+
+    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with profiler.profile(name):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return wrap
+
+
+def untimed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``function``: what a run without a profiler has in place of :func:`timer`."""
+    return function

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from levin.protocols import Run
 from levin.ranks.uneven import is_shared
-
-if TYPE_CHECKING:
-    from levin.loops.run import Run
-    from levin.trainer import Trainer
+from levin.utilities.states import StopFlags
 
 PERIOD_S = 0.25
 """Seconds between two exchanges, about."""
@@ -40,14 +38,14 @@ class Agreement:
     """What all ranks have agreed on so far, the same on every rank.
 
     Args:
-        trainer: What this rank is told lies in its ``should_stop`` and ``received_sigterm``.
+        told: What this rank is told.
         exchange: Returns the numbers of every rank, in the order of ranks.
         check: Raises what has failed in the background of this rank, if anything.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
+        told: StopFlags,
         exchange: Callable[[list[float]], list[list[float]]],
         check: Callable[[], None],
     ) -> None:
@@ -55,7 +53,7 @@ class Agreement:
         self.received_sigterm: bool = False
         # Since the beginning of the run, as of the last exchange.
         self.time_s: float = 0.0
-        self._trainer = trainer
+        self._told = told
         self._exchange = exchange
         self._check = check
         self._started_s: float = time.monotonic()
@@ -75,15 +73,15 @@ class Agreement:
 
     def sync(self) -> None:
         """Exchange what ranks were told; every rank calls this at the same moment. Raises as :meth:`maybe_sync` does."""
-        trainer = self._trainer
+        told = self._told
         error = self._failure()
         rows = self._exchange(
-            [trainer.should_stop, trainer.received_sigterm, error is not None, time.monotonic() - self._started_s]
+            [told.should_stop, told.received_sigterm, error is not None, time.monotonic() - self._started_s]
         )
         stops, signals, failures, times = zip(*rows)
         self.should_stop = any(stops)
         if self.should_stop:
-            trainer.should_stop = True
+            told.should_stop = True
         self.received_sigterm = self.received_sigterm or any(signals)
         num_looks = max(1, self._num_looks - self._num_left)
         now_s = max(self.time_s, *times)
@@ -103,22 +101,16 @@ class Agreement:
         return None
 
 
-def agreement_for(trainer: Trainer) -> Agreement | None:
-    """Return an agreement for a run of ``trainer``, None where there is no other rank to agree with."""
-    strategy: Any = trainer.strategy
+def agreement_for(run: Run) -> Agreement | None:
+    """Return an agreement for ``run``, None where there is no other rank to agree with."""
+    strategy: Any = run.strategy
     if not is_shared(strategy):
         return None
 
     def check() -> None:
-        for callback in trainer.checkpoint_callbacks:
-            callback.check_saves(trainer)
+        for callback in run.callbacks:
+            if (check_saves := getattr(callback, "check_saves", None)) is not None:
+                check_saves(run.trainer)
         strategy.checkpoint_io.check()
 
-    return Agreement(trainer, strategy.control.exchange, check)
-
-
-def now_s(run: Run | None) -> float:
-    """Return the time in seconds since some moment, the same on every rank of ``run``."""
-    if run is None or run.agreement is None:
-        return time.monotonic()
-    return run.agreement.time_s
+    return Agreement(run.told, strategy.control.exchange, check)

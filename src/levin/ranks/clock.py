@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
 
-from levin.ranks.agreement import now_s
-
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
+from levin.protocols import Trainer
 
 
 class AgreedClock:
@@ -23,12 +20,16 @@ class AgreedClock:
 
     def __init__(self, duration_s: float, trainer: Trainer) -> None:
         self.duration_s: float = duration_s
-        self._started_s: float = now_s(trainer._run)
+        self._started_s: float = _now_s(trainer)
 
     def restart(self, trainer: Trainer) -> None:
         """Begin a new span of time."""
-        self._started_s = now_s(trainer._run)
+        self._started_s = _now_s(trainer)
 
     def is_due(self, trainer: Trainer) -> bool:
         """Return whether the time is up. Every rank that asks at the same batch gets the same answer."""
-        return now_s(trainer._run) - self._started_s >= self.duration_s
+        return _now_s(trainer) - self._started_s >= self.duration_s
+
+
+def _now_s(trainer: Trainer) -> float:
+    return time.monotonic() if trainer.run is None else trainer.run.now_s

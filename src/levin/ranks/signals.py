@@ -14,17 +14,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from levin.environments.slurm import SLURMEnvironment
 from levin.launchers.launcher import SIGTERM_STATUS
+from levin.protocols import Run
+from levin.resume.checkpoint_tree import save_checkpoint
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import log, rank_zero_info
 from levin.utilities.states import TrainerFn
-
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
 
 FILE_NAME = "sigterm.ckpt"
 """The checkpoint of a run that was asked to terminate; ``ckpt_path="auto"`` finds it, the next one replaces it."""
@@ -54,26 +53,24 @@ class Signals:
 
 
 @contextmanager
-def signal_handlers(trainer: Trainer) -> Iterator[None]:
+def signal_handlers(run: Run) -> Iterator[None]:
     """Listen to SIGTERM and, under SLURM with automatic requeueing, to the signal that announces the end of the job.
 
     The user's own handlers are called too; of the signal of SLURM they stay alone. A second request ends the process at
     once. Handlers are put in place in the main thread only, and the old ones come back.
     """
-    signals = trainer._signals = Signals()
-    trainer.received_sigterm = False
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGTERM"):
         yield
         return
     previous = {signal.SIGTERM: _handler_before()}
-    signal.signal(signal.SIGTERM, _SigtermHandler(trainer, signals, previous[signal.SIGTERM]))
-    environment = trainer.strategy.cluster_environment
+    signal.signal(signal.SIGTERM, _SigtermHandler(run, previous[signal.SIGTERM]))
+    environment = run.strategy.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
         number = environment.requeue_signal
         found = signal.getsignal(number)
         if found in (signal.SIG_DFL, signal.SIG_IGN, None):
             previous[number] = found
-            signal.signal(number, _requeue_handler(trainer, signals))
+            signal.signal(number, _requeue_handler(run))
             rank_zero_info(f"SLURM requeues this job after {number.name}.")
         else:
             rank_zero_info(f"There is a handler for {number.name} already: levin does not requeue the job.")
@@ -88,19 +85,17 @@ class _SigtermHandler:
     """What is done on SIGTERM.
 
     Args:
-        trainer: In the middle of a call.
-        signals: What this process was told.
+        run: In the middle of a call.
         previous: The handler before, which is called too.
     """
 
-    def __init__(self, trainer: Trainer, signals: Signals, previous: Any) -> None:
+    def __init__(self, run: Run, previous: Any) -> None:
         self.owner: int = os.getpid()
         self.previous: Any = previous
-        self._trainer = trainer
-        self._signals = signals
+        self._run = run
 
     def __call__(self, number: int, frame: Any) -> None:
-        trainer, signals = self._trainer, self._signals
+        signals, told = self._run.signals, self._run.told
         if os.getpid() != self.owner:
             # A process that was forked off, such as a worker of a loader: it has no batch to finish.
             signal.signal(number, signal.SIG_DFL)
@@ -111,10 +106,10 @@ class _SigtermHandler:
             return
         if signals.is_repeated():
             os._exit(SIGTERM_STATUS)
-        is_first, trainer.received_sigterm = not trainer.received_sigterm, True
+        is_first, told.received_sigterm = not told.received_sigterm, True
         if is_first:
             _let_workers_end()
-            launcher = trainer.strategy.launcher
+            launcher = self._run.strategy.launcher
             # Ranks that train are told by the agreement. A signal of ours would come late where this process was busy,
             # and to a process that has the scheduler's it would be the second request.
             is_agreed = signals.waits_for_batch and launcher is not None and not launcher.runs_elsewhere
@@ -134,14 +129,14 @@ def _handler_before() -> Any:
     return found
 
 
-def _requeue_handler(trainer: Trainer, signals: Signals) -> Callable[[int, Any], None]:
+def _requeue_handler(run: Run) -> Callable[[int, Any], None]:
     owner = os.getpid()
 
     def on_requeue(number: int, frame: Any) -> None:
         if os.getpid() != owner:
             return
-        signals.wants_requeue = trainer.received_sigterm = True
-        if not signals.waits_for_batch:
+        run.signals.wants_requeue = run.told.received_sigterm = True
+        if not run.signals.waits_for_batch:
             raise SIGTERMException
 
     return on_requeue
@@ -153,16 +148,16 @@ def _let_workers_end() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def as_ended(trainer: Trainer, error: BaseException) -> BaseException:
+def as_ended(run: Run, error: BaseException) -> BaseException:
     """Return ``error``, or a :class:`SIGTERMException` where the signal to this process is what caused it elsewhere.
 
     Args:
-        trainer: In the middle of a call.
+        run: In the middle of a call.
         error: What was raised.
     """
-    if not trainer.received_sigterm or isinstance(error, SIGTERMException):
+    if not run.told.received_sigterm or isinstance(error, SIGTERMException):
         return error
-    launcher = trainer.strategy.launcher
+    launcher = run.strategy.launcher
     is_of_others = isinstance(error, RuntimeError) and (
         "DataLoader worker" in str(error) or (launcher is not None and launcher.runs_elsewhere)
     )
@@ -171,43 +166,43 @@ def as_ended(trainer: Trainer, error: BaseException) -> BaseException:
     return SIGTERMException()
 
 
-def save_for_restart(trainer: Trainer) -> None:
+def save_for_restart(run: Run) -> None:
     """Save a fit that was asked to terminate, and put its job back in the queue if that is what was asked for.
 
     The file lies in the folder of the first checkpoint callback, or in ``default_root_dir``. There is none if the Trainer
     has no checkpoint callback, except for a job that is requeued.
     """
-    signals, strategy = trainer._signals, trainer.strategy
-    if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run or not signals.is_training:
+    signals, strategy = run.signals, run.strategy
+    if run.state.fn != TrainerFn.FITTING or run.settings.fast_dev_run or not signals.is_training:
         return
     if strategy.reduce_boolean_decision(signals.wants_requeue, all=False):
-        for logger in trainer.loggers:
+        for logger in run.loggers:
             logger.finalize("finished")
-        path: Optional[str] = strategy.broadcast(_next_hpc_path(trainer.default_root_dir))
-        trainer.save_checkpoint(str(path))
-        _wait_for_file(trainer)
+        path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
+        save_checkpoint(run, str(path))
+        _wait_for_file(run)
         signals.is_requeued = True
-        if trainer.is_global_zero:
+        if strategy.is_global_zero:
             requeue()
-    elif (path := _path_for_restart(trainer)) is not None:
-        trainer.save_checkpoint(path)
-        _wait_for_file(trainer)
+    elif (path := _path_for_restart(run)) is not None:
+        save_checkpoint(run, path)
+        _wait_for_file(run)
         rank_zero_info(f"Saved a checkpoint to {path}, from which fit(ckpt_path='auto') goes on.")
 
 
-def _wait_for_file(trainer: Trainer) -> None:
-    checkpoint_io = trainer.strategy.checkpoint_io
+def _wait_for_file(run: Run) -> None:
+    checkpoint_io = run.strategy.checkpoint_io
     if (wait := getattr(checkpoint_io, "wait", None)) is not None:
         wait()
     checkpoint_io.check()
 
 
-def _path_for_restart(trainer: Trainer) -> Optional[str]:
-    callbacks: list[Any] = trainer.checkpoint_callbacks
+def _path_for_restart(run: Run) -> Optional[str]:
+    callbacks: list[Any] = run.checkpoint_callbacks
     if not callbacks:
         return None
     folders = (getattr(callback, "dirpath", None) for callback in callbacks if not _saves_weights_only(callback))
-    folder = next((folder for folder in folders if folder), trainer.default_root_dir)
+    folder = next((folder for folder in folders if folder), run.settings.default_root_dir)
     return os.path.join(str(folder), FILE_NAME)
 
 

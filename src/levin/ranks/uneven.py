@@ -15,7 +15,7 @@ from levin.strategies.parallel import is_connected
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
-    from levin.loops.run import Run
+    from levin.protocols import Run
     from levin.strategies.strategy import Strategy
 
 

@@ -10,45 +10,45 @@ from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import collect_rng_states, set_rng_states
-from levin.utilities.timing import call_timed
 
 if TYPE_CHECKING:
-    from levin.trainer import Trainer
+    from levin.protocols import Run
+    from levin.utilities.types import PathLike
 
 
-def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
+def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     """Return the tree of a run.
 
     Args:
-        trainer: Whose run.
+        run: Which one.
         weights_only: Whether to leave out optimizers, schedulers, callbacks and the exact position.
     """
-    module, datamodule = trainer.lightning_module, trainer.datamodule
+    module, datamodule = run.module, run.datamodule
     checkpoint: dict[str, Any] = {
-        "epoch": trainer.current_epoch,
-        "global_step": trainer.global_step,
+        "epoch": run.current_epoch,
+        "global_step": run.global_step,
         "pytorch-lightning_version": COMPATIBLE_VERSION,
-        "state_dict": trainer.strategy.lightning_module_state_dict(),
+        "state_dict": run.strategy.lightning_module_state_dict(),
         "loops": {
-            "fit_loop": trainer.fit_loop.state_dict(),
-            "validate_loop": trainer.validate_loop.state_dict(),
-            "test_loop": trainer.test_loop.state_dict(),
-            "predict_loop": trainer.predict_loop.state_dict(),
+            "fit_loop": run.loops.fit.state_dict(),
+            "validate_loop": run.loops.validate.state_dict(),
+            "test_loop": run.loops.test.state_dict(),
+            "predict_loop": run.loops.predict.state_dict(),
         },
     }
     if not weights_only:
         checkpoint["callbacks"] = {
-            callback.state_key: state for callback in trainer.callbacks if (state := callback.state_dict())
+            callback.state_key: state for callback in run.callbacks if (state := callback.state_dict())
         }
-        checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(o) for o in trainer.optimizers]
-        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-        precision = trainer.precision_plugin
+        checkpoint["optimizer_states"] = [run.strategy.optimizer_state(o) for o in run.strategy.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in run.strategy.lr_scheduler_configs]
+        precision = run.strategy.precision
         precision_state = precision.state_dict()
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
         precision.on_save_checkpoint(checkpoint)
-        own = {"version": 1, "rng": collect_rng_states(), **trainer._resume.state_dict(trainer)}
-        checkpoint[OWN_KEY] = with_other_ranks(own, trainer.strategy)
+        own = {"version": 1, "rng": collect_rng_states(), **run.resume.state_dict(run)}
+        checkpoint[OWN_KEY] = with_other_ranks(own, run.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
             name = owner._hparams_name
@@ -61,38 +61,46 @@ def collect(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             else:
                 checkpoint[value_key] = dict(owner.hparams)
     if datamodule is not None:
-        state = call_timed(trainer, "LightningDataModule", datamodule, "state_dict")
+        state = run.call_of(datamodule, "state_dict")
         if state:
             checkpoint[type(datamodule).__qualname__] = state
     if not weights_only:
-        for callback in trainer.callbacks:
-            call_timed(trainer, "Callback", callback, "on_save_checkpoint", trainer, module, checkpoint)
-    call_timed(trainer, "LightningModule", module, "on_save_checkpoint", checkpoint)
+        for callback in run.callbacks:
+            run.call_of(callback, "on_save_checkpoint", run.trainer, module, checkpoint)
+    run.call_of(module, "on_save_checkpoint", checkpoint)
     return checkpoint
 
 
-def restore_module(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def save_checkpoint(run: Run, path: PathLike, weights_only: Optional[bool] = None, storage_options: Any = None) -> None:
+    """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
+    with run.profiler.profile("save_checkpoint"):
+        checkpoint = collect(run, weights_only=bool(weights_only))
+        run.strategy.save_checkpoint(checkpoint, path, storage_options=storage_options)
+        run.strategy.barrier("Trainer.save_checkpoint")
+
+
+def restore_module(run: Run, checkpoint: dict[str, Any]) -> None:
     """Load weights, data module and callbacks out of ``checkpoint``."""
-    module = trainer.lightning_module
-    call_timed(trainer, "LightningModule", module, "on_load_checkpoint", checkpoint)
-    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
-    datamodule = trainer.datamodule
+    module = run.module
+    run.call_of(module, "on_load_checkpoint", checkpoint)
+    run.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    datamodule = run.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         state = checkpoint[type(datamodule).__qualname__]
-        call_timed(trainer, "LightningDataModule", datamodule, "load_state_dict", state)
+        run.call_of(datamodule, "load_state_dict", state)
     states = checkpoint.get("callbacks")
     if states is None:
         return
-    for callback in trainer.callbacks:
-        call_timed(trainer, "Callback", callback, "on_load_checkpoint", trainer, module, checkpoint)
-    present = {key for callback in trainer.callbacks for key in _keys_of(callback)}
+    for callback in run.callbacks:
+        run.call_of(callback, "on_load_checkpoint", run.trainer, module, checkpoint)
+    present = {key for callback in run.callbacks for key in _keys_of(callback)}
     absent = sorted(str(key) for key in states if key not in present)
     if absent:
         rank_zero_warn(
             "The checkpoint holds states of callbacks that the Trainer does not have: "
             f"{absent}. Add them to Trainer(callbacks=...) to go on with them."
         )
-    for callback in trainer.callbacks:
+    for callback in run.callbacks:
         state = next((states[key] for key in _keys_of(callback) if key in states), None)
         if state:
             callback.load_state_dict(deepcopy(state))
@@ -103,36 +111,36 @@ def _keys_of(callback: Any) -> tuple[Any, ...]:
     return callback.state_key, type(callback), type(callback).__qualname__
 
 
-def restore_precision_and_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_precision_and_loops(run: Run, checkpoint: dict[str, Any]) -> None:
     """Load the gradient scaler and the counters."""
-    precision = trainer.precision_plugin
+    precision = run.strategy.precision
     for key in (type(precision).__qualname__, "native_amp_scaling_state"):
         if key in checkpoint:
             precision.load_state_dict(checkpoint[key])
             break
     precision.on_load_checkpoint(checkpoint)
     loops = checkpoint.get("loops") or {}
-    fn = str(trainer.state.fn)
+    fn = run.fn
     if fn == "fit":
-        trainer.fit_loop.load_state_dict(loops.get("fit_loop", {}))
+        run.loops.fit.load_state_dict(loops.get("fit_loop", {}))
         if own_state(checkpoint) is None:
-            _count_steps_once(trainer)
+            _count_steps_once(run)
     for name, loop in (
-        ("validate", trainer.validate_loop), ("test", trainer.test_loop), ("predict", trainer.predict_loop),
+        ("validate", run.loops.validate), ("test", run.loops.test), ("predict", run.loops.predict),
     ):  # fmt: skip
         if fn == name:
             loop.load_state_dict(loops.get(f"{name}_loop", {}))
 
 
-def _count_steps_once(trainer: Trainer) -> None:
+def _count_steps_once(run: Run) -> None:
     """Leave out the steps of the other kind of optimization, which files that Lightning has migrated count as well."""
-    loop = trainer.fit_loop.epoch_loop
-    unused = loop.manual_step_progress if trainer.lightning_module.automatic_optimization else loop.optim_progress.step
+    loop = run.loops.fit.epoch_loop
+    unused = loop.manual_step_progress if run.module.automatic_optimization else loop.optim_progress.step
     zero = dict.fromkeys(("ready", "completed"), 0)
     unused.load_state_dict({"total": zero, "current": zero})
 
 
-def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
     """Load optimizers and schedulers.
 
     Raises:
@@ -144,9 +152,9 @@ def restore_optimizers(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 f"The checkpoint has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
-    if trainer.strategy.lightning_restore_optimizer:
-        trainer.strategy.load_optimizer_state_dict(checkpoint)
-    for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"]):
+    if run.strategy.lightning_restore_optimizer:
+        run.strategy.load_optimizer_state_dict(checkpoint)
+    for config, state in zip(run.strategy.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)
 
 

@@ -26,9 +26,7 @@ from levin.utilities.states import TrainerFn
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
-    from levin.loops.run import Run
-    from levin.loops.stage_loaders import StageLoaders
-    from levin.trainer import Trainer
+    from levin.protocols import Run, StageLoaders
 
 
 class Phase(IntEnum):
@@ -69,6 +67,7 @@ class ResumeState:
         self.position = Position()
         self.val_positions: list[Position] = []
         self._feed: Optional[Feed] = None
+        self._step: Any = None
         self._has_warned_of_kept: bool = False
         self._store: Optional[LogStore] = None
         self._loaded: Optional[dict[str, Any]] = None
@@ -83,39 +82,39 @@ class ResumeState:
 
     # ---------------------------------------------------------------- saving
 
-    def state_dict(self, trainer: Trainer) -> dict[str, Any]:
+    def state_dict(self, run: Run) -> dict[str, Any]:
         """Return what :meth:`follow` needs after a restart; empty outside fit."""
-        run, step = trainer._run, trainer._step
-        if run is None or trainer.state.fn != TrainerFn.FITTING or step is None:
+        step = self._step
+        if run.state.fn != TrainerFn.FITTING or step is None:
             return {}
         state: dict[str, Any] = {
             "window": step.state_dict(),
             "log_store": self._store.state_dict() if self._store is not None else [],
-            "data": self.position.state_dict(self._num_done(trainer)),
+            "data": self.position.state_dict(self._num_done(run)),
             "metrics": collect_metric_states(run.module),
-            "reduced_metrics": tuple(dict(values) for values in trainer._metrics),
-            "loaded_epoch": trainer._train_loaders.loaded_epoch,
+            "reduced_metrics": tuple(dict(values) for values in run.metrics),
+            "loaded_epoch": run.loaders.train.loaded_epoch,
             "eval_log_steps": dict(run.eval_log_steps),
             "validation_data": {
-                "loaded_epoch": trainer._val_loaders.loaded_epoch,
+                "loaded_epoch": run.loaders.val.loaded_epoch,
                 "positions": [position.state_dict() for position in self.val_positions],
             },
             "checkpoint_callbacks": {
-                callback.state_key: kept for callback in trainer.checkpoint_callbacks if (kept := callback.run_state())
+                callback.state_key: kept for callback in run.checkpoint_callbacks if (kept := callback.run_state())
             },
         }
         if self._loaded_validation is not None:
             state["validation_data"] = self._loaded_validation
-        unfinished = self._find_unfinished(trainer, run)
+        unfinished = self._find_unfinished(run)
         if unfinished is not None:
             state["unfinished"] = _as_dict(unfinished)
             if unfinished.phase == Phase.VALIDATION:
                 state.update(self._validation or {})
         return state
 
-    def _num_done(self, trainer: Trainer) -> int:
+    def _num_done(self, run: Run) -> int:
         """Return how many batches of the epoch are done with."""
-        counter, feed = trainer.fit_loop.epoch_loop.batch_progress.current, self._feed
+        counter, feed = run.loops.fit.epoch_loop.batch_progress.current, self._feed
         if feed is None or not feed.is_on_demand:
             return counter.processed
         if feed.is_ahead and not feed.is_last and not self._has_warned_of_kept:
@@ -129,7 +128,7 @@ class ResumeState:
         # A step takes as many batches as it likes.
         return feed.num_taken if counter.processed == counter.ready else feed.step_start
 
-    def _find_unfinished(self, trainer: Trainer, run: Run) -> Optional[InterruptedPhase]:
+    def _find_unfinished(self, run: Run) -> Optional[InterruptedPhase]:
         """Return what the run is in the middle of, None between two batches."""
         name, iterator, arguments = run.under_way
         phase = _PHASE_OF_HOOK.get(name)
@@ -144,9 +143,9 @@ class ResumeState:
         kept = (copied(outputs), copied(batch)) if is_plain((outputs, batch)) else None
         return InterruptedPhase(phase, num_hooks, kept)
 
-    def begin_validation(self, trainer: Trainer, run: Run) -> None:
+    def begin_validation(self, run: Run) -> None:
         """Keep what it takes to begin this validation again."""
-        progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+        progress = run.loops.fit.epoch_loop.val_loop.batch_progress
         self._validation = {
             "generators": {**self._generators.read(), **_device_generators()},
             "metrics": copied(collect_metric_states(run.module)),
@@ -154,7 +153,7 @@ class ResumeState:
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
             "validation_data": self._loaded_validation
             or {
-                "loaded_epoch": trainer._val_loaders.loaded_epoch,
+                "loaded_epoch": run.loaders.val.loaded_epoch,
                 "positions": [position.state_dict() for position in self.val_positions],
             },
         }
@@ -167,14 +166,14 @@ class ResumeState:
 
     # ---------------------------------------------------------------- going on
 
-    def settle_counters(self, trainer: Trainer, exact: Optional[dict[str, Any]]) -> None:
+    def settle_counters(self, run: Run, exact: Optional[dict[str, Any]]) -> None:
         """Turn what was being counted when the file was saved into where to go on.
 
         Args:
-            trainer: With the counters of the file.
+            run: With the counters of the file.
             exact: What :meth:`state_dict` returned then; None for a file of another framework.
         """
-        loop = trainer.fit_loop
+        loop = run.loops.fit
         epoch, batch = loop.epoch_progress, loop.epoch_loop.batch_progress
         for counter in (epoch.current, epoch.total):
             if counter.processed > counter.completed:
@@ -184,7 +183,7 @@ class ResumeState:
         if exact is not None and "unfinished" in exact:
             self._unfinished = _from_dict(exact["unfinished"])
         else:
-            self._unfinished = self._guess_unfinished(trainer) if mid_epoch else None
+            self._unfinished = self._guess_unfinished(run) if mid_epoch else None
         if mid_epoch:
             if batch.current.ready > batch.current.processed:
                 batch.is_last_batch = False  # said of a batch that is still to be trained on
@@ -199,9 +198,9 @@ class ResumeState:
                 batch.reset()
 
     @staticmethod
-    def _guess_unfinished(trainer: Trainer) -> Optional[InterruptedPhase]:
+    def _guess_unfinished(run: Run) -> Optional[InterruptedPhase]:
         """Return what the counters alone tell."""
-        loop = trainer.fit_loop.epoch_loop
+        loop = run.loops.fit.epoch_loop
         batch, validation = loop.batch_progress, loop.val_loop.batch_progress
         if batch.current.processed > batch.current.completed:
             return InterruptedPhase(Phase.BATCH_END)
@@ -210,17 +209,16 @@ class ResumeState:
 
     def follow(self, run: Run, feed: Feed, step: Any, exact: Optional[dict[str, Any]]) -> None:
         """Follow the data from here on, and go on where ``exact`` was collected."""
-        trainer = run.trainer
         self._store = run.store
         self.position = Position()
-        self._feed = feed
+        self._feed, self._step = feed, step
         feed.track([self.position])
         self._loaded = None
         self._validation = None
         if exact is None:
             return
         self.position.load_state_dict(exact.get("data", {}))
-        is_mid_epoch = trainer.fit_loop.restarted_mid_epoch
+        is_mid_epoch = run.loops.fit.restarted_mid_epoch
         if not is_mid_epoch and not _has_only_begun(exact.get("data", {})):
             self.position.finish()
         if "window" in exact:
@@ -230,17 +228,17 @@ class ResumeState:
                 self._loaded_store = exact.get("log_store", [])
             load_metric_states(run.module, exact.get("metrics", {}))
             device = run.strategy.root_device
-            for values, saved in zip(trainer._metrics, exact.get("reduced_metrics", ())):
+            for values, saved in zip(run.metrics, exact.get("reduced_metrics", ())):
                 values.update(move_data_to_device(saved, device))
         if "validation_data" in exact:
-            trainer._train_loaders.loaded_epoch = exact["loaded_epoch"]
+            run.loaders.train.loaded_epoch = exact["loaded_epoch"]
             run.eval_log_steps.update(exact["eval_log_steps"])
             self._loaded_validation = exact["validation_data"]
-            if trainer._val_loaders.combined is not None:
-                trainer._val_loaders.loaded_epoch = exact["validation_data"]["loaded_epoch"]
+            if run.loaders.val.combined is not None:
+                run.loaders.val.loaded_epoch = exact["validation_data"]["loaded_epoch"]
         self._loaded_callbacks = exact.get("checkpoint_callbacks", {})
         if "val_total" in exact:
-            total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+            total = run.loops.fit.epoch_loop.val_loop.batch_progress.total
             for name, value in zip(total.__slots__, exact["val_total"]):
                 setattr(total, name, value)
         tree.restore_rng(exact)
@@ -251,11 +249,10 @@ class ResumeState:
 
     def take_up(self, run: Run) -> None:
         """Take up what ``on_train_start``, which is called after a restart too, would change."""
-        trainer = run.trainer
         if self._loaded_store is not None:
             run.store.load_state_dict(self._loaded_store)
         self._loaded_store = None
-        for callback in trainer.checkpoint_callbacks:
+        for callback in run.checkpoint_callbacks:
             if (state := self._loaded_callbacks.get(callback.state_key)) is not None:
                 callback.load_run_state(state)
         self._loaded_callbacks = {}

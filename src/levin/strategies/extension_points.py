@@ -16,7 +16,6 @@ from levin.utilities.move import move_data_to_device
 if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
     from levin.precision.precision import Precision
-    from levin.strategies.strategy import Strategy
 
 
 class ExtensionPoints:
@@ -40,8 +39,8 @@ class ExtensionPoints:
         self._run_backward: Callable[..., Any] | None = None
 
     @property
-    def _strategy(self) -> Strategy:
-        return self  # type: ignore[return-value]  # this class is mixed into no other
+    def _strategy(self) -> Any:
+        return self  # this class is mixed into Strategy alone, which stands above it
 
     def is_overridden(self, name: str) -> bool:
         """Return whether a subclass replaces one of the names of this class.
@@ -56,12 +55,14 @@ class ExtensionPoints:
     @property
     def precision_plugin(self) -> Precision:
         """Another name for :attr:`precision`."""
-        return self._strategy.precision
+        found: Precision = self._strategy.precision
+        return found
 
     @property
     def cluster_environment(self) -> ClusterEnvironment | None:
         """Another name for :attr:`environment`."""
-        return self._strategy.environment
+        found: ClusterEnvironment | None = self._strategy.environment
+        return found
 
     # From set-up to teardown
 
@@ -132,7 +133,8 @@ class ExtensionPoints:
 
     def block_backward_sync(self) -> AbstractContextManager[Any]:
         """Return a context in which backward leaves the gradients of this process to itself."""
-        return self._strategy.no_sync(self.model)
+        context: AbstractContextManager[Any] = self._strategy.no_sync(self.model)
+        return context
 
     # Talking to the other processes
 
@@ -155,7 +157,8 @@ class ExtensionPoints:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the weights as they are saved. Runs in every process."""
-        return self._strategy.module_state(self.model)
+        state: dict[str, Any] = self._strategy.module_state(self.model)
+        return state
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         """Load ``checkpoint["state_dict"]`` into the module."""

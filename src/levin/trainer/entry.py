@@ -5,38 +5,50 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional, Protocol
 
 import torch
 
 from levin.callbacks.defaults import merge_model_callbacks
+from levin.callbacks.timer import Timer
 from levin.checkpoint.select import select_checkpoint
+from levin.counters import Loops
 from levin.datamodule import LightningDataModule
+from levin.engine import Engine
 from levin.loops import run_call
 from levin.loops.on_error import fail
+from levin.loops.run import Run
+from levin.loops.stage_loaders import Loaders
 from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.ranks.signals import as_ended, signal_handlers
-from levin.strategies import DDPStrategy, SingleDeviceStrategy
+from levin.strategies.ddp import DDPStrategy
+from levin.strategies.single_device import SingleDeviceStrategy
+from levin.strategies.strategy import Strategy
 from levin.trainer import spawned_run
 from levin.trainer.results_table import print_results
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from levin.utilities.states import RunningStage, TrainerFn, TrainerStatus
-from levin.utilities.timing import call_timed
+from levin.utilities.states import RunningStage, StopFlags, TrainerFn, TrainerStatus
+from levin.utilities.types import PathLike
 
-if TYPE_CHECKING:
-    from levin.strategies import Strategy
-    from levin.trainer import Trainer
+
+class Caller(Trainer, Protocol):
+    """The Trainer whose method was called."""
+
+    loops: Loops
+    _engine: Engine
+    _flags: StopFlags
+    _given_ckpt_path: Optional[PathLike]
 
 
 def begin(
-    trainer: Trainer, fn: TrainerFn, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
-) -> None:
-    """Attach module and data for a call of ``fn``.
+    trainer: Caller, fn: TrainerFn, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
+) -> Run:
+    """Return the run of a call of ``fn``, with module and data attached.
 
     Args:
         trainer: Whose method was called.
@@ -59,42 +71,50 @@ def begin(
         raise MisconfigurationException(
             f"You cannot pass loaders and a `datamodule` to `Trainer.{fn}`, received both. Pass one of the two."
         )
+    previous = trainer.run
     if model is None:
-        model = trainer._module
-        if model is None:
+        if previous is None:
             raise TypeError(
                 f"`Trainer.{fn}()` requires a `LightningModule` when it hasn't been passed in a previous run, received None."
             )
+        model = previous.module
     model = _uncompiled(model, trainer.strategy)
     if not isinstance(model, LightningModule):
         raise TypeError(f"`model` must be a `LightningModule`, received {type(model).__qualname__}.")
-    trainer._module = model
     model.trainer = trainer
     if datamodule is not None:
-        trainer.datamodule = datamodule
         datamodule.trainer = trainer
-    elif any(value is not None for value in given.values()) or fn == TrainerFn.FITTING:
-        trainer.datamodule = None
-    trainer.state.fn = fn
-    trainer.state.status = TrainerStatus.RUNNING
-    trainer.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
-    all_loaders = (trainer._train_loaders, trainer._val_loaders, trainer._test_loaders, trainer._predict_loaders)
-    for loaders in all_loaders:
-        loaders.combined = None  # those of the call before are let go
-        if loaders.stage in given:
-            loaders.attach(given[loaders.stage], trainer.datamodule, model)
+    elif not any(value is not None for value in given.values()) and fn != TrainerFn.FITTING:
+        datamodule = trainer.datamodule
+    state, told = trainer.state, trainer._flags
+    state.fn, state.status = fn, TrainerStatus.RUNNING
+    state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
+    told.received_sigterm = False
     if fn == TrainerFn.FITTING:
-        trainer._val_step = None
-        trainer._last_validation_time = time.monotonic()
+        told.should_stop = False
         _resolve_limits(trainer)
+    loaders = Loaders()
+    for stage, value in given.items():
+        getattr(loaders, stage).attach(value, datamodule, model)
+    run = Run(
+        trainer, trainer.settings, trainer._engine, trainer.profiler, trainer.callbacks, trainer.loggers, trainer.loops,
+        state, told, model, datamodule, loaders,
+    )  # fmt: skip
+    if previous is not None:
+        # Those of the call before, until set-up finds new ones.
+        run.metrics, run.ckpt_path = previous.metrics, previous.ckpt_path
+    trainer.run = run
+    trainer.datamodule = datamodule
+    return run
 
 
-def _resolve_limits(trainer: Trainer) -> None:
+def _resolve_limits(trainer: Caller) -> None:
     """Give the limits of training that the user left open their values."""
     loop = trainer.fit_loop
     if loop.max_epochs is None:
-        loop.max_epochs = 1000 if trainer._warns_about_max_epochs else -1
-        if trainer._warns_about_max_epochs:
+        is_endless = loop.max_steps == -1 and not any(isinstance(callback, Timer) for callback in trainer.callbacks)
+        loop.max_epochs = 1000 if is_endless else -1
+        if is_endless:
             rank_zero_warn(
                 "`max_epochs` was not set. Setting it to 1000 epochs. To train without an epoch limit, set `max_epochs=-1`."
             )
@@ -102,42 +122,55 @@ def _resolve_limits(trainer: Trainer) -> None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0
 
 
-def execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
-    """Run the sequence, in this process or in those that the strategy launches; handle what goes wrong."""
-    with signal_handlers(trainer):
-        return _execute(trainer, ckpt_path, weights_only, model_given)
+def execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
+    """Carry out ``run``, in this process or in those that the strategy launches; handle what goes wrong."""
+    with signal_handlers(run):
+        return _execute(trainer, run, ckpt_path, weights_only, model_given)
 
 
-def _execute(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
-    _attach_model_callbacks(trainer)
-    launcher = trainer.strategy.launcher
+def _execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
+    configured = run.call_of(run.module, "configure_callbacks")
+    trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
+    for callback in run.callbacks:
+        callback.log = run.module.log  # type: ignore[attr-defined]  # given for the time of the call
+        callback.log_dict = run.module.log_dict  # type: ignore[attr-defined]
+    launcher = run.strategy.launcher
     runs_elsewhere = False
     try:
-        path = select_checkpoint(trainer, ckpt_path, model_given)
+        run.ckpt_path = select_checkpoint(run, _chosen_path(trainer, ckpt_path), model_given)
         if launcher is not None:
-            runs_elsewhere = trainer._signals.waits_for_batch = launcher.runs_elsewhere
+            runs_elsewhere = run.signals.waits_for_batch = launcher.runs_elsewhere
             function = spawned_run.run_sequence if runs_elsewhere else run_call.run_sequence
-            result = launcher.launch(function, trainer, path, weights_only, trainer=trainer)
+            result = launcher.launch(function, run, weights_only, trainer=trainer)
         else:
-            result = run_call.run_sequence(trainer, path, weights_only)
+            result = run_call.run_sequence(run, weights_only)
     except KeyboardInterrupt as error:
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
         with _no_further_interrupt():
-            fail(trainer, error, runs_elsewhere)
+            fail(run, error, runs_elsewhere)
             if launcher is not None and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGTERM)
         sys.exit(1)
     except BaseException as error:
-        ended = as_ended(trainer, error)
-        fail(trainer, ended, runs_elsewhere)
+        ended = as_ended(run, error)
+        fail(run, ended, runs_elsewhere)
         if ended is error:
             raise
         raise ended from error
     finally:
-        trainer._is_setting_up = False
-    trainer.state.status = TrainerStatus.FINISHED
-    trainer.state.stage = None
+        run.is_setting_up = False
+    run.state.status = TrainerStatus.FINISHED
+    run.state.stage = None
     return result
+
+
+def _chosen_path(trainer: Caller, given: Any) -> Any:
+    """Return what the user wants to start from: what was passed, else what was set on the Trainer."""
+    preset = trainer._given_ckpt_path
+    if preset and given is not None:
+        rank_zero_warn(f"`trainer.ckpt_path = {preset!r}` was set, but {given!r} was passed, which is used.")
+        trainer._given_ckpt_path = preset = None
+    return given if given is not None else preset or None
 
 
 @contextmanager
@@ -153,29 +186,20 @@ def _no_further_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
 
 
-def _attach_model_callbacks(trainer: Trainer) -> None:
-    module = trainer.lightning_module
-    configured = call_timed(trainer, "LightningModule", module, "configure_callbacks")
-    trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
-    for callback in trainer.callbacks:
-        callback.log = module.log  # type: ignore[attr-defined]  # given for the time of the call
-        callback.log_dict = module.log_dict  # type: ignore[attr-defined]
-
-
-def show_results(trainer: Trainer, results: list[dict[str, float]], verbose: bool) -> list[dict[str, float]]:
+def show_results(run: Run, results: list[dict[str, float]], verbose: bool) -> list[dict[str, float]]:
     """Print the table of results where that is asked for; returns them."""
-    if verbose and results and trainer.is_global_zero:
-        print_results(results, "validate" if trainer.state.fn == TrainerFn.VALIDATING else "test")
+    if verbose and results and run.strategy.is_global_zero:
+        print_results(results, "validate" if run.fn == "validate" else "test")
     return results
 
 
-def keeps_predictions(trainer: Trainer, value: Optional[bool]) -> bool:
+def keeps_predictions(strategy: Strategy, value: Optional[bool]) -> bool:
     """Return whether predictions are kept: as the user says, else where they are made in this process.
 
     Raises:
         MisconfigurationException: They are wanted and made in another process.
     """
-    launcher = trainer.strategy.launcher
+    launcher = strategy.launcher
     spawns = launcher is not None and launcher.runs_elsewhere
     if value and spawns:
         raise MisconfigurationException(

@@ -2,63 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import Any, Optional
 
 from levin.hooks import has_hook
 from levin.loops import run_call
 from levin.loops.on_error import fail
+from levin.loops.run import Run
 from levin.ranks.signals import as_ended, signal_handlers
 
-if TYPE_CHECKING:
-    from levin.trainer import Trainer
 
-_LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
-
-
-def run_sequence(trainer: Trainer, ckpt_path: Any, weights_only: Optional[bool]) -> Any:
+def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     """Run :func:`levin.loops.run_call.run_sequence`, and tell callbacks and loggers here, where the run is, when it fails."""
     # A pickled module leaves its Trainer behind.
-    trainer.lightning_module.trainer = trainer
-    if trainer.datamodule is not None:
-        trainer.datamodule.trainer = trainer
-    with signal_handlers(trainer):
+    run.module.trainer = run.trainer
+    if run.datamodule is not None:
+        run.datamodule.trainer = run.trainer
+    with signal_handlers(run):
         try:
-            return run_call.run_sequence(trainer, ckpt_path, weights_only)
+            return run_call.run_sequence(run, weights_only)
         except BaseException as error:
-            ended = as_ended(trainer, error)
-            fail(trainer, ended)
+            ended = as_ended(run, error)
+            fail(run, ended)
             if ended is error:
                 raise
             raise ended from error
 
 
-def collect_results(trainer: Trainer) -> dict[str, Any]:
-    """Return what the Trainer in the waiting process shall know: weights, callbacks, metrics and counters."""
+def collect_results(run: Run) -> dict[str, Any]:
+    """Return what the waiting process shall know: weights, callbacks, metrics, counters and flags."""
     return {
-        "weights": trainer.strategy.lightning_module_state_dict(),
-        "callbacks": [callback.state_dict() for callback in trainer.callbacks],
-        "metrics": trainer._metrics,
-        "should_stop": trainer.should_stop,
-        **{name: getattr(trainer, name) for name in _LOOPS},
+        "weights": run.strategy.lightning_module_state_dict(),
+        "callbacks": [callback.state_dict() for callback in run.callbacks],
+        "metrics": run.metrics,
+        "should_stop": run.told.should_stop,
+        "loops": run.loops,
     }
 
 
-def restore_results(trainer: Trainer, results: dict[str, Any]) -> None:
+def restore_results(run: Run, results: dict[str, Any]) -> None:
     """Take up :func:`collect_results`."""
-    module = trainer.lightning_module
-    weights = results["weights"]
+    module, weights = run.module, results["weights"]
     if has_hook(module, "configure_model") and module.state_dict().keys() != weights.keys():
         # The layers were made in the other process only.
         module.configure_model()
     module.load_state_dict(weights)
-    for callback, state in zip(trainer.callbacks, results["callbacks"]):
+    for callback, state in zip(run.callbacks, results["callbacks"]):
         if not state:
             continue
         if "dirpath" in state:
             # Known only once a run has begun, which it has not here.
             callback.dirpath = state["dirpath"]  # type: ignore[attr-defined]  # of those that save files
         callback.load_state_dict(state)
-    trainer._metrics = results["metrics"]
-    trainer.should_stop = results["should_stop"]
-    for name in _LOOPS:
-        setattr(trainer, name, results[name])
+    run.metrics = results["metrics"]
+    run.told.should_stop = results["should_stop"]
+    vars(run.loops).update(vars(results["loops"]))

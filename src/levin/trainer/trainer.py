@@ -1,49 +1,51 @@
-"""Trainer: checks the arguments, builds the engine and a run, and hands the run to a loop."""
+"""Trainer: checks the arguments, builds the engine, and hands each call to a run."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 import torch
 
+from levin.accelerators import Accelerator
+from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.defaults import default_callbacks, default_loggers
+from levin.callbacks.early_stopping import EarlyStopping
+from levin.callbacks.progress.progress_bar import ProgressBar
+from levin.counters import EvaluationLoop, FitLoop, Loops
 from levin.datamodule import LightningDataModule
-from levin.engine import build_engine, describe_devices
+from levin.engine import Engine, build_engine, describe_devices, use_deterministic
+from levin.hooks import Callback
+from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
-from levin.loops.progress import FitLoop
+from levin.loops.logging import to_floats
+from levin.loops.run import Run, find_log_dir
 from levin.module import LightningModule
+from levin.precision.precision import Precision
 from levin.profilers.choose import resolve_profiler
-from levin.resume import checkpoint_tree as tree
-from levin.settings import (
-    check_barebones,
-    check_counts,
-    check_flags,
-    check_limit,
-    defaults_from_environment,
-    parse_duration,
-)
+from levin.profilers.profiler import Profiler
+from levin.resume.checkpoint_tree import save_checkpoint
+from levin.settings import Settings, check_settings, defaults_from_environment
+from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
-from levin.trainer.properties import TrainerProperties
-from levin.utilities.exceptions import MisconfigurationException, value_error
-from levin.utilities.filesystem import is_local
-from levin.utilities.rank_zero import rank_zero_info
-from levin.utilities.states import GradClipAlgorithmType, TrainerFn
+from levin.trainer.properties import callbacks_of, first_of, flag, of_run, reads, setting, shared, stage
+from levin.utilities.states import (
+    GradClipAlgorithmType,
+    RunningStage,
+    StopFlags,
+    TrainerFn,
+    TrainerState,
+    TrainerStatus,
+)
+from levin.utilities.types import LRSchedulerConfig, PathLike
 
-if TYPE_CHECKING:
-    from levin.accelerators import Accelerator
-    from levin.hooks import Callback
-    from levin.loggers.logger import Logger
-    from levin.profilers.profiler import Profiler
-    from levin.strategies.strategy import Strategy
-    from levin.utilities.types import PathLike
+Limit = Union[int, float]
 
 
-class Trainer(TrainerProperties):
+class Trainer:
     """Trains, validates, tests and predicts with a LightningModule.
 
     Args:
@@ -98,6 +100,107 @@ class Trainer(TrainerProperties):
         >>> trainer.fit(model, datamodule=datamodule)  # doctest: +SKIP
     """
 
+    # Parts: set before a call, or while one runs.
+    settings: Settings = shared("settings", "The checked arguments.")
+    callbacks: list[Callback] = shared("callbacks", "All callbacks, in calling order.")
+    loggers: list[Logger] = shared("loggers", "All loggers.")
+    profiler: Profiler = shared("profiler", "The profiler.")
+    datamodule: Optional[LightningDataModule] = shared("datamodule", "The data module of the present or last call.")
+    # Arguments
+    accumulate_grad_batches: int = setting("accumulate_grad_batches")
+    barebones: bool = setting("barebones")
+    check_val_every_n_epoch: Optional[int] = setting("check_val_every_n_epoch")
+    default_root_dir: str = setting("default_root_dir")
+    enable_autolog_hparams: bool = setting("enable_autolog_hparams")
+    fast_dev_run: Union[int, bool] = setting("fast_dev_run")
+    gradient_clip_algorithm: Optional[GradClipAlgorithmType] = setting("gradient_clip_algorithm")
+    gradient_clip_val: Optional[Limit] = setting("gradient_clip_val")
+    limit_train_batches: Limit = setting("limit_train_batches")
+    limit_val_batches: Limit = setting("limit_val_batches")
+    limit_test_batches: Limit = setting("limit_test_batches")
+    limit_predict_batches: Limit = setting("limit_predict_batches")
+    log_every_n_steps: int = setting("log_every_n_steps")
+    num_sanity_val_steps: Limit = setting("num_sanity_val_steps")
+    overfit_batches: Limit = setting("overfit_batches")
+    reload_dataloaders_every_n_epochs: int = setting("reload_dataloaders_every_n_epochs")
+    val_check_interval: Limit = setting("val_check_interval")
+    val_check_interval_seconds: Optional[float] = reads(
+        "settings.val_check_seconds", "Seconds between validations, when they go by the clock."
+    )
+    # The engine
+    accelerator: Accelerator = reads("_engine.accelerator", "The hardware.")
+    strategy: Strategy = reads("_engine.strategy", "How the module runs on it.")
+    precision_plugin: Precision = reads("strategy.precision", "The precision.")
+    scaler: Any = reads("precision_plugin.scaler", "The gradient scaler, or None.")
+    precision: str = reads("precision_plugin.precision", "The precision, as a string.")
+    model: Optional[torch.nn.Module] = reads(
+        "strategy.model", "The module as it runs, wrapped where the strategy wraps it."
+    )
+    global_rank: int = reads("strategy.global_rank", "Rank among all processes.")
+    local_rank: int = reads("strategy.local_rank", "Rank among the processes of this machine.")
+    node_rank: int = reads("strategy.node_rank", "Index of this machine.")
+    world_size: int = reads("strategy.world_size", "Number of processes.")
+    num_nodes: int = reads("_engine.num_nodes", "Number of machines.")
+    is_global_zero: bool = reads("strategy.is_global_zero", "Whether this is the first process of all.")
+    distributed_sampler_kwargs: Optional[dict[str, Any]] = reads(
+        "strategy.distributed_sampler_kwargs", "What a DistributedSampler needs; None on one device."
+    )
+    _accelerator_connector: Engine = reads(
+        "_engine", "The engine, under the name by which extensions ask whether several processes run."
+    )
+    # Callbacks by kind
+    checkpoint_callbacks: list[Checkpoint] = callbacks_of(Checkpoint, "All callbacks that save checkpoints.")
+    checkpoint_callback: Any = first_of("checkpoint_callbacks", "The first callback that saves checkpoints, or None.")
+    early_stopping_callbacks: list[EarlyStopping] = callbacks_of(EarlyStopping, "All EarlyStopping callbacks.")
+    early_stopping_callback: Optional[EarlyStopping] = first_of(
+        "early_stopping_callbacks", "The first EarlyStopping callback, or None."
+    )
+    _progress_bars: list[ProgressBar] = callbacks_of(ProgressBar, "All progress bars.")
+    progress_bar_callback: Optional[ProgressBar] = first_of("_progress_bars", "The progress bar, or None.")
+    # Loops: limits and counters, which go on from one call to the next.
+    fit_loop: FitLoop = reads("loops.fit", "Limits and counters of training.")
+    validate_loop: EvaluationLoop = reads("loops.validate", "Counters of ``validate``.")
+    test_loop: EvaluationLoop = reads("loops.test", "Counters of ``test``.")
+    predict_loop: EvaluationLoop = reads("loops.predict", "Counters of ``predict``.")
+    current_epoch: int = reads("loops.fit.epoch_progress.current.completed", "Completed epochs.")
+    global_step: int = reads("loops.fit.epoch_loop.global_step", "Optimizer steps taken.")
+    max_epochs: Optional[int] = reads("loops.fit.max_epochs", "Epochs at most.")
+    min_epochs: Optional[int] = reads("loops.fit.min_epochs", "Epochs at least.")
+    max_steps: int = reads("loops.fit.epoch_loop.max_steps", "Optimizer steps at most.")
+    min_steps: Optional[int] = reads("loops.fit.epoch_loop.min_steps", "Optimizer steps at least.")
+    num_training_batches: Limit = reads("loops.fit.max_batches", "Batches of a training epoch; inf when unknown.")
+    num_sanity_val_batches: list[Limit] = reads(
+        "loops.fit.num_sanity_val_batches", "Batches of the sanity check, per loader."
+    )
+    num_val_batches: list[Limit] = reads("loops.validate.max_batches", "Batches of a validation, per loader.")
+    num_test_batches: list[Limit] = reads("loops.test.max_batches", "Batches of the test, per loader.")
+    num_predict_batches: list[Limit] = reads("loops.predict.max_batches", "Batches to predict on, per loader.")
+    val_check_batch: Optional[Limit] = reads("loops.fit.val_check_batch", "Batches between validations, once known.")
+    is_last_batch: bool = reads(
+        "loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether the present batch is the last of its epoch."
+    )
+    # Where a call is
+    should_stop: bool = flag("should_stop", "Whether training shall end; set it to end training after this batch.")
+    received_sigterm: bool = flag("received_sigterm", "Whether this process was asked to terminate.")
+    training: bool = stage(RunningStage.TRAINING, "Whether the training loop runs.")
+    validating: bool = stage(RunningStage.VALIDATING, "Whether a validation runs.")
+    testing: bool = stage(RunningStage.TESTING, "Whether a test runs.")
+    predicting: bool = stage(RunningStage.PREDICTING, "Whether predictions run.")
+    sanity_checking: bool = stage(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
+    # The present or last run
+    lightning_module: LightningModule = of_run("module", None, "The user's module; None before the first call.")
+    enable_validation: bool = of_run("enable_validation", False, "Whether validation runs inside fit.")
+    is_filler: bool = of_run(
+        "is_filler", False,
+        "Whether this rank has no batch of its own in this step: it has a batch again, which counts for nothing.",
+    )  # fmt: skip
+    train_dataloader: Any = of_run("loaders.train.user_loaders", None, "The training loaders; None until loaded.")
+    val_dataloaders: Any = of_run("loaders.val.user_loaders", None, "The validation loaders; None until loaded.")
+    test_dataloaders: Any = of_run("loaders.test.user_loaders", None, "The test loaders; None until loaded.")
+    predict_dataloaders: Any = of_run(
+        "loaders.predict.user_loaders", None, "The loaders to predict on; None until loaded."
+    )
+
     @defaults_from_environment
     def __init__(
         self,
@@ -145,157 +248,26 @@ class Trainer(TrainerProperties):
         model_registry: Optional[str] = None,
         suggest_integrations: bool = True,
     ) -> None:
-        if barebones:
-            check_barebones(
-                dict(
-                    enable_checkpointing=enable_checkpointing, logger=logger, enable_progress_bar=enable_progress_bar,
-                    log_every_n_steps=log_every_n_steps, enable_model_summary=enable_model_summary,
-                    num_sanity_val_steps=num_sanity_val_steps, fast_dev_run=fast_dev_run,
-                    detect_anomaly=detect_anomaly, profiler=profiler,
-                )
-            )  # fmt: skip
-        logger = not barebones if logger is None else logger
-        enable_checkpointing = not barebones if enable_checkpointing is None else enable_checkpointing
-        enable_progress_bar = not barebones if enable_progress_bar is None else enable_progress_bar
-        enable_model_summary = not barebones if enable_model_summary is None else enable_model_summary
-        num_sanity_val_steps = (0 if barebones else 2) if num_sanity_val_steps is None else num_sanity_val_steps
-        log_every_n_steps = (0 if barebones else 50) if log_every_n_steps is None else log_every_n_steps
-        if type(max_steps) is float and max_steps == int(max_steps):
-            max_steps = int(max_steps)  # people write 1e5
-        check_counts(
-            dict(
-                max_epochs=max_epochs, min_epochs=min_epochs, max_steps=max_steps, min_steps=min_steps, num_nodes=num_nodes,
-                accumulate_grad_batches=accumulate_grad_batches, log_every_n_steps=log_every_n_steps,
-                num_sanity_val_steps=num_sanity_val_steps, check_val_every_n_epoch=check_val_every_n_epoch,
-                reload_dataloaders_every_n_epochs=reload_dataloaders_every_n_epochs,
-            )
-        )  # fmt: skip
-        check_flags(
-            dict(
-                barebones=barebones, enable_checkpointing=enable_checkpointing, enable_progress_bar=enable_progress_bar,
-                enable_model_summary=enable_model_summary, benchmark=benchmark, inference_mode=inference_mode,
-                use_distributed_sampler=use_distributed_sampler, detect_anomaly=detect_anomaly,
-                sync_batchnorm=sync_batchnorm, enable_autolog_hparams=enable_autolog_hparams,
-                suggest_integrations=suggest_integrations,
-            )
-        )  # fmt: skip
-        super().__init__(FitLoop(min_epochs, max_epochs, min_steps, max_steps))
-
-        # Limits
-        if not isinstance(fast_dev_run, int) or fast_dev_run < 0:
-            raise value_error("fast_dev_run", fast_dev_run, "must be a bool or an int >= 0", "Use True for one batch.")
-        self.barebones: bool = barebones
-        self.limit_train_batches = check_limit(limit_train_batches, "limit_train_batches")
-        self.limit_val_batches = check_limit(limit_val_batches, "limit_val_batches")
-        self.limit_test_batches = check_limit(limit_test_batches, "limit_test_batches")
-        self.limit_predict_batches = check_limit(limit_predict_batches, "limit_predict_batches")
-        self.overfit_batches = check_limit(overfit_batches, "overfit_batches")
-        if self.overfit_batches:
-            self.limit_train_batches = self.limit_val_batches = self.overfit_batches
-        self.num_sanity_val_steps: int | float = math.inf if num_sanity_val_steps == -1 else num_sanity_val_steps
-        self.log_every_n_steps: int = log_every_n_steps
-        self.check_val_every_n_epoch: Optional[int] = check_val_every_n_epoch
-        self.val_check_batch: Optional[int | float] = None
-        self._take_val_check_interval(val_check_interval)
-        self.reload_dataloaders_every_n_epochs: int = reload_dataloaders_every_n_epochs
-        self.fast_dev_run: int | bool = True if fast_dev_run is True or fast_dev_run == 1 else fast_dev_run
-        if fast_dev_run:
-            self._take_fast_dev_run(int(fast_dev_run))
-
-        # The step
-        if gradient_clip_val is not None and (
-            isinstance(gradient_clip_val, bool) or not isinstance(gradient_clip_val, (int, float))
-        ):
-            raise TypeError(f"gradient_clip_val must be an int or a float, received {gradient_clip_val!r}.")
-        if gradient_clip_algorithm is not None:
-            gradient_clip_algorithm = str(gradient_clip_algorithm).lower()
-            if gradient_clip_algorithm not in ("norm", "value"):
-                raise value_error("gradient_clip_algorithm", gradient_clip_algorithm, "must be 'norm' or 'value'")
-        self.gradient_clip_val = gradient_clip_val
-        self.gradient_clip_algorithm: Optional[GradClipAlgorithmType] = (
-            None if gradient_clip_algorithm is None else GradClipAlgorithmType(gradient_clip_algorithm)
-        )
-        self.accumulate_grad_batches: int = accumulate_grad_batches
-        self._detect_anomaly: bool = detect_anomaly
-        if detect_anomaly:
-            rank_zero_info(
-                "You have turned on `Trainer(detect_anomaly=True)`, which slows training down a lot. Use it to find a NaN."
-            )
-        self._inference_mode: bool = inference_mode
-        self._use_distributed_sampler: bool = use_distributed_sampler
-
-        # The engine
-        if deterministic not in (None, True, False, "warn"):
-            raise value_error("deterministic", deterministic, "must be True, False or 'warn'")
+        arguments = dict(locals())
+        self.run: Optional[Run] = None
+        self.settings = settings = check_settings(arguments)
+        self.loops = Loops(FitLoop(settings.min_epochs, settings.max_epochs, settings.min_steps, settings.max_steps))
+        self.state = TrainerState()
+        self._flags = StopFlags()
+        self._given_ckpt_path: Optional[PathLike] = None
         self._engine = build_engine(
             accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision,
             plugins=plugins, sync_batchnorm=sync_batchnorm,
         )  # fmt: skip
-        if deterministic is not None:
-            torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
-        if deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            benchmark = False if benchmark is None else benchmark
-        if benchmark is not None:
-            torch.backends.cudnn.benchmark = benchmark
+        use_deterministic(deterministic, benchmark)
         describe_devices(self._engine)
-        self.profiler: Profiler = resolve_profiler(profiler)
-
-        # Folders, loggers, callbacks
-        root = os.getcwd() if default_root_dir is None else os.fspath(default_root_dir)
-        self._default_root_dir: str = os.path.expanduser(root) if is_local(root) else root
-        self.enable_autolog_hparams: bool = enable_autolog_hparams
-        # A version behind a colon is that of a model, not of the place that models are kept in.
-        self._model_registry: Optional[str] = model_registry.split(":")[0] if model_registry else None
-        self.loggers: list[Logger] = default_loggers(logger, self._default_root_dir, is_dry=bool(fast_dev_run))
-        self.callbacks: list[Callback] = default_callbacks(
-            callbacks, max_time=max_time, enable_checkpointing=enable_checkpointing,
-            enable_progress_bar=enable_progress_bar, enable_model_summary=enable_model_summary,
+        self.profiler = resolve_profiler(profiler)
+        self.datamodule = None
+        self.loggers = default_loggers(settings.logger, settings.default_root_dir, is_dry=bool(fast_dev_run))
+        self.callbacks = default_callbacks(
+            callbacks, max_time=max_time, enable_checkpointing=settings.enable_checkpointing,
+            enable_progress_bar=settings.enable_progress_bar, enable_model_summary=settings.enable_model_summary,
         )  # fmt: skip
-        if max_epochs is None and max_steps == -1 and not fast_dev_run:
-            self._warns_about_max_epochs = not any(type(c).__name__ == "Timer" for c in self.callbacks)
-        self._max_time = max_time
-
-    def _take_val_check_interval(self, value: Any) -> None:
-        duration = parse_duration(value, "val_check_interval")
-        self._val_check_seconds: Optional[float] = None if duration is None else duration.total_seconds()
-        interval = 1.0 if value is None or duration is not None else value
-        # Packages give min(interval, max_steps); without a step there is nothing to validate after.
-        is_unused = interval == 0 == self.max_steps
-        if isinstance(interval, bool) or not isinstance(interval, (int, float)) or (interval <= 0 and not is_unused):
-            raise value_error("val_check_interval", value, "must be an int >= 1, a float in (0.0, 1.0] or a duration")
-        if isinstance(interval, float) and interval > 1.0:
-            if interval != int(interval):
-                raise value_error(
-                    "val_check_interval", value, "must be an int >= 1, a float in (0.0, 1.0] or a duration"
-                )
-            interval = int(interval)
-        if (
-            self.check_val_every_n_epoch is None
-            and isinstance(interval, float)
-            and value is not None
-            and duration is None
-        ):
-            raise MisconfigurationException(
-                f"val_check_interval must be an int with check_val_every_n_epoch=None, received {value}. "
-                "Give the number of training batches between validations."
-            )
-        self.val_check_interval: int | float = interval
-
-    def _take_fast_dev_run(self, batches: int) -> None:
-        rank_zero_info(
-            f"Running in `fast_dev_run` mode: will run the requested loop using {batches} batch(es). "
-            "Logging and checkpointing is suppressed."
-        )
-        if not self.overfit_batches:
-            self.limit_train_batches = self.limit_val_batches = batches
-        self.limit_test_batches = self.limit_predict_batches = batches
-        self.fit_loop.max_epochs = 1
-        self.fit_loop.epoch_loop.max_steps = batches
-        self.num_sanity_val_steps = 0
-        self.val_check_interval = 1.0
-        self._val_check_seconds = None
-        self.check_val_every_n_epoch = 1
 
     # ---------------------------------------------------------------- the four methods, and saving
 
@@ -318,9 +290,9 @@ class Trainer(TrainerProperties):
             ckpt_path: Path or URL of the checkpoint to go on from; ``"last"``, ``"best"``, ``"hpc"`` or ``"auto"``.
             weights_only: False allows the checkpoint to run code while it is read. Only for files you trust.
         """
-        self.should_stop = False
-        entry.begin(self, TrainerFn.FITTING, model, datamodule, {"train": train_dataloaders, "val": val_dataloaders})
-        entry.execute(self, ckpt_path, weights_only, model_given=True)
+        loaders = {"train": train_dataloaders, "val": val_dataloaders}
+        run = entry.begin(self, TrainerFn.FITTING, model, datamodule, loaders)
+        entry.execute(self, run, ckpt_path, weights_only, model_given=True)
 
     def validate(
         self,
@@ -344,8 +316,9 @@ class Trainer(TrainerProperties):
         Returns:
             The logged epoch values, one dict per loader.
         """
-        entry.begin(self, TrainerFn.VALIDATING, model, datamodule, {"val": dataloaders})
-        return entry.show_results(self, entry.execute(self, ckpt_path, weights_only, model is not None), verbose)
+        run = entry.begin(self, TrainerFn.VALIDATING, model, datamodule, {"val": dataloaders})
+        results = entry.execute(self, run, ckpt_path, weights_only, model is not None)
+        return entry.show_results(run, results, verbose)
 
     def test(
         self,
@@ -357,8 +330,9 @@ class Trainer(TrainerProperties):
         weights_only: Optional[bool] = None,
     ) -> list[dict[str, float]]:
         """Run the test. Arguments and result as in :meth:`validate`."""
-        entry.begin(self, TrainerFn.TESTING, model, datamodule, {"test": dataloaders})
-        return entry.show_results(self, entry.execute(self, ckpt_path, weights_only, model is not None), verbose)
+        run = entry.begin(self, TrainerFn.TESTING, model, datamodule, {"test": dataloaders})
+        results = entry.execute(self, run, ckpt_path, weights_only, model is not None)
+        return entry.show_results(run, results, verbose)
 
     def predict(
         self,
@@ -382,9 +356,9 @@ class Trainer(TrainerProperties):
         Returns:
             The outputs per batch, on the CPU; a list of such lists with several loaders; None if not kept.
         """
-        entry.begin(self, TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
-        self._returns_predictions = entry.keeps_predictions(self, return_predictions)
-        result: Optional[list[Any]] = entry.execute(self, ckpt_path, weights_only, model is not None)
+        run = entry.begin(self, TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
+        run.keeps_predictions = entry.keeps_predictions(self.strategy, return_predictions)
+        result: Optional[list[Any]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
         return result
 
     @contextmanager
@@ -415,22 +389,20 @@ class Trainer(TrainerProperties):
         Raises:
             AttributeError: No model was attached yet.
         """
-        if self._module is None:
+        if self.run is None:
             raise AttributeError(
                 "Saving a checkpoint is only possible after a model was attached, received none. Call `fit` first."
             )
-        with self.profiler.profile("save_checkpoint"):
-            checkpoint = tree.collect(self, weights_only=bool(weights_only))
-            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-            self.strategy.barrier("Trainer.save_checkpoint")
+        save_checkpoint(self.run, filepath, weights_only, storage_options)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
         """Optimizer steps that a whole fit will take, as far as known. Loads the training data if needed."""
         if self.max_epochs == -1:
             return math.inf if self.max_steps == -1 else int(self.max_steps)
-        load_training(self)
-        batches = self._num_training_batches
+        if self.run is not None:
+            load_training(self.run)
+        batches = self.num_training_batches
         if batches == math.inf:
             return int(self.max_steps)
         steps: int | float = math.ceil(batches / self.accumulate_grad_batches) * max(self.max_epochs or 1, 1)
@@ -440,11 +412,87 @@ class Trainer(TrainerProperties):
 
     def collect_results(self) -> dict[str, Any]:
         """Return what the Trainer in the process that started this one shall know of the run."""
-        return spawned_run.collect_results(self)
+        assert self.run is not None
+        return spawned_run.collect_results(self.run)
 
     def restore_results(self, results: dict[str, Any]) -> None:
         """Take up the results of a run in another process."""
-        spawned_run.restore_results(self, results)
+        assert self.run is not None
+        spawned_run.restore_results(self.run, results)
 
-    def _manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        self._step.backward(loss, *args, **kwargs)
+    # ---------------------------------------------------------------- what users read
+
+    @property
+    def device_ids(self) -> list[int]:
+        """Indices of the devices of this machine."""
+        devices = self._engine.parallel_devices or [self.strategy.root_device]
+        return [device.index if device.index is not None else i for i, device in enumerate(devices)]
+
+    @property
+    def num_devices(self) -> int:
+        """Number of devices of this machine."""
+        return len(self.device_ids)
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The torch optimizers of the present or last fit."""
+        return getattr(self.strategy, "optimizers", None) or []
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Any]) -> None:
+        self.strategy.optimizers = optimizers
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The schedulers of the present or last fit, with when they are stepped."""
+        return getattr(self.strategy, "lr_scheduler_configs", None) or []
+
+    @property
+    def logger(self) -> Optional[Logger]:
+        """The first logger, or None."""
+        return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Optional[Logger]) -> None:
+        self.loggers = [logger] if logger else []
+
+    @property
+    def log_dir(self) -> Optional[str]:
+        """Folder of the first logger, else ``default_root_dir``; the same on all ranks, so call it on all."""
+        return find_log_dir(self.loggers, self.default_root_dir, self.strategy)
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether validation, test or sanity check runs."""
+        return self.state.stage is not None and self.state.stage.evaluating
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last call failed."""
+        return self.state.status == TrainerStatus.INTERRUPTED
+
+    @property
+    def callback_metrics(self) -> dict[str, Any]:
+        """All logged values: in training those of the step and the epoch, in evaluation those of the epoch."""
+        return {} if self.run is None else self.run.read_metrics().callback
+
+    @property
+    def logged_metrics(self) -> dict[str, Any]:
+        """The values that went, or go, to the loggers."""
+        return {} if self.run is None else self.run.read_metrics().logged
+
+    @property
+    def progress_bar_metrics(self) -> dict[str, float]:
+        """The values logged with ``prog_bar=True``, as floats; reading them waits for the device."""
+        return {} if self.run is None else to_floats(self.run.read_metrics().progress_bar)
+
+    @property
+    def ckpt_path(self) -> Optional[PathLike]:
+        """The checkpoint that the present or last run started from; one that is set is what the next call starts from."""
+        return self._given_ckpt_path or (None if self.run is None else self.run.ckpt_path)
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: Optional[PathLike]) -> None:
+        self._given_ckpt_path = path
+        if self.run is not None:
+            self.run.ckpt_path = path

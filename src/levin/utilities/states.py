@@ -79,3 +79,11 @@ class TrainerState:
     def stopped(self) -> bool:
         """Whether nothing runs any more."""
         return self.status.stopped
+
+
+@dataclass
+class StopFlags:
+    """What one process was told by its own callbacks, user and signals."""
+
+    should_stop: bool = False
+    received_sigterm: bool = False

@@ -17,7 +17,7 @@ from levin.callbacks.progress.terminal import draws_in_place
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
 DRAW_INTERVAL_S = 0.1

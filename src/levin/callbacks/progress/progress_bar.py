@@ -11,7 +11,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 Metrics = dict[str, Any]
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from levin.callbacks.progress.rich_columns import MetricsProgress
     from levin.module import LightningModule
-    from levin.trainer import Trainer
+    from levin.protocols import Trainer
 
 _COLUMNS = "levin.callbacks.progress.rich_columns"
 

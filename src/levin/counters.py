@@ -1,12 +1,9 @@
-"""All counters of a run, and the objects under ``trainer.fit_loop`` and its siblings that hold them."""
+"""All counters of a Trainer, and the objects under ``trainer.fit_loop`` and its siblings that hold them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
-
-if TYPE_CHECKING:
-    from levin.data.combined import CombinedLoader
-    from levin.loops.stage_loaders import StageLoaders
+from dataclasses import dataclass, field
+from typing import Any, Optional
 
 FIELDS = ("ready", "started", "processed", "completed")
 
@@ -99,13 +96,13 @@ class EvaluationLoop:
         self.max_batches: list[int | float] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
-        self._data_source: Optional[StageLoaders] = None
         self.restarting: bool = False
+        # The loaders of the stage once they are loaded: extensions read their lengths here.
+        self._combined_loader: Any = None
 
-    @property
-    def _combined_loader(self) -> Optional[CombinedLoader]:
-        """The loaders of the stage once they are loaded: extensions read their lengths here."""
-        return None if self._data_source is None else self._data_source.combined
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the data where they are."""
+        return {**self.__dict__, "_combined_loader": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's part of a checkpoint."""
@@ -199,15 +196,18 @@ class FitLoop:
         self.max_epochs: Optional[int] = max_epochs
         self.epoch_progress = Progress()
         self.epoch_loop = EpochLoop(min_steps, max_steps)
+        # Known once the loaders are: batches of an epoch, of the sanity check per loader, and between validations.
         self.max_batches: int | float = float("inf")
+        self.num_sanity_val_batches: list[int | float] = []
+        self.val_check_batch: Optional[int | float] = None
         self.restarting: bool = False
         self.restarted_mid_epoch: bool = False
-        self._data_source: Optional[StageLoaders] = None
+        # The training loaders once they are loaded: extensions read their lengths here.
+        self._combined_loader: Any = None
 
-    @property
-    def _combined_loader(self) -> Optional[CombinedLoader]:
-        """The training loaders once they are loaded: extensions read their lengths here."""
-        return None if self._data_source is None else self._data_source.combined
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the data where they are."""
+        return {**self.__dict__, "_combined_loader": None}
 
     @property
     def min_steps(self) -> Optional[int]:
@@ -243,3 +243,19 @@ class FitLoop:
         self.epoch_loop.load_state_dict(state)
         self.epoch_progress.load_state_dict(state.get("epoch_progress", {}))
         self.restarting = True
+
+
+@dataclass
+class Loops:
+    """The limits and counters of all loops, which go on from one call of a Trainer to the next."""
+
+    fit: FitLoop
+    validate: EvaluationLoop = field(default_factory=EvaluationLoop)
+    test: EvaluationLoop = field(default_factory=EvaluationLoop)
+    predict: EvaluationLoop = field(default_factory=lambda: EvaluationLoop(has_last=False))
+
+    def of_stage(self, stage: str) -> tuple[FitLoop | EvaluationLoop, ...]:
+        """Return the loops over the data of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
+        if stage == "val":
+            return self.validate, self.fit.epoch_loop.val_loop
+        return (self.fit,) if stage == "train" else (self.test,) if stage == "test" else (self.predict,)
