@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from levin.callbacks.checkpoint_files import is_inside, link_or_copy, list_directory, path_exists
 from levin.callbacks.checkpoint_names import check_template, fill_template, first_free_name, template_pattern
 from levin.callbacks.checkpoint_ranking import comparable, improves, ranked
+from levin.utilities.atomic import replace_link
+from levin.utilities.filesystem import exists, is_inside, list_folder
 
 METRICS = {"epoch": torch.tensor(3), "step": 7, "val": torch.tensor(0.123), "a/b": 1.5, "acc@1": 2.0}
 
@@ -86,17 +87,17 @@ def test_a_link_is_replaced_in_one_step(tmp_path):
     link = tmp_path / "sub" / "last"
     link.parent.mkdir()
     for name in ("a", "b"):
-        link_or_copy(str(tmp_path / name), str(link))
+        replace_link(str(tmp_path / name), str(link))
         assert link.readlink() == link.parent.joinpath("..", name).relative_to(link.parent)
         assert link.read_text() == name
-    assert list_directory(str(link.parent)) == [str(link)]
+    assert list_folder(str(link.parent)) == [str(link)]
 
 
 def test_a_link_replaces_a_folder_and_points_to_one(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "old").write_text("")
-    link_or_copy(str(tmp_path / "shards"), str(tmp_path / "last"))
+    replace_link(str(tmp_path / "shards"), str(tmp_path / "last"))
     assert (tmp_path / "last").resolve() == (tmp_path / "shards").resolve()
 
 
@@ -106,7 +107,7 @@ def test_where_links_are_refused_the_file_is_copied(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.symlink", refuse)
     (tmp_path / "a").write_text("a")
-    link_or_copy(str(tmp_path / "a"), str(tmp_path / "last"))
+    replace_link(str(tmp_path / "a"), str(tmp_path / "last"))
     assert (tmp_path / "last").read_text() == "a"
     assert not (tmp_path / "last").is_symlink()
 
@@ -122,7 +123,7 @@ def test_remote_folders_are_listed_and_looked_into():
 
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe("/listed/a.ckpt", b"a")
-    assert list_directory("memory://listed") == ["memory:///listed/a.ckpt"]
-    assert path_exists("memory://listed/a.ckpt")
-    assert not path_exists("memory://listed/b.ckpt")
-    assert list_directory("memory://nowhere") == []
+    assert list_folder("memory://listed") == ["memory:///listed/a.ckpt"]
+    assert exists("memory://listed/a.ckpt")
+    assert not exists("memory://listed/b.ckpt")
+    assert list_folder("memory://nowhere") == []

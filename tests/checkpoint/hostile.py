@@ -15,6 +15,7 @@ import random
 import resource
 import sys
 import warnings
+import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from datetime import timedelta
 from pathlib import PurePosixPath
@@ -22,11 +23,31 @@ from pathlib import PurePosixPath
 import numpy
 import torch
 
-from levin.checkpoint.archive import Archive, pack, write_archive
 from levin.checkpoint.io import load
 
 LIMIT_BYTES = 16 * 2**30
 ALLOWED = (ValueError, pickle.UnpicklingError, MemoryError)
+
+
+def taken_apart(obj):
+    """Return the pickle of a file that torch.save makes of ``obj``, and its storages in the order of their keys."""
+    buffer = io.BytesIO()
+    torch.save(obj, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        keys = sum(name.startswith("archive/data/") for name in archive.namelist())
+        records = [bytearray(archive.read(f"archive/data/{key}")) for key in range(keys)]
+        storages = [torch.frombuffer(record, dtype=torch.uint8).untyped_storage() for record in records]
+        return archive.read("archive/data.pkl"), storages
+
+
+def put_together(pickled, storages, file):
+    """Write a file in the layout of torch.save, whose checksums are right."""
+    writer = torch._C.PyTorchFileWriter(file)
+    writer.write_record("data.pkl", pickled, len(pickled))
+    writer.write_record("byteorder", b"little", 6)
+    for key, storage in enumerate(storages):
+        writer.write_record(f"data/{key}", storage, storage.nbytes())
+    writer.write_end_of_file()
 
 
 def tree():
@@ -74,11 +95,10 @@ def main() -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     chance, counts = random.Random(seed), Counter()
-    archive = pack(tree())
+    pickled, storages = taken_apart(tree())
     for number in range(num_files):
-        pickled = mutated(archive.pickled, chance)
         file = io.BytesIO()
-        write_archive(Archive(pickled, archive.storages), file.write)
+        put_together(mutated(pickled, chance), storages, file)
         file.seek(0)
         try:
             load(file)

@@ -22,7 +22,7 @@ from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from levin.checkpoint import AsyncCheckpointIO
 from levin.utilities import atomic
-from levin.utilities.direct import DirectFile
+from levin.utilities.atomic import SyncedFile
 
 is_writing = threading.Event()
 
@@ -47,10 +47,10 @@ class Model(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def slow_file(write_s: float) -> type[DirectFile]:
+def slow_file(write_s: float) -> type[SyncedFile]:
     num_files = 0
 
-    class SlowFile(DirectFile):
+    class SlowFile(SyncedFile):
         def finish(self) -> None:
             nonlocal num_files
             num_files += 1
@@ -78,5 +78,5 @@ def train(folder: Path, way: str, write_s: float = 0.0) -> Trainer:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    atomic.DirectFile = slow_file(float(sys.argv[3]))
+    atomic.SyncedFile = slow_file(float(sys.argv[3]))
     train(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

@@ -255,9 +255,7 @@ class Settled(Callback):
         self.callback = callback
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        background = self.callback._find_background(trainer)
-        if background is not None:
-            background.wait()
+        trainer.strategy.checkpoint_io.wait()
 
 
 @WAYS
@@ -398,8 +396,9 @@ def test_loggers_hear_of_complete_files_only(tmp_path, way):
 def test_a_background_save_is_off_unless_asked_for(tmp_path):
     callback = ModelCheckpoint(tmp_path)
     assert callback.async_save is False
-    trainer(tmp_path, [callback], max_epochs=1).fit(TrainOnly(), loader())
-    assert callback._background is None
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    run.fit(TrainOnly(), loader())
+    assert type(run.strategy.checkpoint_io) is TorchCheckpointIO
 
 
 def test_what_is_saved_after_a_snapshot_is_newer_than_the_file_of_the_snapshot(tmp_path):

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from levin.checkpoint import atomic_save, load
-from levin.checkpoint.archive import Archive, pack, write_archive
 from levin.checkpoint.verify import verify
 from tests.callbacks.small import TrainOnly, loader, trainer
+from tests.checkpoint.hostile import put_together, taken_apart
 
 ROOT = Path(__file__).parents[2]
 REFUSED = (ValueError, pickle.UnpicklingError)
@@ -91,7 +91,7 @@ def test_a_payload_is_refused_by_name_wherever_it_is(tmp_path, place, is_zip):
 
 def in_zip(path, pickled: bytes, storages=()):
     with open(path, "wb") as file:
-        write_archive(Archive(pickled, tuple(storages)), file.write)
+        put_together(pickled, storages, file)
 
 
 CALLS = ["os.system", "posix.system", "builtins.eval", "builtins.exec", "builtins.getattr", "builtins.__import__"]
@@ -244,13 +244,13 @@ def test_the_right_sizes_are_loaded(tmp_path):
 @pytest.mark.parametrize("num_bytes", [0, 1, 15])
 def test_too_few_bytes_of_a_tensor_are_refused(tmp_path, num_bytes):
     short = torch.zeros(num_bytes, dtype=torch.uint8).untyped_storage()
-    in_zip(tmp_path / "short.ckpt", pack(torch.zeros(4)).pickled, [short])
+    in_zip(tmp_path / "short.ckpt", taken_apart(torch.zeros(4))[0], [short])
     with pytest.raises(ValueError, match="short.ckpt"):
         load(tmp_path / "short.ckpt")
 
 
 def test_a_missing_tensor_is_refused(tmp_path):
-    in_zip(tmp_path / "missing.ckpt", pack(torch.zeros(4)).pickled)
+    in_zip(tmp_path / "missing.ckpt", taken_apart(torch.zeros(4))[0])
     with pytest.raises(ValueError, match="missing.ckpt"):
         load(tmp_path / "missing.ckpt")
 
@@ -280,7 +280,7 @@ def flip_bytes(num_files: int, seed: int) -> int:
     chance = random.Random(seed)
     tree = {"weights": torch.rand(30), "name": "a" * 20, "more": [torch.arange(5), 3]}
     buffer = io.BytesIO()
-    write_archive(pack(tree), buffer.write)
+    torch.save(tree, buffer)
     data, num_refused = buffer.getvalue(), 0
     for _ in range(num_files):
         changed = bytearray(data)

@@ -25,7 +25,7 @@ from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO
 from levin.utilities import atomic
-from levin.utilities.direct import DirectFile
+from levin.utilities.atomic import SyncedFile
 
 STEPS_PER_EPOCH, EPOCHS = 10, 2
 
@@ -61,7 +61,7 @@ class Model(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-class SlowFile(DirectFile):
+class SlowFile(SyncedFile):
     def finish(self) -> None:
         time.sleep(2.5)
         super().finish()
@@ -72,7 +72,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = torch.randn(STEPS_PER_EPOCH * 4, 4, generator=torch.Generator().manual_seed(5))
     if moment == "saving":
-        atomic.DirectFile = SlowFile
+        atomic.SyncedFile = SlowFile
     trainer = Trainer(
         accelerator="cpu", devices=2, max_epochs=EPOCHS, logger=False, strategy=strategy, default_root_dir=str(folder),
         callbacks=[ModelCheckpoint(folder / "saved")], enable_progress_bar=False, enable_model_summary=False,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from levin.checkpoint.io import atomic_save
 from levin.hooks import Callback
 from levin.resume.rng_states import GlobalGenerators
-from levin.utilities.atomic import atomic_open
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import log
@@ -178,8 +178,7 @@ class BadStepGuard(Callback):
             "batches": pending.window.batches, "generators": pending.window.generators, "state_dict": weights,
             "precision": str(trainer.precision),
         }  # fmt: skip
-        with atomic_open(path) as file:
-            torch.save(evidence, file)
+        atomic_save(evidence, path)
         self.paths.append(path)
         return path
 

@@ -25,9 +25,6 @@ class Checkpoint(Callback):
     is_monitor = True
     saves_checkpoints = True
 
-    def check_saves(self, trainer: Trainer) -> None:
-        """Raise what a save of this callback in the background failed with, if any; rank 0 tells the others."""
-
     def run_state(self) -> dict[str, Any]:
         """Return what this callback knows of the present run only, and needs to go on in the middle of it.
 

@@ -1,9 +1,10 @@
-"""Names of checkpoint files: filling templates and finding a name that is free."""
+"""Names of checkpoint files: the folder, filling templates, and finding a name that is free."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,3 +94,18 @@ def first_free_name(
         path = name(version)
         version += 1
     return path
+
+
+def default_folder(root: str, loggers: Sequence[Any]) -> str:
+    """Return the folder for checkpoints where the user names none: one in that of the first logger's version.
+
+    Args:
+        root: Folder of the run, for the case that there is no logger, or that it keeps nothing on disk.
+        loggers: Of the run.
+    """
+    if not loggers:
+        return os.path.join(root, "checkpoints")
+    logger = loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    save_dir = root if logger.save_dir is None else logger.save_dir
+    return os.path.join(save_dir, str(logger.name or ""), version, "checkpoints")

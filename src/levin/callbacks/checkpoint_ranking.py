@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from levin.utilities.filesystem import get_filesystem
 
 Mode = Literal["min", "max"]
 
@@ -70,3 +73,11 @@ def ranked(scores: Mapping[str, Tensor], path: str, score: Tensor, k: int, mode:
 
 def _worst(scores: Mapping[str, Tensor], mode: Mode) -> str:
     return max(scores, key=scores.__getitem__) if mode == "min" else min(scores, key=scores.__getitem__)
+
+
+def write_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor]) -> None:
+    """Write the paths of the kept checkpoints and their scores as YAML."""
+    import yaml
+
+    with get_filesystem(path).open(str(path), "w") as file:
+        yaml.dump({name: score.item() for name, score in scores.items()}, file)

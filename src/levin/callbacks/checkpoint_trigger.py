@@ -1,39 +1,11 @@
-"""When a ModelCheckpoint saves: checking its triggers and asking the Trainer where it stands."""
+"""Where validation stands, as far as a ModelCheckpoint has to know."""
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import TYPE_CHECKING
-
-from levin.utilities.exceptions import MisconfigurationException, value_error
 
 if TYPE_CHECKING:
     from levin.protocols import Trainer
-
-
-def check_triggers(
-    every_n_train_steps: int | None, every_n_epochs: int | None, train_time_interval: timedelta | None
-) -> None:
-    """Raise if the triggers are out of range or exclude each other.
-
-    Raises:
-        MisconfigurationException: A negative number, or more than one trigger.
-        TypeError: ``train_time_interval`` is no timedelta.
-    """
-    for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
-        if value is not None and value < 0:
-            raise value_error(name, value, "must be >= 0", "Use 0 to switch the trigger off.")
-    if train_time_interval is not None and not isinstance(train_time_interval, timedelta):
-        raise TypeError(
-            f"train_time_interval must be a datetime.timedelta, received {train_time_interval!r}. "
-            "Use for example timedelta(minutes=30)."
-        )
-    chosen = [bool(every_n_train_steps), bool(every_n_epochs), train_time_interval is not None]
-    if sum(chosen) > 1:
-        raise MisconfigurationException(
-            f"every_n_train_steps, every_n_epochs and train_time_interval exclude each other, received "
-            f"{every_n_train_steps}, {every_n_epochs} and {train_time_interval}. Use one ModelCheckpoint for each."
-        )
 
 
 def validates(trainer: Trainer) -> bool:

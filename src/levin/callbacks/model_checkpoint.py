@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
-from levin.callbacks.checkpoint_files import is_nonempty_directory
-from levin.callbacks.checkpoint_keeper import CheckpointKeeper
-from levin.callbacks.checkpoint_trigger import (
+import torch
+from torch import Tensor
+
+from levin.callbacks.checkpoint import Checkpoint
+from levin.callbacks.checkpoint_arguments import (
+    check_choice,
     check_triggers,
-    validates,
-    validates_after_last_batch,
-    validates_once_per_epoch,
+    resolved_folder,
 )
-from levin.checkpoint.background import AsyncCheckpointIO
+from levin.callbacks.checkpoint_names import default_folder, fill_template, first_free_name, template_pattern
+from levin.callbacks.checkpoint_ranking import Mode, comparable, improves, ranked, worst_score, write_scores
+from levin.callbacks.checkpoint_trigger import validates, validates_after_last_batch, validates_once_per_epoch
+from levin.callbacks.unconfirmed_save import UnconfirmedSave
+from levin.checkpoint.background import in_background
 from levin.ranks.clock import AgreedClock
+from levin.utilities.atomic import replace_link
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.filesystem import absolute, exists, is_inside, list_folder
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:
@@ -23,12 +32,25 @@ if TYPE_CHECKING:
     from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
 
+# What is known about the files of one folder.
+_OF_ONE_FOLDER = (
+    "best_model_score", "current_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path",
+)  # fmt: skip
+# What becomes untrue when the save that it is about fails.
+_KNOWN = (*_OF_ONE_FOLDER, "best_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
+_RUN_STATE = {
+    "last_global_step_saved": "_last_global_step_saved",
+    "has_saved_last": "_has_saved_last",
+    "has_validated": "_has_validated",
+    "defers_save": "_defer_save_until_validation",
+}
 
-class ModelCheckpoint(CheckpointKeeper):
+
+class ModelCheckpoint(Checkpoint):
     """Saves a checkpoint every so many epochs, steps or minutes and keeps the newest or the best ones.
 
     At most one of ``every_n_train_steps``, ``every_n_epochs`` and ``train_time_interval`` may be given; with none of
-    them a checkpoint is saved after each epoch.
+    them a checkpoint is saved after each epoch. A file is always written before the one that it replaces is deleted.
 
     Args:
         dirpath: Folder or URL for the files. By default ``checkpoints`` in the folder of the first logger's version,
@@ -66,6 +88,12 @@ class ModelCheckpoint(CheckpointKeeper):
         '.../runs/epoch=1-val_loss=0.2.ckpt'
     """
 
+    CHECKPOINT_JOIN_CHAR = "-"
+    CHECKPOINT_EQUALS_CHAR = "="
+    CHECKPOINT_NAME_LAST = "last"
+    FILE_EXTENSION = ".ckpt"
+    STARTING_VERSION = 1
+
     def __init__(
         self,
         dirpath: str | os.PathLike[str] | None = None,
@@ -85,18 +113,45 @@ class ModelCheckpoint(CheckpointKeeper):
         enable_version_counter: bool = True,
         async_save: bool = False,
     ) -> None:
-        super().__init__(
-            dirpath, filename, monitor, verbose, save_last, save_top_k, save_weights_only, mode, auto_insert_metric_name,
-            enable_version_counter, async_save,
-        )  # fmt: skip
+        super().__init__()
+        check_choice(filename, monitor, save_last, save_top_k, mode)
         check_triggers(every_n_train_steps, every_n_epochs, train_time_interval)
+        self.dirpath: str | None = None if dirpath is None else resolved_folder(dirpath, save_last)
+        self.filename: str | None = filename
+        self.monitor: str | None = monitor
+        self.verbose: bool = verbose
+        self.save_last: bool | Literal["link"] | None = save_last
+        self.save_top_k: int = save_top_k
         self.save_on_exception: bool = save_on_exception
+        self.save_weights_only: bool = save_weights_only
+        self.mode: Mode = "min" if mode == "min" else "max"
+        self.auto_insert_metric_name: bool = auto_insert_metric_name
+        self.async_save: bool = async_save
+        self._enable_version_counter: bool = enable_version_counter
         self._save_on_train_epoch_end: bool | None = save_on_train_epoch_end
         has_trigger = not (every_n_train_steps is None and every_n_epochs is None and train_time_interval is None)
         self._every_n_train_steps: int = every_n_train_steps or 0
         self._every_n_epochs: int = (every_n_epochs or 0) if has_trigger else 1
         self._train_time_interval: timedelta | None = train_time_interval
         self._clock: AgreedClock | None = None
+
+        self.current_score: Tensor | None = None
+        self.best_k_models: dict[str, Tensor] = {}
+        self.best_model_path: str = ""
+        self.best_model_score: Tensor | None = None
+        self.kth_best_model_path: str = ""
+        self.kth_value: Tensor = worst_score(self.mode)
+        self.last_model_path: str = ""
+        self._last_checkpoint_saved: str = ""
+        self._last_global_step_saved: int = 0
+        # Files of this run, among them those that are still being written in the background.
+        self._written: set[str] = set()
+        # Files that go as soon as no link points to them any more.
+        self._obsolete: list[str] = []
+        self._unconfirmed = UnconfirmedSave(self, _KNOWN)
+        self._has_validated: bool = False
+        self._has_saved_last: bool = False
+        self._defer_save_until_validation: bool = False
 
     @property
     def state_key(self) -> str:
@@ -118,13 +173,13 @@ class ModelCheckpoint(CheckpointKeeper):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder; all ranks take that of rank 0, whose logger knows the version."""
-        self._pending = None
-        if self.async_save and stage == "fit" and self._find_background(trainer) is None:
-            self._background = AsyncCheckpointIO(trainer.strategy.checkpoint_io)
+        self._unconfirmed = UnconfirmedSave(self, _KNOWN)
+        if self.async_save and stage == "fit":
+            trainer.strategy.checkpoint_io = in_background(trainer.strategy.checkpoint_io)
         found = self._resolve_ckpt_dir(trainer) if trainer.is_global_zero else ""
         dirpath: str = trainer.strategy.broadcast(found)
         self.dirpath = dirpath
-        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and is_nonempty_directory(dirpath):
+        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and list_folder(dirpath):
             rank_zero_warn(f"Checkpoint directory {dirpath} exists and is not empty.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -146,8 +201,7 @@ class ModelCheckpoint(CheckpointKeeper):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
-        if trainer.run is None or trainer.run.agreement is None:
-            self._settle(trainer, should_wait=False)
+        self._note_written(trainer)
         if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
             return
         if self._clock is not None:
@@ -190,32 +244,31 @@ class ModelCheckpoint(CheckpointKeeper):
         """Write ``last`` if nothing else has kept the end of training, and wait for what is in the background."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_end(trainer)
-        self._settle(trainer, should_wait=True)
+        trainer.strategy.finish_saves()
+        self._note_written(trainer)
 
     def _save_end(self, trainer: Trainer) -> None:
+        self._wait_for_save(trainer)
         if self._defer_save_until_validation:
             self._defer_save_until_validation = False
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
         if self.save_last and (not self._has_saved_last or (self.save_top_k == 0 and self._every_n_epochs >= 1)):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._remove_obsolete(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for what is in the background, and save what there is, if the user asked for it."""
-        self._settle_failed_run(trainer, exception)
-        try:
-            if self.save_on_exception and not self._should_skip_saving_checkpoint(trainer):
-                self._save_failed_run(trainer, exception)
-                self._settle(trainer, should_wait=True)
-        finally:
-            self._leave_background()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give back the memory for saving in the background."""
-        self._leave_background()
+        trainer.strategy.checkpoint_io.on_exception(exception)
+        self._note_written(trainer)
+        self._written.discard(self._unconfirmed.give_up())
+        if self.save_on_exception and not self._should_skip_saving_checkpoint(trainer):
+            self._save_failed_run(trainer, exception)
+            trainer.strategy.finish_saves()
+            self._note_written(trainer)
 
     def _save_failed_run(self, trainer: Trainer, exception: BaseException) -> None:
         candidates = self._monitor_candidates(trainer)
-        path = self._free_path(trainer, self._names(candidates))
+        path = self._get_metric_interpolated_filepath_name(candidates, trainer)
         self._save_checkpoint(trainer, path)
         if self.save_last:
             self._save_last_checkpoint(trainer, candidates)
@@ -241,3 +294,272 @@ class ModelCheckpoint(CheckpointKeeper):
         if self.monitor not in self._monitor_candidates(trainer):
             return True
         return not self._should_save_on_train_epoch_end(trainer) and validates_after_last_batch(trainer)
+
+    # What to save, and which files stay -------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, is_always_last: bool = False) -> None:
+        self._wait_for_save(trainer)
+        candidates = self._monitor_candidates(trainer)
+        self._save_topk_checkpoint(trainer, candidates)
+        was_saved = self._last_global_step_saved == trainer.global_step
+        if self.save_last and (is_always_last or was_saved or self.save_top_k == 0):
+            self._save_last_checkpoint(trainer, candidates)
+        self._remove_obsolete(trainer)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save if this is one of the files to keep."""
+        if self.save_top_k == 0:
+            return
+        if self.monitor is None:
+            self._save_none_monitor_checkpoint(trainer, monitor_candidates)
+        elif self.monitor in monitor_candidates:
+            self._save_monitor_checkpoint(trainer, monitor_candidates)
+        else:
+            self._report_missing_metric(monitor_candidates)
+
+    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save; the newest file counts as the best."""
+        previous = self.best_model_path
+        path = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, previous)
+        with self._unconfirmed.undone_if_it_fails():
+            self.best_model_path = path
+            self._save_checkpoint(trainer, path)
+        if self.save_top_k == 1:
+            self._replace(trainer, previous, path)
+
+    def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save if the monitored metric is one of the best."""
+        assert self.monitor is not None
+        current = monitor_candidates[self.monitor]
+        if self.check_monitor_top_k(trainer, current):
+            self._update_best_and_save(current, trainer, monitor_candidates)
+        elif self.verbose:
+            where = _place(monitor_candidates)
+            rank_zero_info(f"{where}: {self.monitor!r} was not in top {self.save_top_k}")
+
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save a file with the score ``current``, in the place of the worst one if there are enough."""
+        score = comparable(current, self.mode)
+        is_full = 0 < self.save_top_k <= len(self.best_k_models)
+        previous = self.kth_best_model_path if is_full else ""
+        path = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, previous)
+        ranking = ranked(self.best_k_models, path, score, self.save_top_k, self.mode)
+        best_score = ranking.scores[ranking.best]
+        if self.verbose:
+            rank_zero_info(
+                f"{_place(monitor_candidates)}: {self.monitor!r} reached {float(score):0.5f} "
+                f"(best {float(best_score):0.5f}), saving model to {path!r} as top {len(ranking.scores)}"
+            )
+        with self._unconfirmed.undone_if_it_fails():
+            self.current_score, self.best_k_models = score, ranking.scores
+            self.best_model_path, self.best_model_score = ranking.best, best_score
+            if ranking.worst:
+                self.kth_best_model_path, self.kth_value = ranking.worst, ranking.scores[ranking.worst]
+            self._save_checkpoint(trainer, path)
+        self._replace(trainer, previous, path)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Save under the name ``last``, or let a link of that name point to the newest file."""
+        if not self.save_last:
+            return
+
+        def name(version: int | None) -> str:
+            return self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST, version)
+
+        previous = self.last_model_path
+        link = name(None)
+        if not previous and self.save_last == "link" and trainer.ckpt_path is not None and os.path.islink(link):
+            # The file that the link points to, and the run went on from, was written before there was a link.
+            path = self._free_path(trainer, name, reusable=link)
+        else:
+            path = self._free_path(trainer, name, reusable=previous)
+        # A resumed run may have saved nothing but `last` so far, and a link must not point to itself.
+        can_link = self._last_checkpoint_saved not in ("", previous)
+        if self.save_last == "link" and can_link and self.save_top_k != 0:
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, path)
+            self._written.add(path)
+            self.last_model_path = path
+        else:
+            self._wait_for_save(trainer)
+            with self._unconfirmed.undone_if_it_fails():
+                self.last_model_path = path
+                self._save_checkpoint(trainer, path)
+        self._has_saved_last = True
+        if self._should_remove_checkpoint(trainer, previous, path):
+            self._remove_checkpoint(trainer, previous)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Save the run at ``filepath``."""
+        with self._unconfirmed.undone_if_it_fails():
+            self._last_global_step_saved = trainer.global_step  # so that the file says so
+            with trainer.strategy.checkpoint_io.request(filepath, self.async_save) as save:
+                trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._written.add(filepath)
+        self._last_checkpoint_saved = filepath
+        self._unconfirmed.watch(save)
+        self._note_written(trainer)
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """Let the link ``linkpath`` point to ``filepath``."""
+        if trainer.is_global_zero:
+            # A link to a file that is still being written would point to nothing if the process died now.
+            self._unconfirmed.then(lambda: replace_link(filepath, linkpath), f"Linking {linkpath}")
+        trainer.strategy.barrier()
+
+    def _replace(self, trainer: Trainer, previous: str, current: str) -> None:
+        """Remove ``previous``, in whose place ``current`` is: at once, or when the link has moved on."""
+        if not self._should_remove_checkpoint(trainer, previous, current):
+            return
+        if self.save_last == "link":
+            self._obsolete.append(previous)
+        else:
+            self._remove_checkpoint(trainer, previous)
+
+    def _remove_obsolete(self, trainer: Trainer) -> None:
+        obsolete, self._obsolete = self._obsolete, []
+        for path in obsolete:
+            self._remove_checkpoint(trainer, path)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Delete a file, or let it be deleted once those that are being written are there."""
+        trainer.strategy.remove_checkpoint(filepath)
+        self._written.discard(filepath)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        """Whether ``previous`` is a file of this callback's own, neither written anew nor the one the run began with."""
+        if not previous or previous == current or self.dirpath is None:
+            return False
+        resumed = trainer.ckpt_path
+        if resumed is not None and absolute(resumed) == absolute(previous):
+            return False
+        return is_inside(previous, self.dirpath)
+
+    def _wait_for_save(self, trainer: Trainer) -> None:
+        self._unconfirmed.wait()
+        self._note_written(trainer)
+
+    def _note_written(self, trainer: Trainer) -> None:
+        """Tell the loggers of the file that was being written, if it is complete by now."""
+        if self._unconfirmed.confirm() and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(self)
+
+    # Metrics and names ------------------------------------------------------------------------------------------------
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        """Return whether a checkpoint with the score ``current`` is among the best; all ranks must agree."""
+        if current is None:
+            return False
+        if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
+            return True
+        is_better = improves(current, self.best_k_models[self.kth_best_model_path], self.mode)
+        return trainer.strategy.reduce_boolean_decision(is_better)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return the logged metrics with ``epoch`` and ``step`` as whole numbers."""
+        candidates = dict(trainer.callback_metrics)
+        for name, number in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+            candidates[name] = torch.as_tensor(candidates.get(name, number)).long()
+        return candidates
+
+    def _report_missing_metric(self, candidates: dict[str, Tensor]) -> None:
+        message = (
+            f"`ModelCheckpoint(monitor={self.monitor!r})` could not find the monitored key in the returned metrics: "
+            f"{list(candidates)}. HINT: Did you call `log({self.monitor!r}, value)` in the `LightningModule`?"
+        )
+        if self._has_validated:
+            raise MisconfigurationException(message)
+        rank_zero_warn(message)
+
+    def format_checkpoint_name(
+        self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+    ) -> str:
+        """Return the path of a checkpoint.
+
+        Args:
+            metrics: Values of the fields; one that is missing counts as 0.
+            filename: Template, by default the callback's own.
+            ver: Version number to add to the name.
+            prefix: Text in front of the name.
+        """
+        join = self.CHECKPOINT_JOIN_CHAR
+        template = filename or self.filename or f"{{epoch}}{join}{{step}}"
+        name = fill_template(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
+        parts = [prefix or "", name, "" if ver is None else f"v{ver}"]
+        return os.path.join(self.dirpath or "", join.join(part for part in parts if part) + self.FILE_EXTENSION)
+
+    def _get_metric_interpolated_filepath_name(
+        self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
+    ) -> str:
+        """Return the path of the next file; that of ``del_filepath``, which goes, may be used again."""
+        return self._free_path(
+            trainer, lambda version: self.format_checkpoint_name(monitor_candidates, ver=version), del_filepath or ""
+        )
+
+    def _free_path(self, trainer: Trainer, name: Callable[[int | None], str], reusable: str = "") -> str:
+        """Return the path to write to; it is free, or ``reusable``, or the user wants files to be replaced."""
+        path = ""
+        if trainer.is_global_zero:
+
+            def is_taken(path: str) -> bool:
+                if path == reusable or not self._enable_version_counter:
+                    return False
+                return path in self._written or exists(path)
+
+            path = first_free_name(name, is_taken, self.STARTING_VERSION)
+        agreed: str = trainer.strategy.broadcast(path)
+        return agreed
+
+    def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
+        """Return whether rank 0 sees a file at ``filepath``; called on all ranks."""
+        is_there: bool = trainer.strategy.broadcast(exists(filepath))
+        return is_there
+
+    def _resolve_ckpt_dir(self, trainer: Trainer) -> str:
+        """Return the folder for the files: the user's, or one in that of the first logger."""
+        return self.dirpath or default_folder(trainer.default_root_dir, trainer.loggers)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Return the files that were written as ``last``, of any version."""
+        directory = self._resolve_ckpt_dir(trainer)
+        is_last = template_pattern(self.CHECKPOINT_NAME_LAST, self.FILE_EXTENSION)
+        return {path for path in list_folder(directory) if is_last.fullmatch(os.path.basename(path))}
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def run_state(self) -> dict[str, Any]:
+        """Return what was saved and decided in the present run."""
+        return {key: getattr(self, name) for key, name in _RUN_STATE.items()}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Put :meth:`run_state` back."""
+        vars(self).update({name: state[key] for key, name in _RUN_STATE.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the kept files and their scores."""
+        return {name: getattr(self, name) for name in ("monitor", "best_model_path", "dirpath", *_OF_ONE_FOLDER)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put the kept files back; with another folder than before only the path of the best one."""
+        self.best_model_path = state_dict.get("best_model_path", self.best_model_path)
+        before = state_dict.get("dirpath", self.dirpath)
+        if before == self.dirpath:
+            vars(self).update({name: state_dict[name] for name in _OF_ONE_FOLDER if name in state_dict})
+            return
+        rank_zero_warn(
+            f"The dirpath has changed from {before!r} to {self.dirpath!r}, therefore `best_model_score`, "
+            "`kth_best_model_path`, `kth_value`, `last_model_path` and `best_k_models` won't be reloaded. "
+            "Only `best_model_path` will be reloaded."
+        )
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write the paths and scores of the kept files.
+
+        Args:
+            filepath: Where to, by default ``best_k_models.yaml`` in the checkpoints' folder.
+        """
+        write_scores(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), self.best_k_models)
+
+
+def _place(candidates: dict[str, Tensor]) -> str:
+    return f"Epoch {int(candidates['epoch'])}, global step {int(candidates['step'])}"

@@ -7,24 +7,26 @@ import pickle
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 from urllib.parse import urlsplit
 
 import torch
 
-from levin.checkpoint.archive import explained_pickling, pack, write_archive
+from levin.checkpoint.pickling import explained_pickling
 from levin.checkpoint.unpickling import allowed_globals, redirecting_pickle, refused_global
 from levin.checkpoint.verify import check_zip, is_zip, open_for_reading
+from levin.checkpoint.worker import Save
 from levin.utilities.atomic import atomic_open
-from levin.utilities.filesystem import get_filesystem, is_local, local_path
+from levin.utilities.filesystem import is_local, remove
 from levin.utilities.types import PathLike
 
 
 def atomic_save(obj: Any, path: PathLike) -> None:
     """Save ``obj`` so that ``path`` holds all of it, or what it held before.
 
-    The file is the one that ``torch.save`` writes, byte for byte. It is written under a temporary name in the same
-    folder, synced to the disk and renamed.
+    ``torch.save`` writes the file under a temporary name in the same folder; it is synced to the disk and renamed.
 
     Args:
         obj: Anything that ``torch.save`` takes.
@@ -39,10 +41,15 @@ def atomic_save(obj: Any, path: PathLike) -> None:
     Example:
         >>> atomic_save({"weight": torch.zeros(2)}, f"{tempfile.mkdtemp()}/weights.ckpt")
     """
-    with explained_pickling(obj):
-        archive = pack(obj)
-    with atomic_open(path) as file:
-        write_archive(archive, file.write)
+    with atomic_open(path) as file, explained_pickling(obj):
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            # The writer is in C++, and complains of its position in a file that has refused some bytes.
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from None
 
 
 def load(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
@@ -135,7 +142,14 @@ def _download(url: str) -> str:
 
 
 class CheckpointIO(ABC):
-    """Where and how checkpoints are kept. Subclass it to keep them elsewhere; pass it as ``Trainer(plugins=...)``."""
+    """Where and how checkpoints are kept. Subclass it to keep them elsewhere; pass it as ``Trainer(plugins=...)``.
+
+    Attributes:
+        is_collective: Whether :meth:`save_checkpoint` and :meth:`remove_checkpoint` are called on all ranks, each with
+            its own part of the tree; by default on rank 0 alone, with the whole.
+    """
+
+    is_collective: bool = False
 
     @abstractmethod
     def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
@@ -162,6 +176,24 @@ class CheckpointIO(ABC):
     @abstractmethod
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the checkpoint under ``path``."""
+
+    @contextmanager
+    def request(self, path: PathLike, in_background: bool = True) -> Iterator[Save]:
+        """Tell whether the save of ``path`` in this block has made its file.
+
+        Args:
+            path: As for :meth:`save_checkpoint`, which is called in the block.
+            in_background: Whether it may go on in the background, where that is possible.
+
+        Yields:
+            The save. After the block its file is there, or will be where saves go on in the background.
+        """
+        save = Save(path)
+        yield save
+        save.end()
+
+    def wait(self) -> None:
+        """Wait until nothing goes on in the background."""
 
     def check(self) -> None:
         """Raise the error of something that went on in the background; called once per step."""
@@ -206,16 +238,7 @@ class TorchCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the file or folder at ``path``, if there is one."""
-        if is_local(path):
-            local = local_path(path)
-            if os.path.isdir(local) and not os.path.islink(local):
-                shutil.rmtree(local)
-            elif os.path.lexists(local):
-                os.unlink(local)
-            return
-        filesystem = get_filesystem(path)
-        if filesystem.exists(str(path)):
-            filesystem.rm(str(path), recursive=True)
+        remove(path)
 
 
 def reject_storage_options(storage_options: Any | None, checkpoint_io: CheckpointIO) -> None:

@@ -7,30 +7,21 @@ neither a container nor a plain value is pickled at once. Turning the copy into 
 from __future__ import annotations
 
 import ctypes
+import io
 import mmap
 import os
+import pickle
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from levin.checkpoint.archive import (
-    Archive,
-    StagedStorage,
-    StagedTensor,
-    explained_pickling,
-    is_plain,
-    memory_of,
-    pack,
-    unpack,
-)
+from levin.checkpoint.pickling import explained_pickling
 
-# Memory that begins with a page can go to the disk as it is.
-_ALIGNMENT, _LARGE_ALIGNMENT = 64, 4096
+_ALIGNMENT = 64
 # Below this, handing a copy to another thread costs more than it gains.
 _PARALLEL_COPY_BYTES = 2**18
 # Long enough that the system copies past the caches, short enough that no thread waits long for the last piece.
@@ -41,38 +32,49 @@ _IMMUTABLE = frozenset(
 )
 
 
+class _StagedStorage:
+    """The copy of a storage in host memory, or what will be one."""
+
+    __slots__ = ("offset", "size", "source")
+
+    def __init__(self, source: torch.UntypedStorage) -> None:
+        self.source: torch.UntypedStorage | None = source
+        self.size: int = source.nbytes()
+        self.offset = 0
+
+
+class _StagedTensor(NamedTuple):
+    """What a plain tensor is but for its bytes, which are in a :class:`_StagedStorage`."""
+
+    storage: _StagedStorage
+    dtype: torch.dtype
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    requires_grad: bool
+
+
 @dataclass
 class Snapshot:
     """A copy of a tree, with its tensors in host memory.
 
     Args:
         tree: Copies of the containers, with stand-ins for everything that can change.
-        storages: The copied storages.
-        memory: Where the copies are.
+        memory: Where the copies of the storages are.
         events: What to wait for until the copies from devices have arrived.
         taken_s: When it was made, in seconds since the epoch.
     """
 
     tree: Any
-    storages: list[StagedStorage]
     memory: memoryview
     events: list[Any] = field(default_factory=list)
     taken_s: float = field(default_factory=time.time)
 
-    def pack(self, pause: Callable[[], None] | None = None) -> Archive:
-        """Wait for the copies and return what is written to a file."""
-        for event in self.events:
-            event.synchronize()
-        addresses = {}
-        for storage in self.storages:
-            if storage.size:
-                storage.data = self.memory[storage.offset : storage.offset + storage.size]
-                addresses[_address(storage.data)] = storage
-        return pack(_restore(self.tree), staged=addresses, pause=pause)
-
     def realize(self) -> Any:
         """Wait for the copies and return the tree with tensors, on the CPU, whose memory is that of the copies."""
-        return unpack(self.pack())
+        for event in self.events:
+            event.synchronize()
+        return _Restorer(self.memory).restore(self.tree)
 
 
 class Stager:
@@ -107,17 +109,16 @@ class Stager:
         storages = list(copier.storages.values())
         total, is_pinned = 0, False
         for storage in storages:
-            alignment = _LARGE_ALIGNMENT if storage.size >= _LARGE_ALIGNMENT else _ALIGNMENT
-            storage.offset = -(-total // alignment) * alignment
+            assert storage.source is not None
+            storage.offset = -(-total // _ALIGNMENT) * _ALIGNMENT
             total = storage.offset + storage.size
-            is_pinned = is_pinned or storage.location != "cpu"
-        is_pinned = is_pinned and torch.cuda.is_available()
+            is_pinned = is_pinned or storage.source.device.type == "cuda"
         if self._block is None or self._block.size < total or (is_pinned and not self._block.is_pinned):
             self._block = None  # the old one goes before the new one comes
             self._block = _Block(total, is_pinned)
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(_num_copiers(), "levin-copy")
-        return Snapshot(tree, storages, self._block.view, self._block.copy_in(storages, self._helpers))
+        return Snapshot(tree, self._block.view, self._block.copy_in(storages, self._helpers))
 
     def release(self) -> None:
         """Give the memory and the threads back."""
@@ -136,16 +137,16 @@ class _Block:
         self.tensor: torch.Tensor | None = None
         if is_pinned:
             self.tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            self.view = memory_of(self.tensor.untyped_storage())
+            self.view = memoryview((ctypes.c_char * size).from_address(self.tensor.data_ptr())).cast("B")
         else:
             memory = mmap.mmap(-1, max(size, 1))
             # First use of small pages, one fault each, would take many times as long as the copy.
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.view = memoryview(memory)
-        self.address = _address(self.view)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view)) if size else 0
 
-    def copy_in(self, storages: list[StagedStorage], helpers: ThreadPoolExecutor) -> list[Any]:
+    def copy_in(self, storages: list[_StagedStorage], helpers: ThreadPoolExecutor) -> list[Any]:
         """Copy each storage to its offset; return what to wait for until all is there."""
         devices: set[torch.device] = set()
         address, move = self.address, ctypes.memmove
@@ -155,7 +156,7 @@ class _Block:
             source, size = storage.source, storage.size
             storage.source = None
             assert source is not None
-            if storage.location != "cpu":
+            if source.device.type != "cpu":
                 if size:
                     self._copy_from_device(source, storage.offset, devices)
             elif size < _PARALLEL_COPY_BYTES:
@@ -214,19 +215,46 @@ def _move_all(moves: deque[tuple[int, int, int]], helpers: ThreadPoolExecutor) -
 
 
 class _Pickled:
-    """Something other than a container or a plain value, pickled when the snapshot was made."""
+    """Something other than a container or a plain value, pickled when the snapshot was made; its tensors are staged."""
 
-    __slots__ = ("archive",)
+    __slots__ = ("data", "tensors")
 
-    def __init__(self, archive: Archive) -> None:
-        self.archive = archive
+    def __init__(self, value: Any, copier: _Copier) -> None:
+        self.tensors: list[Any] = []
+        buffer = io.BytesIO()
+        _Pickler(buffer, self.tensors, copier).dump(value)
+        self.data = buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Any], copier: _Copier) -> None:
+        super().__init__(file, protocol=2)
+        self._tensors = tensors
+        self._copier = copier
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if type(obj) is not torch.Tensor or not _is_plain(obj):
+            return None
+        self._tensors.append(self._copier.copy_plain(obj))
+        return len(self._tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    # It reads what this process has pickled itself.
+    def __init__(self, pickled: _Pickled, restorer: _Restorer) -> None:
+        super().__init__(io.BytesIO(pickled.data))
+        self._tensors = pickled.tensors
+        self._restorer = restorer
+
+    def persistent_load(self, pid: Any) -> Any:
+        return self._restorer.restore(self._tensors[pid])
 
 
 class _Copier:
     """Copies containers, and collects the storages that have to be copied."""
 
     def __init__(self) -> None:
-        self.storages: dict[int, StagedStorage] = {}
+        self.storages: dict[int, _StagedStorage] = {}
         self._done: dict[int, Any] = {}
 
     def copy(self, value: Any) -> Any:
@@ -254,7 +282,7 @@ class _Copier:
         # The state of python's random numbers is a tuple of 625 numbers.
         if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
             return value
-        result = tuple(map(self.copy, value)) if kind is tuple else self._pickle(value)
+        result = tuple(map(self.copy, value)) if kind is tuple else _Pickled(value, self)
         self._done[id(value)] = result
         return result
 
@@ -263,60 +291,76 @@ class _Copier:
         known = self._done.get(id(tensor))
         if known is not None:
             return known
-        if is_plain(tensor):
-            storage = tensor.untyped_storage()
-            staged = self.storages.get(storage._cdata)
-            if staged is None:
-                staged = self.storages[storage._cdata] = StagedStorage(storage)
-            offset: Any = tensor.storage_offset()
-            result: Any = StagedTensor(
-                staged, tensor.dtype, offset, tensor.size(), tensor.stride(), tensor.requires_grad
-            )
-        else:
-            result = self._pickle(tensor)
-        self._done[id(tensor)] = result
+        result = self._done[id(tensor)] = self.copy_plain(tensor) if _is_plain(tensor) else _Pickled(tensor, self)
         return result
 
-    def _pickle(self, value: Any) -> _Pickled:
-        archive = pack(value)
-        storages = []
-        for storage in archive.storages:
-            assert isinstance(storage, torch.UntypedStorage)
-            storages.append(self.storages.setdefault(storage._cdata, StagedStorage(storage)))
-        return _Pickled(Archive(archive.pickled, tuple(storages)))
+    def copy_plain(self, tensor: torch.Tensor) -> _StagedTensor:
+        """Return what stands for a plain tensor; its storage is copied later, once."""
+        storage = tensor.untyped_storage()
+        staged = self.storages.get(storage._cdata)
+        if staged is None:
+            staged = self.storages[storage._cdata] = _StagedStorage(storage)
+        offset: Any = tensor.storage_offset()
+        return _StagedTensor(staged, tensor.dtype, offset, tensor.size(), tensor.stride(), tensor.requires_grad)
 
 
-def _restore(tree: Any) -> Any:
-    """Return ``tree`` with the things that were pickled at once, whose memory is that of the copies."""
-    done: dict[int, Any] = {}
+class _Restorer:
+    """Puts tensors over the memory of a snapshot in the place of their stand-ins."""
 
-    def restore(value: Any) -> Any:
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._done: dict[int, Any] = {}
+
+    def restore(self, value: Any) -> Any:
         kind = type(value)
-        if kind not in (dict, OrderedDict, list, tuple, _Pickled):
+        if kind not in (dict, OrderedDict, list, tuple, _StagedTensor, _Pickled):
             return value
         if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
             return value
-        if id(value) in done:
-            return done[id(value)]
-        if kind is _Pickled:
-            result: Any = unpack(value.archive)
+        if id(value) in self._done:
+            return self._done[id(value)]
+        if kind is _StagedTensor:
+            result: Any = self._tensor(value)
+        elif kind is _Pickled:
+            result = _Unpickler(value, self).load()
         elif kind is tuple:
-            result = tuple(map(restore, value))
+            result = tuple(map(self.restore, value))
         else:
-            result = done[id(value)] = value
+            result = self._done[id(value)] = value
             for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                value[key] = restore(item)
+                value[key] = self.restore(item)
             if kind is OrderedDict:
                 for key, item in list(vars(value).items()):
-                    setattr(value, key, restore(item))
-        done[id(value)] = result
+                    setattr(value, key, self.restore(item))
+        self._done[id(value)] = result
         return result
 
-    return restore(tree)
+    def _tensor(self, staged: _StagedTensor) -> torch.Tensor:
+        storage = staged.storage
+        over = self._storages.get(id(storage))
+        if over is None:
+            over = self._storages[id(storage)] = _storage_over(
+                self._memory[storage.offset : storage.offset + storage.size]
+            )
+        tensor = torch.empty(0, dtype=staged.dtype).set_(over, staged.offset, staged.size, staged.stride)
+        return tensor.requires_grad_(staged.requires_grad)
 
 
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+def _storage_over(data: memoryview) -> torch.UntypedStorage:
+    """Return a storage that uses the memory of ``data``."""
+    return torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether size, strides and storage say everything about an instance of ``torch.Tensor`` itself."""
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type != "meta"
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested)
+        and not tensor._backward_hooks
+        and not tensor.__dict__
+    )
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -106,11 +106,4 @@ def agreement_for(run: Run) -> Agreement | None:
     strategy: Any = run.strategy
     if not is_shared(strategy):
         return None
-
-    def check() -> None:
-        for callback in run.callbacks:
-            if (check_saves := getattr(callback, "check_saves", None)) is not None:
-                check_saves(run.trainer)
-        strategy.checkpoint_io.check()
-
-    return Agreement(run.told, strategy.control.exchange, check)
+    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check)

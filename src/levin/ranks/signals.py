@@ -19,9 +19,8 @@ from typing import Any, Optional
 from levin.environments.slurm import SLURMEnvironment
 from levin.launchers.launcher import SIGTERM_STATUS
 from levin.protocols import Run
-from levin.resume.checkpoint_tree import save_checkpoint
 from levin.utilities.exceptions import SIGTERMException
-from levin.utilities.filesystem import get_filesystem
+from levin.utilities.filesystem import list_folder
 from levin.utilities.rank_zero import log, rank_zero_info
 from levin.utilities.states import TrainerFn
 
@@ -179,22 +178,15 @@ def save_for_restart(run: Run) -> None:
         for logger in run.loggers:
             logger.finalize("finished")
         path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
-        save_checkpoint(run, str(path))
-        _wait_for_file(run)
+        run.trainer.save_checkpoint(str(path))
+        strategy.finish_saves()
         signals.is_requeued = True
         if strategy.is_global_zero:
             requeue()
     elif (path := _path_for_restart(run)) is not None:
-        save_checkpoint(run, path)
-        _wait_for_file(run)
+        run.trainer.save_checkpoint(path)
+        strategy.finish_saves()
         rank_zero_info(f"Saved a checkpoint to {path}, from which fit(ckpt_path='auto') goes on.")
-
-
-def _wait_for_file(run: Run) -> None:
-    checkpoint_io = run.strategy.checkpoint_io
-    if (wait := getattr(checkpoint_io, "wait", None)) is not None:
-        wait()
-    checkpoint_io.check()
 
 
 def _path_for_restart(run: Run) -> Optional[str]:
@@ -212,9 +204,7 @@ def _saves_weights_only(callback: Any) -> bool:
 
 
 def _next_hpc_path(folder: str) -> str:
-    filesystem = get_filesystem(folder)
-    names = [str(path) for path in filesystem.ls(folder, detail=False)] if filesystem.exists(folder) else []
-    numbers = [int(match[1]) for name in names if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", name))]
+    numbers = [int(match[1]) for path in list_folder(folder) if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", path))]
     return os.path.join(folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
 
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import time
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.checkpoint.saver import save_tree
 from levin.strategies import collectives
 from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
@@ -267,22 +268,35 @@ class ParallelStrategy(Strategy, ABC):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint in rank 0; all processes call this, and all know when it has failed.
+        """Write a checkpoint; all processes call this, and all know when it has failed.
 
         Raises:
-            Exception: In rank 0, what the CheckpointIO raised.
+            Exception: In the process that failed, what the CheckpointIO raised.
             RuntimeError: In the others, that it did.
         """
+        is_alone = self.control.is_closed
+
+        def save() -> None:
+            save_tree(self.checkpoint_io, checkpoint, filepath, storage_options, self.is_global_zero, is_alone)
+
+        self._do_and_tell(save, f"Saving {os.fspath(filepath)!r}")
+
+    def finish_saves(self) -> None:
+        """Wait for what is being saved in the background; all processes call this, and all know when it has failed."""
+        self._do_and_tell(super().finish_saves, "Saving in the background")
+
+    def _do_and_tell(self, function: Callable[[], None], what: str) -> None:
+        """Call ``function`` and raise in all processes if it has raised in one."""
         error: Exception | None = None
         try:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            function()
         except Exception as raised:  # raised again once all processes know
             error = raised
         failed = [row[0] for row in self.control.exchange([float(error is not None)])]
         if error is not None:
             raise error
         if any(failed):
-            raise RuntimeError(f"Saving {os.fspath(filepath)!r} failed on rank {failed.index(1.0)}, which tells why.")
+            raise RuntimeError(f"{what} failed on rank {failed.index(1.0)}, which tells why.")
 
     def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
         """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""

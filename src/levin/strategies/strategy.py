@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.checkpoint.saver import save_tree
 from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
 from levin.strategies.contexts import SkipInit, in_forward_context
@@ -536,8 +537,16 @@ class Strategy(ExtensionPoints, ABC):
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write a checkpoint, from the process that has to; all processes call this."""
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        save_tree(self.checkpoint_io, checkpoint, filepath, storage_options, self.is_global_zero)
+
+    def finish_saves(self) -> None:
+        """Wait for what is being saved in the background; all processes call this.
+
+        Raises:
+            Exception: What a save failed with.
+        """
+        self.checkpoint_io.wait()
+        self.checkpoint_io.check()
 
     def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
         """Return a checkpoint, its tensors on the CPU."""
@@ -545,7 +554,7 @@ class Strategy(ExtensionPoints, ABC):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Delete a checkpoint, from the process that has to; all processes call this."""
-        if self.is_global_zero:
+        if self.is_global_zero or self.checkpoint_io.is_collective:
             self.checkpoint_io.remove_checkpoint(path)
 
     # Contexts in which the user makes tensors and modules

@@ -6,13 +6,14 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
-from levin.utilities.direct import DirectFile
-from levin.utilities.filesystem import is_local, local_path
+from levin.utilities.filesystem import is_local, local_path, remove, set_modified
+from levin.utilities.rank_zero import rank_zero_info
 
 TEMPORARY_PREFIX = ".levin-"
 TEMPORARY_SUFFIX = ".tmp"
@@ -25,7 +26,7 @@ _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextlib.contextmanager
-def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -> Iterator[IO[bytes]]:
+def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Open a file for writing that takes the name ``path`` at the end of the block.
 
     The content is written under a temporary name in the same folder, from its beginning to its end. At the end of the
@@ -35,8 +36,6 @@ def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -
     Args:
         path: Local path, or URL that fsspec knows. On remote systems the file is written aside and moved, or uploaded
             in a transaction where there are such.
-        modified_s: Of which moment the content is, in seconds since the epoch; now by default. A local file says that
-            it was modified then, by a clock that is finer than that of the file system.
 
     Raises:
         IsADirectoryError: There is a folder at ``path``.
@@ -50,15 +49,74 @@ def atomic_open(path: str | os.PathLike[str], modified_s: float | None = None) -
         >>> os.listdir(folder)
         ['notes.txt']
     """
-    opened = _open_local(local_path(path), modified_s) if is_local(path) else _open_remote(str(path))
+    opened = _open_local(local_path(path)) if is_local(path) else _open_remote(str(path))
     with opened as file:
         yield file
 
 
+class SyncedFile:
+    """A new file that is written from its beginning to its end, without a buffer of Python's.
+
+    Args:
+        descriptor: Of an open file; it stays open.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._position = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Append ``data`` and return its length.
+
+        Raises:
+            OSError: The disk is full, and so on.
+        """
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:  # the system takes at most 2 GiB at a time, and less where the disk is almost full
+            left = left[os.write(self._descriptor, left) :]
+        self._position += size
+        return size
+
+    def tell(self) -> int:
+        """Return how many bytes were written."""
+        return self._position
+
+    def flush(self) -> None:
+        """Do nothing: there is no buffer."""
+
+    def finish(self) -> None:
+        """Wait until all of the file is on the disk."""
+        os.fsync(self._descriptor)
+
+
+def replace_link(target: str, link: str) -> None:
+    """Make ``link`` a relative symbolic link to ``target``, or a copy of it where the system has no links.
+
+    At every instant there is either the old or the new file under the name of the link.
+
+    Args:
+        target: A local file or folder.
+        link: A local path; what is there already is replaced.
+    """
+    target, link = local_path(target), local_path(link)
+    directory = os.path.dirname(link)
+    new = os.path.join(directory, temporary_name())
+    try:
+        os.symlink(os.path.relpath(target, directory), new)
+    except OSError as error:
+        rank_zero_info(f"{link} becomes a copy of {target}, since it cannot be a link: {error}")
+        (shutil.copytree if os.path.isdir(target) else shutil.copy)(target, new)
+    # A folder cannot be replaced by renaming; a file, or a link to anything, can.
+    if (os.path.isdir(link) and not os.path.islink(link)) or (os.path.isdir(new) and not os.path.islink(new)):
+        remove(link)
+    os.replace(new, link)
+
+
 @contextlib.contextmanager
-def _open_local(path: str, modified_s: float | None) -> Iterator[IO[bytes]]:
+def _open_local(path: str) -> Iterator[IO[bytes]]:
     path = os.path.abspath(path)
-    modified_s = time.time() if modified_s is None else modified_s
+    opened_s = time.time()
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, "A folder is in the place of the file that was to be saved", path)
     folder = os.path.dirname(path)
@@ -69,14 +127,15 @@ def _open_local(path: str, modified_s: float | None) -> Iterator[IO[bytes]]:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         try:
             _lock(descriptor)
-            file = DirectFile(descriptor)
+            file = SyncedFile(descriptor)
             yield cast("IO[bytes]", file)
             file.finish()
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-        # Not before: an old file with a temporary name looks like one that a killed process left.
-        os.utime(path, (modified_s, modified_s))
+        # By a clock that is finer than that of the file system. Not before: an old file with a temporary name looks like
+        # one that a killed process left.
+        set_modified(path, opened_s)
     except BaseException as error:
         # The error that counts is the first one.
         with contextlib.suppress(OSError):

@@ -1,0 +1,47 @@
+"""Which part of a checkpoint it is that cannot be pickled."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def explained_pickling(obj: object) -> Iterator[None]:
+    """Say in the message of an error from pickling ``obj`` which part of it is at fault."""
+    try:
+        yield
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        where = _find_unpicklable(obj)
+        if not where:
+            raise
+        message = f"{where} cannot be saved: {error}. Remove it, or replace it by something that can be pickled."
+        raise type(error)(message) from error
+
+
+def _find_unpicklable(obj: object) -> str:
+    """Return the place of the first thing that cannot be pickled, such as ``["hyper_parameters"]["fn"]``."""
+    if isinstance(obj, Mapping):
+        items: Any = obj.items()
+    elif isinstance(obj, Sequence) and not isinstance(obj, (str, bytes)):
+        items = enumerate(obj)
+    else:
+        return ""
+    for key, value in items:
+        try:
+            _Pickler(io.BytesIO(), protocol=2).dump(value)
+        except (TypeError, AttributeError, pickle.PicklingError):
+            return f"[{key!r}]{_find_unpicklable(value)}"
+    return ""
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles everything but the content of tensors."""
+
+    def persistent_id(self, obj: Any) -> str | None:
+        return "tensor" if isinstance(obj, (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)) else None
