@@ -67,12 +67,13 @@ class AsyncCheckpointIO(CheckpointIO):
             TypeError, AttributeError or pickle.PicklingError: Something in ``checkpoint`` cannot be pickled.
             Exception: Whatever the save before this one failed with.
         """
-        self.wait()
-        self.check()
         save, self._requested = self._requested, None
         if save is None and self.on_request:
+            # At once, and not after what is under way: it may be the file of a signal, and the time that is left short.
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
             return
+        self.wait()
+        self.check()
         if type(self.checkpoint_io) is TorchCheckpointIO:
             reject_storage_options(storage_options, self.checkpoint_io)
         save = save or Save(path, self._worker)
