@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from levin.hooks import Callback
 
 if TYPE_CHECKING:
-    from levin.protocols import Trainer
+    pass
 
 
 class Checkpoint(Callback):
