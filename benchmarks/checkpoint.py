@@ -171,12 +171,12 @@ def contestants() -> list[tuple[str, Any, Any]]:
     import lightning.pytorch.plugins
 
     import levin
-    import levin.plugins
+    from levin.checkpoint import AsyncCheckpointIO
 
     theirs = f"Lightning {lightning.pytorch.__version__}"
     return [
         ("levin, blocking", levin, lambda: None),
-        ("levin, background", levin, levin.plugins.AsyncCheckpointIO),
+        ("levin, background", levin, AsyncCheckpointIO),
         (OTHER_PROGRAM, levin, lambda: None),
         (f"{theirs}, blocking", lightning.pytorch, lambda: None),
         (f"{theirs}, background", lightning.pytorch, lightning.pytorch.plugins.AsyncCheckpointIO),

@@ -140,7 +140,7 @@ def test_a_fraction_needs_epochs_to_be_a_fraction_of():
 
 
 def test_a_precision_is_given_once():
-    from levin.plugins import DoublePrecision
+    from levin.precision import DoublePrecision
 
     with pytest.raises(ValueError, match="precision"):
         quiet(precision="32-true", plugins=DoublePrecision())

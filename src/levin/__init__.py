@@ -6,8 +6,9 @@ Everything here is imported when it is first used, so that ``import levin`` cost
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.datamodule import LightningDataModule as LightningDataModule
@@ -34,7 +35,6 @@ _ROOMS = (
     "environments",
     "launchers",
     "loggers",
-    "plugins",
     "precision",
     "profilers",
     "strategies",
@@ -44,16 +44,4 @@ _ROOMS = (
 __all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"levin.{name}")
-    else:
-        raise AttributeError(f"module 'levin' has no attribute {name!r}")
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS])
+__getattr__, __dir__ = lazy_face(__name__, {**_HOMES, **{room: f"levin.{room}" for room in _ROOMS}})

@@ -11,7 +11,7 @@ from typing import Optional
 from levin import __version__
 
 COMMANDS = {
-    "migrate": ("levin.compat.codemod", "rewrite imports of Lightning to imports of levin, after showing them"),
+    "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin, after showing them"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
     "upgrade": ("levin.checkpoint.upgrade", "rewrite checkpoints of older Lightning versions in the present layout"),
     "consolidate": ("levin.checkpoint.consolidate", "turn the folder of a sharded checkpoint into one file"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.modes import eval_mode, transfer_example
 from levin.utilities.rank_zero import rank_zero_deprecation
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Exports:
         args, named = (() if isinstance(sample, dict) else sample), (sample if isinstance(sample, dict) else None)
         if isinstance(args, list):
             args = tuple(args)
-        with _evaluating(module), torch.no_grad():
+        with eval_mode(module), torch.no_grad():
             return torch.onnx.export(module, args, file_path, kwargs=named, **kwargs)
 
     def to_torchscript(
@@ -79,7 +80,7 @@ class Exports:
         """
         rank_zero_deprecation("`to_torchscript` is deprecated, as TorchScript itself is. Use `torch.export.export`.")
         module = self._as_module()
-        with _evaluating(module), torch.no_grad(), _scripting(module):
+        with eval_mode(module), torch.no_grad(), _scripting(module):
             if method == "script":
                 script = torch.jit.script(module, **kwargs)
             elif method == "trace":
@@ -142,7 +143,7 @@ class Exports:
         module = self._as_module()
         module.to(device)
         inputs = self._example(input_sample, "to_tensorrt", "input_sample")
-        with _evaluating(module), torch.no_grad():
+        with eval_mode(module), torch.no_grad():
             compiled = torch_tensorrt.compile(module, ir=ir, inputs=_listed(inputs), **compile_kwargs)
             if file_path is not None:
                 torch_tensorrt.save(
@@ -162,21 +163,7 @@ class Exports:
             raise ValueError(
                 f"`{method}` needs inputs, received none. Pass `{argument}`, or set `self.example_input_array`."
             )
-        sample = module.on_before_batch_transfer(sample, 0)
-        sample = module.transfer_batch_to_device(sample, module.device, 0)
-        return module.on_after_batch_transfer(sample, 0)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule into eval mode, and each back into its own mode afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
+        return transfer_example(module, sample)
 
 
 @contextmanager

@@ -226,11 +226,10 @@ def test_it_can_be_sent_to_another_process(tmp_path):
 
 
 def test_it_has_the_names_that_users_know():
-    import levin.plugins
-    import levin.plugins.io
+    import levin.checkpoint
 
-    assert levin.plugins.AsyncCheckpointIO is levin.plugins.io.AsyncCheckpointIO is AsyncCheckpointIO
-    assert all(getattr(levin.plugins, name) is not None for name in levin.plugins.__all__)
+    assert levin.checkpoint.AsyncCheckpointIO is AsyncCheckpointIO
+    assert all(getattr(levin.checkpoint, name) is not None for name in levin.checkpoint.__all__)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

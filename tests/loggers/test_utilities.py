@@ -25,10 +25,10 @@ from levin.loggers.utilities import (
     next_version,
     sanitize,
     to_dict,
-    to_numbers,
     version_name,
     write_hparams,
 )
+from levin.utilities.numbers import to_numbers
 
 
 @dataclass

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.callbacks.checkpoint import Checkpoint as Checkpoint
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from levin.callbacks.model_checkpoint import ModelCheckpoint as ModelCheckpoint
     from levin.hooks import Callback as Callback
 
-_MODULE_OF = {
+_HOMES = {
     "BadStepError": "levin.callbacks.bad_step_guard",
     "BadStepGuard": "levin.callbacks.bad_step_guard",
     "BackboneFinetuning": "levin.callbacks.finetuning",
@@ -42,16 +43,7 @@ _MODULE_OF = {
     "replay_bad_step": "levin.callbacks.bad_step_guard",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.checkpoint.background import AsyncCheckpointIO as AsyncCheckpointIO
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from levin.checkpoint.upgrade import upgrade as upgrade
     from levin.checkpoint.verify import find_newest_intact as find_newest_intact
 
-_MODULE_OF = {
+_HOMES = {
     "AsyncCheckpointIO": "levin.checkpoint.background",
     "CheckpointIO": "levin.checkpoint.io",
     "TorchCheckpointIO": "levin.checkpoint.io",
@@ -26,16 +27,7 @@ _MODULE_OF = {
     "upgrade": "levin.checkpoint.upgrade",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

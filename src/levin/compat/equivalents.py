@@ -20,6 +20,7 @@ from levin.engine import Engine, build_engine
 from levin.hparams import frame_arguments
 from levin.loading import read_hparams_file
 from levin.utilities.collections import apply_to_collection
+from levin.utilities.numbers import to_numbers
 
 FLOAT16_EPSILON: float = float(torch.finfo(torch.float16).eps)
 FLOAT32_EPSILON: float = float(torch.finfo(torch.float32).eps)
@@ -42,23 +43,6 @@ class _TunerExitException(Exception):
 
 class LightningEnum(StrEnum):  # type: ignore[misc]  # the package has no types
     """Members are strings, and equal theirs in any case."""
-
-
-class GradClipAlgorithmType(LightningEnum):
-    """How gradients are clipped."""
-
-    VALUE = "value"
-    NORM = "norm"
-
-    @staticmethod
-    def supported_types() -> list[str]:
-        """Return the values."""
-        return [member.value for member in GradClipAlgorithmType]
-
-    @staticmethod
-    def supported_type(val: str | GradClipAlgorithmType) -> bool:
-        """Return whether ``val`` is one of the values."""
-        return val in GradClipAlgorithmType.supported_types()
 
 
 class Interval(LightningEnum):
@@ -150,15 +134,7 @@ def convert_tensors_to_scalars(data: Any) -> Any:
     Raises:
         ValueError: A tensor of several elements.
     """
-
-    def to_number(value: torch.Tensor) -> Any:
-        if value.numel() != 1:
-            raise ValueError(
-                f"A metric must be a tensor with one element, received {value.numel()} elements. Reduce it first."
-            )
-        return value.item()
-
-    return apply_to_collection(data, torch.Tensor, to_number)
+    return apply_to_collection(data, torch.Tensor, lambda tensor: to_numbers({"": tensor})[""])
 
 
 def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:

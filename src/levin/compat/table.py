@@ -225,13 +225,14 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.utilities.warnings": "disable_possible_user_warnings",
         "levin.utilities.parameters": "find_shared_parameters grad_norm set_shared_parameters",
         "levin.data.combined": "CombinedLoader",
-        EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON GradClipAlgorithmType LightningEnum is_picklable "
+        "levin.utilities.states": "GradClipAlgorithmType",
+        EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON LightningEnum is_picklable "
         "suggested_max_num_workers",
     },
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
     "pytorch.utilities.data": {"levin.log_store": "extract_batch_size"},
-    "pytorch.utilities.enums": {EQUIVALENTS: "GradClipAlgorithmType LightningEnum"},
+    "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},
     "pytorch.utilities.exceptions": {
         "levin.utilities.exceptions": "MisconfigurationException SIGTERMException",
         EQUIVALENTS: "_TunerExitException",

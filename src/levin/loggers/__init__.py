@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.loggers.csv_logs import CSVLogger
@@ -10,11 +12,11 @@ if TYPE_CHECKING:
     from levin.loggers.tensorboard import TensorBoardLogger
 
 _HOMES = {
-    "CSVLogger": "csv_logs",
-    "DummyLogger": "logger",
-    "Logger": "logger",
-    "TensorBoardLogger": "tensorboard",
-    "rank_zero_experiment": "logger",
+    "CSVLogger": "levin.loggers.csv_logs",
+    "DummyLogger": "levin.loggers.logger",
+    "Logger": "levin.loggers.logger",
+    "TensorBoardLogger": "levin.loggers.tensorboard",
+    "rank_zero_experiment": "levin.loggers.logger",
 }
 
 __all__ = [
@@ -26,15 +28,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from levin.loggers.logger import Logger, rank_zero_experiment
-from levin.loggers.utilities import json_values, to_dict, to_numbers
+from levin.loggers.utilities import json_values, to_dict
+from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only
 
 # Old name -> new name of arguments.

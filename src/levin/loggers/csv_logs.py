@@ -22,11 +22,11 @@ from levin.loggers.utilities import (
     make_directory,
     next_version,
     to_dict,
-    to_numbers,
     version_name,
     write_hparams,
 )
 from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import PathLike
 

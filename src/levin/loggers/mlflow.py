@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from levin.loggers.logger import Logger, rank_zero_experiment
-from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict, to_numbers
+from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict
+from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 if TYPE_CHECKING:

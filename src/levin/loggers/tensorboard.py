@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -23,12 +21,12 @@ from levin.loggers.utilities import (
     next_version,
     sanitize,
     to_dict,
-    to_numbers,
     version_name,
     write_hparams,
 )
 from levin.utilities.filesystem import get_filesystem, is_local
-from levin.utilities.move import move_data_to_device
+from levin.utilities.modes import forward_of_example, kept_modes
+from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import PathLike
 
@@ -207,13 +205,9 @@ class TensorBoardLogger(Logger):
                 f" must be a tensor or a tuple, received {type(inputs).__name__}, which TensorBoard cannot trace."
             )
         else:
-            inputs = _transfer(model, inputs)
-            modes = [(layer, layer.training) for layer in model.modules()]
-            with _forward_context(model), torch.no_grad():
-                self.experiment.add_graph(_traceable(model), inputs)
             # Tracing puts all layers into one mode.
-            for layer, mode in modes:
-                layer.training = mode
+            with kept_modes(model), forward_of_example(model, inputs) as example:
+                self.experiment.add_graph(_traceable(model), example)
 
     @rank_zero_only
     def save(self) -> None:
@@ -291,17 +285,6 @@ def _exists(path: str) -> bool:
     return os.path.exists(path) if is_local(path) else bool(get_filesystem(path).exists(path))
 
 
-def _transfer(model: Module, inputs: Any) -> Any:
-    """Bring ``inputs`` to the model the way batches get there."""
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    if not hasattr(model, "transfer_batch_to_device"):
-        return move_data_to_device(inputs, device)
-    hooks: Any = model
-    inputs = hooks.on_before_batch_transfer(inputs, 0)
-    return hooks.on_after_batch_transfer(hooks.transfer_batch_to_device(inputs, device, 0), 0)
-
-
 def _traceable(model: Module) -> Module:
     """Return a module with the layers and the forward of ``model`` and nothing else.
 
@@ -314,11 +297,3 @@ def _traceable(model: Module) -> Module:
     bare.forward = model.forward
     bare._parameters, bare._buffers, bare._modules = model._parameters, model._buffers, model._modules
     return bare
-
-
-def _forward_context(model: Module) -> AbstractContextManager[None]:
-    trainer = getattr(model, "_trainer", None)
-    if trainer is None:
-        return nullcontext()
-    context: AbstractContextManager[None] = trainer.precision_plugin.forward_context()
-    return context

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Optional
 
 import torch
@@ -14,27 +14,18 @@ from levin.data.loaders import set_epoch
 from levin.hooks import has_hook
 from levin.log_store import LogStore
 from levin.loops.dataloaders import batch_indices, load_validation, make_feed
-from levin.loops.logging import send, to_floats
+from levin.loops.logging import send
 from levin.loops.run import Run, new_store, step_arguments
 from levin.resume.resume_state import InterruptedPhase
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.modes import kept_modes
 from levin.utilities.move import move_data_to_device
+from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
 
 _CPU = torch.device("cpu")
-
-
-@contextmanager
-def kept_modes(module: torch.nn.Module) -> Iterator[None]:
-    """Give each submodule its own train or eval mode back."""
-    modes = [(child, child.training) for child in module.modules()]
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 def validate_in_fit(run: Run, accumulates: bool) -> None:
@@ -173,7 +164,7 @@ def evaluate(
         run.call_own(f"on_{stage}_model_train", getattr(module, f"on_{stage}_model_train"))
     if predictions is not None:
         return predictions.result()
-    return [] if run.fn == "fit" else [to_floats(result) for result in results]
+    return [] if run.fn == "fit" else [to_numbers(result) for result in results]
 
 
 def _batches(

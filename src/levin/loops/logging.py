@@ -6,32 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
 
 from levin.loops.run import Run
-
-
-def to_floats(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the values as Python numbers, read from the device in one transfer.
-
-    Raises:
-        ValueError: A tensor has more than one element.
-    """
-    tensors: dict[str, Tensor] = {}
-    result: dict[str, float] = {}
-    for name, value in metrics.items():
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"The metric {name!r} has shape {tuple(value.shape)} and cannot be logged. Reduce it to one element."
-                )
-            tensors[name] = value.reshape(())
-        result[name] = value
-    if len(tensors) > 1 and len({(tensor.device, tensor.dtype) for tensor in tensors.values()}) == 1:
-        result.update(zip(tensors, torch.stack(list(tensors.values())).tolist()))
-    else:
-        result.update((name, tensor.item()) for name, tensor in tensors.items())
-    return result
+from levin.utilities.numbers import to_numbers
 
 
 def send(run: Run, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
@@ -43,7 +20,7 @@ def send(run: Run, metrics: Mapping[str, Any], step: Optional[int] = None) -> No
     """
     if not run.loggers or not metrics:
         return
-    values = to_floats(metrics)
+    values = to_numbers(metrics)
     if step is None:
         if "step" in values:
             step = int(values.pop("step"))

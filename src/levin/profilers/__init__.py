@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.profilers.advanced import AdvancedProfiler
@@ -12,12 +14,12 @@ if TYPE_CHECKING:
     from levin.profilers.xla import XLAProfiler
 
 _HOMES = {
-    "AdvancedProfiler": "advanced",
-    "PassThroughProfiler": "profiler",
-    "Profiler": "profiler",
-    "PyTorchProfiler": "pytorch",
-    "SimpleProfiler": "simple",
-    "XLAProfiler": "xla",
+    "AdvancedProfiler": "levin.profilers.advanced",
+    "PassThroughProfiler": "levin.profilers.profiler",
+    "Profiler": "levin.profilers.profiler",
+    "PyTorchProfiler": "levin.profilers.pytorch",
+    "SimpleProfiler": "levin.profilers.simple",
+    "XLAProfiler": "levin.profilers.xla",
 }
 
 __all__ = [
@@ -30,15 +32,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)

@@ -21,7 +21,6 @@ from levin.engine import Engine, build_engine, describe_devices, use_determinist
 from levin.hooks import Callback
 from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
-from levin.loops.logging import to_floats
 from levin.loops.run import Run, find_log_dir
 from levin.module import LightningModule
 from levin.precision.precision import Precision
@@ -32,6 +31,7 @@ from levin.settings import Settings, check_settings, defaults_from_environment
 from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
 from levin.trainer.properties import callbacks_of, first_of, flag, of_run, reads, setting, shared, stage
+from levin.utilities.numbers import to_numbers
 from levin.utilities.states import (
     GradClipAlgorithmType,
     RunningStage,
@@ -484,7 +484,7 @@ class Trainer:
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
         """The values logged with ``prog_bar=True``, as floats; reading them waits for the device."""
-        return {} if self.run is None else to_floats(self.run.read_metrics().progress_bar)
+        return {} if self.run is None else to_numbers(self.run.read_metrics().progress_bar)
 
     @property
     def ckpt_path(self) -> Optional[PathLike]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
+from levin.utilities.modes import eval_mode, forward_of_example
 from levin.utilities.rank_zero import rank_zero_warn
 
 UNKNOWN_SIZE = "?"
@@ -225,15 +226,13 @@ class ModelSummary:
         counter = FlopCounterMode(display=False)
         # A counting mode does not see through sharded tensors.
         counting = contextlib.nullcontext() if _is_sharded(model) else counter
-        with isolate_rng(), _eval_mode(model), torch.no_grad(), _precision_context(model) as convert:
-            example = convert(_transfer(model, self._example_input))
-            with counting:
-                if isinstance(example, dict):
-                    model(**example)
-                elif isinstance(example, (list, tuple)):
-                    model(*example)
-                else:
-                    model(example)
+        with isolate_rng(), eval_mode(model), forward_of_example(model, self._example_input) as example, counting:
+            if isinstance(example, dict):
+                model(**example)
+            elif isinstance(example, (list, tuple)):
+                model(*example)
+            else:
+                model(example)
         root = type(model).__name__
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         self._flop_counts = {name[len(root) + 1 :]: count for name, count in counts.items() if name.startswith(root)}
@@ -420,36 +419,3 @@ def _num_local_elements(parameter: Tensor) -> int:
 def _is_sharded(model: nn.Module) -> bool:
     """Return whether parameters of ``model`` are spread over processes (DTensor, ZeRO 3)."""
     return any(hasattr(p, "to_local") or hasattr(p, "ds_tensor") for p in model.parameters())
-
-
-def _transfer(model: Any, example: Any) -> Any:
-    """Send the example through the model's batch-transfer hooks, to the device of its parameters."""
-    if not hasattr(model, "transfer_batch_to_device"):
-        return example
-    example = model.on_before_batch_transfer(example, 0)
-    example = model.transfer_batch_to_device(example, model.device, 0)
-    return model.on_after_batch_transfer(example, 0)
-
-
-@contextlib.contextmanager
-def _precision_context(model: Any) -> Iterator[Any]:
-    """Run the forward pass in the trainer's number format; yields the conversion of its input."""
-    trainer = getattr(model, "_trainer", None)
-    if trainer is None:
-        yield lambda data: data
-    else:
-        precision = trainer.precision_plugin
-        with precision.forward_context():
-            yield precision.convert_input
-
-
-@contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode, and each submodule back into its own at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -58,8 +58,18 @@ class RunningStage(_StrEnum):
 class GradClipAlgorithmType(_StrEnum):
     """What of the gradients is clipped."""
 
-    NORM = "norm"
     VALUE = "value"
+    NORM = "norm"
+
+    @staticmethod
+    def supported_types() -> list[str]:
+        """Return the values."""
+        return [member.value for member in GradClipAlgorithmType]
+
+    @staticmethod
+    def supported_type(val: str | GradClipAlgorithmType) -> bool:
+        """Return whether ``val`` is one of the values."""
+        return val in GradClipAlgorithmType.supported_types()
 
 
 @dataclass

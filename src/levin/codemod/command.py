@@ -10,7 +10,7 @@ import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from levin.compat.rewrite import Rewritten, rewrite_python, rewrite_yaml
+from levin.codemod.rewrite import Rewritten, rewrite_python, rewrite_yaml
 
 _SUFFIXES = {".py": rewrite_python, ".pyi": rewrite_python, ".yaml": rewrite_yaml, ".yml": rewrite_yaml}
 _SKIPPED_FOLDERS = {".git", ".hg", ".venv", "venv", "node_modules", "__pycache__", "site-packages", "build", "dist"}

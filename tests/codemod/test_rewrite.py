@@ -7,7 +7,7 @@ import ast
 import pytest
 
 from levin.__main__ import main
-from levin.compat.rewrite import rewrite_python, rewrite_yaml
+from levin.codemod.rewrite import rewrite_python, rewrite_yaml
 
 CASES = {
     "an alias": ("import pytorch_lightning as pl\npl.Trainer()\n", "import levin as pl\npl.Trainer()\n"),

@@ -1,0 +1,1 @@
+"""Rewriting programs that were written for Lightning: the tool behind ``levin migrate``."""

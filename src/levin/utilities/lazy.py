@@ -1,0 +1,32 @@
+"""Packages whose names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_face(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return the ``__getattr__`` and the ``__dir__`` of a package.
+
+    Args:
+        package: Its name.
+        homes: The module of each public name; of a submodule, its own.
+
+    Example:
+        >>> __getattr__, __dir__ = lazy_face(__name__, {"OrderedDict": "collections"})
+        >>> __getattr__("OrderedDict").__name__, __dir__()
+        ('OrderedDict', ['OrderedDict'])
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module = importlib.import_module(homes[name])
+        value = module if module.__name__ == f"{package}.{name}" else getattr(module, name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get, lambda: sorted(homes)

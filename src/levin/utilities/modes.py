@@ -1,0 +1,56 @@
+"""A module's forward outside the loops: its train and eval modes, its input, its number format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from levin.utilities.move import move_data_to_device
+
+
+@contextmanager
+def kept_modes(module: nn.Module) -> Iterator[None]:
+    """Give each submodule its own train or eval mode back at the end."""
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+@contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put every submodule into eval mode, and each back into its own mode at the end."""
+    with kept_modes(module):
+        module.eval()
+        yield
+
+
+def transfer_example(model: nn.Module, example: Any) -> Any:
+    """Return an example input the way batches get to the model: through its transfer hooks, to its device."""
+    hooks: Any = model
+    if hasattr(model, "transfer_batch_to_device"):
+        example = hooks.on_before_batch_transfer(example, 0)
+        return hooks.on_after_batch_transfer(hooks.transfer_batch_to_device(example, hooks.device, 0), 0)
+    parameter = next(model.parameters(), None)
+    return example if parameter is None else move_data_to_device(example, parameter.device)
+
+
+@contextmanager
+def forward_of_example(model: nn.Module, example: Any) -> Iterator[Any]:
+    """Prepare a forward pass without gradients, in the number format of the model's trainer if it has one.
+
+    Args:
+        model: Any module; that of a trainer need not be a LightningModule.
+        example: Inputs; yielded as the model takes them.
+    """
+    trainer = getattr(model, "_trainer", None)
+    precision = None if trainer is None else trainer.precision_plugin
+    with torch.no_grad(), nullcontext() if precision is None else precision.forward_context():
+        example = transfer_example(model, example)
+        yield example if precision is None else precision.convert_input(example)
