@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from levin.resume.position import Position
-from levin.resume.worker_state import Ledger, WorkerState
+from levin.resume.worker_state import WorkerState, WorkerStateLog
 
 
 class Augmented(Dataset):
@@ -36,7 +36,7 @@ class Augmented(Dataset):
 
 def per_batch_us(draws: bool, num_rounds: int = 30, num_batches: int = 50) -> float:
     data = Augmented()
-    state, ledger = WorkerState(data, None), Ledger(1, 8)
+    state, ledger = WorkerState(data, None), WorkerStateLog(1, 8)
     rounds = []
     for _ in range(num_rounds):
         spent = 0.0

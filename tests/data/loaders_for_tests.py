@@ -90,8 +90,8 @@ class LazyGlobals(Sampler):
         return SIZE
 
 
-class InPlace(Sampler):
-    """Shuffles the same list again in every epoch, and counts the epochs."""
+class Blind(Sampler):
+    """Shuffles the same list again in every epoch, and counts the epochs, but cannot say where it is."""
 
     def __init__(self) -> None:
         self.order = list(range(SIZE))
@@ -105,6 +105,14 @@ class InPlace(Sampler):
 
     def __len__(self) -> int:
         return SIZE
+
+
+class InPlace(Blind):
+    def state_dict(self):
+        return {"order": self.order, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.order, self.epoch = state["order"], state["epoch"]
 
 
 class Buckets(Sampler):
@@ -139,9 +147,14 @@ SAMPLERS: dict[str, Callable[[Dataset], dict[str, Any]]] = {
     "eager_python": lambda data: {"sampler": EagerPython()},
     "lazy_globals": lambda data: {"sampler": LazyGlobals()},
     "in_place": lambda data: {"sampler": InPlace()},
+    "blind": lambda data: {"sampler": Blind()},
     "buckets": lambda data: {"batch_sampler": Buckets()},
     "no_batches": lambda data: {"sampler": SequentialSampler(data), "batch_size": None},
 }
+
+
+# Those that give the same order when they are set to what they were at the start of the epoch.
+RESUMABLE = sorted(set(SAMPLERS) - {"lazy_globals", "blind"})
 
 
 def noisy_collate(samples: Any) -> Any:

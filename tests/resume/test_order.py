@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.resume.order import complete_order, describe_order, left_for_rank, list_order
+from levin.resume.order import Rest, describe_order, list_order
 from levin.resume.position import Position
 
 SIZE = 23
@@ -45,7 +45,7 @@ def test_what_was_seen_is_the_beginning_of_the_listed_order(name, num_workers):
     state = position.state_dict()
     torch.manual_seed(99)
     before = torch.get_rng_state()
-    order = list_order(complete_order(state["shape"]["order"], state))
+    order = list_order(state["order"])
     assert torch.equal(torch.get_rng_state(), before)
     assert sorted(order) == list(range(SIZE))
     step = 2 if name == "one of two ranks" else 1
@@ -59,5 +59,6 @@ def test_samplers_that_repeat_or_are_not_known_have_no_order():
 
 
 def test_ranks_share_what_is_left():
-    parts = [left_for_rank(list(range(10)), 3, rank, 3) for rank in range(3)]
-    assert parts == [[3, 6, 9], [4, 7], [5, 8]]
+    rests = [Rest({"total": 10}, DistributedSampler(range(10), 3, rank), num_seen=3) for rank in range(3)]
+    assert [list(rest) for rest in rests] == [[3, 6, 9], [4, 7], [5, 8]]
+    assert [len(rest) for rest in rests] == [3, 2, 2]

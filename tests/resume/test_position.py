@@ -15,9 +15,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch.utils.data import DataLoader
 
-from levin.resume.position import Joint, Position
-from levin.utilities.seed import collect_rng_states, set_rng_states
-from tests.data.loaders_for_tests import SAMPLERS, Config, ContinuingStream, CountingStream, StatefulStream, Stream
+from levin.data.combined import Joint
+from levin.resume.position import Position
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
+from tests.data.loaders_for_tests import (
+    RESUMABLE,
+    SAMPLERS,
+    Config,
+    ContinuingStream,
+    CountingStream,
+    StatefulStream,
+    Stream,
+)
 
 EPOCHS = 3
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -127,14 +136,14 @@ def check(make: Callable[[], Any], stop: tuple[int, int], limit: int | None = No
 
 in_process = st.builds(
     Config,
-    sampler=st.sampled_from(sorted(SAMPLERS)),
+    sampler=st.sampled_from(RESUMABLE),
     sources=st.sampled_from(["", "t", "p", "n", "o", "g", "l", "tpnogl"]),
     batch_size=st.integers(1, 5),
     collates=st.booleans(),
 )
 in_workers = st.builds(
     Config,
-    sampler=st.sampled_from(sorted(SAMPLERS)),
+    sampler=st.sampled_from(RESUMABLE),
     sources=st.sampled_from(["", "tpn", "ogl", "tpnogl"]),
     batch_size=st.integers(2, 5),
     num_workers=st.integers(1, 3),
@@ -174,14 +183,16 @@ def test_spawned_workers_go_on_exactly(persistent):
 
 
 @examples(40)
-@given(config=in_process, epochs=st.integers(1, 2))
-def test_following_changes_no_number_without_workers(config, epochs):
+@given(config=in_process, sampler=st.sampled_from(sorted(SAMPLERS)), epochs=st.integers(1, 2))
+def test_following_changes_no_number_without_workers(config, sampler, epochs):
+    config = replace(config, sampler=sampler)
     assert followed(config, epochs) == plain(config, epochs)
 
 
 @examples(5)
-@given(config=in_workers)
-def test_following_changes_no_number_in_workers(config):
+@given(config=in_workers, sampler=st.sampled_from(sorted(SAMPLERS)))
+def test_following_changes_no_number_in_workers(config, sampler):
+    config = replace(config, sampler=sampler)
     assert followed(config, 2) == plain(config, 2)
 
 
@@ -199,7 +210,7 @@ def plain(config: Config, epochs: int) -> list[Any]:
     return [*result, torch.rand(1).item(), random.random(), numpy.random.rand()]
 
 
-@pytest.mark.parametrize("sampler", ["sequential", "shuffle", "subset", "lazy_globals", "buckets"])
+@pytest.mark.parametrize("sampler", ["sequential", "shuffle", "subset", "in_place", "buckets"])
 def test_seen_samples_are_not_loaded_again(sampler):
     config = Config(sampler=sampler, sources="t")
     seed(1)
@@ -215,7 +226,7 @@ def test_seen_samples_are_not_loaded_again(sampler):
 
 
 def test_random_states_of_the_process_stay_as_they_were():
-    for config in (Config(sampler="shuffle"), Config(sampler="lazy_globals"), Config(num_workers=1)):
+    for config in (Config(sampler="shuffle"), Config(sampler="buckets"), Config(num_workers=1)):
         seed(1)
         state = Run(config.make).go(stop=(1, 3))
         seed(2)
@@ -523,6 +534,20 @@ def test_other_order_of_a_sampler_is_noticed():
     later.load_state_dict(state)
     with pytest.warns(UserWarning, match="list gives other indices"):
         later.iterate(DataLoader(first.dataset, sampler=[1, 2, 3, 4] * 6, batch_size=3, collate_fn=list))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("sampler", ["lazy_globals", "blind"])
+def test_sampler_whose_order_cannot_be_drawn_again_is_told_of(sampler, num_workers):
+    config = Config(sampler=sampler, num_workers=num_workers)
+    seed(5)
+    stopped = Run(config.make)
+    state = stopped.go(stop=(1, 3))
+    resumed = Run(config.make)
+    with pytest.warns(UserWarning, match="gives other indices than before the restart.*`state_dict`"):
+        resumed.go(state)
+    # It goes on after as many batches, and draws its next epochs.
+    assert [place[:2] for place in stopped.seen + resumed.seen] == [(epoch, i) for epoch in range(3) for i in range(8)]
 
 
 def test_state_too_large_is_reported():

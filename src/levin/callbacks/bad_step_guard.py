@@ -13,10 +13,10 @@ from torch import Tensor
 
 from levin.checkpoint.io import atomic_save
 from levin.hooks import Callback
-from levin.resume.rng_states import GlobalGenerators
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import log
+from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, set_rng_states
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -79,7 +79,7 @@ class BadStepGuard(Callback):
         self.max_files: int = max_files
         self.num_bad_steps: int = 0
         self.paths: list[str] = []
-        self._generators = GlobalGenerators()
+        self._rng = ProcessRng()
         self._window: _Window = _Window()
         self._pending: _Pending | None = None
         self._loss_is_bad: Tensor | None = None
@@ -105,12 +105,9 @@ class BadStepGuard(Callback):
         """Keep the batch and the random states that the step begins with."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = _Window()
-        generators = self._generators.read()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch
-            generators["torch.cuda"] = torch.cuda.get_rng_state_all()
         self._window.batches.append(batch)
         self._window.indices.append(batch_idx)
-        self._window.generators.append(generators)
+        self._window.generators.append(self._rng.read(PROCESS + DEVICES))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Look at the loss, on the device."""
@@ -331,17 +328,12 @@ class _Replay(Callback):
     def __init__(self, evidence: Mapping[str, Any]) -> None:
         self.evidence = evidence
         self.found = Replayed([], [])
-        self._generators = GlobalGenerators()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.load_state_dict(move_data_to_device(self.evidence["state_dict"], pl_module.device))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        states = self.evidence["generators"][batch_idx]
-        self._generators.write(states)
-        if "torch.cuda" in states and torch.cuda.is_available():
-            for index, state in enumerate(states["torch.cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state.cpu(), index)
+        set_rng_states(self.evidence["generators"][batch_idx])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self.found.gradients = [

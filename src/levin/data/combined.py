@@ -203,6 +203,28 @@ def combined_length(lengths: Sequence[int | float], mode: Mode) -> int | float:
     return min(lengths) if mode == "min_size" else max(lengths)
 
 
+class Joint(Iterable[Any]):
+    """Several loaders whose items make joint batches; see :func:`joint`.
+
+    Args:
+        loaders: The loaders.
+        mode: How they are combined.
+        rebuild: Makes a batch out of one item of each.
+
+    Example:
+        >>> list(Joint([range(3), "ab"], "max_size_cycle", tuple))
+        [(0, 'a'), (1, 'b'), (2, 'a')]
+    """
+
+    def __init__(self, loaders: Sequence[Iterable[Any]], mode: Mode, rebuild: Rebuild) -> None:
+        self.loaders: list[Iterable[Any]] = list(loaders)
+        self.mode: Mode = mode
+        self.rebuild: Rebuild = rebuild
+
+    def __iter__(self) -> Iterator[Any]:
+        return joint([loader.__iter__ for loader in self.loaders], self.mode, self.rebuild)
+
+
 def joint(
     openers: Sequence[Callable[[], Iterator[Any]]],
     mode: Mode,

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, Optional
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Optional, Protocol
 
 import torch
 
-from levin.resume.position import Position
 from levin.utilities.move import move_data_to_device
+
+
+class Position(Protocol):
+    """Follows a source, so that a run can go on in the middle of it; see ``resume/position.py``."""
+
+    num_left: Optional[int]
+    """How many batches are left of the epoch, where the length of the source does not tell."""
+
+    def iterate(self, loader: Iterable[Any], lookahead: int = 0) -> Iterator[Any]:
+        """Return the batches of the source, or those that are left; ``lookahead`` of them are taken ahead."""
 
 
 class Feed:
@@ -47,7 +56,7 @@ class Feed:
         self.is_filler: bool = False
         self.is_shared: bool = True
         self.uneven: Any = None
-        self.positions: Optional[list[Position]] = None
+        self.positions: Optional[Sequence[Position]] = None
         # Of steps that take batches themselves: index of the first batch of the step, and that after the last one taken.
         self.step_start: int = 0
         self.num_taken: int = 0
@@ -75,7 +84,7 @@ class Feed:
     def __iter__(self) -> Iterator[tuple[Any, int, int]]:
         return self.iterate(0)
 
-    def track(self, positions: list[Position]) -> None:
+    def track(self, positions: Sequence[Position]) -> None:
         """Let one of ``positions`` follow each source, so that a run can go on in the middle of it."""
         self.positions = positions
 

@@ -24,7 +24,7 @@ import torch
 from levin.launchers.launcher import Launcher
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.rank_zero import rank_zero_info
-from levin.utilities.seed import collect_rng_states, set_rng_states
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess

@@ -6,10 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
-from levin.data.combined import CombinedLoader, combined_length
+from levin.data.combined import CombinedLoader, Joint, combined_length
 from levin.data.loaders import capture_init_args, has_len, prepare_dataloader
 from levin.hooks import DataHooks
-from levin.resume.position import Joint
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Optional
 
 from torch.utils.data import IterableDataset
 
+from levin.data.combined import Joint
 from levin.data.feed import Feed, drawn
-from levin.resume.position import Joint
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.seed import collect_rng_states, set_rng_states
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from levin.protocols import Run

@@ -5,19 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-from levin.resume.rng_states import GlobalGenerators
 from levin.resume.stateful import leave_epoch
 from levin.resume.worker_state import WorkerState
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.rng_states import ProcessRng
 
 State = dict[str, Any]
 END: Any = object()
 
 
-class Tracker(ABC):
+class Cursor(ABC):
     """Starts one loader, says where it is, and starts it there again.
 
     Args:
@@ -31,16 +31,17 @@ class Tracker(ABC):
         self.loader: Any = loader
         self.lookahead: int = lookahead
         self.follows_pulls: bool = lookahead > 0
-        self.globals: GlobalGenerators = GlobalGenerators()
-        self.begun: State = {}
+        self.rng: ProcessRng = ProcessRng()
+        # The states that the present epoch began with.
+        self.epoch_start: State = {}
         # How many batches are left of an epoch that goes on with another number of ranks, or other batches.
         self.num_left: int | None = None
         # Whether the present epoch came to its end.
         self.is_ended: bool = False
-        # The state that was set to go on from, until the first batch is taken.
+        # The state that was loaded to go on from, until the first batch is taken.
         self.unread: Any = None
         # The states before each of the last batches, the oldest first.
-        self.befores: deque[Any] = deque(maxlen=lookahead + 1)
+        self.states_before: deque[Any] = deque(maxlen=lookahead + 1)
 
     @abstractmethod
     def start(self) -> Iterator[Any]:
@@ -51,15 +52,15 @@ class Tracker(ABC):
         """Go on in the epoch that ``state`` was saved in; the global generators stay as they are."""
 
     @abstractmethod
-    def state(self, num_done: int, in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> State:
         """Return what :meth:`resume` needs.
 
         Args:
             num_done: Batches of the epoch that are done with.
-            in_flight: Batches taken but not done with.
+            num_in_flight: Batches taken but not done with.
         """
 
-    def reopen(self, state: State) -> None:
+    def leave(self, state: State) -> None:
         """Set everything to what it was when ``state`` was saved, after the end of an epoch."""
 
     def before_first(self) -> None:
@@ -74,7 +75,7 @@ class Tracker(ABC):
             if batch is END:
                 self.after_end(before)
                 return
-            self.befores.append(before)
+            self.states_before.append(before)
             self.after_pull()
             yield batch
 
@@ -88,11 +89,13 @@ class Tracker(ABC):
     def after_end(self, before: Any) -> None:
         """Do what must be done when there was no further batch to take."""
 
-    def _last_befores(self, in_flight: int) -> list[Any]:
-        return list(self.befores)[len(self.befores) - in_flight :] if 0 < in_flight <= len(self.befores) else []
+    def in_flight_states(self, num_in_flight: int) -> list[Any]:
+        """Return the states before each of the batches in flight."""
+        num_kept = len(self.states_before)
+        return list(self.states_before)[num_kept - num_in_flight :] if 0 < num_in_flight <= num_kept else []
 
 
-class StatefulTracker(Tracker):
+class StatefulCursor(Cursor):
     """For loaders with ``state_dict`` and ``load_state_dict``, which know best where they are."""
 
     kind = "stateful"
@@ -101,44 +104,47 @@ class StatefulTracker(Tracker):
         """Begin an epoch."""
         if self.unread is not None:
             self._leave(self.unread, is_ended=False)
-        self.begun = self.globals.read()
+        self.epoch_start = self.rng.read()
         return iter(self.loader)
 
     def resume(self, state: State) -> Iterator[Any]:
         """Go on through the loader's own state."""
-        self.begun = state["begun"]
+        self.epoch_start = state["epoch_start"]
         if state["is_ended"]:
-            self._leave(state["own"], is_ended=True)
+            self._leave(state["loader_state"], is_ended=True)
             return iter(())
-        entry = self.globals.read()
-        self.globals.write(self.begun)
-        self.loader.load_state_dict(state["own"])
+        present = self.rng.read()
+        self.rng.write(self.epoch_start)
+        self.loader.load_state_dict(state["loader_state"])
         iterator: Iterator[Any] = iter(self.loader)
-        self.unread = state["own"]
-        self.globals.write(entry)
+        self.unread = state["loader_state"]
+        self.rng.write(present)
         return iterator
 
-    def reopen(self, state: State) -> None:
+    def leave(self, state: State) -> None:
         """Give the loader the state that it had when its epoch was left."""
-        self._leave(state["own"], state["is_ended"])
+        self._leave(state["loader_state"], state["is_ended"])
 
-    def state(self, num_done: int, in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> State:
         """Return the loader's own state before the first batch that is not done with."""
-        befores = self._last_befores(in_flight)
-        return {"begun": self.begun, "own": befores[0] if befores else self.loader.state_dict()}
+        befores = self.in_flight_states(num_in_flight)
+        return {
+            "epoch_start": self.epoch_start,
+            "loader_state": befores[0] if befores else self.loader.state_dict(),
+        }
 
     def before_pull(self) -> Any:
         """Return the loader's own state."""
         return self.loader.state_dict()
 
-    def _leave(self, own: Any, is_ended: bool) -> None:
+    def _leave(self, loader_state: Any, is_ended: bool) -> None:
         self.unread = None
-        entry = self.globals.read()
-        leave_epoch(self.loader, own, is_ended)
-        self.globals.write(entry)
+        present = self.rng.read()
+        leave_epoch(self.loader, loader_state, is_ended)
+        self.rng.write(present)
 
 
-class ReplayTracker(Tracker):
+class ReplayCursor(Cursor):
     """For iterables that cannot say where they are: batches that were seen are made again and dropped."""
 
     kind = "replay"
@@ -150,7 +156,7 @@ class ReplayTracker(Tracker):
 
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
-        self.begun = {} if self.is_builtin else {"globals": self.globals.read(), **self.main.read_own()}
+        self.epoch_start = {} if self.is_builtin else self.main.read()
         return iter(self.loader)
 
     def resume(self, state: State) -> Iterator[Any]:
@@ -163,32 +169,43 @@ class ReplayTracker(Tracker):
                 f"{type(self.loader).__name__} cannot say where it is: its first {num_done} batches are read again and "
                 "dropped. Give it `state_dict` and `load_state_dict` to go on at once, and exactly."
             )
-        entry = self.globals.read()
-        self.begun = state["begun"]
-        self.main.write_left(self.begun, is_ended=False)
-        self.globals.write(self.begun["globals"])
+        present = self.rng.read()
+        self.epoch_start = state["epoch_start"]
+        self.main.write_left(self.epoch_start, is_ended=False)
+        self.rng.write(self.epoch_start["globals"])
         iterator = iter(self.loader)
         for _ in range(num_done):
             if next(iterator, END) is END:
                 break
         taken = []
-        for before in state["befores"]:
-            self.globals.write(before)
+        for before in state["in_flight_states"]:
+            self.rng.write(before)
             taken.append(next(iterator, END))
-        self.globals.write(entry)
-        return chain((batch for batch in taken if batch is not END), iterator)
+        self.rng.write(present)
+        return taken_first([batch for batch in taken if batch is not END], iterator)
 
-    def reopen(self, state: State) -> None:
+    def leave(self, state: State) -> None:
         """Set what the loader holds to what it was when its epoch was left."""
-        entry = self.globals.read()
-        self.main.write_left(state["now"], state["is_ended"])
-        self.globals.write(entry)
+        present = self.rng.read()
+        self.main.write_left(state["at_save"], state["is_ended"])
+        self.rng.write(present)
 
-    def state(self, num_done: int, in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> State:
         """Return the states when the epoch began, before each batch in flight, and now."""
-        now = {} if self.is_builtin else self.main.read_own()
-        return {"begun": self.begun, "befores": self._last_befores(in_flight), "now": now}
+        return {
+            "epoch_start": self.epoch_start,
+            "in_flight_states": self.in_flight_states(num_in_flight),
+            "at_save": {} if self.is_builtin else self.main.read_own(),
+        }
 
     def before_pull(self) -> Any:
         """Return the states of the global generators."""
-        return {} if self.is_builtin else self.globals.read()
+        return {} if self.is_builtin else self.rng.read()
+
+
+def taken_first(taken: list[Any], iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches that were taken already, then the rest."""
+    yield from taken
+    # `chain` would call `iter` of the iterator, and a loader that is its own iterator would begin anew.
+    while (batch := next(iterator, END)) is not END:
+        yield batch

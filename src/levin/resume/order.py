@@ -2,94 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.samplers import UnrepeatedDistributedSampler
-from levin.resume.rng_states import GlobalGenerators, State, bytes_tensor
+from levin.resume.sampler_state import innermost
+from levin.utilities.rng_states import bytes_tensor, tensor_bytes
+
+Order = dict[str, Any]
 
 
-def describe_order(loader: DataLoader[Any]) -> State | None:
-    """Return what :func:`list_order` needs beside the states of the generators; None for samplers it does not know."""
-    if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.sampler is not loader.sampler:
+def describe_order(loader: DataLoader[Any]) -> Order | None:
+    """Return what :func:`list_order` needs to list the epoch whose order is drawn next; None if only the sampler knows.
+
+    Returns:
+        The number of samples, with the seed or the state of the generator that their order is drawn with.
+    """
+    batch_sampler = loader.batch_sampler
+    if type(batch_sampler) is not BatchSampler or batch_sampler.sampler is not loader.sampler:
         return None
-    return _describe(loader.sampler, type(loader.sampler))
-
-
-def _describe(sampler: Any, kind: type) -> State | None:
+    sampler: Any = loader.sampler
+    kind: Any = type(sampler)
     if kind in (DistributedSampler, UnrepeatedDistributedSampler):
-        names = ("shuffle", "seed", "epoch")
-        return {
-            "kind": "distributed", "total": len(sampler.dataset), **{name: getattr(sampler, name) for name in names}
-        }  # fmt: skip
+        order = {"total": len(sampler.dataset)}
+        return {**order, "seed": sampler.seed + sampler.epoch} if sampler.shuffle else order
     if kind is SequentialSampler:
-        return {"kind": "sequential", "total": len(sampler)}
-    if kind is RandomSampler and not sampler.replacement and sampler.num_samples == len(sampler.data_source):
-        return {"kind": "random", "total": len(sampler)}
-    return None
+        return {"total": len(sampler)}
+    if kind is not RandomSampler or sampler.replacement or sampler.num_samples != len(sampler.data_source):
+        return None
+    if sampler.generator is not None:
+        return {"total": len(sampler), "generator": tensor_bytes(sampler.generator.get_state())}
+    return {"total": len(sampler), "seed": _next_seed()}
 
 
-def complete_order(order: State, state: Mapping[str, Any]) -> State:
-    """Return ``order`` with the states of the generators that its random order came from.
+def _next_seed() -> int:
+    """Return the seed that torch's RandomSampler is about to draw from the global generator, without drawing it."""
+    generator = torch.Generator()
+    generator.set_state(torch.get_rng_state())
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+
+
+def list_order(order: Order) -> list[int]:
+    """Return the indices of the whole epoch in the order that :func:`describe_order` has described, each once."""
+    if "seed" not in order and "generator" not in order:
+        return list(range(order["total"]))
+    generator = torch.Generator()
+    if "seed" in order:
+        generator.manual_seed(order["seed"])
+    else:
+        generator.set_state(bytes_tensor(order["generator"]))
+    return torch.randperm(order["total"], generator=generator).tolist()
+
+
+class Rest(Sampler[int]):
+    """What is left for one rank of an epoch that other ranks, or batches of another size, have begun.
 
     Args:
-        order: From :func:`describe_order`.
-        state: What the loader's tracker saved.
-    """
-    if order["kind"] != "random" or "globals" in order or "generator" in order:
-        return order
-    generators = state["begun"]["sampler"].get("generators", {})
-    own = {path: saved for path, (kind, saved) in generators.items() if kind == "torch"}
-    if own:
-        # The loader's generator is the sampler's, too, if the loader made the sampler; it draws a seed for workers first.
-        draws_seed = ("generator",) in own
-        saved = own[("generator",)] if draws_seed else next(iter(own.values()))
-        return {**order, "generator": saved[1], "draws_seed": draws_seed}
-    if state["first"]:
-        return {**order, "globals": state["first"], "draws_seed": False}
-    return {**order, "globals": state["begun"]["globals"], "draws_seed": True}
-
-
-def list_order(order: State) -> list[int]:
-    """Return the indices of the whole epoch in the order of a completed description, each once."""
-    total = order["total"]
-    if order["kind"] == "sequential" or (order["kind"] == "distributed" and not order["shuffle"]):
-        return list(range(total))
-    if order["kind"] == "distributed":
-        generator = torch.Generator()
-        generator.manual_seed(order["seed"] + order["epoch"])
-        return torch.randperm(total, generator=generator).tolist()
-    if "generator" in order:
-        own = torch.Generator()
-        own.set_state(bytes_tensor(order["generator"]))
-        if order["draws_seed"]:
-            _draw_seed(own)
-        return list(RandomSampler(range(total), generator=own))
-    generators = GlobalGenerators()
-    present = generators.read()
-    generators.write(order["globals"])
-    try:
-        if order["draws_seed"]:
-            _draw_seed(None)
-        return list(RandomSampler(range(total)))
-    finally:
-        generators.write(present)
-
-
-def _draw_seed(generator: torch.Generator | None) -> None:
-    """Draw what torch's DataLoader draws when it begins an epoch."""
-    torch.empty((), dtype=torch.int64).random_(generator=generator)
-
-
-def left_for_rank(order: list[int], num_seen: int, rank: int, size: int) -> list[int]:
-    """Return the indices that are left of an epoch for one of ``size`` ranks.
+        order: Of the epoch; None to ask the sampler again, which is in the state that it drew its order in.
+        sampler: The sampler of this rank.
+        num_seen: Samples that all ranks together have seen.
 
     Example:
-        >>> left_for_rank([5, 1, 4, 2, 3, 0], 2, rank=1, size=3)
-        [2]
+        >>> list(Rest({"total": 6}, SequentialSampler(range(6)), num_seen=2))
+        [2, 3, 4, 5]
     """
-    return order[num_seen:][rank::size]
+
+    def __init__(self, order: Order | None, sampler: Any, num_seen: int) -> None:
+        self.order: Order | None = order
+        self.sampler: Any = innermost(sampler)
+        self.num_seen: int = num_seen
+        self.rank: int = getattr(sampler, "rank", 0)
+        self.num_replicas: int = getattr(sampler, "num_replicas", 1)
+
+    def __iter__(self) -> Iterator[int]:
+        whole = self.sampler if self.order is None else list_order(self.order)
+        return islice(iter(whole), self.num_seen + self.rank, None, self.num_replicas)
+
+    def __len__(self) -> int:
+        total = len(self.sampler) if self.order is None else self.order["total"]
+        return len(range(self.num_seen + self.rank, total, self.num_replicas))

@@ -1,22 +1,16 @@
-"""Where a run is in its data, so that it can go on there after a restart as if nothing had happened.
-
-What a loader gives depends on the states of random generators when the epoch begins, on the states of its workers, and
-on how many batches were taken. :class:`Position` keeps these. Going on means: set the generators to what they were, let
-the loader begin its epoch, go through the indices of the batches that were seen without loading them, set every worker
-to its state after its last seen batch, and set the generators of the process back.
-"""
+"""Where a run is in its data, so that it can go on there after a restart as if nothing had happened."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from levin.data.combined import Mode, Rebuild, is_stateful, joint
-from levin.resume.cursors import ReplayTracker, StatefulTracker, Tracker
-from levin.resume.dataloader_cursor import IndexTracker, IterableTracker
+from levin.data.combined import Joint, is_stateful, joint
+from levin.resume.cursors import END, Cursor, ReplayCursor, StatefulCursor
+from levin.resume.dataloader_cursor import IndexCursor, IterableCursor
 
 State = dict[str, Any]
 
@@ -40,7 +34,7 @@ class Position:
         self.num_pulled: int = 0
         # Batches that are left, where the length of the loader does not tell.
         self.num_left: int | None = None
-        self._tracker: Tracker | None = None
+        self._cursor: Cursor | None = None
         self._loaded: State | None = None
         self._is_finished: bool = False
 
@@ -55,24 +49,24 @@ class Position:
         Returns:
             The batches, or those that are left.
         """
-        tracker = self._tracker
-        if tracker is None or tracker.loader is not loader or tracker.lookahead != lookahead:
-            self._tracker = tracker = tracker_for(loader, lookahead)
+        cursor = self._cursor
+        if cursor is None or cursor.loader is not loader or cursor.lookahead != lookahead:
+            self._cursor = cursor = cursor_for(loader, lookahead)
         loaded, self._loaded = self._loaded, None
         self._is_finished = False
         self.num_pulled = 0
-        self.num_left = tracker.num_left = None
+        self.num_left = cursor.num_left = None
         if loaded is not None and not loaded["is_finished"]:
-            tracker.is_ended = loaded["is_ended"]
-            iterator = tracker.resume(loaded)
+            cursor.is_ended = loaded["is_ended"]
+            iterator = cursor.resume(loaded)
             self.num_pulled = loaded["num_done"]
-            self.num_left = tracker.num_left
+            self.num_left = cursor.num_left
         else:
             if loaded is not None:
-                tracker.reopen(loaded)
-            tracker.is_ended = False
-            iterator = tracker.start()
-        return self._pull(tracker, iterator)
+                cursor.leave(loaded)
+            cursor.is_ended = False
+            iterator = cursor.start()
+        return self._pull(cursor, iterator)
 
     def finish(self) -> None:
         """Say that the epoch is over, so that the next :meth:`iterate` begins another, also after a restart."""
@@ -89,54 +83,33 @@ class Position:
         """
         if self._loaded is not None:
             return self._loaded
-        if self._tracker is None:
+        if self._cursor is None:
             return {}
         num_done = self.num_pulled if num_done is None else min(num_done, self.num_pulled)
         return {
-            "kind": self._tracker.kind,
+            "kind": self._cursor.kind,
             "is_finished": self._is_finished,
-            "is_ended": self._tracker.is_ended and num_done == self.num_pulled,
+            "is_ended": self._cursor.is_ended and num_done == self.num_pulled,
             "num_done": num_done,
-            **self._tracker.state(num_done, self.num_pulled - num_done),
+            **self._cursor.state(num_done, self.num_pulled - num_done),
         }
 
     def load_state_dict(self, state: State) -> None:
         """Take what :meth:`state_dict` returned; the next :meth:`iterate` goes on there."""
         self._loaded = state or None
 
-    def _pull(self, tracker: Tracker, iterator: Iterator[Any]) -> Iterator[Any]:
-        tracker.before_first()
-        if tracker.follows_pulls:
-            iterator = tracker.followed(iterator)
-        for batch in iterator:
+    def _pull(self, cursor: Cursor, iterator: Iterator[Any]) -> Iterator[Any]:
+        cursor.before_first()
+        if cursor.follows_pulls:
+            iterator = cursor.followed(iterator)
+        # A loader that is its own iterator would begin anew if `iter` were called of it again, as `for` does.
+        while (batch := next(iterator, END)) is not END:
             self.num_pulled += 1
             yield batch
-        tracker.is_ended = True
+        cursor.is_ended = True
 
 
-class Joint(Iterable[Any]):
-    """Several loaders whose items make joint batches; see :func:`levin.data.combined.joint`.
-
-    Args:
-        loaders: The loaders.
-        mode: How they are combined.
-        rebuild: Makes a batch out of one item of each.
-
-    Example:
-        >>> list(Joint([range(3), "ab"], "max_size_cycle", tuple))
-        [(0, 'a'), (1, 'b'), (2, 'a')]
-    """
-
-    def __init__(self, loaders: Sequence[Iterable[Any]], mode: Mode, rebuild: Rebuild) -> None:
-        self.loaders: list[Iterable[Any]] = list(loaders)
-        self.mode: Mode = mode
-        self.rebuild: Rebuild = rebuild
-
-    def __iter__(self) -> Iterator[Any]:
-        return joint([loader.__iter__ for loader in self.loaders], self.mode, self.rebuild)
-
-
-class JointTracker(Tracker):
+class JointCursor(Cursor):
     """For a :class:`Joint`: a position in each of its loaders, and which of them have come to their end."""
 
     kind = "joint"
@@ -148,7 +121,7 @@ class JointTracker(Tracker):
         self.exhausted: list[bool] = []
         # Which loaders gave something to each of the last batches.
         self._givers: deque[list[int]] = deque(maxlen=lookahead + 1)
-        self._num_openings: list[int] = [0] * len(self.positions)
+        self._num_opened: list[int] = [0] * len(self.positions)
         # The state of each loader that started again, before its last item until then.
         self._before_last: list[State] = [{} for _ in self.positions]
         # Looking for another batch at the end takes items and sets marks; this is what was there before.
@@ -161,7 +134,7 @@ class JointTracker(Tracker):
     def resume(self, state: State) -> Iterator[Any]:
         """Go on in the epoch that ``state`` was saved in."""
         if state["is_ended"]:
-            self.reopen(state)
+            self.leave(state)
             self.exhausted = list(state["exhausted"])
             return iter(())
         for position, loaded, ended in zip(self.positions, state["loaders"], state["exhausted"], strict=True):
@@ -171,24 +144,24 @@ class JointTracker(Tracker):
                 position.finish()
         return self._begin(list(state["exhausted"]))
 
-    def reopen(self, state: State) -> None:
+    def leave(self, state: State) -> None:
         """Set every loader to what it was after the end of an epoch."""
         for position, loaded in zip(self.positions, state["loaders"], strict=True):
             position.load_state_dict(loaded)
             position.finish()
 
-    def state(self, num_done: int, in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> State:
         """Return what :meth:`resume` needs."""
-        givers = list(self._givers)[len(self._givers) - in_flight :] if in_flight else []
+        givers = list(self._givers)[len(self._givers) - num_in_flight :] if num_in_flight else []
         exhausted = list(self.exhausted)
         pulled = [position.num_pulled for position in self.positions]
-        openings = self._num_openings
-        if in_flight and self._before_end is not None:
-            exhausted, pulled, openings = self._before_end
+        num_opened = self._num_opened
+        if num_in_flight and self._before_end is not None:
+            exhausted, pulled, num_opened = self._before_end
         states = []
         for index, position in enumerate(self.positions):
             num_undone = sum(index in indices for indices in givers)
-            if openings[index] != self._num_openings[index]:
+            if num_opened[index] != self._num_opened[index]:
                 states.append(self._before_last[index])
             else:
                 states.append(position.state_dict(max(0, pulled[index] - num_undone)))
@@ -201,7 +174,7 @@ class JointTracker(Tracker):
 
     def before_pull(self) -> Any:
         """Return which loaders came to their end, and how often each was taken from and opened."""
-        return list(self.exhausted), [position.num_pulled for position in self.positions], list(self._num_openings)
+        return list(self.exhausted), [position.num_pulled for position in self.positions], list(self._num_opened)
 
     def after_pull(self) -> None:
         """Remember which loaders gave something to the batch."""
@@ -216,7 +189,7 @@ class JointTracker(Tracker):
         self.exhausted = exhausted
         self._givers.clear()
         self._before_end = None
-        self._num_openings = [0] * len(self.positions)
+        self._num_opened = [0] * len(self.positions)
         openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)
 
@@ -224,26 +197,26 @@ class JointTracker(Tracker):
         position = self.positions[index]
 
         def open_loader() -> Iterator[Any]:
-            if self.lookahead and self._num_openings[index]:
+            if self.lookahead and self._num_opened[index]:
                 self._before_last[index] = position.state_dict(max(0, position.num_pulled - 1))
-            self._num_openings[index] += 1
+            self._num_opened[index] += 1
             return position.iterate(self.loader.loaders[index], self.lookahead)
 
         return open_loader
 
 
-def tracker_for(loader: Any, lookahead: int = 0) -> Tracker:
-    """Return the tracker for this kind of loader."""
+def cursor_for(loader: Any, lookahead: int = 0) -> Cursor:
+    """Return the cursor for this kind of loader."""
     if isinstance(loader, Joint):
-        return JointTracker(loader, lookahead)
+        return JointCursor(loader, lookahead)
     if is_stateful(loader):
-        return StatefulTracker(loader, lookahead)
+        return StatefulCursor(loader, lookahead)
     if _is_plain(loader):
         if not isinstance(loader.dataset, IterableDataset):
-            return IndexTracker(loader, lookahead)
+            return IndexCursor(loader, lookahead)
         if is_stateful(loader.dataset):
-            return IterableTracker(loader, lookahead)
-    return ReplayTracker(loader, lookahead)
+            return IterableCursor(loader, lookahead)
+    return ReplayCursor(loader, lookahead)
 
 
 def _is_plain(loader: Any) -> bool:

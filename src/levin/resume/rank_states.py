@@ -61,7 +61,7 @@ def part_of_rank(state: State, rank: int, size: int) -> State:
 
 def _without_own(state: State) -> State:
     """Return a state without what belongs to one rank alone: its sums, and its random numbers, which no two may draw."""
-    return {key: value for key, value in state.items() if key not in ("rng", "generators", "log_store", "metrics")}
+    return {key: value for key, value in state.items() if key not in ("rng", "validation_rng", "log_store", "metrics")}
 
 
 def _mean_window(windows: Sequence[State], size: int) -> State:

@@ -12,16 +12,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-
 from levin.log_store import LogStore
 from levin.resume import checkpoint_tree as tree
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.resume.plain_values import copied, is_plain
 from levin.resume.position import Position
-from levin.resume.rng_states import GlobalGenerators
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
 from levin.utilities.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -72,7 +70,6 @@ class ResumeState:
         self._store: Optional[LogStore] = None
         self._loaded: Optional[dict[str, Any]] = None
         self._unfinished: Optional[InterruptedPhase] = None
-        self._generators = GlobalGenerators()
         # What a validation that is under way began with.
         self._validation: Optional[dict[str, Any]] = None
         # Where the validation data were, until validation begins.
@@ -147,7 +144,7 @@ class ResumeState:
         """Keep what it takes to begin this validation again."""
         progress = run.loops.fit.epoch_loop.val_loop.batch_progress
         self._validation = {
-            "generators": {**self._generators.read(), **_device_generators()},
+            "validation_rng": collect_rng_states(),
             "metrics": copied(collect_metric_states(run.module)),
             "eval_log_steps": dict(run.eval_log_steps),
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
@@ -242,10 +239,7 @@ class ResumeState:
             for name, value in zip(total.__slots__, exact["val_total"]):
                 setattr(total, name, value)
         tree.restore_rng(exact)
-        if "generators" in exact:
-            self._generators.write(exact["generators"])
-            if "torch.cuda" in exact["generators"]:
-                tree.restore_rng({"rng": {"torch.cuda": exact["generators"]["torch.cuda"]}})
+        set_rng_states(exact.get("validation_rng", {}))
 
     def take_up(self, run: Run) -> None:
         """Take up what ``on_train_start``, which is called after a restart too, would change."""
@@ -343,9 +337,3 @@ def _as_dict(unfinished: InterruptedPhase) -> dict[str, Any]:
 
 def _from_dict(state: dict[str, Any]) -> InterruptedPhase:
     return InterruptedPhase(Phase(state["phase"]), state["num_hooks"], state["arguments"])
-
-
-def _device_generators() -> dict[str, Any]:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no type
-        return {"torch.cuda": torch.cuda.get_rng_state_all()}
-    return {}

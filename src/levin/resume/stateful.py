@@ -12,19 +12,21 @@ _END: Any = object()
 def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:
     """Set ``obj`` to ``state``, saved where an epoch was left, so that its next iteration is one of a new epoch.
 
-    Most objects go on from a loaded state in their next iteration, and start again in the one after: they are iterated
-    for one item, which is dropped. Some go on in every iteration, which is tried; these keep ``state``.
+    The protocol says that the next iteration goes on from a loaded state. Here the next iteration is to begin an epoch,
+    so the one that goes on is begun and dropped, as the unbroken run dropped it. An object that gives nothing then was
+    at its end. One that was left in the middle, by a limit of batches, may start again in its next iteration or go on
+    in every iteration, of which the protocol says nothing: this is tried.
 
     Args:
         obj: A data set or loader with ``state_dict`` and ``load_state_dict``.
         state: What ``obj.state_dict()`` returned.
-        is_ended: Whether the epoch was left at its end, not by a limit of batches.
+        is_ended: Whether the epoch was left at its end.
     """
     obj.load_state_dict(copy.deepcopy(state))
     following = _state_after_item(obj)
     if following is None:
         return
-    # At the end, one that has an item to give was set to its beginning already.
+    # At the end, an object that has an item to give has set itself to its beginning already.
     if is_ended or _goes_on(obj, following):
         obj.load_state_dict(copy.deepcopy(state))
 
@@ -41,15 +43,3 @@ def _state_after_item(obj: Any) -> Any:
     if next(iter(obj), _END) is _END:
         return None
     return copy.deepcopy(obj.state_dict())
-
-
-def end_once(dataset: Any) -> None:
-    """Make the next iteration over ``dataset`` empty; those after it are as ever."""
-    kind: Any = type(dataset)
-
-    class Ended(kind):  # type: ignore[misc]  # the base is known at run time only
-        def __iter__(self) -> Any:
-            self.__class__ = kind
-            return iter(())
-
-    dataset.__class__ = Ended

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
 
 from levin.data.combined import is_stateful
-from levin.resume.rng_states import GlobalGenerators, find_generators, read_generators, write_generators
-from levin.resume.stateful import end_once, leave_epoch
+from levin.resume.held_generators import find_generators, read_generators, write_generators
+from levin.resume.stateful import leave_epoch
+from levin.utilities.rng_states import ProcessRng
 
 # The three global generators take 10 kB; the rest is for those of the data set.
 _SLOT_BYTES = 32 * 1024
@@ -25,7 +26,7 @@ _NUMBER_BYTES = 8
 _TOO_LARGE = 2**63 - 1
 
 
-class Ledger:
+class WorkerStateLog:
     """Memory in which each worker writes a state after every batch; the last ``num_slots`` of them can be read.
 
     Args:
@@ -34,9 +35,9 @@ class Ledger:
         slot_bytes: Largest size of a state.
 
     Example:
-        >>> ledger = Ledger(num_workers=1, num_slots=2)
-        >>> ledger.write(0, b"after the first batch")
-        >>> ledger.count(0), ledger.read(0, 1)
+        >>> log = WorkerStateLog(num_workers=1, num_slots=2)
+        >>> log.write(0, b"after the first batch")
+        >>> log.count(0), log.read(0, 1)
         (1, b'after the first batch')
     """
 
@@ -91,13 +92,13 @@ class RecordingCollate:
 
     Args:
         collate_fn: The user's or PyTorch's.
-        ledger: Where to write.
+        log: Where to write.
         batch_size: Samples in a whole batch of an iterable data set; a smaller batch is its worker's last.
     """
 
-    def __init__(self, collate_fn: Callable[[Any], Any], ledger: Ledger, batch_size: int | None = None) -> None:
+    def __init__(self, collate_fn: Callable[[Any], Any], log: WorkerStateLog, batch_size: int | None = None) -> None:
         self.collate_fn: Callable[[Any], Any] = collate_fn
-        self.ledger: Ledger = ledger
+        self.log: WorkerStateLog = log
         self.batch_size: int | None = batch_size
         self._state: WorkerState | None = None
         self._worker: int = -1
@@ -112,7 +113,7 @@ class RecordingCollate:
             self._worker = info.id
             self._state = WorkerState(info.dataset, self.collate_fn)
         ended = self.batch_size is not None and len(samples) < self.batch_size
-        self.ledger.write(self._worker, pickle.dumps(self._state.read(ended), pickle.HIGHEST_PROTOCOL))
+        self.log.write(self._worker, pickle.dumps(self._state.read(ended), pickle.HIGHEST_PROTOCOL))
         return batch
 
 
@@ -132,7 +133,7 @@ class WorkerState:
         self.owners: dict[str, Any] = {"dataset": dataset, "collate_fn": collate_fn}
         # The state of a module is its weights, not a place in the data.
         self.has_state: bool = is_stateful(dataset) and not isinstance(dataset, nn.Module)
-        self._globals: GlobalGenerators = GlobalGenerators()
+        self._globals: ProcessRng = ProcessRng()
         self._generators: dict[Any, Any] = {}
         self._num_read: int = 0
 
@@ -210,8 +211,8 @@ class RestoringInit:
             return
         worker = WorkerState(info.dataset, self.collate_fn)
         if state.get("ended"):
+            # It gives no batch in this epoch (see `Workers.release`).
             worker.write_left(state, is_ended=True)
-            end_once(info.dataset)
         else:
             worker.write_own(state)
-        GlobalGenerators().write(state["globals"])
+        ProcessRng().write(state["globals"])

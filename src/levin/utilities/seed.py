@@ -1,4 +1,4 @@
-"""Seeds and the states of the random generators."""
+"""Seeds of the random generators."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from levin.utilities.rank_zero import (
     rank_zero_only,
     rank_zero_warn,
 )
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
 
 MAX_SEED = 2**32 - 1
 _SEED_VARIABLE = "PL_GLOBAL_SEED"
@@ -108,57 +109,6 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         yield
     finally:
         set_rng_states(states)
-
-
-def collect_rng_states(include_cuda: bool = True) -> dict[str, Any]:
-    """Return the states of the global random generators of this process.
-
-    The result holds tensors, numbers, strings and tuples only, so that it loads with ``weights_only=True``.
-
-    Args:
-        include_cuda: Whether to add the generators of all CUDA devices, if CUDA is in use.
-
-    Returns:
-        ``"python"`` and ``"torch"``; ``"numpy"`` when numpy has been imported; ``"torch.cuda"``, one tensor for each device.
-
-    Example:
-        >>> states = collect_rng_states()
-        >>> first = torch.rand(1)
-        >>> set_rng_states(states)
-        >>> bool(first == torch.rand(1))
-        True
-    """
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    # A generator that nobody has imported has not drawn a number yet.
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        name, key, position, has_gauss, cached_gaussian = numpy.random.get_state()
-        key = torch.from_numpy(key.astype("int64"))
-        states["numpy"] = (str(name), key, int(position), int(has_gauss), float(cached_gaussian))
-    if include_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no type for it
-        states["torch.cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def set_rng_states(states: dict[str, Any]) -> None:
-    """Set the states that :func:`collect_rng_states` returned; generators that are not in it are left alone.
-
-    Args:
-        states: Maps the generator's name to its state. States of CUDA devices that are not here are ignored.
-    """
-    if "torch" in states:
-        torch.set_rng_state(states["torch"].cpu())
-    if "python" in states:
-        version, internal, gauss_next = states["python"]
-        random.setstate((version, tuple(internal), gauss_next))
-    if "numpy" in states:
-        numpy = _numpy()
-        if numpy is not None:
-            name, key, *rest = states["numpy"]
-            numpy.random.set_state((name, numpy.asarray(key, dtype="uint32"), *rest))
-    if "torch.cuda" in states and torch.cuda.is_available():
-        for index, state in enumerate(states["torch.cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), index)
 
 
 def _seed_generators(seed: int) -> None:

@@ -1,14 +1,9 @@
-"""The states of random generators: the global ones of a process, and those that data sets and samplers hold.
-
-States are kept as numbers, strings and bytes, which are quick to read and load with ``weights_only=True``.
-"""
+"""The random generators that data sets, samplers, transforms and the like hold, found by searching what they refer to."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import random
-import struct
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType, ModuleType
@@ -16,127 +11,20 @@ from typing import Any
 
 import torch
 
-State = dict[str, Any]
+from levin.utilities.rng_states import (
+    bytes_tensor,
+    pack_arrays,
+    pack_python,
+    tensor_bytes,
+    unpack_arrays,
+    unpack_python,
+)
+
 Path = tuple[str | int, ...]
 
-# Names of the global generators.
-TORCH: tuple[str, ...] = ("torch",)
-ALL: tuple[str, ...] = ("torch", "python", "numpy")
-
-_PYTHON_STATE = struct.Struct("625I")
-_NUMPY_BYTES = 624 * 4 + 4  # numpy's MT19937 is 624 words and the position in them
 _MAX_DEPTH = 6
 _MAX_OBJECTS = 1000
 _MAX_ITEMS = 64
-
-
-class GlobalGenerators:
-    """Reads and sets the generators of python, numpy and torch in this process.
-
-    Reading them costs about 20 us. It is done once per batch in workers, hence an object: it remembers numpy's last
-    state, which is slow to read, and reads it again only after numbers were drawn.
-
-    Example:
-        >>> generators = GlobalGenerators()
-        >>> before = generators.read()
-        >>> first = random.random()
-        >>> generators.write(before)
-        >>> first == random.random()
-        True
-    """
-
-    def __init__(self) -> None:
-        self._numpy_words: bytes | None = None
-        self._numpy_state: State | None = None
-
-    def read(self, names: Collection[str] = ALL) -> State:
-        """Return the states of the generators with these names; numpy only if something imported it."""
-        states: State = {}
-        if "torch" in names:
-            states["torch"] = tensor_bytes(torch.default_generator.get_state())
-        if "python" in names:
-            states["python"] = pack_python(random.getstate())
-        if "numpy" in names:
-            numpy_state = self._read_numpy()
-            if numpy_state is not None:
-                states["numpy"] = numpy_state
-        return states
-
-    def write(self, states: Mapping[str, Any]) -> None:
-        """Set the generators to ``states``; those that are not in it are left alone."""
-        if "torch" in states:
-            torch.default_generator.set_state(bytes_tensor(states["torch"]))
-        if "python" in states:
-            random.setstate(unpack_python(states["python"]))
-        if "numpy" in states:
-            import numpy
-
-            numpy.random.set_state(unpack_arrays(states["numpy"]))  # noqa: NPY002  (the user draws from it)
-            self._numpy_words = None
-
-    def _read_numpy(self) -> State | None:
-        module = sys.modules.get("numpy.random")
-        if module is None:
-            return None
-        words = _numpy_words(module.get_bit_generator())
-        rests = words is not None and words == self._numpy_words
-        # A normal number may be waiting (`has_gauss`); taking it changes the state but not the words.
-        if rests and self._numpy_state is not None and not self._numpy_state.get("has_gauss", 1):
-            return self._numpy_state
-        self._numpy_words = words
-        self._numpy_state = pack_arrays(module.get_state(legacy=False))
-        return self._numpy_state
-
-
-def _numpy_words(bit_generator: Any) -> bytes | None:
-    if type(bit_generator).__name__ != "MT19937":
-        return None
-    return ctypes.string_at(bit_generator.ctypes.state_address, _NUMPY_BYTES)
-
-
-def tensor_bytes(state: torch.Tensor) -> bytes:
-    """Return a generator's state, a uint8 tensor on the CPU, as bytes."""
-    return ctypes.string_at(state.data_ptr(), state.numel())
-
-
-def bytes_tensor(state: bytes) -> torch.Tensor:
-    """Return bytes as the uint8 tensor that generators take."""
-    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
-
-
-def pack_python(state: tuple[Any, ...]) -> tuple[int, bytes, float | None]:
-    """Return the state of a ``random.Random`` with its 625 numbers as bytes."""
-    version, words, gauss = state
-    return version, _PYTHON_STATE.pack(*words), gauss
-
-
-def unpack_python(state: tuple[int, bytes, float | None]) -> tuple[Any, ...]:
-    """Undo :func:`pack_python`."""
-    version, words, gauss = state
-    return version, _PYTHON_STATE.unpack(words), gauss
-
-
-def pack_arrays(value: Any) -> Any:
-    """Return nested dicts with each numpy array as ``("ndarray", dtype, bytes)``."""
-    if isinstance(value, dict):
-        return {key: pack_arrays(item) for key, item in value.items()}
-    if type(value).__name__ == "ndarray":
-        return ("ndarray", value.dtype.str, value.tobytes())
-    return value.item() if hasattr(value, "item") else value
-
-
-def unpack_arrays(value: Any) -> Any:
-    """Undo :func:`pack_arrays`."""
-    if isinstance(value, dict):
-        return {key: unpack_arrays(item) for key, item in value.items()}
-    if isinstance(value, tuple) and len(value) == 3 and value[0] == "ndarray":
-        import numpy
-
-        return numpy.frombuffer(value[2], dtype=value[1]).copy()
-    return value
-
-
-# ---------------------------------------------------------------- generators that objects hold
 
 
 def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path, Any]:

@@ -1,0 +1,170 @@
+"""The samplers of a DataLoader: their state when an epoch begins, and the indices that they give.
+
+An order of samples is not saved. The samplers are set to what they were when the epoch began and asked again, without
+loading anything. That is exact for samplers that draw when they are asked for the first index, or in ``iter()``, from
+the global generators or from generators that they hold. Of those that torch does not ship a checksum of the indices is
+kept, so that it is seen, and said, when the same states give another order.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator, Mapping
+from itertools import chain, islice
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from levin.data.combined import is_stateful, known_length
+from levin.data.samplers import UnrepeatedDistributedSampler
+from levin.resume.held_generators import find_generators, read_generators, write_generators
+
+State = dict[str, Any]
+
+_KNOWN = (
+    SequentialSampler,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    DistributedSampler,
+    UnrepeatedDistributedSampler,
+)
+
+
+def index_sampler(loader: DataLoader[Any]) -> Any:
+    """Return what gives the loader the indices of its batches (or of its samples, if it does not batch)."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+
+
+def innermost(sampler: Any) -> Any:
+    """Return the sampler that a batch sampler, or a wrapper for several ranks, draws from."""
+    return list(_nested(sampler))[-1]
+
+
+def _nested(sampler: Any) -> Iterator[Any]:
+    while sampler is not None:
+        yield sampler
+        sampler = getattr(sampler, "sampler", None)
+
+
+def is_known(sampler: Any) -> bool:
+    """Return whether ``sampler`` is one of torch's, which give the same order from the same states."""
+    return type(sampler) in _KNOWN or (type(sampler) is BatchSampler and type(sampler.sampler) in _KNOWN)
+
+
+def shape_of(loader: DataLoader[Any]) -> State:
+    """Return the settings of ``loader`` that must be the same for an exact resume."""
+    sampler = index_sampler(loader)
+    inner = getattr(sampler, "sampler", sampler)
+    return {
+        "batch_size": loader.batch_size if isinstance(loader.batch_size, int) else getattr(sampler, "batch_size", None),
+        "num_replicas": getattr(inner, "num_replicas", 1),
+        "num_workers": loader.num_workers,
+        "num_samples": known_length(inner),
+    }
+
+
+class SamplerState:
+    """Reads and sets the generators that a loader and its samplers hold, and the samplers' own ``state_dict``.
+
+    Args:
+        loader: The loader.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        sampler = index_sampler(loader)
+        self._owners: State = {"generator": loader.generator, "sampler": sampler}
+        # What the data set holds is kept with the data set, in the process that loads the samples.
+        self._leave_out: set[int] = {id(loader.dataset)}
+        self._stateful: dict[int, Any] = {
+            depth: nested for depth, nested in enumerate(_nested(sampler)) if is_stateful(nested)
+        }
+
+    def read(self) -> State:
+        """Return the present state."""
+        return {
+            "generators": read_generators(find_generators(self._owners, self._leave_out)),
+            "own": {depth: copy.deepcopy(sampler.state_dict()) for depth, sampler in self._stateful.items()},
+        }
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Set what :meth:`read` returned."""
+        for depth, own in state["own"].items():
+            if depth in self._stateful:
+                self._stateful[depth].load_state_dict(copy.deepcopy(own))
+        write_generators(self._owners, state["generators"], self._leave_out)
+
+
+class IndexStream(Iterator[Any]):
+    """The indices of one epoch, which a loader takes from its sampler one batch after the other.
+
+    Args:
+        indices: The sampler's iterator.
+        is_checked: Whether to keep a checksum of the indices.
+    """
+
+    def __init__(self, indices: Iterator[Any], is_checked: bool) -> None:
+        self.indices: Iterator[Any] = indices
+        self.is_open: bool = True
+        self.is_checked: bool = is_checked
+        self.num_taken: int = 0
+        self.checksum: int = 0
+
+    def __next__(self) -> Any:
+        if not self.is_open:
+            raise StopIteration
+        index = next(self.indices)
+        self.num_taken += 1
+        if self.is_checked:
+            self.checksum = zlib.crc32(repr(index).encode(), self.checksum)
+        return index
+
+    def draw_order(self) -> None:
+        """Take the first index and keep it for later: with it, samplers draw the order of the whole epoch."""
+        self.indices = chain(list(islice(self.indices, 1)), self.indices)
+
+    def skip(self, num_indices: int) -> None:
+        """Go on without giving the next indices out."""
+        self.is_open = True
+        for _ in islice(self, num_indices):
+            pass
+
+    def state(self) -> State:
+        """Return what shows whether the indices are the same when they are drawn again."""
+        return {"num_taken": self.num_taken, "checksum": self.checksum} if self.is_checked else {}
+
+
+class HeldSampler(Sampler[Any]):
+    """Stands in for a sampler while workers are started, and gives nothing until its stream is opened.
+
+    A loader with workers sends them indices as soon as it is made. In the middle of an epoch that is too early: the
+    indices that were seen must be left out, and the worker whose turn it is must get the first one.
+
+    Args:
+        sampler: The sampler.
+        is_checked: See :class:`IndexStream`.
+    """
+
+    def __init__(self, sampler: Any, is_checked: bool) -> None:
+        self.sampler: Any = sampler
+        self.is_checked: bool = is_checked
+        self.stream: IndexStream = IndexStream(iter(()), is_checked)
+
+    def __iter__(self) -> IndexStream:
+        # `iter` of the sampler is called when the loader calls it: some samplers draw there.
+        self.stream = IndexStream(iter(self.sampler), self.is_checked)
+        self.stream.is_open = False
+        return self.stream
+
+    def __len__(self) -> int:
+        return len(self.sampler)
