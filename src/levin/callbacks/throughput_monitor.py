@@ -82,7 +82,11 @@ class ThroughputMonitor(Callback):
             self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
         if stage == "fit" and not hasattr(pl_module, "flops_per_batch"):
             rank_zero_info(f"{type(pl_module).__name__} has no `flops_per_batch`, so no FLOPs are logged.")
-        settings = {**self.kwargs, "available_flops": self.available_flops, "world_size": trainer.world_size}
+        settings = {
+            **self.kwargs,
+            "available_flops": self.available_flops,
+            "world_size": trainer.strategy.data_parallel.size,
+        }
         stages = ("train", "validate") if stage == "fit" else (stage,)
         self._meters = {name: _Meter(Throughput(**settings)) for name in stages}
         self._eval_batches = 0

@@ -277,6 +277,7 @@ def new_store(run: Run, training: bool) -> LogStore:
         return found
 
     def sync(value: Tensor, reduction: str, group: Any) -> Tensor:
+        group = strategy.data_parallel.group if group is None else group
         reduced: Tensor = strategy.reduce(value.to(strategy.root_device), group=group, reduce_op=reduction)
         return reduced
 

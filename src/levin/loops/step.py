@@ -277,7 +277,8 @@ class AutomaticStep:
             if self.is_distributed:
                 strategy = self.run.strategy
                 total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
-                weight = strategy.reduce(total, reduce_op="sum") / strategy.world_size
+                data = strategy.data_parallel
+                weight = strategy.reduce(total, group=data.group, reduce_op="sum") / data.size
             _scale_gradients(self.optimizer, 1.0 / weight)
         elif (self.held != self.window or self.lacks) and not self.handles_accumulation:
             # Every rank divides by the window, and the reduction by the number of ranks.

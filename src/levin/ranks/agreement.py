@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 from levin.protocols import Run
-from levin.ranks.uneven import is_shared
+from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.states import StopFlags
 
 PERIOD_S = 0.25
@@ -103,7 +102,7 @@ class Agreement:
 
 def agreement_for(run: Run) -> Agreement | None:
     """Return an agreement for ``run``, None where there is no other rank to agree with."""
-    strategy: Any = run.strategy
-    if not is_shared(strategy):
+    strategy = run.strategy
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return None
     return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,10 @@ def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
         args: As for :class:`~levin.data.feed.Feed`.
     """
     strategy: Any = run.strategy
-    peers = Peers(
-        strategy.global_rank, strategy.world_size, strategy.control.exchange, strategy.control.share, num_collectives
-    )
-    uneven = Uneven(run, strategy.world_size)
+    data = strategy.data_parallel
+    counted = functools.partial(num_collectives, data.group)
+    peers = Peers(data.rank, data.size, strategy.data_control.exchange, strategy.data_control.share, counted)
+    uneven = Uneven(run, data.size)
     return SharedFeed(*args, peers=peers, rule=strategy.uneven if stage == "train" else None, uneven=uneven)
 
 
@@ -101,11 +102,11 @@ def agreed_batches(strategy: Any, num_batches: float, rule: str = "longest") -> 
     """Return how many batches of one loader all ranks go through together; each asks with its own number."""
     if not is_shared(strategy) or not is_connected():
         return num_batches
-    numbers = [row[0] for row in strategy.control.exchange([float(num_batches)])]
+    numbers = [row[0] for row in strategy.data_control.exchange([float(num_batches)])]
     agreed = min(numbers) if rule == "shortest" else max(numbers)
     return agreed if agreed == float("inf") else int(agreed)
 
 
 def is_shared(strategy: Strategy) -> bool:
-    """Whether there are other ranks to take steps with."""
-    return strategy.is_distributed and strategy.world_size > 1
+    """Whether the data is split over several ranks, which take their steps together."""
+    return strategy.is_distributed and strategy.data_parallel.size > 1

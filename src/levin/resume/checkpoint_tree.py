@@ -167,7 +167,8 @@ def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
 def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
     """Return the part of :func:`own_state` that is for this rank."""
     state = own_state(checkpoint)
-    return None if state is None else part_of_rank(state, strategy.global_rank, strategy.world_size)
+    data = strategy.data_parallel
+    return None if state is None else part_of_rank(state, data.rank, data.size)
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:

@@ -20,11 +20,12 @@ _CPU = torch.device("cpu")
 
 def with_other_ranks(own: State, strategy: Any) -> State:
     """Return what rank 0 writes: its own state and, beside it, those of the other ranks; all ranks call this."""
-    if not strategy.is_distributed or strategy.world_size == 1:
+    size = strategy.data_parallel.size
+    if not strategy.is_distributed or size == 1:
         return own
     if strategy.control.is_closed:
-        return {**own, _ALONE: strategy.world_size}
-    states = strategy.control.gather(move_data_to_device(own, _CPU))
+        return {**own, _ALONE: size}
+    states = strategy.data_control.gather(move_data_to_device(own, _CPU))
     return own if states is None else {**own, _OTHERS: states[1:]}
 
 
@@ -33,8 +34,8 @@ def part_of_rank(state: State, rank: int, size: int) -> State:
 
     Args:
         state: As it was saved, by any number of processes.
-        rank: Of this process.
-        size: Number of processes now. When it is another one, what cannot go on is left out, with a warning.
+        rank: Of this process, among those that see different data.
+        size: Number of those now. When it is another one, what cannot go on is left out, with a warning.
     """
     states: list[State] = [{key: value for key, value in state.items() if key != _OTHERS}, *state.get(_OTHERS, [])]
     if len(states) == size:

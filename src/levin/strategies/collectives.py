@@ -132,10 +132,10 @@ def agree(decision: bool, all_must: bool, group: Any = None, device: torch.devic
     return bool(vote.item())
 
 
-def num_collectives() -> int:
-    """Return how many collectives this process has taken part in over the group of all processes."""
-    world: Any = dist.group.WORLD
-    count: int = world._get_sequence_number_for_group()
+def num_collectives(group: Any = None) -> int:
+    """Return how many collectives this process has taken part in over a group; over that of all processes when None."""
+    asked: Any = dist.group.WORLD if group is None else group
+    count: int = asked._get_sequence_number_for_group()
     return count
 
 

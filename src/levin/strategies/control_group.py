@@ -1,4 +1,4 @@
-"""A line between the processes for a few numbers about the run, apart from the tensors of the model."""
+"""A group of processes that exchanges a few numbers about the run, apart from the tensors of the model."""
 
 from __future__ import annotations
 
@@ -13,31 +13,39 @@ import torch.distributed as dist
 class ControlGroup:
     """Exchanges numbers over the CPU, whatever the devices: nobody waits for a GPU, and no gradient is overtaken.
 
-    The line is opened by the first exchange, which all processes take part in.
+    The process group is made by the first exchange, which all of its processes take part in.
 
     After an error :attr:`is_closed` is set: the other processes may be gone, or wait elsewhere, and nobody is asked any more.
 
     Args:
         timeout: How long a process waits for the others; torch's default when None.
+        ranks: The global ranks that belong to it, this process among them; all when None.
     """
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    def __init__(self, timeout: timedelta | None = None, ranks: Sequence[int] | None = None) -> None:
         self._timeout = timeout
+        self._ranks = None if ranks is None else list(ranks)
         self.is_closed: bool = False
         self._group: Any = None
-        # The process group that the line was opened beside: it ends with it.
+        # The process group of all that this one was made beside: it ends with it.
         self._world: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave an open line here: another process opens its own."""
-        return {"is_closed": False, "_timeout": self._timeout, "_group": None, "_world": None}
+        """Leave an open group here: another process opens its own."""
+        return {**self.__dict__, "is_closed": False, "_group": None, "_world": None}
 
     @property
     def group(self) -> Any:
-        """The process group of the line."""
+        """The process group."""
         world = dist.group.WORLD
         if self._group is None or self._world is not world:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)  # type: ignore[no-untyped-call]
+            self._group = dist.new_group(  # type: ignore[no-untyped-call]  # torch
+                self._ranks,
+                timeout=self._timeout,
+                backend="gloo",
+                # Where it is not of all processes, those that are not in it have no part in making it.
+                use_local_synchronization=self._ranks is not None,
+            )
             self._world = world
         return self._group
 
@@ -50,20 +58,21 @@ class ControlGroup:
         if self.is_closed:
             return [[float(number) for number in numbers]]
         own = torch.tensor(numbers, dtype=torch.float64)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, own, group=self.group)
         return [part.tolist() for part in parts]
 
     def share(self, obj: Any, src: int = 0) -> Any:
-        """Return the object of rank ``src``, any that pickle can carry, in every process."""
+        """Return the object of number ``src`` of the group, any that pickle can carry, in every process."""
         holder = [obj]
-        dist.broadcast_object_list(holder, src=src, group=self.group)
+        dist.broadcast_object_list(holder, group=self.group, group_src=src)
         return holder[0]
 
     def gather(self, obj: Any) -> list[Any] | None:
-        """Return the objects of all processes, in the order of ranks, in rank 0; None in the others, and when cut."""
+        """Return the objects of all processes, in order, in the first of the group; None in the others, and when closed."""
         if self.is_closed:
             return None
-        found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-        dist.gather_object(obj, found, dst=0, group=self.group)
+        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        found: list[Any] | None = [None] * size if rank == 0 else None
+        dist.gather_object(obj, found, group=self.group, group_dst=0)
         return found

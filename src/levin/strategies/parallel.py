@@ -96,6 +96,7 @@ class ParallelStrategy(Strategy, ABC):
         self.parallel_devices: list[torch.device] = list(parallel_devices or [])
         self.timeout = timeout
         self.control = ControlGroup(timeout)
+        self._data_control: ControlGroup | None = None
         is_default = timeout in (None, DEFAULT_TIMEOUT)
         self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
         self._process_group_backend = process_group_backend
@@ -212,6 +213,7 @@ class ParallelStrategy(Strategy, ABC):
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         connect_processes(self.environment, self.process_group_backend, self.timeout)
         self.control.is_closed = False
+        self._data_control = None
         # All processes start from the same weights and draw the same numbers.
         reset_seed()
 
@@ -248,9 +250,22 @@ class ParallelStrategy(Strategy, ABC):
         else:
             dist.barrier()
 
+    @property
+    def data_control(self) -> ControlGroup:
+        """Like :attr:`control`, between the processes of :attr:`data_parallel`."""
+        ranks = self.data_parallel.ranks
+        if ranks is None:
+            return self.control
+        if self._data_control is None:
+            self._data_control = ControlGroup(self.timeout, ranks)
+            self._data_control.is_closed = self.control.is_closed
+        return self._data_control
+
     def abandon_peers(self) -> None:
         """Answer for this process alone from here on; see :meth:`Strategy.abandon_peers`."""
         self.control.is_closed = True
+        if self._data_control is not None:
+            self._data_control.is_closed = True
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
