@@ -65,6 +65,10 @@ class Accelerator(ABC):
     def is_available() -> bool:
         """Return whether this machine has such hardware and torch can use it."""
 
+    @classmethod
+    def register_accelerators(cls, accelerator_registry: Any) -> None:
+        """Add this class to a registry under its names."""
+
     def setup_device(self, device: torch.device) -> None:
         """Prepare the device of this process, before anything is placed on it.
 

@@ -65,7 +65,7 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
     is_overfit = bool(run.settings.overfit_batches) and loaders.stage in ("train", "val") and run.fn == "fit"
     owner = loaders.owner
     with nullcontext() if owner is None else run.profiler.profile(action_name(owner, loaders.hook)):
-        loaders.load(sampler_kwargs, is_overfit)
+        loaders.load(sampler_kwargs, run.strategy.process_dataloader, is_overfit)
     name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
         loaders.stage, f"limit_{loaders.stage}_batches"
     )

@@ -252,6 +252,6 @@ def compose_run(run: Run) -> None:
             optimizer._module = module
     run.hooks = HookTable(run.trainer, module, run.callbacks, timed, strategy)
     owners = [owner for owner in (run.datamodule, module) if owner is not None]
-    run.transfer = transfer_hooks(owners, timed, strategy)
+    run.transfer = strategy.transfer_function(transfer_hooks(owners, timed, strategy))
     run.agreement = agreement_for(run)
     run.activate(new_store(run, training=fits))

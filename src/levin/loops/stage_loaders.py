@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -53,8 +54,15 @@ class StageLoaders:
         """The collection in the user's own structure, samplers injected; None before it is loaded."""
         return None if self.combined is None else self.combined.iterables
 
-    def load(self, sampler_kwargs: Optional[dict[str, int]], is_overfit: bool = False) -> None:
+    def load(
+        self, sampler_kwargs: Optional[dict[str, int]], process: Callable[[Any], Any], is_overfit: bool = False
+    ) -> None:
         """Ask for the loaders and prepare each.
+
+        Args:
+            sampler_kwargs: Rank and number of ranks for samplers; None where each rank sees all.
+            process: Returns what is iterated in place of a loader.
+            is_overfit: Whether all epochs see the same batches.
 
         Raises:
             TypeError: Something that cannot be iterated.
@@ -87,7 +95,9 @@ class StageLoaders:
                 )
         stage: Any = self.stage
         combined.flattened = [
-            prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
+            process(
+                prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
+            )
             for loader in combined.flattened
         ]
         combined.is_settled = True

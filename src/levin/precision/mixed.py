@@ -52,6 +52,10 @@ class MixedPrecision(Precision):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Return torch's autocast for this device and type."""
+        return self.autocast_context_manager()
+
+    def autocast_context_manager(self) -> torch.autocast:
+        """Return torch's autocast for this device and type."""
         return torch.autocast(self.device, dtype=self.dtype)
 
     def convert_output(self, data: Any) -> Any:

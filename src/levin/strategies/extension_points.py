@@ -52,6 +52,10 @@ class ExtensionPoints:
         """
         return getattr(type(self), name) is not getattr(ExtensionPoints, name)
 
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Add this class to a registry under its names."""
+
     @property
     def precision_plugin(self) -> Precision:
         """Another name for :attr:`precision`."""
@@ -143,6 +147,23 @@ class ExtensionPoints:
         return self._strategy.reduce(tensor, group=group, reduce_op=reduce_op)
 
     # Batches and state
+
+    def transfer_function(
+        self, chain: Callable[[Any, torch.device, int], Any] | None
+    ) -> Callable[[Any, torch.device, int], Any] | None:
+        """Return what brings the Trainer's batches to the device: ``chain``, or an override of :meth:`batch_to_device`.
+
+        Args:
+            chain: The module's own transfer hooks; None for the default alone.
+        """
+        self.transfer_batch = chain
+        if not self.is_overridden("batch_to_device"):
+            return chain
+
+        def transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+            return self.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+        return transfer
 
     def process_dataloader(self, dataloader: object) -> object:
         """Return what is iterated in place of the user's loader."""

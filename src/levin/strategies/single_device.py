@@ -32,6 +32,8 @@ class SingleDeviceStrategy(Strategy):
         tensor(2.)
     """
 
+    strategy_name = "single_device"
+
     def __init__(
         self,
         device: torch.device | str | int = "cpu",

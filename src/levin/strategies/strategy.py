@@ -244,7 +244,7 @@ class Strategy(ExtensionPoints, ABC):
         is_trainers = module is self.lightning_module
         module = self.precision.convert_module(module)
         if is_trainers:
-            self.connect(module)
+            self.lightning_module = self.model = module
         if move_to_device and is_trainers:
             self.model_to_device()
         elif move_to_device:
