@@ -30,6 +30,7 @@ _ROOMS = (
     "accelerators",
     "callbacks",
     "checkpoint",
+    "cli",
     "compat",
     "data",
     "environments",

@@ -117,7 +117,12 @@ def test_an_absent_feature_leaves_the_table_when_it_comes():
 
 @pytest.mark.parametrize(
     "name, base",
-    [("Tuner", None), ("FSDPStrategy", "Strategy"), ("LearningRateFinder", "Callback"), ("NeptuneLogger", "Logger")],
+    [
+        ("XLACheckpointIO", None),
+        ("XLAStrategy", "Strategy"),
+        ("BitsandbytesPrecision", "Precision"),
+        ("NeptuneLogger", "Logger"),
+    ],
 )
 def test_an_absent_feature_can_be_mentioned_and_not_used(name, base):
     from levin.compat import absent

@@ -48,11 +48,6 @@ Tuner = _absent(
     "Tuner", "Set the learning rate and the batch size yourself, or search them with short runs of `Trainer`."
 )
 
-_BY_HAND = "Build the objects in Python, or with jsonargparse's ArgumentParser, and pass them to `Trainer`."
-LightningArgumentParser = _absent("LightningArgumentParser", _BY_HAND)
-LightningCLI = _absent("LightningCLI", _BY_HAND)
-SaveConfigCallback = _absent("SaveConfigCallback", _BY_HAND, Callback)
-
 _OTHER_LOGGER = "Use one of levin.loggers, or subclass levin.loggers.Logger."
 LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)
 NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)

@@ -10,7 +10,7 @@ import types
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from importlib.util import find_spec
-from typing import Any, Optional, Protocol, Union, runtime_checkable
+from typing import Any, Protocol, Union, runtime_checkable
 
 import torch
 import torch.distributed
@@ -30,7 +30,6 @@ _IS_WINDOWS: bool = sys.platform == "win32"
 _OMEGACONF_AVAILABLE: bool = find_spec("omegaconf") is not None
 _EVALUATE_OUTPUT = list[Mapping[str, float]]
 _PREDICT_OUTPUT = Union[list[Any], list[list[Any]]]
-ArgsType = Optional[Union[list[str], dict[str, Any], Any]]
 
 
 class LightningDeprecationWarning(DeprecationWarning):
@@ -241,16 +240,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.name
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
-
-
-def instantiate_class(args: Any, init: dict[str, Any]) -> Any:
-    """Return an object of the class that ``init["class_path"]`` names.
-
-    Args:
-        args: Positional arguments: one value or a tuple.
-        init: ``{"class_path": "package.module.Class", "init_args": {...}}``.
-    """
-    module, _, name = init["class_path"].rpartition(".")
-    kind = getattr(__import__(module, fromlist=[name]), name)
-    positional = args if isinstance(args, tuple) else (args,)
-    return kind(*positional, **init.get("init_args", {}))

@@ -20,8 +20,8 @@ _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
     "levin.loggers",
     "levin.counters",
 )
-_PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
-    "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
+_CLI, _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
+    "levin.cli", "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
 )  # fmt: skip
 _RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.model_summary", "levin.callbacks.progress"
 _ROOT = "Callback LightningDataModule LightningModule Trainer seed_everything"
@@ -106,9 +106,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.callbacks.timer": {_CALLBACKS: "Timer", EQUIVALENTS: "Interval"},
     "pytorch.callbacks.weight_averaging": {_CALLBACKS: "EMAWeightAveraging WeightAveraging"},
     "pytorch.cli": {
-        ABSENT: "LightningArgumentParser LightningCLI SaveConfigCallback",
-        EQUIVALENTS: "ArgsType instantiate_class",
-        "torch.optim.lr_scheduler": "ReduceLROnPlateau",
+        _CLI: "ArgsType LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion "
+        "LightningArgumentParser LightningCLI OptimizerCallable ReduceLROnPlateau SaveConfigCallback instantiate_class "
+        "instantiate_module",
     },
     "pytorch.core": {"levin": "LightningDataModule LightningModule"},
     "pytorch.core.datamodule": {"levin": "LightningDataModule"},
@@ -382,7 +382,18 @@ TABLE: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 ROOMS = frozenset(
-    {_ACCELERATORS, _CALLBACKS, _CHECKPOINT, _ENVIRONMENTS, _LAUNCHERS, _LOGGERS, _PRECISION, _PROFILERS, _STRATEGIES}
+    {
+        _ACCELERATORS,
+        _CALLBACKS,
+        _CHECKPOINT,
+        _CLI,
+        _ENVIRONMENTS,
+        _LAUNCHERS,
+        _LOGGERS,
+        _PRECISION,
+        _PROFILERS,
+        _STRATEGIES,
+    }
 )
 """Modules that are attributes of ``levin`` without being imported."""
 
