@@ -90,7 +90,7 @@ class Data(pl.LightningDataModule):
         self.batch_size, self.num_classes = batch_size, 11
 
     def train_dataloader(self):
-        return torch.utils.data.DataLoader(torch.randn(8, 4), self.batch_size)
+        return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=self.batch_size)
 
     val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 

@@ -260,12 +260,13 @@ class LightningCLI:
         """Make data module, module and Trainer."""
         instantiators = []
         if self.load_from_checkpoint_support:
-            for key, kind, is_subclass in (
-                ("model", self._model_class, self.subclass_mode_model),
-                ("data", self._datamodule_class, self.subclass_mode_data),
+            for key, given, kind, is_subclass in (
+                ("model", self.model_class, self._model_class, self.subclass_mode_model),
+                ("data", self.datamodule_class, self._datamodule_class, self.subclass_mode_data),
             ):
-                config = self.config_dump.get(key) or {}
-                instantiators.append(saving_instantiator(kind, config, key, is_subclass))
+                if given is None or inspect.isclass(given):  # arguments of a function do not build the class again
+                    config = self.config_dump.get(key) or {}
+                    instantiators.append(saving_instantiator(kind, config, key, is_subclass))
         self.config_init: Namespace = self.parser.instantiate(self.config, instantiators=instantiators)
         self.datamodule: Optional[LightningDataModule] = self._get(self.config_init, "data")
         self.model: LightningModule = self._get(self.config_init, "model")

@@ -1,0 +1,179 @@
+"""What levin's command line does beyond Lightning's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import levin
+from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from levin.cli.class_paths import to_levin, to_lightning
+from levin.cli.parser import nearest
+
+QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
+         "--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
+
+
+class Net(levin.LightningModule):
+    def __init__(self, lr: float = 0.1, width: int = 4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).pow(2).mean()
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["program"])
+
+
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (["--trainer.max_epochz=2"], "trainer.max_epochs"),
+        (["--modl.lr=2"], "model.lr"),
+        (["--model.widht=2"], "model.width"),
+        (["--optimizer=SGD", "--optimizer.momentun=2"], "momentum"),
+        (["--trainer.callbacks=EarlyStoping"], "EarlyStopping"),
+        (["--optimizer=Adamm"], "Adam"),
+        (["--config=FILE:trainer: {max_epoch: 3}"], "trainer.max_epochs"),
+        (["--config=FILE:model: {lrr: 3}"], "model.lr"),
+        (["--config=FILE:modell: {lr: 3}"], "model.lr"),
+    ],
+)
+def test_what_was_mistyped_is_answered_with_the_nearest_that_there_is(tmp_path, capsys, words, meant):
+    file = tmp_path / "config.yaml"
+    if "FILE:" in words[0]:
+        file.write_text(words[0].split("FILE:")[1])
+        words = [f"--config={file}"]
+    with pytest.raises(SystemExit):
+        LightningCLI(Net, args=words, run=False)
+    message = capsys.readouterr().err
+    assert f"Did you mean {meant}?" in message or f"Did you mean --{meant}?" in message
+
+
+def test_nothing_near_is_not_guessed_at():
+    assert nearest("unrecognized arguments: --something.else=1", ["trainer.max_epochs", "model.lr"]) == ""
+    assert nearest("another error with trainer.max_epoch", ["trainer.max_epochs"]) == ""
+
+
+def test_class_paths_are_translated_whole_and_alone():
+    given = "see lightning.pytorch.callbacks.EarlyStopping.thing, /lightning.pytorch.callbacks.EarlyStopping/x"
+    assert to_levin(given) == given
+    assert to_levin(["pytorch_lightning.loggers.CSVLogger", 3]) == ["levin.loggers.CSVLogger", 3]
+    assert to_levin("lightning.pytorch.loggers.NoSuchLogger") == "lightning.pytorch.loggers.NoSuchLogger"
+    assert to_lightning("a: levin.callbacks.BadStepGuard") == "a: levin.callbacks.BadStepGuard"
+    assert to_levin(to_lightning("- levin.cli.ReduceLROnPlateau")) == "- levin.cli.ReduceLROnPlateau"
+
+
+def test_the_optimizer_of_the_command_line_is_new_in_each_fit():
+    cli = LightningCLI(Net, args=[*QUIET, "--optimizer=SGD", "--optimizer.lr=0.5"], run=False)
+    first, second = cli.model.configure_optimizers(), cli.model.configure_optimizers()
+    assert first is not second and first.defaults["lr"] == 0.5
+
+
+def test_the_optimizer_of_the_command_line_sees_parameters_that_configure_model_makes():
+    class Late(Net):
+        def configure_model(self):
+            self.late = torch.nn.Linear(4, 4)
+
+    cli = LightningCLI(
+        Late, args=[*QUIET, "--optimizer=SGD", "--trainer.max_epochs=1"], run=False, save_config_callback=None
+    )
+    cli.trainer.fit(cli.model)
+    assert any(
+        group_param is cli.model.late.weight
+        for group in cli.trainer.optimizers[0].param_groups
+        for group_param in group["params"]
+    )
+
+
+def test_a_checkpoint_of_a_subclass_is_built_as_that_subclass(tmp_path):
+    cli = LightningCLI(Net, args=[*QUIET, "--model=tests.cli.test_lightning_cli.Wider", "--model.depth=3", "--optimizer=SGD", "--trainer.max_epochs=1"],
+                       run=False, subclass_mode_model=True, save_config_callback=None)  # fmt: skip
+    cli.trainer.fit(cli.model)
+    cli.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    loaded = Net.load_from_checkpoint(tmp_path / "saved.ckpt")
+    assert type(loaded).__name__ == "Wider" and loaded.hparams.depth == 3
+
+
+class Wider(Net):
+    def __init__(self, depth: int = 1, **kwargs):
+        super().__init__(**kwargs)
+        self.save_hyperparameters()
+
+
+def test_saving_nothing_at_all_is_refused():
+    parser = LightningArgumentParser()
+    with pytest.raises(ValueError, match="save_config"):
+        SaveConfigCallback(parser, parser.parse_args([]), save_to_log_dir=False)
+
+
+PROGRAM = """
+import sys
+import torch
+{imports}
+
+class Net(pl.LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=4)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).pow(2).mean()
+
+if __name__ == "__main__":
+    LightningCLI(Net, trainer_defaults=dict(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False))
+"""
+
+
+def run_program(folder: Path, imports: str, *words: str, before: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    script = folder / "program.py"
+    script.write_text(textwrap.dedent(PROGRAM).replace("{imports}", imports))
+    command = [sys.executable, *before, str(script), *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+
+
+THEIRS = "import lightning.pytorch as pl\nfrom lightning.pytorch.cli import LightningCLI"
+OURS = "import levin as pl\nfrom levin.cli import LightningCLI"
+WORDS = [
+    "--optimizer=SGD",
+    "--trainer.callbacks=Timer",
+    "--trainer.callbacks.duration=00:01:00:00",
+    "--lr_scheduler=ReduceLROnPlateau",
+    "--lr_scheduler.monitor=x",
+]
+
+
+def test_a_program_for_lightning_writes_a_configuration_that_both_frameworks_read(tmp_path):
+    words = ["fit", *WORDS[:1], "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=x", "--print_config"]
+    on_levin = run_program(tmp_path, THEIRS, *words, before=("-m", "levin"))
+    assert on_levin.returncode == 0, on_levin.stderr
+    assert "class_path: lightning.pytorch.callbacks.EarlyStopping" in on_levin.stdout
+    (tmp_path / "config.yaml").write_text(on_levin.stdout)
+    for imports in (THEIRS, OURS):
+        again = run_program(tmp_path, imports, "fit", "--config=config.yaml", "--print_config")
+        assert again.returncode == 0, again.stderr
+        assert "monitor: x" in again.stdout
+
+
+def test_the_configuration_is_saved_where_the_ranks_are_spawned(tmp_path):
+    words = ["fit", "--optimizer=SGD", "--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.max_epochs=1"]
+    done = run_program(tmp_path, OURS, *words, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs")
+    assert done.returncode == 0, done.stderr
+    saved = list(tmp_path.rglob("config.yaml"))
+    assert len(saved) == 1 and "strategy: ddp_spawn" in saved[0].read_text()
