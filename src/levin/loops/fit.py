@@ -42,7 +42,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
         return
     run.last_validation_s = run.now_s
     run.call("on_train_start")
-    run.resume.take_up(run)
+    run.resume.restore_after_start(run)
     _exchange(run)
     resumed = loop.restarted_mid_epoch
     if (unfinished := run.resume.take_unfinished(Phase.EPOCH_END)) is not None:

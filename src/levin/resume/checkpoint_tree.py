@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from levin.protocols import Run
     from levin.utilities.types import PathLike
 
+# Of what levin adds to the file; counted up when its keys change.
+OWN_VERSION = 2
+
 
 def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     """Return the tree of a run.
@@ -47,7 +50,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         if precision_state:
             checkpoint[type(precision).__qualname__] = precision_state
         precision.on_save_checkpoint(checkpoint)
-        own = {"version": 1, "rng": collect_rng_states(), **run.resume.state_dict(run)}
+        own = {"version": OWN_VERSION, "rng": collect_rng_states(), **run.resume.state_dict(run)}
         checkpoint[OWN_KEY] = with_other_ranks(own, run.strategy)
     for prefix, owner in (("", module), ("datamodule_", datamodule)):
         if owner is not None and owner.hparams:
@@ -167,6 +170,12 @@ def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
 def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
     """Return the part of :func:`own_state` that is for this rank."""
     state = own_state(checkpoint)
+    if state is not None and state.get("version") != OWN_VERSION:
+        rank_zero_warn(
+            f"The checkpoint has version {state.get('version')} of what levin keeps for an exact resume, and this levin reads "
+            f"version {OWN_VERSION}: the run goes on as from a file of Lightning. Use the levin that wrote it to go on exactly."
+        )
+        return None
     data = strategy.data_parallel
     return None if state is None else part_of_rank(state, data.rank, data.size)
 

@@ -25,6 +25,7 @@ from levin.resume.sampler_state import (
 from levin.resume.worker_state import WorkerState
 from levin.resume.workers import LOST, Workers, restart_workers, start_workers
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.rng_states import PROCESS
 
 
 class _LoaderCursor(Cursor):
@@ -88,6 +89,8 @@ class IndexCursor(_LoaderCursor):
         super().__init__(loader, lookahead)
         self.sampler: SamplerState = SamplerState(loader)
         self.is_checked: bool = not is_known(index_sampler(loader))
+        # Torch's samplers draw from torch's generator alone.
+        self.names: tuple[str, ...] = PROCESS if self.is_checked else ("torch",)
         self.stream: IndexStream | None = None
         # Right before the first index was taken: the global generators, and what lists the order that it began.
         self.order_drawn_at: State = {}
@@ -99,7 +102,7 @@ class IndexCursor(_LoaderCursor):
 
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
-        self.epoch_start = {"globals": self.rng.read(), "sampler": self.sampler.read()}
+        self.epoch_start = {"globals": self.rng.read(self.names), "sampler": self.sampler.read()}
         self.order_drawn_at, self.order, self.shared_epoch = {}, None, None
         self.num_skipped = 0
         if self.num_workers:
@@ -157,7 +160,7 @@ class IndexCursor(_LoaderCursor):
         return state
 
     def _note_order(self) -> None:
-        self.order_drawn_at, self.order = self.rng.read(), describe_order(self.loader)
+        self.order_drawn_at, self.order = self.rng.read(self.names), describe_order(self.loader)
 
     def _put_stream(self, iterator: Any, stream: IndexStream) -> None:
         """Let ``iterator``, which loads in this process, take its indices from ``stream``."""

@@ -92,16 +92,11 @@ class ResumeState:
             "reduced_metrics": tuple(dict(values) for values in run.metrics),
             "loaded_epoch": run.loaders.train.loaded_epoch,
             "eval_log_steps": dict(run.eval_log_steps),
-            "validation_data": {
-                "loaded_epoch": run.loaders.val.loaded_epoch,
-                "positions": [position.state_dict() for position in self.val_positions],
-            },
+            "validation_data": self._validation_data(run),
             "checkpoint_callbacks": {
                 callback.state_key: kept for callback in run.checkpoint_callbacks if (kept := callback.run_state())
             },
         }
-        if self._loaded_validation is not None:
-            state["validation_data"] = self._loaded_validation
         unfinished = self._find_unfinished(run)
         if unfinished is not None:
             state["unfinished"] = _as_dict(unfinished)
@@ -148,11 +143,14 @@ class ResumeState:
             "metrics": copied(collect_metric_states(run.module)),
             "eval_log_steps": dict(run.eval_log_steps),
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
-            "validation_data": self._loaded_validation
-            or {
-                "loaded_epoch": run.loaders.val.loaded_epoch,
-                "positions": [position.state_dict() for position in self.val_positions],
-            },
+            "validation_data": self._validation_data(run),
+        }
+
+    def _validation_data(self, run: Run) -> dict[str, Any]:
+        """Return when the validation loaders were loaded, and the place in each."""
+        return self._loaded_validation or {
+            "loaded_epoch": run.loaders.val.loaded_epoch,
+            "positions": [position.state_dict() for position in self.val_positions],
         }
 
     def end_validation(self) -> None:
@@ -241,8 +239,8 @@ class ResumeState:
         tree.restore_rng(exact)
         set_rng_states(exact.get("validation_rng", {}))
 
-    def take_up(self, run: Run) -> None:
-        """Take up what ``on_train_start``, which is called after a restart too, would change."""
+    def restore_after_start(self, run: Run) -> None:
+        """Restore what ``on_train_start``, which is called after a restart too, would change."""
         if self._loaded_store is not None:
             run.store.load_state_dict(self._loaded_store)
         self._loaded_store = None
