@@ -13,7 +13,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from levin.data.combined import Joint
 from levin.resume.position import Position
@@ -506,6 +506,33 @@ def test_every_sample_is_seen_once_with_another_batch_size(num_workers):
     with pytest.warns(UserWarning, match="batch_size was 3"):
         samples = go_on_with(before, after, (0, 5))
     assert sorted(samples) == list(range(23))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("sampler", ["subset", "weighted", "eager_python", "in_place", "plain_list"])
+def test_the_order_of_any_sampler_goes_on_with_another_batch_size(sampler, num_workers):
+    before, after = (Config(sampler=sampler, batch_size=size, num_workers=num_workers) for size in (3, 4))
+    seed(5)
+    unbroken = Run(before.make)
+    unbroken.go()
+    with pytest.warns(UserWarning, match="batch_size was 3.*every sample is still seen once"):
+        samples = go_on_with(before, after, (1, 4))
+    assert samples == [index for epoch, _, batch in unbroken.seen if epoch == 1 for index, *_ in batch]
+
+
+def test_samples_may_be_left_out_with_other_batches_of_an_own_batch_sampler():
+    class Groups(BatchSampler):
+        pass
+
+    def loader(size: int) -> DataLoader:
+        return DataLoader(range(23), batch_sampler=Groups(SequentialSampler(range(23)), size, False))
+
+    position, later = Position(), Position()
+    batches = position.iterate(loader(3))
+    next(batches)
+    later.load_state_dict(position.state_dict())
+    with pytest.warns(UserWarning, match="batch_size was 3.*some samples may be left out"):
+        assert next(later.iterate(loader(2))).tolist() == [4, 5]
 
 
 def test_order_goes_on_with_another_number_of_workers():
