@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.utilities.exceptions import MisconfigurationException
@@ -19,11 +20,12 @@ class CPUAccelerator(Accelerator):
     """
 
     @staticmethod
+    @override
     def name() -> str:
-        """Return ``"cpu"``."""
         return "cpu"
 
     @staticmethod
+    @override
     def parse_devices(devices: Any) -> int:
         """Return the number of processes.
 
@@ -37,20 +39,21 @@ class CPUAccelerator(Accelerator):
         return parse_cpu_processes(devices)
 
     @staticmethod
+    @override
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """Return the CPU device once per process."""
         return [torch.device("cpu")] * parse_cpu_processes(devices)
 
     @staticmethod
+    @override
     def auto_device_count() -> int:
-        """Return 1: more processes on one processor are a choice for the user to make."""
         return 1
 
     @staticmethod
+    @override
     def is_available() -> bool:
-        """Return True."""
         return True
 
+    @override
     def setup_device(self, device: torch.device) -> None:
         """Check that ``device`` is a CPU.
 
@@ -62,6 +65,7 @@ class CPUAccelerator(Accelerator):
                 f"The cpu accelerator needs a cpu device, received {device}. Pass the accelerator of that device."
             )
 
+    @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
         """Return the load of processor, memory and swap in percent.
 

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.accelerators.devices import parse_device_indices
@@ -18,30 +19,31 @@ class CUDAAccelerator(Accelerator):
     """Runs on CUDA devices; see :func:`levin.accelerators.devices.parse_device_indices` for the ways to name them."""
 
     @staticmethod
+    @override
     def name() -> str:
-        """Return ``"cuda"``."""
         return "cuda"
 
     @staticmethod
+    @override
     def parse_devices(devices: Any) -> list[int]:
-        """Return the indices of the devices that the user named."""
         return parse_device_indices(devices, range(num_cuda_devices()), kind="cuda")
 
     @staticmethod
+    @override
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """Return one device per index."""
         return [torch.device("cuda", index) for index in devices]
 
     @staticmethod
+    @override
     def auto_device_count() -> int:
-        """Return all devices; in an interactive session 1, since several need other processes."""
         return 1 if is_interactive() and num_cuda_devices() else num_cuda_devices()
 
     @staticmethod
+    @override
     def is_available() -> bool:
-        """Return whether there is a CUDA device."""
         return num_cuda_devices() > 0
 
+    @override
     def setup_device(self, device: torch.device) -> None:
         """Make ``device`` the current one.
 
@@ -55,16 +57,16 @@ class CUDAAccelerator(Accelerator):
         _hint_matmul_precision(device)
         torch.cuda.set_device(device)
 
+    @override
     def setup(self, trainer: Any) -> None:
-        """Give memory that nobody uses back to the driver, so that the run starts with what there is."""
         torch.cuda.empty_cache()
 
+    @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Return ``torch.cuda.memory_stats`` of the device."""
         return dict(torch.cuda.memory_stats(device))
 
+    @override
     def teardown(self) -> None:
-        """Give unused memory back to the driver."""
         torch.cuda.empty_cache()
 
 

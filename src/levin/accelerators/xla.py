@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.utilities.exceptions import MisconfigurationException
@@ -26,11 +27,12 @@ class XLAAccelerator(Accelerator):
             )
 
     @staticmethod
+    @override
     def name() -> str:
-        """Return ``"tpu"``."""
         return "tpu"
 
     @staticmethod
+    @override
     def parse_devices(devices: Any) -> int | list[int]:
         """Return the number of cores, or one core's index in a list.
 
@@ -58,14 +60,14 @@ class XLAAccelerator(Accelerator):
         )
 
     @staticmethod
+    @override
     def get_parallel_devices(devices: Any) -> list[torch.device]:
-        """Return one device per core."""
         indices = devices if isinstance(devices, list) else range(devices)
         return [torch.device("xla", index) for index in indices]
 
     @staticmethod
+    @override
     def auto_device_count() -> int:
-        """Return the number of cores of this machine; 0 without torch_xla."""
         if not _is_installed():
             return 0
         from torch_xla._internal import tpu
@@ -73,12 +75,12 @@ class XLAAccelerator(Accelerator):
         return int(tpu.num_available_devices())
 
     @staticmethod
+    @override
     def is_available() -> bool:
-        """Return whether torch_xla is installed and finds a TPU."""
         return XLAAccelerator.auto_device_count() > 0
 
+    @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
-        """Return free and used memory in megabytes."""
         import torch_xla.core.xla_model as xm
 
         info = xm.get_memory_info(device)

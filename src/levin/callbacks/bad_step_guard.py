@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from levin.checkpoint.io import atomic_save
 from levin.hooks import Callback
@@ -85,13 +86,13 @@ class BadStepGuard(Callback):
         self._loss_is_bad: Tensor | None = None
         self._mask: _MaskedUpdate | None = None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle the folder."""
         if self.dirpath is None:
             self.dirpath = os.path.join(trainer.default_root_dir, "bad_steps")
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch the optimizer."""
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "BadStepGuard needs automatic optimization, received a module with automatic_optimization=False. "
@@ -101,21 +102,21 @@ class BadStepGuard(Callback):
         self.paths = []
         self._mask = _MaskedUpdate(trainer.optimizers[0])
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch and the random states that the step begins with."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = _Window()
         self._window.batches.append(batch)
         self._window.indices.append(batch_idx)
         self._window.generators.append(self._rng.read(PROCESS + DEVICES))
 
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss, on the device."""
         is_bad = ~torch.isfinite(loss.detach()).all()
         self._loss_is_bad = is_bad if self._loss_is_bad is None else self._loss_is_bad | is_bad
 
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Look at the gradients, on the device, and at what was found in the step before."""
         self._settle(trainer, pl_module)
         # A loss scale makes gradients overflow now and then; its scaler leaves out such steps by itself.
         is_bad = None if trainer.scaler is not None else _any_not_finite(optimizer)
@@ -129,28 +130,28 @@ class BadStepGuard(Callback):
         self._mask.prepare(is_bad)
         self._pending = _Pending(self._window, trainer.global_step, trainer.current_epoch, _Flag(is_bad))
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step."""
         self._settle(trainer, pl_module)
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Look at the last step, which may be what the exception comes from."""
         if self._pending is not None and not isinstance(exception, BadStepError):
             pending, self._pending = self._pending, None
             if pending.flag.is_set():
                 self._keep(trainer, pl_module, pending)
         self._end()
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimizer alone."""
         self._end()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how many steps were bad."""
         return {"num_bad_steps": self.num_bad_steps} if self.num_bad_steps else {}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self.num_bad_steps = state_dict["num_bad_steps"]
 
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:

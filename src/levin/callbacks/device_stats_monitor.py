@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from levin.accelerators.cpu import CPUAccelerator
 from levin.callbacks.logging_steps import is_logging_step, log_values, require_logger
 from levin.hooks import Callback
@@ -39,8 +41,8 @@ class DeviceStatsMonitor(Callback):
         self._cpu_stats: bool | None = cpu_stats
         self._filter_keys: frozenset[str] | None = None if filter_keys is None else frozenset(filter_keys)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that there is a logger, and psutil if it is needed."""
         require_logger(trainer, self)
         if self._reads_cpu(trainer) and importlib.util.find_spec("psutil") is None:
             raise ModuleNotFoundError(
@@ -51,22 +53,23 @@ class DeviceStatsMonitor(Callback):
     def _reads_cpu(self, trainer: Trainer) -> bool:
         return self._cpu_stats is True or (self._cpu_stats is None and trainer.strategy.root_device.type == "cpu")
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log."""
         self._log(trainer, "on_train_batch_start")
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
         self._log(trainer, "on_train_batch_end")
 
+    @override
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Log."""
         self._log(trainer, "on_validation_batch_start")
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -76,15 +79,15 @@ class DeviceStatsMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log."""
         self._log(trainer, "on_validation_batch_end")
 
+    @override
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Log."""
         self._log(trainer, "on_test_batch_start")
 
+    @override
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -94,7 +97,6 @@ class DeviceStatsMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Log."""
         self._log(trainer, "on_test_batch_end")
 
     def _log(self, trainer: Trainer, hook: str) -> None:

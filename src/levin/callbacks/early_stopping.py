@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
@@ -98,8 +99,8 @@ class EarlyStopping(Callback):
         self.stopping_reason_message: str | None = None
 
     @property
+    @override
     def state_key(self) -> str:
-        """The key of this callback's state: it names the metric."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     @property
@@ -107,8 +108,8 @@ class EarlyStopping(Callback):
         """``torch.lt`` or ``torch.gt``: whether a first score is better than a second."""
         return self.mode_dict[self.mode]
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and how long ago it was reached."""
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -118,8 +119,8 @@ class EarlyStopping(Callback):
             "stopping_reason_message": self.stopping_reason_message,
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint was."""
         self.wait_count = state_dict["wait_count"]
         # Files of Lightning before 0.10 hold less.
         self.stopped_epoch = state_dict.get("stopped_epoch", self.stopped_epoch)
@@ -128,13 +129,13 @@ class EarlyStopping(Callback):
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
         self.stopping_reason_message = state_dict.get("stopping_reason_message")
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric, if epochs are what counts."""
         if self._checks_on_train_epoch_end(trainer) and not self._should_skip_check(trainer):
             self._run_early_stopping_check(trainer)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the metric, if validations are what counts."""
         if not self._should_skip_check(trainer) and not self._checks_on_train_epoch_end(trainer):
             self._run_early_stopping_check(trainer)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Union
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException
@@ -178,8 +179,8 @@ class BaseFinetuning(Callback):
 
     # The run ----------------------------------------------------------------------------------------------------------
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze."""
         if stage != "fit":
             return
         if any("DeepSpeed" in kind.__name__ for kind in type(trainer.strategy).__mro__):
@@ -189,8 +190,8 @@ class BaseFinetuning(Callback):
             )
         self.freeze_before_training(pl_module)
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the optimizers of a resumed run their groups, before their states are loaded."""
         if not self._restarting:
             self._internal_optimizer_metadata = {}
             return
@@ -214,8 +215,8 @@ class BaseFinetuning(Callback):
             if isinstance(module, _BatchNorm) and any(parameter.requires_grad for parameter in module.parameters()):
                 module.track_running_stats = True
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unfreeze what is due, and remember the groups."""
         for index, optimizer in enumerate(trainer.optimizers):
             num_groups = len(optimizer.param_groups)
             if index not in self._internal_optimizer_metadata:
@@ -243,15 +244,15 @@ class BaseFinetuning(Callback):
         """Return copies of the groups with each parameter replaced by what it is mapped to."""
         return [{**group, "params": [mapping[parameter] for parameter in group["params"]]} for group in param_groups]
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups of all optimizers and what is not frozen, by names of parameters."""
         state: dict[str, Any] = {"internal_optimizer_metadata": self._internal_optimizer_metadata}
         if self._trainable is not None:
             state["trainable"] = self._trainable
         return state
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the groups; they are put into the optimizers when fit starts."""
         self._restarting = True
         self._internal_optimizer_metadata = state_dict["internal_optimizer_metadata"]
         self._trainable = state_dict.get("trainable")
@@ -307,8 +308,8 @@ class BackboneFinetuning(BaseFinetuning):
         self.rounding: int = rounding
         self.previous_backbone_lr: float | None = None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Freeze the backbone."""
         if stage == "fit" and not isinstance(getattr(pl_module, "backbone", None), nn.Module):
             raise MisconfigurationException(
                 "BackboneFinetuning needs a module with a `backbone`, received "
@@ -316,12 +317,12 @@ class BackboneFinetuning(BaseFinetuning):
             )
         super().setup(trainer, pl_module, stage)
 
+    @override
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        """Freeze the backbone."""
         self.freeze(_backbone(pl_module), self.train_bn)
 
+    @override
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
-        """Unfreeze the backbone when it is time, and let its learning rate grow after that."""
         if epoch < self.unfreeze_backbone_at_epoch:
             return
         head_lr = float(optimizer.param_groups[0]["lr"])
@@ -339,12 +340,12 @@ class BackboneFinetuning(BaseFinetuning):
         if self.verbose:
             rank_zero_info(f"Current lr: {round(head_lr, self.rounding)}, Backbone lr: {round(lr, self.rounding)}")
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups and the backbone's learning rate."""
         return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the learning rate of the backbone as it was."""
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
 

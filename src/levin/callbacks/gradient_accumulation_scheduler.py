@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -62,8 +64,8 @@ class GradientAccumulationScheduler(Callback):
         """
         return self.scheduling[max(start for start in self.epochs if start <= epoch)]
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that nobody else accumulates."""
         if not pl_module.automatic_optimization:
             raise RuntimeError(
                 "GradientAccumulationScheduler does not work with manual optimization. "
@@ -80,6 +82,6 @@ class GradientAccumulationScheduler(Callback):
                 f"{trainer.accumulate_grad_batches}. Either remove `accumulate_grad_batches` from the Trainer or remove the callback."
             )
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the factor of the epoch."""
         trainer.accumulate_grad_batches = self.get_accumulate_grad_batches(trainer.current_epoch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from levin.callbacks.logging_steps import is_logging_step, log_values, require_logger
 from levin.hooks import Callback
@@ -116,8 +117,8 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values: dict[str, float | None] = {}
         self._entries: list[NamedOptimizer] = []
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Name the optimizers."""
         require_logger(trainer, self)
         self._entries = named_optimizers(trainer.optimizers, trainer.lr_scheduler_configs, self.log_key_prefix or "")
         self.lrs = {}
@@ -138,13 +139,13 @@ class LearningRateMonitor(Callback):
             self.last_momentum_values.update({f"{name}-momentum": None for name in names})
             self.last_weight_decay_values.update({f"{name}-weight_decay": None for name in names})
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Log what changes with the steps."""
         if self.logging_interval != "epoch" and is_logging_step(trainer):
             self._log(trainer, "step")
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what changes with the epochs."""
         if self.logging_interval != "step":
             self._log(trainer, "epoch")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from levin.hooks import Callback
 from levin.utilities.model_summary import Column, check_max_depth, format_summary_table
 from levin.utilities.model_summary import ModelSummary as Summary
@@ -36,8 +38,8 @@ class ModelSummary(Callback):
         self._max_depth: int = check_max_depth(max_depth)
         self._summarize_kwargs: dict[str, Any] = summarize_kwargs
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the summary on rank 0."""
         if not self._max_depth:
             return
         # Every rank runs the example input: a sharded model answers only when all ranks ask.

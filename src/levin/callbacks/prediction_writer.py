@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
@@ -106,10 +107,11 @@ class BasePredictionWriter(Callback):
         """
         raise NotImplementedError(f"{type(self).__name__} must define `write_on_epoch_end` to write after all batches.")
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with no predictions."""
         self._predictions = []
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -119,7 +121,6 @@ class BasePredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the batch, keep its predictions, or both."""
         if self.interval.on_epoch:
             while len(self._predictions) <= dataloader_idx:
                 self._predictions.append([])
@@ -128,8 +129,8 @@ class BasePredictionWriter(Callback):
             indices = trainer.predict_loop.current_batch_indices
             self.write_on_batch_end(trainer, pl_module, outputs, indices, batch, batch_idx, dataloader_idx)
 
+    @override
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write everything."""
         if not self.interval.on_epoch:
             return
         indices = trainer.predict_loop.epoch_batch_indices

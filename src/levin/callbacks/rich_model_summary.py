@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
+from typing_extensions import override
+
 from levin.callbacks.model_summary import ModelSummary
 from levin.utilities.model_summary import Column, get_formatted_model_size, get_human_readable_count
 
@@ -35,6 +37,7 @@ class RichModelSummary(ModelSummary):
         super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod
+    @override
     def summarize(
         summary_data: list[Column],
         total_parameters: int,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
@@ -83,15 +84,15 @@ class SpikeDetection(Callback):
         self.bad_batches: list[int] = []
         self._window: deque[float] = deque(maxlen=window)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Settle where the list goes."""
         path = trainer.default_root_dir if self.exclude_batches_path is None else self.exclude_batches_path
         self.exclude_batches_path = path if path.endswith(".json") else os.path.join(path, _FILE)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss; all ranks stop when one of them sees a spike."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None:
             return
@@ -131,8 +132,8 @@ class SpikeDetection(Callback):
         with open(path, "w") as file:
             json.dump(self.bad_batches, file, indent=4)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the settings, the running mean and the batches found so far."""
         return {
             "last_val": self.last_val,
             "mode": self.mode,
@@ -144,8 +145,8 @@ class SpikeDetection(Callback):
             "window": list(self._window),
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the running mean, and with the batches found so far."""
         self.last_val = state_dict["last_val"]
         self.mode = state_dict["mode"]
         self.warmup = state_dict["warmup"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException, value_error
@@ -111,8 +112,8 @@ class StochasticWeightAveraging(Callback):
         """Return whether there are statistics to collect."""
         return any(isinstance(module, _BatchNorm) for module in pl_module.modules())
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last run."""
         if stage == "fit":
             self.n_averaged = torch.tensor(0)
             self._latest_update_epoch = -1
@@ -120,8 +121,8 @@ class StochasticWeightAveraging(Callback):
             self._scheduler_state = self._average_model_state = None
             self._is_restored = False
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that averaging is possible, and plan the epochs."""
         kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
         if "FSDPStrategy" in kinds or "DeepSpeedStrategy" in kinds:
             raise MisconfigurationException(
@@ -151,8 +152,8 @@ class StochasticWeightAveraging(Callback):
             trainer.fit_loop.max_epochs = max_epochs + 1
             self._undo.append(lambda: setattr(trainer.fit_loop, "max_epochs", max_epochs))
 
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the weights into the average, or collect the statistics for it."""
         epoch = trainer.current_epoch
         if self.swa_start <= epoch <= self.swa_end:
             if self._swa_scheduler is None:
@@ -229,26 +230,26 @@ class StochasticWeightAveraging(Callback):
             module.momentum = momentum
         self._momenta = {}
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the module."""
         self._restore()
         if self.n_averaged > 0 and not self.pl_module_contains_batch_norm(pl_module):
             self._transfer(pl_module)
 
+    @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put back what was changed for the run."""
         self._restore()
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put back what was changed for the run."""
         self._restore()
 
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the average and how many epochs are in it."""
         scheduler, average = self._swa_scheduler, self._average_model
         return {
             "n_averaged": int(self.n_averaged),
@@ -257,8 +258,8 @@ class StochasticWeightAveraging(Callback):
             "average_model_state": None if average is None else average.state_dict(),
         }
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on averaging; the average itself is taken up when fit starts."""
         self.n_averaged = torch.tensor(state_dict["n_averaged"])
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self._scheduler_state = state_dict["scheduler_state"]

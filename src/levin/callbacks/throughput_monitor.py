@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import override
 
 from levin.callbacks.logging_steps import is_logging_step, log_values
 from levin.hooks import Callback
@@ -75,8 +76,8 @@ class ThroughputMonitor(Callback):
         self._eval_batches: int = 0
         self._validation_began_s: float = 0.0
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find out what the device can do."""
         if self.available_flops is None:
             dtype = _DTYPES.get(str(trainer.precision).split("-")[0], torch.float32)
             self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
@@ -91,25 +92,26 @@ class ThroughputMonitor(Callback):
         self._meters = {name: _Meter(Throughput(**settings)) for name in stages}
         self._eval_batches = 0
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of training."""
         self._meters["train"].start()
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Count the batch, and log when other values are logged."""
         meter = self._count("train", pl_module, batch)
         accumulate = trainer.accumulate_grad_batches
         does_step = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         if does_step and is_logging_step(trainer):
             self._log(trainer, "train", meter, None)
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of validation."""
         self._validation_began_s = time.perf_counter()
         self._start_evaluation(trainer)
 
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -119,18 +121,18 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch, and log every so often."""
         self._evaluate(trainer, "validate", pl_module, batch)
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the time of validation out of that of training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._meters["train"].started_s += time.perf_counter() - self._validation_began_s
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the test."""
         self._start_evaluation(trainer)
 
+    @override
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -140,13 +142,13 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch, and log every so often."""
         self._evaluate(trainer, "test", pl_module, batch)
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of prediction."""
         self._start_evaluation(trainer)
 
+    @override
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -156,7 +158,6 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Count the batch, and log every so often."""
         self._evaluate(trainer, "predict", pl_module, batch)
 
     def _start_evaluation(self, trainer: Trainer) -> None:

@@ -6,6 +6,8 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from levin.hooks import Callback
 from levin.ranks.clock import AgreedClock
 from levin.settings import parse_duration
@@ -104,28 +106,28 @@ class Timer(Callback):
     def _stopwatch(self, stage: str) -> _Stopwatch:
         return self._stopwatches[RunningStage(stage).value]
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not begin when a resumed run has no time left."""
         if self._duration is not None and self.time_elapsed() >= self._duration:
             self._stop(trainer)
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         stopwatch = self._stopwatch(RunningStage.TRAINING)
         self._offset += stopwatch.elapsed_s()
         stopwatch.start()
         if self._duration is not None:
             self._clock = AgreedClock(self._duration - self._offset, trainer)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Stop when the time is up, if steps are what counts."""
         if self._interval == "step" and self._clock is not None and self._clock.is_due(trainer):
             self._stop(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop when the time is up, if epochs are what counts."""
         if self._interval == "epoch" and self._clock is not None and self._clock.is_due(trainer):
             self._stop(trainer)
 
@@ -135,38 +137,38 @@ class Timer(Callback):
             rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
         trainer.should_stop = True
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of training."""
         self._stopwatch(RunningStage.TRAINING).stop()
 
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of validation; the check before training counts too."""
         self._stopwatch(RunningStage.VALIDATING).start()
 
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of validation."""
         self._stopwatch(RunningStage.VALIDATING).stop()
 
+    @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of the test."""
         self._stopwatch(RunningStage.TESTING).start()
 
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of the test."""
         self._stopwatch(RunningStage.TESTING).stop()
 
+    @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of prediction."""
         self._stopwatch(RunningStage.PREDICTING).start()
 
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock of prediction."""
         self._stopwatch(RunningStage.PREDICTING).stop()
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return the seconds that each stage has taken."""
         return {"time_elapsed": {stage.value: self.time_elapsed(stage) for stage in RunningStage}}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count the training time of the run before."""
         self._offset = state_dict.get("time_elapsed", {}).get(RunningStage.TRAINING.value, 0.0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.utilities.rank_zero import rank_zero_warn
@@ -61,28 +62,28 @@ class WeightAveraging(Callback):
         """
         return step_idx is not None
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the last run."""
         if stage == "fit":
             self._average_model = self._restored = None
             self._is_swapped = self._has_ended = False
             self._latest_update_step = 0
             self._latest_update_epoch = -1
 
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin the average with a copy of the module."""
         device = torch.device(pl_module.device if self._device is None else self._device)
         self._average_model = AveragedModel(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
         self._take_restored()
 
+    @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell the steps of this run from those before a resume."""
         self._latest_step = trainer.global_step
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Take the weights into the average if a step was done and the user wants it."""
         step = trainer.global_step
         if step > self._latest_step:
             self._latest_step = step
@@ -90,44 +91,44 @@ class WeightAveraging(Callback):
                 self._average().update_parameters(pl_module)
                 self._latest_update_step = step
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the weights into the average if the user wants it."""
         epoch = trainer.current_epoch
         if epoch > self._latest_update_epoch and self.should_update(epoch_idx=epoch):
             self._average().update_parameters(pl_module)
             self._latest_update_epoch = epoch
 
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate with the average."""
         if self._has_average():
             self._swap(pl_module)
 
+    @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on training with the weights that are trained."""
         self._swap_back(pl_module)
 
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the average in the module; a checkpoint can still hold the trained weights."""
         if self._has_average():
             self._swap(pl_module)
             self._has_ended = True
 
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Put the trained weights back if a validation was under way."""
         if not self._has_ended:
             self._swap_back(pl_module)
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Return when the average was updated last; the average itself is the checkpoint's ``state_dict``."""
         return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
 
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Make the average the checkpoint's ``state_dict``."""
         if self._average_model is None:
             return
         other = self._average_model.module.state_dict()
@@ -141,8 +142,8 @@ class WeightAveraging(Callback):
             name: value for name, value in self._average_model.state_dict().items() if not name.startswith(_PREFIX)
         }
 
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the trained weights into the module and the ``state_dict`` into the average."""
         if trainer.state.fn != "fit":
             return
         if "current_model_state" not in checkpoint:
@@ -216,8 +217,8 @@ class EMAWeightAveraging(WeightAveraging):
         self.update_starting_at_step: int | None = update_starting_at_step
         self.update_starting_at_epoch: int | None = update_starting_at_epoch
 
+    @override
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        """Return whether the step, or the epoch, is one to update after."""
         if step_idx is not None:
             return step_idx >= (self.update_starting_at_step or 0) and step_idx % self.update_every_n_steps == 0
         if epoch_idx is not None and self.update_starting_at_epoch is not None:

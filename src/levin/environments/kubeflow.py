@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from typing_extensions import override
+
 from levin.environments.environment import ClusterEnvironment, read_int
 
 
@@ -11,13 +13,13 @@ class KubeflowEnvironment(ClusterEnvironment):
     """One process per pod, started by Kubeflow's PyTorchJob; pass it in ``Trainer(plugins=...)``, it is not detected."""
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """True: the operator does."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """``MASTER_ADDR``."""
         if "MASTER_ADDR" not in os.environ:
             raise RuntimeError(
                 "The environment variable MASTER_ADDR must be set for KubeflowEnvironment, and is not. "
@@ -26,11 +28,12 @@ class KubeflowEnvironment(ClusterEnvironment):
         return os.environ["MASTER_ADDR"]
 
     @property
+    @override
     def main_port(self) -> int:
-        """``MASTER_PORT``."""
         return read_int("MASTER_PORT")
 
     @staticmethod
+    @override
     def detect() -> bool:
         """Raise: torchrun sets the same variables, so the choice is left to the user.
 
@@ -41,24 +44,26 @@ class KubeflowEnvironment(ClusterEnvironment):
             "KubeflowEnvironment cannot be told from torchrun by its variables. Pass Trainer(plugins=[KubeflowEnvironment()])."
         )
 
+    @override
     def world_size(self) -> int:
-        """Return ``WORLD_SIZE``."""
         return read_int("WORLD_SIZE")
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: Kubeflow knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return ``RANK``."""
         return read_int("RANK")
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: Kubeflow knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return 0: one process per pod."""
         return 0
 
+    @override
     def node_rank(self) -> int:
-        """Return the global rank: one process per pod."""
         return self.global_rank()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+from typing_extensions import override
+
 from levin.environments.environment import ClusterEnvironment, read_int
 from levin.utilities.rank_zero import rank_zero_only
 
@@ -26,54 +28,54 @@ class LightningEnvironment(ClusterEnvironment):
         self._world_size = 1
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """Whether ``LOCAL_RANK`` is set."""
         return "LOCAL_RANK" in os.environ
 
     @property
+    @override
     def main_address(self) -> str:
-        """``MASTER_ADDR``, by default this machine."""
         return os.environ.get("MASTER_ADDR", "127.0.0.1")
 
     @property
+    @override
     def main_port(self) -> int:
-        """``MASTER_PORT``, by default a free port, the same in every call."""
         if self._main_port == -1:
             self._main_port = read_int("MASTER_PORT") if "MASTER_PORT" in os.environ else find_free_port()
         return self._main_port
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return True."""
         return True
 
+    @override
     def world_size(self) -> int:
-        """Return the number that the strategy set."""
         return self._world_size
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Take note of the number of processes."""
         self._world_size = size
 
+    @override
     def global_rank(self) -> int:
-        """Return the number that the strategy set."""
         return self._global_rank
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Take note of the index of this process."""
         self._global_rank = rank
         setattr(rank_zero_only, "rank", rank)  # noqa: B010  (a function attribute is unknown to mypy)
 
+    @override
     def local_rank(self) -> int:
-        """Return ``LOCAL_RANK``, by default 0."""
         return read_int("LOCAL_RANK", 0)
 
+    @override
     def node_rank(self) -> int:
-        """Return ``GROUP_RANK`` or ``NODE_RANK``, by default 0."""
         return read_int("GROUP_RANK", read_int("NODE_RANK", 0))
 
+    @override
     def teardown(self) -> None:
-        """Forget ``WORLD_SIZE``, so that a later run in this process starts afresh."""
         os.environ.pop("WORLD_SIZE", None)
 
 

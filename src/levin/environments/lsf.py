@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+from typing_extensions import override
+
 from levin.environments.environment import ClusterEnvironment, read_int
 
 _REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
@@ -22,47 +24,49 @@ class LSFEnvironment(ClusterEnvironment):
         self._node_rank = _node_rank(self._hosts)
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """True: jsrun does."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """The first machine of the rank file after the one that launches."""
         return self._hosts[0]
 
     @property
+    @override
     def main_port(self) -> int:
-        """``MASTER_PORT``, by default one made of the job's number."""
         if "MASTER_PORT" in os.environ:
             return read_int("MASTER_PORT")
         return read_int("LSB_JOBID") % 1000 + 10000
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return whether all variables of such a job are set."""
         return all(name in os.environ for name in _REQUIRED)
 
+    @override
     def world_size(self) -> int:
-        """Return ``JSM_NAMESPACE_SIZE``."""
         return read_int("JSM_NAMESPACE_SIZE")
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: LSF knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return ``JSM_NAMESPACE_RANK``."""
         return read_int("JSM_NAMESPACE_RANK")
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: LSF knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return ``JSM_NAMESPACE_LOCAL_RANK``."""
         return read_int("JSM_NAMESPACE_LOCAL_RANK")
 
+    @override
     def node_rank(self) -> int:
-        """Return the place of this machine in the rank file."""
         return self._node_rank
 
 

@@ -7,6 +7,8 @@ import os
 import socket
 from typing import Any
 
+from typing_extensions import override
+
 from levin.environments.environment import ClusterEnvironment
 from levin.environments.local import find_free_port
 
@@ -38,28 +40,28 @@ class MPIEnvironment(ClusterEnvironment):
         self._main_port: int | None = None
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """True: mpirun does."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """The machine of rank 0; the first call is made by all processes together."""
         if self._main_address is None:
             self._main_address = str(self._world.bcast(socket.gethostname(), root=0))
         return self._main_address
 
     @property
+    @override
     def main_port(self) -> int:
-        """A free port on the machine of rank 0; the first call is made by all processes together."""
         if self._main_port is None:
             port = find_free_port() if self.global_rank() == 0 else None
             self._main_port = int(self._world.bcast(port, root=0))
         return self._main_port
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return whether mpirun started more than one process."""
         # To import MPI is to start it, which a process that nothing of the kind has started is spared.
         if not any(name in os.environ for name in _SET_BY_MPIRUN) or importlib.util.find_spec("mpi4py") is None:
             return False
@@ -70,26 +72,28 @@ class MPIEnvironment(ClusterEnvironment):
             return False
         return bool(MPI.COMM_WORLD.Get_size() > 1)
 
+    @override
     def world_size(self) -> int:
-        """Return the size of MPI's world."""
         return int(self._world.Get_size())
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: MPI knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return the rank in MPI's world."""
         return int(self._world.Get_rank())
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: MPI knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return the rank among the processes of this machine."""
         return int(self._local.Get_rank())
 
+    @override
     def node_rank(self) -> int:
-        """Return the index of this machine; the first call is made by all processes together."""
         if self._node_rank is None:
             # Each machine is known by the smallest global rank on it.
             leader = self._local.bcast(self.global_rank(), root=0)

@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 
+from typing_extensions import override
+
 from levin.environments.environment import ClusterEnvironment, read_int
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
@@ -35,26 +37,26 @@ class SLURMEnvironment(ClusterEnvironment):
             )
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """True: srun does."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """``MASTER_ADDR``, by default the first machine of the allocation."""
         return os.environ.get("MASTER_ADDR") or first_node(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
 
     @property
+    @override
     def main_port(self) -> int:
-        """``MASTER_PORT``, by default one made of the job's number, so that jobs on one machine do not meet."""
         if "MASTER_PORT" in os.environ:
             return read_int("MASTER_PORT")
         digits = (os.environ.get("SLURM_JOB_ID") or "")[-4:]
         return int(digits) + 15000 if digits.isdigit() else 12910
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return whether srun started this process, not in an interactive job."""
         if is_srun_missing():
             return False
         return "SLURM_NTASKS" in os.environ and not is_interactive_job()
@@ -72,28 +74,31 @@ class SLURMEnvironment(ClusterEnvironment):
             return None
         return int(text)
 
+    @override
     def world_size(self) -> int:
-        """Return ``SLURM_NTASKS``."""
         return read_int("SLURM_NTASKS")
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: SLURM knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return ``SLURM_PROCID``."""
         return read_int("SLURM_PROCID")
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: SLURM knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return ``SLURM_LOCALID``."""
         return read_int("SLURM_LOCALID")
 
+    @override
     def node_rank(self) -> int:
-        """Return ``SLURM_NODEID``."""
         return read_int("SLURM_NODEID")
 
+    @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Check the numbers against the allocation.
 

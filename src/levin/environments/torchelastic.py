@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed
+from typing_extensions import override
 
 from levin.environments.environment import ClusterEnvironment, read_int
 from levin.utilities.exceptions import MisconfigurationException
@@ -17,53 +18,56 @@ class TorchElasticEnvironment(ClusterEnvironment):
     """Processes that ``torchrun`` started, possibly again after a failure."""
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """True: torchrun does."""
         return True
 
     @property
+    @override
     def main_address(self) -> str:
-        """``MASTER_ADDR``, by default this machine."""
         if "MASTER_ADDR" not in os.environ:
             rank_zero_warn("MASTER_ADDR is not set. Using 127.0.0.1, which is right for one machine only.")
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         return os.environ["MASTER_ADDR"]
 
     @property
+    @override
     def main_port(self) -> int:
-        """``MASTER_PORT``, by default 12910."""
         if "MASTER_PORT" not in os.environ:
             rank_zero_warn("MASTER_PORT is not set. Using 12910.")
             os.environ["MASTER_PORT"] = "12910"
         return read_int("MASTER_PORT")
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return whether torchrun started this process."""
         return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
+    @override
     def world_size(self) -> int:
-        """Return ``WORLD_SIZE``."""
         return read_int("WORLD_SIZE", 1)
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: torchrun knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return ``RANK``."""
         return read_int("RANK", 0)
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: torchrun knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return ``LOCAL_RANK``."""
         return read_int("LOCAL_RANK", 0)
 
+    @override
     def node_rank(self) -> int:
-        """Return ``GROUP_RANK``."""
         return read_int("GROUP_RANK", 0)
 
+    @override
     def store(self, timeout: timedelta | None) -> Any:
         """Return a part of torchrun's store that earlier attempts have not written into.
 
@@ -84,6 +88,7 @@ class TorchElasticEnvironment(ClusterEnvironment):
         shared = distributed.TCPStore(self.main_address, self.main_port, is_master=False, **waits)
         return distributed.PrefixStore(f"attempt_{read_int('TORCHELASTIC_RESTART_COUNT')}", shared)
 
+    @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
         """Check that the numbers multiply to what torchrun started.
 

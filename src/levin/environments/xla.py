@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from levin.accelerators.xla import XLAAccelerator
 from levin.environments.environment import ClusterEnvironment
 
@@ -18,11 +20,12 @@ class XLAEnvironment(ClusterEnvironment):
         XLAAccelerator()
 
     @property
+    @override
     def creates_processes_externally(self) -> bool:
-        """False: levin starts them through torch_xla."""
         return False
 
     @property
+    @override
     def main_address(self) -> str:
         """Not known: torch_xla connects its processes itself.
 
@@ -32,6 +35,7 @@ class XLAEnvironment(ClusterEnvironment):
         raise NotImplementedError("main_address has no meaning for XLAEnvironment: torch_xla connects its processes.")
 
     @property
+    @override
     def main_port(self) -> int:
         """Not known: torch_xla connects its processes itself.
 
@@ -41,36 +45,38 @@ class XLAEnvironment(ClusterEnvironment):
         raise NotImplementedError("main_port has no meaning for XLAEnvironment: torch_xla connects its processes.")
 
     @staticmethod
+    @override
     def detect() -> bool:
-        """Return whether there is a TPU."""
         return XLAAccelerator.is_available()
 
+    @override
     def world_size(self) -> int:
-        """Return the number of processes that the runtime has."""
         from torch_xla import runtime
 
         return int(runtime.world_size())
 
+    @override
     def set_world_size(self, size: int) -> None:
-        """Do nothing: the runtime knows."""
+        pass
 
+    @override
     def global_rank(self) -> int:
-        """Return the index of this process in the runtime."""
         from torch_xla import runtime
 
         return int(runtime.global_ordinal())
 
+    @override
     def set_global_rank(self, rank: int) -> None:
-        """Do nothing: the runtime knows."""
+        pass
 
+    @override
     def local_rank(self) -> int:
-        """Return the index of this process on its machine."""
         from torch_xla import runtime
 
         return int(runtime.local_ordinal())
 
+    @override
     def node_rank(self) -> int:
-        """Return the index of this machine."""
         from torch_xla import runtime
 
         return int(runtime.host_index())

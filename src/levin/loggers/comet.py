@@ -9,6 +9,7 @@ from typing import Any, Literal, Optional, Union
 
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
@@ -80,18 +81,18 @@ class CometLogger(Logger):
         _ = self.experiment
 
     @property
+    @override
     def name(self) -> Optional[str]:
-        """Name of the project."""
         return self._project
 
     @property
+    @override
     def version(self) -> Optional[str]:
-        """Key of the experiment."""
         return self._experiment_key
 
     @property
+    @override
     def save_dir(self) -> Optional[str]:
-        """Directory of the local files of an offline experiment."""
         return self._offline_directory
 
     @property
@@ -114,6 +115,7 @@ class CometLogger(Logger):
         return self._experiment
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, Union[Tensor, float]], step: Optional[int] = None) -> None:
         """Record values.
 
@@ -126,6 +128,7 @@ class CometLogger(Logger):
         self.experiment.log_metrics(values, prefix=self._prefix, step=step, epoch=epoch)
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
         """Record hyper-parameters.
 
@@ -135,6 +138,7 @@ class CometLogger(Logger):
         self.experiment.log_parameters(json_values(to_dict(params)))
 
     @rank_zero_only
+    @override
     def log_graph(self, model: Module, input_array: Optional[Tensor] = None) -> None:
         """Record the text form of ``model``, unless the experiment was told ``log_graph=False``.
 
@@ -146,6 +150,7 @@ class CometLogger(Logger):
             self.experiment.set_model_graph(model)
 
     @rank_zero_only
+    @override
     def finalize(self, status: str) -> None:
         """Send what is waiting; the experiment stays open until the process ends.
 

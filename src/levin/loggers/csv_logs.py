@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Optional, Union
 
 from torch import Tensor
+from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import (
@@ -208,30 +209,30 @@ class CSVLogger(Logger):
         self._experiment: Optional[ExperimentWriter] = None
 
     @property
+    @override
     def name(self) -> str:
-        """Name of the experiment."""
         return self._name
 
     @property
+    @override
     def version(self) -> Union[int, str]:
-        """The version given, or the next free number; it stays the same once read."""
         if self._version is None:
             self._version = next_version(self.root_dir)
         return self._version
 
     @property
+    @override
     def save_dir(self) -> str:
-        """Directory of all experiments, as given."""
         return self._save_dir
 
     @property
+    @override
     def root_dir(self) -> str:
-        """Directory of the experiment."""
         return join_path(self._save_dir, self._name)
 
     @property
+    @override
     def log_dir(self) -> str:
-        """Directory of this run."""
         return os.path.join(self.root_dir, version_name(self.version))
 
     @property
@@ -243,6 +244,7 @@ class CSVLogger(Logger):
         return self._experiment
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, Union[Tensor, float]], step: Optional[int] = None) -> None:
         """Add one row to the table.
 
@@ -256,6 +258,7 @@ class CSVLogger(Logger):
             self.save()
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: Optional[Union[dict[str, Any], Namespace]] = None) -> None:
         """Add hyper-parameters to ``hparams.yaml``.
 
@@ -265,11 +268,12 @@ class CSVLogger(Logger):
         self.experiment.log_hparams(to_dict(params))
 
     @rank_zero_only
+    @override
     def save(self) -> None:
-        """Append the rows that have come since the last time to the file."""
         self.experiment.save(force=False)
 
     @rank_zero_only
+    @override
     def finalize(self, status: str) -> None:
         """Write everything and close the file; nothing happens when the logger was never used.
 

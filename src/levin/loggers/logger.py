@@ -8,6 +8,8 @@ from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
+from typing_extensions import override
+
 from levin.utilities.rank_zero import rank_zero_only
 
 if TYPE_CHECKING:
@@ -147,20 +149,22 @@ class DummyLogger(Logger):
         return self._experiment
 
     @property
+    @override
     def name(self) -> str:
-        """Empty."""
         return ""
 
     @property
+    @override
     def version(self) -> str:
-        """Empty."""
         return ""
 
+    @override
     def log_metrics(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+        pass
 
+    @override
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
+        pass
 
     def __getitem__(self, index: int) -> DummyLogger:
         # ``self.logger[0]`` of somebody who had several loggers.

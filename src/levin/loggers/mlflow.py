@@ -12,6 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
+from typing_extensions import override
+
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict
 from levin.utilities.numbers import to_numbers
@@ -85,13 +87,13 @@ class MLFlowLogger(Logger):
         self._client: Any = None
 
     @property
+    @override
     def name(self) -> Optional[str]:
-        """Id of the experiment."""
         return self.experiment_id
 
     @property
+    @override
     def version(self) -> Optional[str]:
-        """Id of the run."""
         return self.run_id
 
     @property
@@ -107,8 +109,8 @@ class MLFlowLogger(Logger):
         return self._run_id
 
     @property
+    @override
     def save_dir(self) -> Optional[str]:
-        """Folder that is logged to, None for a server or a database."""
         return self._tracking_uri[len(_FILE) :] if self._tracking_uri.startswith(_FILE) else None
 
     @property
@@ -148,6 +150,7 @@ class MLFlowLogger(Logger):
         return tags
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
         """Record values.
 
@@ -169,6 +172,7 @@ class MLFlowLogger(Logger):
         client.log_batch(run_id=self._run_id, metrics=entries, **self._log_kwargs)
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
         """Record hyper-parameters, cut to 250 characters each.
 
@@ -186,6 +190,7 @@ class MLFlowLogger(Logger):
             client.log_batch(run_id=self._run_id, params=part, **self._log_kwargs)
 
     @rank_zero_only
+    @override
     def finalize(self, status: str = "success") -> None:
         """Upload the checkpoints that are left and end the run; nothing happens when the logger was never used.
 
@@ -200,6 +205,7 @@ class MLFlowLogger(Logger):
         if self._client.get_run(self._run_id).info.status != status:
             self._client.set_terminated(self._run_id, status)
 
+    @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Upload the new checkpoints now or remember to do it at the end, as ``log_model`` says.
 

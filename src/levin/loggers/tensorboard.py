@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import (
@@ -91,20 +92,20 @@ class TensorBoardLogger(Logger):
         self._hparams_are_saved: bool = False
 
     @property
+    @override
     def name(self) -> str:
-        """Name of the experiment."""
         return self._name
 
     @property
+    @override
     def version(self) -> Union[int, str]:
-        """The version given, or the next free number; it stays the same once read."""
         if self._version is None:
             self._version = next_version(self.root_dir)
         return self._version
 
     @property
+    @override
     def save_dir(self) -> str:
-        """Directory of all experiments, as given."""
         return self._save_dir
 
     @property
@@ -113,13 +114,13 @@ class TensorBoardLogger(Logger):
         return self._sub_dir
 
     @property
+    @override
     def root_dir(self) -> str:
-        """Directory of the experiment."""
         return join_path(self._save_dir, self._name)
 
     @property
+    @override
     def log_dir(self) -> str:
-        """Directory of this run."""
         return join_path(self.root_dir, version_name(self.version), self._sub_dir)
 
     @property
@@ -132,6 +133,7 @@ class TensorBoardLogger(Logger):
         return self._experiment
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
         """Record values.
 
@@ -156,6 +158,7 @@ class TensorBoardLogger(Logger):
             writer.add_scalars(name, to_numbers(group), step)
 
     @rank_zero_only
+    @override
     def log_hyperparams(
         self,
         params: Union[dict[str, Any], Namespace],
@@ -184,6 +187,7 @@ class TensorBoardLogger(Logger):
             file_writer.add_summary(summary)
 
     @rank_zero_only
+    @override
     def log_graph(self, model: Module, input_array: Optional[Tensor] = None) -> None:
         """Record the graph of ``model`` if the logger was made with ``log_graph=True``.
 
@@ -210,8 +214,8 @@ class TensorBoardLogger(Logger):
                 self.experiment.add_graph(_traceable(model), example)
 
     @rank_zero_only
+    @override
     def save(self) -> None:
-        """Write ``hparams.yaml`` if hyper-parameters have come; events are on disk already."""
         if self._experiment is not None:
             self._experiment.flush()
         if self._hparams_are_saved:
@@ -224,6 +228,7 @@ class TensorBoardLogger(Logger):
         self._hparams_are_saved = True
 
     @rank_zero_only
+    @override
     def finalize(self, status: str) -> None:
         """Close the event file; nothing happens when the logger was never used.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 from torch import Tensor
 from torch.nn import Module
+from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, checkpoint_metadata, json_values, new_checkpoints, to_dict
@@ -107,18 +108,18 @@ class WandbLogger(Logger):
             self._wandb_init.setdefault("mode", "offline")
 
     @property
+    @override
     def name(self) -> str:
-        """Name of the project."""
         return self._project
 
     @property
+    @override
     def version(self) -> Optional[str]:
-        """Id of the run; None before the first access to ``experiment`` when none was given."""
         return self._experiment.id if self._experiment is not None else self._id
 
     @property
+    @override
     def save_dir(self) -> str:
-        """Directory of the local files."""
         return self._save_dir
 
     @property
@@ -163,6 +164,7 @@ class WandbLogger(Logger):
         self.experiment.watch(model, log=log, log_freq=log_freq, log_graph=log_graph)
 
     @rank_zero_only
+    @override
     def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
         """Record values.
 
@@ -179,6 +181,7 @@ class WandbLogger(Logger):
         self.experiment.log(values)
 
     @rank_zero_only
+    @override
     def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
         """Add hyper-parameters to the configuration of the run.
 
@@ -331,6 +334,7 @@ class WandbLogger(Logger):
         """
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
+    @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Upload the new checkpoints now or remember to do it at the end, as ``log_model`` says.
 
@@ -343,6 +347,7 @@ class WandbLogger(Logger):
             self._callbacks[id(checkpoint_callback)] = checkpoint_callback
 
     @rank_zero_only
+    @override
     def finalize(self, status: str) -> None:
         """Upload the checkpoints that are left after a successful run.
 

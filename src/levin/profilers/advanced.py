@@ -8,6 +8,8 @@ import os
 import pstats
 from typing import Optional
 
+from typing_extensions import override
+
 from levin.profilers.profiler import Profiler
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.types import PathLike
@@ -52,6 +54,7 @@ class AdvancedProfiler(Profiler):
         # Only one cProfile can run at a time; the innermost action's does.
         self._stack: list[str] = []
 
+    @override
     def start(self, action_name: str) -> None:
         """Begin to collect calls for an action.
 
@@ -65,6 +68,7 @@ class AdvancedProfiler(Profiler):
         self._stack.append(action_name)
         self.profiled_actions.setdefault(action_name, cProfile.Profile()).enable()
 
+    @override
     def stop(self, action_name: str) -> None:
         """End collecting calls for an action.
 
@@ -78,8 +82,8 @@ class AdvancedProfiler(Profiler):
         if self._stack:
             self.profiled_actions[self._stack[-1]].enable()
 
+    @override
     def summary(self) -> str:
-        """Return the functions of every action, those with the longest cumulative time first."""
         texts = {}
         for action, profile in self.profiled_actions.items():
             if self.dump_stats:
@@ -90,6 +94,7 @@ class AdvancedProfiler(Profiler):
             texts[action] = text.getvalue()
         return self._stats_to_str(texts)
 
+    @override
     def teardown(self, stage: Optional[str]) -> None:
         """Forget everything; actions under way are ended.
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
 
+from typing_extensions import override
+
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.types import PathLike
@@ -158,11 +160,13 @@ class Profiler(ABC):
 class PassThroughProfiler(Profiler):
     """Measures nothing and costs nothing: the Trainer leaves it out altogether."""
 
+    @override
     def start(self, action_name: str) -> None:
-        """Do nothing."""
+        pass
 
+    @override
     def stop(self, action_name: str) -> None:
-        """Do nothing."""
+        pass
 
 
 Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]

@@ -13,6 +13,7 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import EventList
 from torch.nn import Module
 from torch.profiler import ProfilerAction, ProfilerActivity
+from typing_extensions import override
 
 from levin.profilers.profiler import Profiler
 from levin.utilities.exceptions import value_error
@@ -123,6 +124,7 @@ class PyTorchProfiler(Profiler):
         self._events: dict[str, Any] = {}
         self._is_over: bool = False
 
+    @override
     def setup(self, stage: str, local_rank: Optional[int] = None, log_dir: Optional[str] = None) -> None:
         """Prepare for a run.
 
@@ -134,6 +136,7 @@ class PyTorchProfiler(Profiler):
         super().setup(stage, local_rank, log_dir)
         self._is_over = False
 
+    @override
     def attach(self, module: Module) -> None:
         """Get to know the module, whose layers are named in the trace.
 
@@ -144,6 +147,7 @@ class PyTorchProfiler(Profiler):
         if self._profile is not None:
             self._name_layers()
 
+    @override
     def start(self, action_name: str) -> None:
         """Mark the start of an action in the trace; a step function opens, goes on with or ends a window.
 
@@ -164,6 +168,7 @@ class PyTorchProfiler(Profiler):
             marker.__enter__()
             self._running[action_name] = marker
 
+    @override
     def stop(self, action_name: str) -> None:
         """Mark the end of an action in the trace.
 
@@ -174,8 +179,8 @@ class PyTorchProfiler(Profiler):
         if marker is not None:
             marker.__exit__(None, None, None)
 
+    @override
     def summary(self) -> str:
-        """End the window that is open and return the costliest operators of every window recorded."""
         self._close()
         if self._emit_nvtx:
             return ""
@@ -194,6 +199,7 @@ class PyTorchProfiler(Profiler):
             }
         )
 
+    @override
     def teardown(self, stage: Optional[str]) -> None:
         """End the window that is open, forget everything and record nothing until the next run.
 

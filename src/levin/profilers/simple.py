@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Optional
 
+from typing_extensions import override
+
 from levin.profilers.profiler import Profiler
 from levin.utilities.types import PathLike
 
@@ -40,6 +42,7 @@ class SimpleProfiler(Profiler):
         self.recorded_durations: dict[str, list[float]] = {}
         self.start_time: float = time.perf_counter()
 
+    @override
     def start(self, action_name: str) -> None:
         """Note the time.
 
@@ -50,6 +53,7 @@ class SimpleProfiler(Profiler):
             raise ValueError(f"Attempted to start {action_name} which has already started.")
         self.current_actions[action_name] = time.perf_counter()
 
+    @override
     def stop(self, action_name: str) -> None:
         """Add the seconds since :meth:`start`.
 
@@ -62,8 +66,8 @@ class SimpleProfiler(Profiler):
         duration = now - self.current_actions.pop(action_name)
         self.recorded_durations.setdefault(action_name, []).append(duration)
 
+    @override
     def summary(self) -> str:
-        """Return a table of the actions, the longest first."""
         elapsed = time.perf_counter() - self.start_time
         totals = {action: sum(durations) for action, durations in self.recorded_durations.items()}
         rows: list[tuple[str, ...]] = []
@@ -81,6 +85,7 @@ class SimpleProfiler(Profiler):
             header = ("Action", "Mean duration (s)", "Total time (s)")
         return f"{self._title()}\n\n{table(header, rows)}\n"
 
+    @override
     def teardown(self, stage: Optional[str]) -> None:
         """Forget actions that were under way when the run failed.
 

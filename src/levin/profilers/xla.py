@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from typing_extensions import override
+
 from levin.profilers.profiler import Profiler
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -32,6 +34,7 @@ class XLAProfiler(Profiler):
         self._running: dict[str, Any] = {}
         self._num_steps: dict[str, int] = {}
 
+    @override
     def start(self, action_name: str) -> None:
         """Open a trace for the steps and backward; other actions are let pass.
 
@@ -54,6 +57,7 @@ class XLAProfiler(Profiler):
         trace.__enter__()
         self._running[action_name] = trace
 
+    @override
     def stop(self, action_name: str) -> None:
         """Close the trace of :meth:`start`.
 

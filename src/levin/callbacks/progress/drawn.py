@@ -124,8 +124,8 @@ class DrawnProgressBar(ProgressBar):
         return self._refresh_rate
 
     @property
+    @override
     def is_enabled(self) -> bool:
-        """Whether the bar is shown in this process."""
         return self._enabled and self._refresh_rate > 0
 
     @is_enabled.setter

@@ -6,6 +6,8 @@ import builtins
 import math
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from levin.hooks import Callback
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -154,8 +156,8 @@ class ProgressBar(Callback):
         """Print without disturbing the bar."""
         builtins.print(*args, **kwargs)
 
+    @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the trainer, and be silent on every rank but 0."""
         self._trainer = trainer
         if not trainer.is_global_zero:
             self.disable()

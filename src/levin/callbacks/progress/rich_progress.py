@@ -322,8 +322,8 @@ class RichProgressBar(DrawnProgressBar):
         else:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    @override
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar: text as the builtin does, tables and other renderables as Rich does."""
         is_renderable = any(hasattr(arg, "__rich__") or hasattr(arg, "__rich_console__") for arg in args)
         if is_renderable and self._console is not None:
             self._console.print(*args, **kwargs)
