@@ -110,7 +110,7 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
     def trainer(self, trainer: Optional[Trainer]) -> None:
         for child in self.children():
             if isinstance(child, LightningModule):
-                child.trainer = trainer  # type: ignore[assignment]  # None detaches
+                child.trainer = trainer
         self._trainer = trainer
 
     @property
@@ -231,7 +231,7 @@ class LightningModule(Exports, HyperparametersMixin, ModelHooks, DataHooks, Chec
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output for an input; the user's to define."""
-        return super().forward(*args, **kwargs)  # type: ignore[misc]  # raises nn.Module's NotImplementedError
+        return super().forward(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Compute the loss of ``(batch, batch_idx)``.

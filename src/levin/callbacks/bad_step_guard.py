@@ -172,10 +172,15 @@ class BadStepGuard(Callback):
         weights = {name: value.detach() for name, value in module.state_dict().items()}
         weights.update(self._mask.weights_before(module))
         evidence = {
-            "version": 1, "step": pending.step, "epoch": pending.epoch, "batch_indices": pending.window.indices,
-            "batches": pending.window.batches, "generators": pending.window.generators, "state_dict": weights,
+            "version": 1,
+            "step": pending.step,
+            "epoch": pending.epoch,
+            "batch_indices": pending.window.indices,
+            "batches": pending.window.batches,
+            "generators": pending.window.generators,
+            "state_dict": weights,
             "precision": str(trainer.precision),
-        }  # fmt: skip
+        }
         atomic_save(evidence, path)
         self.paths.append(path)
         return path
@@ -218,7 +223,7 @@ class _Flag:
         self._host.copy_(value.reshape(1), non_blocking=True)
         self._arrived: Any = None
         if is_cuda:
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch has no type for it
+            self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     def is_set(self) -> bool:

@@ -40,7 +40,7 @@ class _TunerExitException(Exception):
     """Ends a search for a batch size or a learning rate; caught and never raised."""
 
 
-class LightningEnum(StrEnum):  # type: ignore[misc]  # the package has no types
+class LightningEnum(StrEnum):
     """Members are strings, and equal theirs in any case."""
 
 

@@ -115,7 +115,7 @@ def install_finder() -> None:
             f"levin.compat.install() must come before the first import of Lightning, but {loaded[0]!r} is imported "
             "already. Call it at the top of the program, or run the program with `python -m levin SCRIPT`."
         )
-    sys.meta_path.insert(0, AliasFinder())  # type: ignore[arg-type]  # duck-typed: importing the ABC costs 5 ms
+    sys.meta_path.insert(0, AliasFinder())
 
 
 def _describe_missing(fullname: str) -> str:

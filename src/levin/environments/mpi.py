@@ -14,8 +14,14 @@ from levin.environments.local import find_free_port
 
 # By Open MPI, by MPICH and what descends from it, by MVAPICH, by PMIx, by Cray's launcher.
 _SET_BY_MPIRUN = (
-    "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS", "MV2_COMM_WORLD_SIZE", "PMIX_RANK", "PALS_RANKID"
-)  # fmt: skip
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "PMI_RANK",
+    "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_SIZE",
+    "PMIX_RANK",
+    "PALS_RANKID",
+)
 
 
 class MPIEnvironment(ClusterEnvironment):

@@ -129,7 +129,7 @@ class MultiProcessingLauncher(Launcher):
                 "states of the first fit ended with its processes. Make a new Trainer and pass ckpt_path, or use "
                 "strategy='ddp'."
             )
-        if self.start_method == "fork" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch
+        if self.start_method == "fork" and torch.cuda.is_initialized():
             raise RuntimeError(
                 "Processes cannot be forked after CUDA was used in this one: CUDA does not work in forked processes. "
                 "Restart, and touch no CUDA device before this call; in scripts use strategy='ddp'."
@@ -213,11 +213,11 @@ class _CopyingPickler(ForkingPickler):
     def reducer_override(self, obj: Any) -> Any:
         """Pickle tensors and storages by value; everything else as multiprocessing does."""
         if isinstance(obj, torch.Tensor):
-            is_private = obj.device.type == "cpu" and not obj.is_shared()  # type: ignore[no-untyped-call]
+            is_private = obj.device.type == "cpu" and not obj.is_shared()
         elif isinstance(obj, torch.storage.TypedStorage):
             # Its own methods warn whoever calls them.
             storage = obj._untyped_storage
-            is_private = storage.device.type == "cpu" and not storage.is_shared()  # type: ignore[no-untyped-call]
+            is_private = storage.device.type == "cpu" and not storage.is_shared()
         else:
             return NotImplemented
         return obj.__reduce_ex__(2) if is_private else NotImplemented

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(list(arguments))
     complete(given, named_options(parser, arguments))
     try:
-        run(given)  # type: ignore[no-untyped-call]  # torch
+        run(given)
     except ChildFailedError as error:
         sys.stdout.flush()
         print(describe(error, given.log_dir), file=sys.stderr, flush=True)

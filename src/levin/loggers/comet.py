@@ -105,9 +105,14 @@ class CometLogger(Logger):
             # Without disabled=False a variable that turns off automatic logging would turn off ours.
             config = comet_ml.ExperimentConfig(**{"disabled": False, **self._config})
             self._experiment = comet_ml.start(
-                api_key=self._api_key, workspace=self._workspace, project=self._project,
-                experiment_key=self._experiment_key, mode=self._mode, online=self._online, experiment_config=config,
-            )  # fmt: skip
+                api_key=self._api_key,
+                workspace=self._workspace,
+                project=self._project,
+                experiment_key=self._experiment_key,
+                mode=self._mode,
+                online=self._online,
+                experiment_config=config,
+            )
             self._experiment_key = self._experiment.get_key()
             self._project = self._experiment.project_name or self._project
             self._offline_directory = config.offline_directory

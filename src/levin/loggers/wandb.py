@@ -101,9 +101,14 @@ class WandbLogger(Logger):
         # Set in a copy of the logger in another process, which joins the run of this one.
         self._attach_id: Optional[str] = None
         self._wandb_init: dict[str, Any] = {
-            "name": name, "project": self._project, "dir": self._save_dir, "id": self._id, "resume": "allow",
-            "anonymous": ("allow" if anonymous else None), **kwargs,
-        }  # fmt: skip
+            "name": name,
+            "project": self._project,
+            "dir": self._save_dir,
+            "id": self._id,
+            "resume": "allow",
+            "anonymous": ("allow" if anonymous else None),
+            **kwargs,
+        }
         if offline:
             self._wandb_init.setdefault("mode", "offline")
 

@@ -94,7 +94,7 @@ class Precision:
         if callable(run) and getattr(model, "_fabric", None) is None:
             run(tensor, *args, **kwargs)
         else:
-            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no type for it
+            tensor.backward(*args, **kwargs)
 
     def post_backward(self, tensor: Tensor, module: Module | None) -> Tensor:
         """Return the loss as it comes out of the backward pass."""
@@ -122,7 +122,7 @@ class Precision:
         if closure is None:
             if before_step is not None:
                 before_step(optimizer)
-            return optimizer.step(**kwargs)  # type: ignore[call-overload]  # optimizers may take more than a closure
+            return optimizer.step(**kwargs)
         if before_step is None:
             return optimizer.step(closure=closure, **kwargs)
 

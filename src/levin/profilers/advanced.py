@@ -121,4 +121,4 @@ class AdvancedProfiler(Profiler):
 
             profile.create_stats()
             with get_filesystem(path).open(path, "wb") as file:
-                file.write(marshal.dumps(profile.stats))  # type: ignore[attr-defined]  # set by create_stats
+                file.write(marshal.dumps(profile.stats))
