@@ -15,11 +15,12 @@ STOREYS = {
     "what people subclass": [
         ["datamodule"],
         ["module"],
-        ["optimizer", "loading", "exports"],
+        ["optimizer", "loading", "exports", "self_log"],
         ["hparams"],
         ["protocols"],
         ["hooks"],
         ["loggers", "profilers", "settings", "counters", "log_store"],
+        ["log_slot"],
     ],
     "the engine": [
         ["data"],

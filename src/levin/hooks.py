@@ -1,19 +1,13 @@
-"""The hooks: their names and signatures, and the table that is made of them once per run."""
+"""The hooks: their names and signatures. What a run makes of them is in loops/hook_table.py."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import torch
 
-from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
-from levin.utilities.overrides import is_overridden
-from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.timing import action_name
 
 if TYPE_CHECKING:
     from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS
@@ -22,9 +16,6 @@ if TYPE_CHECKING:
 # classes stand above this file; what levin's own callbacks see of a Trainer is written down in protocols.py.
 Trainer = Any
 LightningModule = Any
-
-Hooks = tuple[Callable[..., Any], ...]
-Profile = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 
 
 class ModelHooks:
@@ -400,136 +391,3 @@ class Callback:
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Before the gradients are zeroed."""
-
-
-STAGES = ("validation", "test", "predict")
-RUN_HOOKS: tuple[str, ...] = (
-    "on_fit_start",
-    "on_fit_end",
-    "on_sanity_check_start",
-    "on_sanity_check_end",
-    "on_train_start",
-    "on_train_end",
-    "on_train_epoch_start",
-    "on_train_epoch_end",
-    "on_train_batch_start",
-    "on_train_batch_end",
-    *(f"on_{stage}_{moment}" for stage in STAGES for moment in ("start", "end", "epoch_start", "epoch_end")),
-    *(f"on_{stage}_batch_{moment}" for stage in STAGES for moment in ("start", "end")),
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-)
-"""The hooks that a run calls on callbacks and module, in no particular order."""
-
-
-class HookTable:
-    """Hook name -> the bound methods that really exist, in calling order. Built once per run.
-
-    Callbacks come first, in list order, then the module; in ``on_train_epoch_end`` the monitoring callbacks
-    (EarlyStopping, Checkpoint) follow the module, so that they see what it logs. The strategy's come last, but before
-    the module's in ``on_train_batch_start``, whose answer the loop asks for.
-
-    Args:
-        trainer: First argument of every callback's hook.
-        module: Second argument of every callback's hook; its own hooks follow the callbacks'.
-        callbacks: In list order.
-        profile: Wraps a hook so that it is timed: ``profile(action_name, function) -> function``; then hooks that do
-            nothing are in the table, too. None: no timing.
-        strategy: It may have hooks as well.
-    """
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        callbacks: Sequence[Callback],
-        profile: Optional[Profile] = None,
-        strategy: Optional[Strategy] = None,
-    ) -> None:
-        self._table: dict[str, Hooks] = {}
-        for name in RUN_HOOKS:
-            hooks = [
-                (callback.is_monitor, _callback_hook(callback, name, profile, trainer, module))
-                for callback in callbacks
-            ]
-            own = _timed_hook(module, name, profile, has_hook(module, name))
-            if name == "on_train_epoch_end":
-                ordered = [hook for monitor, hook in hooks if not monitor]
-                ordered += [own, *(hook for monitor, hook in hooks if monitor)]
-            else:
-                ordered = [*(hook for _, hook in hooks), own]
-            if strategy is not None:
-                is_own = getattr(type(strategy), name, None) is not getattr(Strategy, name, None)
-                last = len(ordered) if name != "on_train_batch_start" else len(ordered) - 1
-                ordered.insert(last, _timed_hook(strategy, name, profile, is_own))
-            self._table[name] = tuple(hook for hook in ordered if hook is not None)
-
-    def __getitem__(self, name: str) -> Hooks:
-        return self._table[name]
-
-
-def _callback_hook(
-    callback: Callback, name: str, profile: Optional[Profile], *args: Any
-) -> Optional[Callable[..., Any]]:
-    is_own = name in vars(callback) or is_overridden(name, callback, Callback)
-    hook = _timed_hook(callback, name, profile, is_own)
-    return None if hook is None else functools.partial(hook, *args)
-
-
-def _timed_hook(owner: Any, name: str, profile: Optional[Profile], is_own: bool) -> Optional[Callable[..., Any]]:
-    """Return the hook if it ``is_own``, no default that does nothing; a profiler measures those as well."""
-    if profile is None:
-        return getattr(owner, name) if is_own else None
-    hook = getattr(owner, name, None)
-    return None if hook is None else profile(action_name(owner, name), hook)
-
-
-def has_hook(module: Any, name: str) -> bool:
-    """Return whether the user gave ``module`` a hook ``name`` of its own (in the class or on the instance)."""
-    if not hasattr(module, name):
-        return False
-    for base in (ModelHooks, DataHooks, CheckpointHooks):
-        if hasattr(base, name):
-            return name in vars(module) or is_overridden(name, module, base)
-    return True
-
-
-def transfer_hooks(
-    owners: Sequence[Any], profile: Optional[Profile] = None, strategy: Optional[Strategy] = None
-) -> Optional[Callable[[Any, torch.device, int], Any]]:
-    """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
-
-    Args:
-        owners: Who may override them, most important first (the data module, then the module).
-        profile: As for :class:`HookTable`.
-        strategy: Named in the report of the profiler.
-    """
-    chosen: dict[str, Any] = {}
-    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        having = [owner for owner in owners if name in vars(owner) or is_overridden(name, owner, DataHooks)]
-        if having or profile is not None:
-            owner = (having or owners[-1:])[0]
-            hook = getattr(owner, name)
-            chosen[name] = hook if profile is None else profile(action_name(owner, name), hook)
-        if len(having) > 1:
-            first, second = (type(owner).__name__ for owner in having)
-            rank_zero_warn(
-                f"`{name}` is defined by {first} and by {second}: that of {first} is used. Remove one of them."
-            )
-    if not chosen:
-        return None
-    before = chosen.get("on_before_batch_transfer")
-    transfer = chosen.get("transfer_batch_to_device")
-    after = chosen.get("on_after_batch_transfer")
-
-    def to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        batch = move_data_to_device(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
-        return batch if after is None else after(batch, dataloader_idx)
-
-    if profile is not None:
-        to_device = profile(action_name(strategy, "batch_to_device"), to_device)
-    if before is None:
-        return to_device
-    return lambda batch, device, dataloader_idx: to_device(before(batch, dataloader_idx), device, dataloader_idx)

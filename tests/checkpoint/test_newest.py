@@ -182,14 +182,14 @@ def test_all_ranks_start_from_what_rank_0_finds(tmp_path):
     trainer.fit(TrainOnly(), loader())
     path = str(tmp_path / "epoch=0-step=2.ckpt")
     trainer.ckpt_path = path if rank == 0 else None
-    assert agree(trainer, trainer.ckpt_path) == path
+    assert agree(trainer.run, trainer.ckpt_path) == path
 
 
 # last, best, hpc ----------------------------------------------------------------------------------------------------
 
 
 def select(trainer, name):
-    return select_checkpoint(trainer, name, model_given=True)
+    return select_checkpoint(trainer.run, name, model_given=True)
 
 
 def test_last_is_the_newest_of_the_files_called_last(tmp_path):

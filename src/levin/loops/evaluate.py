@@ -11,9 +11,9 @@ import torch
 from levin.counters import EvaluationLoop
 from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
-from levin.hooks import has_hook
 from levin.log_store import LogStore
 from levin.loops.dataloaders import batch_indices, load_validation, make_feed
+from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, new_store, step_arguments
 from levin.resume.resume_state import InterruptedPhase

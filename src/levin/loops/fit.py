@@ -6,9 +6,9 @@ import math
 from typing import Any, Optional
 
 from levin.data.feed import Feed
-from levin.hooks import has_hook
 from levin.loops import evaluate
 from levin.loops.dataloaders import prepare_epoch
+from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, Step
 from levin.loops.schedulers import step_schedulers

@@ -14,9 +14,10 @@ from torch import Tensor
 from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
-from levin.hooks import Callback, HookTable, Trainer
+from levin.hooks import Callback, Trainer
 from levin.log_store import LogStore, Metrics
 from levin.loggers.logger import Logger
+from levin.loops.hook_table import HookTable
 from levin.loops.stage_loaders import Loaders
 from levin.module import LightningModule
 from levin.optimizer import LightningOptimizer

@@ -11,7 +11,7 @@ import torch
 from levin.checkpoint.migrate import migrate
 from levin.checkpoint.select import agree
 from levin.data.loaders import set_epoch
-from levin.hooks import DataHooks, HookTable, has_hook, transfer_hooks
+from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
 from levin.loops.dataloaders import (
     limit_of,
@@ -24,6 +24,7 @@ from levin.loops.dataloaders import (
 )
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit, is_done
+from levin.loops.hook_table import HookTable, has_hook, transfer_hooks
 from levin.loops.logging import send_hyperparameters
 from levin.loops.run import Run, detach_log_store, find_log_dir, new_store
 from levin.loops.step import compose_step

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from levin.hooks import has_hook
 from levin.loops import run_call
+from levin.loops.hook_table import has_hook
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.ranks.signals import as_ended, signal_handlers
