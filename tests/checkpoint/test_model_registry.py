@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
-from levin.checkpoint.model_registry import is_registry, name_in_registry
+from levin.checkpoint.select import is_registry, name_in_registry
 
 
 class Model(LightningModule):

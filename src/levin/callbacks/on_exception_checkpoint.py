@@ -32,6 +32,7 @@ class OnExceptionCheckpoint(Checkpoint):
     """
 
     FILE_EXTENSION = ".ckpt"
+    resumes_by_itself = True
 
     def __init__(self, dirpath: str | os.PathLike[str], filename: str = "on_exception") -> None:
         super().__init__()

@@ -1,16 +1,36 @@
-"""Which checkpoint a call starts from."""
+"""Which checkpoint a call starts from.
+
+``select_checkpoint`` goes by what the user passed: a path, ``"best"`` and ``"last"`` of the checkpoint callbacks, ``"hpc"``
+of a requeued job, ``"auto"``, which is the newest intact checkpoint that this run or an earlier process of the same script
+left, or ``"registry"`` and its longer forms, through the package litmodels.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from typing import Any, Optional
+from pathlib import Path
+from typing import Any, Optional, Protocol
 
-from levin.checkpoint.model_registry import download_checkpoint, is_registry
-from levin.checkpoint.newest import Call, find_newest, modified
-from levin.utilities.filesystem import get_filesystem, is_local, local_path
+from levin.utilities.filesystem import exists, is_local, list_folder, local_path, modified_s
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.states import TrainerFn
+from levin.utilities.states import TrainerFn, TrainerState
+
+
+class Call(Protocol):
+    """What of a call of the Trainer says which checkpoint it starts from."""
+
+    trainer: Any
+    settings: Any
+    strategy: Any
+    state: TrainerState
+    callbacks: list[Any]
+    loggers: list[Any]
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        """Those that save checkpoints."""
 
 
 def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
@@ -26,8 +46,7 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
         FileNotFoundError: The path does not exist.
         ValueError: The name stands for nothing.
     """
-    if (wait := getattr(run.strategy.checkpoint_io, "wait", None)) is not None:
-        wait()  # what is being written in the background may be what is asked for
+    run.strategy.checkpoint_io.wait()  # what is being written in the background may be what is asked for
     if given is None:
         given = _implicit(run, model_given)
     path: Any = None
@@ -42,11 +61,12 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
                 f'.{run.state.fn}(ckpt_path="last") is set, but there is no last checkpoint available. No checkpoint will be loaded.'
             )
     elif given == "hpc":
-        path = find_hpc_checkpoint(run.settings.default_root_dir)
-        if path is None:
+        numbered = hpc_checkpoints(run.settings.default_root_dir)
+        if not numbered:
             raise ValueError(
                 f'.{run.state.fn}(ckpt_path="hpc") is set, but no hpc_ckpt_N.ckpt is in {run.settings.default_root_dir!r}. Pass a path.'
             )
+        path = max(numbered)[1]
     elif given == "auto":
         path = find_newest(run)
     elif is_registry(given):
@@ -62,13 +82,11 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
 
 def _implicit(run: Call, model_given: bool) -> Optional[str]:
     if model_given:
-        if run.state.fn == TrainerFn.FITTING and any(
-            type(callback).__name__ == "OnExceptionCheckpoint" for callback in run.callbacks
-        ):
+        if run.state.fn != TrainerFn.FITTING:
+            return None  # the weights that the model has are those that are meant
+        if any(getattr(callback, "resumes_by_itself", False) for callback in run.callbacks):
             return "last"
-        if os.environ.get("SLURM_JOB_ID") and find_hpc_checkpoint(run.settings.default_root_dir):
-            return "hpc"
-        return None
+        return "hpc" if _is_job() and hpc_checkpoints(run.settings.default_root_dir) else None
     rank_zero_warn(
         f"`.{run.state.fn}(ckpt_path=None)` was called without a model. The best model of the previous `fit` call will be used. "
         f'Pass `ckpt_path="best"` to say so, or the model to use its present weights.'
@@ -111,7 +129,7 @@ def _last(run: Call) -> Optional[str]:
         if path:
             candidates.append(str(path))
     # A link may point to nothing, and the file of an exception is there after one only.
-    times = {path: modified(path) for path in candidates if get_filesystem(path).exists(path)}
+    times = {path: modified_s(path) for path in candidates if _leads_to_something(path)}
     return max(times, key=lambda path: (times[path], path), default=None)
 
 
@@ -127,14 +145,141 @@ def agree(run: Call, path: Any) -> Any:
     return path
 
 
-def find_hpc_checkpoint(folder: str) -> Optional[str]:
-    """Return ``hpc_ckpt_N.ckpt`` with the highest N in ``folder``, or None."""
-    filesystem = get_filesystem(folder)
-    if not filesystem.exists(folder):
+def _leads_to_something(path: str) -> bool:
+    return os.path.exists(local_path(path)) if is_local(path) else exists(path)
+
+
+def _is_job() -> bool:
+    """Whether this is a job of SLURM, and no shell for a person."""
+    return bool(os.environ.get("SLURM_JOB_ID")) and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+
+
+def hpc_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """Return the numbers N and the paths of what is called ``hpc_ckpt_N.ckpt`` in ``folder``."""
+    matches = ((re.search(r"hpc_ckpt_(\d+)\.ckpt$", path), path) for path in list_folder(folder))
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+def find_newest(run: Call) -> Optional[str]:
+    """Return the newest intact checkpoint of the run's folders, or None for a fresh start.
+
+    The folders are ``default_root_dir``, those of the checkpoint callbacks, and for a callback that saves in the folder
+    of the logger's version those of earlier versions: the newest version that has an intact checkpoint. Files that are
+    damaged or incomplete are named in a warning each. Fit leaves out callbacks that save weights only.
+
+    Args:
+        run: With callbacks and loggers attached.
+    """
+    from levin.checkpoint.verify import find_newest_intact
+
+    rows: list[list[str]] = [[str(run.settings.default_root_dir)]]
+    for callback in run.checkpoint_callbacks:
+        if run.state.fn == TrainerFn.FITTING and getattr(callback, "save_weights_only", False):
+            continue  # there is nothing to go on from
+        rows.append(_folders_of(run, callback))
+    found: dict[str, Any] = {}
+    seen: set[str] = set()
+    for row in rows:
+        for folder in row:
+            if folder in seen:
+                continue
+            seen.add(folder)
+            path = find_newest_intact(folder)
+            if path is not None:
+                found[path] = modified_s(path)
+                break
+    return max(found, key=lambda path: (found[path], path), default=None)
+
+
+def _folders_of(run: Call, callback: Any) -> list[str]:
+    """Return the folders that hold the files of a callback, the newest first."""
+    resolve = getattr(callback, "_resolve_ckpt_dir", None)
+    folder = resolve(run.trainer) if resolve is not None else getattr(callback, "dirpath", None)
+    if not folder:
+        return []
+    folder = str(folder)
+    parent, name = os.path.split(folder)
+    parent, version = os.path.split(parent)
+    logger = run.loggers[0] if run.loggers else None
+    is_numbered = getattr(logger, "_numbers_versions", False) and name == "checkpoints"
+    if not is_numbered or version != f"version_{getattr(logger, 'version', None)}":
+        return [folder]
+    # Each process takes the next number, so that the files of the one before are in another folder.
+    earlier = [os.path.join(parent, f"version_{number}", name) for number in _versions_in(parent)]
+    return [folder, *(other for other in earlier if other != folder)]
+
+
+def _versions_in(parent: str) -> list[int]:
+    """Return the numbers N of what is called ``version_N`` in a folder, the highest first."""
+    matches = (re.fullmatch(r"version_(\d+)", os.path.basename(path)) for path in list_folder(parent))
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def is_registry(given: object) -> bool:
+    """Return whether ``ckpt_path`` names something in a registry rather than a file.
+
+    Example:
+        >>> is_registry("registry:owner/model:version:v2"), is_registry("registry.ckpt")
+        (True, False)
+    """
+    return isinstance(given, str) and (given == "registry" or given.startswith("registry:"))
+
+
+def name_in_registry(given: str, default: str | None) -> str:
+    """Return the name that the registry knows, with its version behind a colon if one was given.
+
+    Args:
+        given: ``"registry"``, ``"registry:NAME"``, ``"registry:NAME:version:V"`` or ``"registry:version:V"``.
+        default: The name where none is given: that of ``Trainer(model_registry=...)``.
+
+    Raises:
+        ValueError: It has another form, or there is no name at all.
+
+    Example:
+        >>> name_in_registry("registry:version:v2", "owner/model")
+        'owner/model:v2'
+    """
+    match = re.fullmatch(r"registry(?::(?!version:)(?P<name>[^:]+))?(?::version:(?P<version>[^:]+))?", given)
+    if match is None:
+        raise ValueError(
+            "ckpt_path must be 'registry', 'registry:NAME', 'registry:NAME:version:V' or 'registry:version:V', "
+            f"received {given!r}."
+        )
+    name = match["name"] or default
+    if not name:
+        raise ValueError(
+            f"ckpt_path={given!r} names no model. Name it ('registry:NAME'), or give Trainer(model_registry=NAME)."
+        )
+    return f"{name}:{match['version']}" if match["version"] else name
+
+
+def download_checkpoint(run: Call, given: str) -> str | None:
+    """Download a checkpoint into a folder below ``default_root_dir``, and return the path of its first ``.ckpt`` file.
+
+    One process per machine downloads; the others get None, and learn the path from rank 0.
+
+    Raises:
+        ModuleNotFoundError: litmodels is not installed.
+        ValueError: The name has another form, or ``default_root_dir`` is remote.
+        FileNotFoundError: What was downloaded holds no ``.ckpt`` file.
+    """
+    name = name_in_registry(given, run.settings.model_registry)
+    if importlib.util.find_spec("litmodels") is None:
+        raise ModuleNotFoundError(
+            f"ckpt_path={given!r} needs the package litmodels, which is not installed. Run `pip install litmodels`."
+        )
+    root = run.settings.default_root_dir
+    if not is_local(root):
+        raise ValueError(f"ckpt_path={given!r} needs a local default_root_dir, received {root!r}.")
+    from litmodels import download_model
+
+    folder = Path(local_path(root)) / re.sub("[/:]", "_", name)
+    if run.strategy.local_rank != 0:
         return None
-    numbered = [
-        (int(match.group(1)), str(path) if is_local(folder) else str(filesystem.unstrip_protocol(path)))
-        for path in filesystem.ls(folder, detail=False)
-        if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", str(path)))
-    ]
-    return max(numbered)[1] if numbered else None
+    download_model(name, download_dir=str(folder))
+    files = sorted(folder.rglob("*.ckpt"))
+    if not files:
+        raise FileNotFoundError(
+            f"The model {name!r} of the registry holds no .ckpt file; it was downloaded to {folder}."
+        )
+    return str(files[0])

@@ -102,6 +102,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
         if fn == "fit":
             check_restored_epoch(run)
             tree.restore_optimizers(run, checkpoint)
+            tree.keep_part_of_rank(checkpoint, strategy, weights_only)
         what = "Restored all states" if fn == "fit" else "Loaded model weights"
         rank_zero_info(f"{what} from the checkpoint at {ckpt_path}")
     if run.watchdog is not None:
@@ -180,7 +181,7 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, Any]]) -> None:
     run.resume = ResumeState()
     exact = None
     if loop.restarting:
-        exact = tree.own_state_of_rank(checkpoint, run.strategy) if checkpoint is not None else None
+        exact = tree.own_state(checkpoint) if checkpoint is not None else None
         run.resume.settle_counters(run, exact)
     sanity_check(run, is_resumed=loop.restarted_mid_epoch)
     hint_at_eval_mode(module)

@@ -7,7 +7,6 @@ nothing to finish, and the run ends at once.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -16,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
+from levin.checkpoint.select import hpc_checkpoints
 from levin.environments.slurm import SLURMEnvironment
 from levin.launchers.launcher import SIGTERM_STATUS
 from levin.protocols import Run
 from levin.utilities.exceptions import SIGTERMException
-from levin.utilities.filesystem import list_folder
 from levin.utilities.rank_zero import log, rank_zero_info
 from levin.utilities.states import TrainerFn
 
@@ -204,8 +203,8 @@ def _saves_weights_only(callback: Any) -> bool:
 
 
 def _next_hpc_path(folder: str) -> str:
-    numbers = [int(match[1]) for path in list_folder(folder) if (match := re.search(r"hpc_ckpt_(\d+)\.ckpt$", path))]
-    return os.path.join(folder, f"hpc_ckpt_{max(numbers, default=0) + 1}.ckpt")
+    number = max((number for number, _ in hpc_checkpoints(folder)), default=0) + 1
+    return os.path.join(folder, f"hpc_ckpt_{number}.ckpt")
 
 
 def requeue() -> None:

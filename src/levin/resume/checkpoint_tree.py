@@ -167,17 +167,26 @@ def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
     return state if isinstance(state, dict) else None
 
 
-def own_state_of_rank(checkpoint: Mapping[str, Any], strategy: Any) -> Optional[dict[str, Any]]:
-    """Return the part of :func:`own_state` that is for this rank."""
+def keep_part_of_rank(checkpoint: dict[str, Any], strategy: Any, weights_only: Optional[bool]) -> None:
+    """Leave of :func:`own_state` the part that is for this rank.
+
+    Args:
+        checkpoint: As it was read; it is changed.
+        strategy: Which rank this is, of how many.
+        weights_only: Whether reading may run no code; None for the default.
+    """
     state = own_state(checkpoint)
-    if state is not None and state.get("version") != OWN_VERSION:
+    if state is None:
+        return
+    if state.get("version") != OWN_VERSION:
         rank_zero_warn(
             f"The checkpoint has version {state.get('version')} of what levin keeps for an exact resume, and this levin reads "
             f"version {OWN_VERSION}: the run goes on as from a file of Lightning. Use the levin that wrote it to go on exactly."
         )
-        return None
+        del checkpoint[OWN_KEY]
+        return
     data = strategy.data_parallel
-    return None if state is None else part_of_rank(state, data.rank, data.size)
+    checkpoint[OWN_KEY] = part_of_rank(state, data.rank, data.size, weights_only)
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:

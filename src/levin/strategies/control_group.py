@@ -68,11 +68,19 @@ class ControlGroup:
         dist.broadcast_object_list(holder, group=self.group, group_src=src)
         return holder[0]
 
-    def gather(self, obj: Any) -> list[Any] | None:
-        """Return the objects of all processes, in order, in the first of the group; None in the others, and when closed."""
-        if self.is_closed:
+    def collect(self, data: torch.Tensor) -> list[torch.Tensor] | None:
+        """Return the bytes of the other processes, in order, in the first of the group; None in the others.
+
+        They are sent one after the other, so that the first holds no more than what it keeps.
+
+        Args:
+            data: Of this process, of type uint8; each may have another length.
+        """
+        sizes = [int(row[0]) for row in self.exchange([data.numel()])]
+        if dist.get_rank(self.group) != 0:
+            dist.send(data, group=self.group, group_dst=0)
             return None
-        size, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        found: list[Any] | None = [None] * size if rank == 0 else None
-        dist.gather_object(obj, found, group=self.group, group_dst=0)
+        found = [torch.empty(size, dtype=torch.uint8) for size in sizes[1:]]
+        for number, buffer in enumerate(found, start=1):
+            dist.recv(buffer, group=self.group, group_src=number)
         return found
