@@ -18,6 +18,7 @@ from levin.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from levin.checkpoint import load
 from levin.checkpoint.select import agree, select_checkpoint
 from levin.loggers import CSVLogger
+from levin.utilities.states import TrainerFn
 from tests.callbacks.small import TrainOnly, loader
 from tests.distributed import world_size
 
@@ -181,8 +182,7 @@ def test_all_ranks_start_from_what_rank_0_finds(tmp_path):
     )  # fmt: skip
     trainer.fit(TrainOnly(), loader())
     path = str(tmp_path / "epoch=0-step=2.ckpt")
-    trainer.ckpt_path = path if rank == 0 else None
-    assert agree(trainer.run, trainer.ckpt_path) == path
+    assert agree(trainer.run, path if rank == 0 else None) == path
 
 
 # last, best, hpc ----------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_best_is_that_of_the_first_callback(tmp_path):
         assert select(trainer, "best") == str(tmp_path / "a" / "a.ckpt")
     trainer = Trainer(default_root_dir=str(tmp_path), enable_checkpointing=False, logger=False, accelerator="cpu")
     with pytest.raises(ValueError, match="`ModelCheckpoint` is not configured"):
-        select(trainer, "best")
+        trainer.validate(TrainOnly(), loader(), ckpt_path="best")
 
 
 @pytest.mark.parametrize("is_remote", [False, True])
@@ -244,6 +244,32 @@ def test_hpc_is_the_highest_number(tmp_path, memory, is_remote):
         trainer.save_checkpoint(f"{folder}/hpc_ckpt_{number}.ckpt")
     assert select(trainer, "hpc").endswith("hpc_ckpt_10.ckpt")
     assert load(select(trainer, "hpc"))["global_step"] == 4
+
+
+@pytest.mark.parametrize("job", ["train.sh", "bash", "interactive"])
+def test_the_file_of_a_requeued_job_counts_for_fit_alone_and_for_no_shell(tmp_path, monkeypatch, job):
+    first = fit(tmp_path, 1, None, logger=False, callbacks=[ModelCheckpoint(tmp_path / "a")])
+    first.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NAME", job)
+    found = str(tmp_path / "hpc_ckpt_1.ckpt") if job == "train.sh" else None
+    assert select(first, None) == found
+    for name in ("validate", "test", "predict"):
+        first.state.fn = TrainerFn(name)
+        assert select(first, None) is None
+        assert select(first, "hpc") == str(tmp_path / "hpc_ckpt_1.ckpt")  # for those who ask for it
+
+
+@pytest.mark.filterwarnings("ignore:.*there is no last checkpoint available")
+def test_a_subclass_of_the_exception_checkpoint_goes_on_by_itself_too(tmp_path):
+    class Mine(OnExceptionCheckpoint):
+        pass
+
+    for callback in (OnExceptionCheckpoint(tmp_path), Mine(tmp_path)):
+        trainer = fit(tmp_path, 1, None, callbacks=[callback], logger=False)
+        trainer.save_checkpoint(callback.ckpt_path)
+        assert select(trainer, None) == str(tmp_path / "on_exception.ckpt")
+        os.remove(callback.ckpt_path)
 
 
 def test_a_path_that_is_not_there_is_an_error(tmp_path):
