@@ -20,7 +20,6 @@ from levin.callbacks.checkpoint_names import default_folder, fill_template, firs
 from levin.callbacks.checkpoint_ranking import Mode, comparable, improves, ranked, worst_score, write_scores
 from levin.callbacks.checkpoint_trigger import validates, validates_after_last_batch, validates_once_per_epoch
 from levin.callbacks.unconfirmed_save import UnconfirmedSave
-from levin.checkpoint.background import in_background
 from levin.ranks.clock import AgreedClock
 from levin.utilities.atomic import replace_link
 from levin.utilities.exceptions import MisconfigurationException
@@ -175,6 +174,8 @@ class ModelCheckpoint(Checkpoint):
         """Settle the folder; all ranks take that of rank 0, whose logger knows the version."""
         self._unconfirmed = UnconfirmedSave(self, _KNOWN)
         if self.async_save and stage == "fit":
+            from levin.checkpoint.background import in_background
+
             trainer.strategy.checkpoint_io = in_background(trainer.strategy.checkpoint_io)
         found = self._resolve_ckpt_dir(trainer) if trainer.is_global_zero else ""
         dirpath: str = trainer.strategy.broadcast(found)

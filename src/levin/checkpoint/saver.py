@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from levin.checkpoint.dtensors import whole
-from levin.checkpoint.io import CheckpointIO
-from levin.utilities.types import PathLike
+
+if TYPE_CHECKING:
+    from levin.checkpoint.io import CheckpointIO
+    from levin.utilities.types import PathLike
 
 
 def save_tree(

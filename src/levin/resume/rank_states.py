@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levin.checkpoint.io import load
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
@@ -83,6 +82,8 @@ def _packed(state: State) -> Tensor:
 
 
 def _unpacked(data: Tensor, weights_only: bool | None) -> State:
+    from levin.checkpoint.io import load
+
     state: State = load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only)
     return state
 
