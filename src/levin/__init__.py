@@ -33,6 +33,7 @@ _ROOMS = (
     "cli",
     "compat",
     "data",
+    "demos",
     "environments",
     "launchers",
     "loggers",

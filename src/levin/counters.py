@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Optional
 
 FIELDS = ("ready", "started", "processed", "completed")
@@ -153,6 +154,16 @@ class EpochLoop:
     def global_step(self) -> int:
         """Optimizer steps taken, by automatic and by manual optimization."""
         return self.optim_progress.step.total.completed + self.manual_step_progress.total.completed
+
+    @property
+    def manual_optimization(self) -> Any:
+        """Holds ``optim_step_progress``: pina-mathlab counts there the steps of optimizers that it calls itself."""
+        return SimpleNamespace(optim_step_progress=self.manual_step_progress)
+
+    @property
+    def automatic_optimization(self) -> Any:
+        """Holds ``optim_progress.optimizer``: packages read there how many steps were taken."""
+        return SimpleNamespace(optim_progress=SimpleNamespace(optimizer=self.optim_progress))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's part of a checkpoint, flattened as the format has it."""

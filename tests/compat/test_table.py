@@ -144,7 +144,7 @@ def test_an_absent_feature_can_be_mentioned_and_not_used(name, base):
     "statement, message",
     [
         ("from lightning.pytorch.callbacks import Nonsense", "levin has no `lightning.pytorch.callbacks.Nonsense`"),
-        ("import lightning.pytorch.demos.boring_classes", "levin has no `lightning.pytorch.demos`"),
+        ("import lightning.pytorch.callback.Callback", "levin has no `lightning.pytorch.callback`"),
         ("from pytorch_lightning.trainer import ModelCheckpoint", "It is `levin.callbacks.ModelCheckpoint`"),
         ("import lightning.app", "levin has no `lightning.app`"),
     ],

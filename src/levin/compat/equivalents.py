@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
+import math
 import os
 import pickle
+import statistics
 import sys
-import types
-from collections.abc import Iterator, Mapping
-from enum import Enum
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol, Union, runtime_checkable
 
 import torch
 import torch.distributed
 from lightning_utilities.core.enums import StrEnum
+from torch.utils.data import IterableDataset
 
+from levin.accelerators import Accelerator, CPUAccelerator
+from levin.data.combined import known_length
 from levin.engine import Engine, build_engine
-from levin.hparams import frame_arguments
-from levin.loading import read_hparams_file
+from levin.precision import DoublePrecision
+from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
+from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
+from levin.utilities.rank_zero import rank_zero_warn
 
 FLOAT16_EPSILON: float = float(torch.finfo(torch.float16).eps)
 FLOAT32_EPSILON: float = float(torch.finfo(torch.float32).eps)
@@ -73,14 +83,31 @@ class Optimizable(Steppable, Protocol):
         """Take up a state."""
 
 
-def _AcceleratorConnector(**arguments: Any) -> Engine:
-    """Return what a Trainer with such arguments would run on, as ``trainer._accelerator_connector`` answers it.
+class _AcceleratorConnector:
+    """Says what a Trainer would run on. scvi-tools and pina-mathlab make one of these and read its flags.
 
     Args:
-        arguments: ``accelerator``, ``strategy``, ``devices``, ``num_nodes``, ``precision``, ``plugins`` and
-            ``sync_batchnorm``, as the Trainer takes them.
+        devices: As the Trainer takes them.
+        accelerator: As the Trainer takes it.
+        arguments: ``strategy``, ``num_nodes``, ``precision``, ``plugins`` and ``sync_batchnorm``, as the Trainer takes them.
     """
-    return build_engine(**{name: value for name, value in arguments.items() if name not in _DECIDED_ELSEWHERE})
+
+    def __init__(
+        self, devices: int | str | list[int] = "auto", accelerator: str | Accelerator = "auto", **arguments: Any
+    ) -> None:
+        chosen = {name: value for name, value in arguments.items() if name not in _DECIDED_ELSEWHERE}
+        self._engine: Engine = build_engine(accelerator=accelerator, devices=devices, **chosen)
+        self._accelerator_flag: str | Accelerator = self._engine.accelerator.name()
+        if isinstance(accelerator, Accelerator):
+            self._accelerator_flag = accelerator
+        self._parallel_devices: list[torch.device] = list(self._engine.parallel_devices)
+        on_cpu = self._accelerator_flag == "cpu"
+        self._devices_flag: int | list[int | None] = (
+            len(self._parallel_devices) if on_cpu else [device.index for device in self._parallel_devices]
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 _DECIDED_ELSEWHERE = ("benchmark", "deterministic", "use_distributed_sampler")
@@ -102,17 +129,6 @@ def is_picklable(obj: object) -> bool:
     except (pickle.PickleError, AttributeError, RuntimeError, TypeError):
         return False
     return True
-
-
-def get_init_args(frame: types.FrameType) -> dict[str, Any]:
-    """Return the arguments of the ``__init__`` that runs in ``frame``, with those caught by ``**kwargs``.
-
-    Args:
-        frame: Often ``inspect.currentframe()``.
-    """
-    if "__class__" not in frame.f_locals:
-        return {}
-    return frame_arguments(frame)
 
 
 def suggested_max_num_workers(local_world_size: int) -> int:
@@ -148,15 +164,33 @@ def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
     )
 
 
+def is_cuda_out_of_memory(exception: BaseException) -> bool:
+    """Return whether the exception says that the memory of a GPU is full."""
+    return _says(exception, "CUDA out of memory")
+
+
+def is_cudnn_snafu(exception: BaseException) -> bool:
+    """Return whether the exception is what cuDNN makes of a full memory."""
+    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+
+
+def is_out_of_cpu_memory(exception: BaseException) -> bool:
+    """Return whether the exception says that the memory of the machine is full."""
+    return _says(exception, "DefaultCPUAllocator: can't allocate memory")
+
+
 def is_oom_error(exception: BaseException) -> bool:
     """Return whether the exception says that the memory of a device or of the machine is full."""
-    if isinstance(exception, torch.cuda.OutOfMemoryError):
-        return True
-    text = str(exception)
-    return isinstance(exception, RuntimeError) and any(
-        part in text
-        for part in ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
+    return (
+        isinstance(exception, torch.cuda.OutOfMemoryError)
+        or is_cuda_out_of_memory(exception)
+        or is_cudnn_snafu(exception)
+        or _says(exception, "can't allocate memory")
     )
+
+
+def _says(exception: BaseException, text: str) -> bool:
+    return isinstance(exception, RuntimeError) and len(exception.args) == 1 and text in str(exception)
 
 
 def garbage_collection_cuda() -> None:
@@ -166,77 +200,128 @@ def garbage_collection_cuda() -> None:
         torch.cuda.empty_cache()
 
 
-def lightning_hasattr(model: Any, attribute: str) -> bool:
-    """Return whether the module, its ``hparams`` or its data module has ``attribute``."""
-    return next(_holders(model, attribute), None) is not None
+def get_cpu_stats() -> dict[str, Any]:
+    """Return the load of processor, memory and swap in percent."""
+    return CPUAccelerator().get_device_stats("cpu")
 
 
-def lightning_getattr(model: Any, attribute: str) -> Any:
-    """Return the attribute from the module, its ``hparams`` or its data module; the last that has it wins.
-
-    Raises:
-        AttributeError: None of them has it.
-    """
-    holders = list(_holders(model, attribute))
-    if not holders:
-        raise AttributeError(f"{attribute!r} is neither in the module nor in its hparams nor in its data module.")
-    holder = holders[-1]
-    return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
+def sized_len(dataloader: Any) -> int | None:
+    """Return the length of a loader, None if it has none."""
+    length = known_length(dataloader)
+    return int(length) if math.isfinite(length) else None
 
 
-def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
-    """Set the attribute wherever it is: in the module, its ``hparams`` and its data module.
-
-    Raises:
-        AttributeError: None of them has it.
-    """
-    holders = list(_holders(model, attribute))
-    if not holders:
-        raise AttributeError(f"{attribute!r} is neither in the module nor in its hparams nor in its data module.")
-    for holder in holders:
-        if isinstance(holder, dict):
-            holder[attribute] = value
-        else:
-            setattr(holder, attribute, value)
+def has_iterable_dataset(dataloader: Any) -> bool:
+    """Return whether a loader reads an IterableDataset."""
+    return isinstance(getattr(dataloader, "dataset", None), IterableDataset)
 
 
-def _holders(model: Any, attribute: str) -> Iterator[Any]:
-    if hasattr(model, attribute):
-        yield model
-    hparams = getattr(model, "hparams", None)
-    if isinstance(hparams, dict) and attribute in hparams:
-        yield hparams
-    datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
-    if datamodule is not None and hasattr(datamodule, attribute):
-        yield datamodule
-
-
-def load_hparams_from_yaml(config_yaml: str | os.PathLike[str], use_omegaconf: bool = True) -> dict[str, Any]:
-    """Return the hyper-parameters in a YAML file; an empty dict when there is no such file.
+def has_len_all_ranks(
+    dataloader: Any, strategy: Strategy, allow_zero_length_dataloader_with_multiple_devices: bool = False
+) -> bool:
+    """Return whether a loader has a length that every rank can work with.
 
     Args:
-        config_yaml: The path.
-        use_omegaconf: Without effect: plain values come back.
+        dataloader: The loader of this rank.
+        strategy: Knows the other ranks.
+        allow_zero_length_dataloader_with_multiple_devices: Whether a rank may have no batch where others have some.
+
+    Raises:
+        RuntimeError: It has none here, some on another rank, and that is not allowed.
     """
-    return read_hparams_file(config_yaml) if os.path.exists(config_yaml) else {}
+    length = sized_len(dataloader)
+    if length is None:
+        return False
+    total = int(strategy.reduce(torch.tensor(length, device=strategy.root_device), reduce_op="sum"))
+    if total == 0:
+        rank_zero_warn(f"`{type(dataloader).__name__}` has no batches on any rank. Is that what you want?")
+    elif length == 0:
+        if not allow_zero_length_dataloader_with_multiple_devices:
+            raise RuntimeError(
+                f"`{type(dataloader).__name__}` has no batches on this rank and {total} on the others. Give each rank"
+                " some, or set `allow_zero_length_dataloader_with_multiple_devices` of the data module to True."
+            )
+        rank_zero_warn(f"`{type(dataloader).__name__}` has no batches on one rank.")
+    return True
 
 
-def save_hparams_to_yaml(config_yaml: str | os.PathLike[str], hparams: Any, use_omegaconf: bool = True) -> None:
-    """Write hyper-parameters into a YAML file, those that YAML can hold.
+def is_shared_filesystem(strategy: Strategy, path: str | os.PathLike[str] | None = None, timeout: int = 3) -> bool:
+    """Return whether all ranks see the files of a folder.
 
     Args:
-        config_yaml: The path; the file is called ``hparams.yaml`` by convention.
-        hparams: A dict or a namespace.
-        use_omegaconf: Without effect: plain values are written.
+        strategy: Knows the other ranks.
+        path: The folder, by default the present one; addresses of other file systems are shared.
+        timeout: Seconds that a file of rank 0 has to appear on the others.
     """
-    import yaml
+    folder = os.getcwd() if path is None else os.fspath(path)
+    if not is_local(folder) or strategy.world_size == 1:
+        return True
+    marker = strategy.broadcast(os.path.join(folder, f".shared-{uuid.uuid4().hex}"))
+    if strategy.is_global_zero:
+        Path(marker).touch()
+    strategy.barrier()
+    end = time.monotonic() + timeout
+    while not (is_seen := os.path.exists(marker)) and time.monotonic() < end:
+        time.sleep(0.05)
+    is_shared = strategy.reduce_boolean_decision(is_seen, all=True)
+    if strategy.is_global_zero:
+        os.remove(marker)
+    return is_shared
 
-    values = dict(hparams) if isinstance(hparams, Mapping) else vars(hparams)
-    with open(config_yaml, "w", newline="") as file:
-        yaml.safe_dump({key: _plain(value) for key, value in values.items()}, file)
+
+def get_torchvision_model(model_name: str, **kwargs: Any) -> torch.nn.Module:
+    """Return a model of torchvision by its name.
+
+    Raises:
+        ModuleNotFoundError: torchvision is not installed.
+    """
+    if find_spec("torchvision") is None:
+        raise ModuleNotFoundError("`get_torchvision_model` needs torchvision. Install it with: pip install torchvision")
+    models: Any = importlib.import_module("torchvision.models")
+    model: torch.nn.Module = models.get_model(model_name, **kwargs)
+    return model
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+def merge_dicts(
+    dicts: Sequence[Mapping[str, float]],
+    agg_key_funcs: Mapping[str, Callable[[Sequence[float]], float]] | None = None,
+    default_func: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> dict[str, float]:
+    """Return one dict with the values of several, those of one key made one by a function.
+
+    Args:
+        dicts: The dicts.
+        agg_key_funcs: The function of a key.
+        default_func: The function of all other keys.
+
+    Example:
+        >>> merge_dicts([{"a": 1, "b": 3}, {"a": 3}], {"b": max})
+        {'a': 2.0, 'b': 3}
+    """
+    functions = agg_key_funcs or {}
+    keys = dict.fromkeys(key for each in dicts for key in each)
+    return {key: functions.get(key, default_func)([each[key] for each in dicts if key in each]) for key in keys}
+
+
+def do_nothing_closure() -> None:
+    """Return nothing: an optimizer's closure where there is none."""
+
+
+class LightningDoublePrecisionModule(torch.nn.Module):
+    """Calls the steps of a module with floating tensors of double precision.
+
+    Args:
+        pl_module: The module, whose weights are double already.
+    """
+
+    def __init__(self, pl_module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module: torch.nn.Module = pl_module
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        convert = DoublePrecision().convert_input
+        return getattr(self.module, name)(*convert(args), **convert(kwargs))
+
+
+for _name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+    setattr(LightningDoublePrecisionModule, _name, functools.partialmethod(LightningDoublePrecisionModule._call, _name))

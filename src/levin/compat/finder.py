@@ -6,10 +6,10 @@ import importlib
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
-from levin.compat.table import ABSENT, ROOTS, TABLE, names_in, path_of
+from levin.compat.table import ABSENT, PROGRAMS, ROOTS, TABLE, names_in, path_of
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 VERSION = "2.6.6"
 """The Lightning version whose behaviour is met: packages ask for it."""
 
+_MAIN = ".__main__"
 _DISTRIBUTIONS = ("lightning", "pytorch-lightning", "lightning-fabric")
 
 
@@ -39,6 +40,9 @@ class AliasFinder:
         key = path_of(fullname)
         if key is None:
             return None
+        if key.endswith(_MAIN) and key.removesuffix(_MAIN) in PROGRAMS:
+            program: Any = _ProgramLoader(PROGRAMS[key.removesuffix(_MAIN)])
+            return ModuleSpec(fullname, program, origin="levin.compat")
         if key not in TABLE:
             # Without `name=` the import system takes it for an answer, not for a module to look for elsewhere.
             raise ModuleNotFoundError(_describe_missing(fullname))
@@ -66,6 +70,22 @@ class _AliasLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run."""
+
+
+class _ProgramLoader:
+    """Gives ``python -m`` the code of a program.
+
+    Args:
+        module: Its ``main(words)`` is called with the words of the command line.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the code."""
+        source = f"import sys\nfrom {self._module} import main\nsys.exit(main(sys.argv[1:]))"
+        return compile(source, f"<{fullname}>", "exec")
 
 
 class AliasModule(ModuleType):

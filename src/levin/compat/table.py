@@ -13,6 +13,10 @@ ABSENT = "levin.compat.absent"
 EQUIVALENTS = "levin.compat.equivalents"
 """Small functions and classes that nothing of levin's own needs, and packages do."""
 
+HPARAMS = "levin.compat.hparams"
+"""Helpers for hyper-parameters."""
+
+_DEMOS = "levin.demos"
 _ACCELERATORS, _CALLBACKS, _ENVIRONMENTS = "levin.accelerators", "levin.callbacks", "levin.environments"
 _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
     "levin.checkpoint",
@@ -55,7 +59,7 @@ TABLE: dict[str, dict[str, str]] = {
         "find_usable_cuda_devices",
     },
     "pytorch.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
-    "pytorch.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator"},
+    "pytorch.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator", EQUIVALENTS: "get_cpu_stats"},
     "pytorch.accelerators.cuda": {_ACCELERATORS: "CUDAAccelerator", "levin.accelerators.cuda": "num_cuda_devices"},
     "pytorch.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
     "pytorch.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
@@ -116,11 +120,28 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.core.mixins": {"levin.hparams": "HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": {"levin.hparams": "HyperparametersMixin"},
     "pytorch.core.module": {"levin": "LightningModule"},
-    "pytorch.core.optimizer": {"levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer"},
+    "pytorch.core.optimizer": {
+        "levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer", EQUIVALENTS: "do_nothing_closure",
+    },
+    "pytorch.demos": {
+        _DEMOS: "BoringDataModule BoringModel DemoModel LightningLSTM LightningTransformer SequenceSampler SimpleLSTM "
+        "Transformer WikiText2",
+    },
+    "pytorch.demos.boring_classes": {
+        f"{_DEMOS}.boring_classes": "BoringDataModule BoringDataModuleNoLen BoringModel DemoModel "
+        "IterableBoringDataModule ManualOptimBoringModel Net RandomDataset RandomDictDataset RandomIterableDataset "
+        "RandomIterableDatasetWithLen",
+    },
+    "pytorch.demos.lstm": {f"{_DEMOS}.lstm": "LightningLSTM SequenceSampler SimpleLSTM"},
+    "pytorch.demos.mnist_datamodule": {f"{_DEMOS}.mnist_datamodule": "MNIST MNISTDataModule _MNIST:MNIST"},
+    "pytorch.demos.transformer": {
+        f"{_DEMOS}.transformer": "Dictionary LightningTransformer PositionalEncoding Transformer WikiText2 tokenize",
+    },
     "pytorch.core.saving": {
         "levin.loading": "_load_from_checkpoint:load_from_checkpoint _default_map_location:default_map_location",
         "levin.utilities.filesystem": "get_filesystem",
-        EQUIVALENTS: "load_hparams_from_yaml save_hparams_to_yaml",
+        HPARAMS: "convert load_hparams_from_tags_csv load_hparams_from_yaml save_hparams_to_tags_csv save_hparams_to_yaml "
+        "update_hparams",
     },
     "pytorch.loggers": {
         _LOGGERS: "CSVLogger Logger TensorBoardLogger",
@@ -134,6 +155,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.loggers.litlogger": {ABSENT: "LitLogger"},
     "pytorch.loggers.logger": {
         _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
+        EQUIVALENTS: "merge_dicts",
     },
     "pytorch.loggers.mlflow": {"levin.loggers.mlflow": "MLFlowLogger"},
     "pytorch.loggers.neptune": {ABSENT: "NeptuneLogger"},
@@ -170,7 +192,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
     "pytorch.plugins.precision.bitsandbytes": {ABSENT: "BitsandbytesPrecision"},
     "pytorch.plugins.precision.deepspeed": {ABSENT: "DeepSpeedPrecision"},
-    "pytorch.plugins.precision.double": {_PRECISION: "DoublePrecision"},
+    "pytorch.plugins.precision.double": {
+        _PRECISION: "DoublePrecision", EQUIVALENTS: "LightningDoublePrecisionModule",
+    },
     "pytorch.plugins.precision.fsdp": {ABSENT: "FSDPPrecision"},
     "pytorch.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "pytorch.plugins.precision.precision": {_PRECISION: "Precision"},
@@ -231,7 +255,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
-    "pytorch.utilities.data": {"levin.log_store": "extract_batch_size"},
+    "pytorch.utilities.compile": {"levin.compat.compiled": "from_compiled to_uncompiled"},
+    "pytorch.utilities.consolidate_checkpoint": {},
+    "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
     "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},
     "pytorch.utilities.exceptions": {
         "levin.utilities.exceptions": "MisconfigurationException SIGTERMException",
@@ -242,8 +268,13 @@ TABLE: dict[str, dict[str, str]] = {
         "lightning_utilities.core.imports": "RequirementCache compare_version package_available",
         EQUIVALENTS: "_OMEGACONF_AVAILABLE",
     },
-    "pytorch.utilities.memory": {EQUIVALENTS: "garbage_collection_cuda is_oom_error recursive_detach"},
-    "pytorch.utilities.model_helpers": {"levin.utilities.overrides": "is_overridden"},
+    "pytorch.utilities.memory": {
+        EQUIVALENTS: "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_oom_error is_out_of_cpu_memory "
+        "recursive_detach",
+    },
+    "pytorch.utilities.model_helpers": {
+        "levin.utilities.overrides": "is_overridden", EQUIVALENTS: "get_torchvision_model",
+    },
     "pytorch.utilities.model_summary": {_SUMMARY: _SUMMARY_NAMES},
     "pytorch.utilities.model_summary.model_summary": {_SUMMARY: f"{_SUMMARY_NAMES} NOT_APPLICABLE UNKNOWN_SIZE"},
     "pytorch.utilities.parameter_tying": {
@@ -251,7 +282,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.parsing": {
         "levin.utilities.attribute_dict": "AttributeDict",
-        EQUIVALENTS: "get_init_args is_picklable lightning_getattr lightning_hasattr lightning_setattr",
+        HPARAMS: "clean_namespace collect_init_args get_init_args lightning_getattr lightning_hasattr lightning_setattr "
+        "parse_class_init_keys",
+        EQUIVALENTS: "is_picklable",
     },
     "pytorch.utilities.rank_zero": _RANK_ZERO_MODULE,
     "pytorch.utilities.seed": {"levin.utilities.seed": "isolate_rng"},
@@ -261,6 +294,7 @@ TABLE: dict[str, dict[str, str]] = {
         "torch.optim.lr_scheduler": "LRScheduler ReduceLROnPlateau",
         EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT",
     },
+    "pytorch.utilities.upgrade_checkpoint": {},
     "pytorch.utilities.warnings": {"levin.utilities.warnings": "PossibleUserWarning"},
     # ------------------------------------------------------------------ lightning.fabric, lightning_fabric
     "fabric": {
@@ -271,6 +305,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.accelerators": {
         _ACCELERATORS: "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
         "find_usable_cuda_devices",
+        f"{_ACCELERATORS}.registry": "ACCELERATOR_REGISTRY:AcceleratorRegistry",
     },
     "fabric.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
     "fabric.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator"},
@@ -316,6 +351,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.strategies": {
         _STRATEGIES: "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy",
         ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
+        f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
     "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
     "fabric.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
@@ -340,18 +376,20 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.utilities.collections": "apply_to_collection",
         EQUIVALENTS: "convert_tensors_to_scalars",
     },
+    "fabric.utilities.consolidate_checkpoint": {},
     "fabric.utilities.cloud_io": {
         "levin.utilities.filesystem": "get_filesystem",
         "levin.checkpoint": "_load:load _atomic_save:atomic_save",
     },
     "fabric.utilities.data": {
         "levin.utilities.attribute_dict": "AttributeDict",
-        EQUIVALENTS: "suggested_max_num_workers",
+        "levin.data.loaders": "has_len",
+        EQUIVALENTS: "has_iterable_dataset sized_len suggested_max_num_workers",
     },
     "fabric.utilities.distributed": {
         "levin.data.samplers": "DistributedSamplerWrapper",
         "torch.distributed": "ReduceOp group",
-        EQUIVALENTS: "_distributed_is_initialized",
+        EQUIVALENTS: "_distributed_is_initialized is_shared_filesystem",
     },
     "fabric.utilities.enums": {EQUIVALENTS: "LightningEnum"},
     "fabric.utilities.exceptions": {"levin.utilities.exceptions": "MisconfigurationException"},
@@ -437,3 +475,10 @@ def path_of(module: str) -> str | None:
 
 ROOTS = {"lightning": "", "pytorch_lightning": "pytorch", "lightning_fabric": "fabric"}
 """Top-level packages that the alias answers for, and the path that each is."""
+
+PROGRAMS = {
+    "pytorch.utilities.upgrade_checkpoint": "levin.checkpoint.upgrade",
+    "pytorch.utilities.consolidate_checkpoint": "levin.checkpoint.consolidate",
+    "fabric.utilities.consolidate_checkpoint": "levin.checkpoint.consolidate",
+}
+"""Modules that people run with ``python -m``, and the module whose ``main(words)`` does it here."""

@@ -1,0 +1,229 @@
+"""Names of Lightning's that packages and their test suites import: the same answers as the installed Lightning's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import subprocess
+import sys
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from levin import Trainer
+from levin.compat.finder import AliasModule
+from levin.demos.boring_classes import BoringModel, ManualOptimBoringModel
+from levin.strategies import SingleDeviceStrategy
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield 1
+
+
+class SizedStream(Stream):
+    def __len__(self):
+        return 3
+
+
+def both(path: str, name: str) -> tuple[Any, Any]:
+    """Lightning's and levin's object of one name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = getattr(importlib.import_module(f"lightning.{path}"), name)
+    return theirs, getattr(AliasModule(f"lightning.{path}", path), name)
+
+
+def outcome(function: Any, *args: Any, **kwargs: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            return type(error).__name__
+
+
+CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
+    ("fabric.utilities.data", name, (loader,))
+    for name in ("has_len", "has_iterable_dataset", "sized_len")
+    for loader in (
+        DataLoader(Stream()), DataLoader(SizedStream()), DataLoader([1]), [1, 2], [], iter([1]), DataLoader([]),
+    )
+] + [
+    ("pytorch.core.saving", "convert", (text,)) for text in ("1", "1.5", "true", "None", "abc", "[1]", "")
+] + [
+    ("pytorch.utilities.memory", name, (error,))
+    for name in ("is_cuda_out_of_memory", "is_cudnn_snafu", "is_out_of_cpu_memory", "is_oom_error")
+    for error in (
+        RuntimeError("CUDA out of memory. Tried"), RuntimeError("x", "CUDA out of memory."), ValueError("CUDA out of memory."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."), RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    )
+] + [
+    ("pytorch.loggers.logger", "merge_dicts", ([{"a": 1, "b": 3}, {"a": 3}], *more)) for more in ((), ({"a": min}, max))
+] + [("pytorch.core.optimizer", "do_nothing_closure", ())]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "name", "arguments"), CALLS, ids=lambda part: part if isinstance(part, str) else None)
+def test_functions_answer_as_lightnings(path, name, arguments):
+    theirs, ours = both(path, name)
+    assert outcome(ours, *arguments) == outcome(theirs, *arguments)
+
+
+def test_the_load_of_the_processor_has_the_names_of_lightning():
+    theirs, ours = both("pytorch.accelerators.cpu", "get_cpu_stats")
+    assert ours().keys() == theirs().keys()
+
+
+@pytest.mark.parametrize("values", [{"a": 1, "b": "text", "c": [1, 2], "d": 0.5, "e": True, "f": None}, Namespace(a=1)])
+def test_hyperparameters_in_a_table(tmp_path: Path, values):
+    read = []
+    for side in (0, 1):
+        save, load = (both("pytorch.core.saving", f"{verb}_hparams_{to}_tags_csv")[side]
+                      for verb, to in (("save", "to"), ("load", "from")))  # fmt: skip
+        save(tmp_path / f"{side}.csv", values)
+        read.append(
+            (load(tmp_path / f"{side}.csv"), load(tmp_path / "none.csv"), outcome(save, tmp_path / "a/b", values))
+        )
+    assert read[0] == read[1]
+
+
+def test_nested_values_are_taken_up():
+    for side in (0, 1):
+        hparams = {"a": 1, "b": {"c": 2, "d": 3}}
+        both("pytorch.core.saving", "update_hparams")[side](hparams, {"b": {"c": 4}, "e": 5})
+        assert hparams == {"a": 1, "b": {"c": 4, "d": 3}, "e": 5}
+
+
+def test_arguments_of_constructors():
+    seen = []
+    for side in (0, 1):
+        collect = both("pytorch.utilities.parsing", "collect_init_args")[side]
+
+        class Inner:
+            def __init__(self, a, b=2, *rest, c=3, **more):
+                super().__init__()
+                self.found = collect(inspect.currentframe(), [])
+
+        class Outer(Inner):
+            def __init__(self, y, **more):
+                super().__init__(5, **more)
+
+        class Plain:
+            def __init__(self, a):
+                self.found = collect(inspect.currentframe(), [])
+
+        keys = both("pytorch.utilities.parsing", "parse_class_init_keys")[side]
+        seen.append((Inner(1, c=9, k=4).found, Outer(7, c=1).found, Plain(1).found, keys(Inner), keys(Plain)))
+    assert seen[0] == seen[1]
+
+
+def test_what_cannot_be_pickled_is_removed():
+    for side in (0, 1):
+        values = {"a": 1, "b": lambda: 0, "e": {1: lambda: 0}}
+        with pytest.warns(UserWarning, match="cannot be pickled"):
+            both("pytorch.utilities.parsing", "clean_namespace")[side](values)
+        assert values == {"a": 1}
+    namespace = Namespace(a=1, b=lambda: 0)
+    with pytest.warns(UserWarning, match="'b'"):
+        both("pytorch.utilities.parsing", "clean_namespace")[1](namespace)
+    assert namespace == Namespace(a=1)
+
+
+def test_a_compiled_module_there_and_back():
+    _, from_compiled = both("pytorch.utilities.compile", "from_compiled")
+    _, to_uncompiled = both("pytorch.utilities.compile", "to_uncompiled")
+    model = BoringModel()
+    assert from_compiled(torch.compile(model, backend="eager")) is model
+    assert "training_step" in vars(model) and set(model._compiler_ctx) >= {"compiler", "original_forward"}
+    batch = torch.ones(2, 32)
+    compiled_loss = model.training_step(batch, 0)["loss"]
+    assert to_uncompiled(model) is model and "training_step" not in vars(model) and model._compiler_ctx is None
+    torch.testing.assert_close(model.training_step(batch, 0)["loss"], compiled_loss)
+    assert to_uncompiled(torch.compile(model, backend="eager")) is model
+    for wrong in (model, torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="must be"):
+            to_uncompiled(wrong)
+        with pytest.raises(ValueError, match="must be"):
+            from_compiled(wrong)
+
+
+def test_a_module_of_double_precision():
+    model = BoringModel().double()
+    _, wrapper = both("pytorch.plugins.precision.double", "LightningDoublePrecisionModule")
+    wrapped = wrapper(model)
+    assert wrapped.training_step(torch.randn(2, 32), 0)["loss"].dtype is torch.double
+    assert wrapped(torch.randn(2, 32)).dtype is torch.double
+
+
+def test_lengths_on_one_rank():
+    theirs, ours = both("pytorch.utilities.data", "has_len_all_ranks")
+    strategy = SingleDeviceStrategy("cpu")
+    assert ours([1, 2], strategy) and not ours(iter([1]), strategy)
+    with pytest.warns(UserWarning, match="no batches on any rank"):
+        assert ours(DataLoader([]), strategy)
+    _, is_shared = both("fabric.utilities.distributed", "is_shared_filesystem")
+    assert is_shared(strategy) and is_shared(strategy, "memory://x")
+
+
+def test_the_registries_have_their_names_of_fabric():
+    from levin.accelerators import AcceleratorRegistry
+    from levin.strategies import StrategyRegistry
+
+    assert both("fabric.strategies", "STRATEGY_REGISTRY")[1] is StrategyRegistry
+    assert both("fabric.accelerators", "ACCELERATOR_REGISTRY")[1] is AcceleratorRegistry
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"accelerator": "auto", "devices": "auto"},
+        {"accelerator": "cpu", "devices": 1},
+        {"accelerator": "cpu", "devices": "2"},
+    ],
+)
+def test_the_connector_that_scvi_tools_asks(arguments):
+    theirs, ours = both("pytorch.trainer.connectors.accelerator_connector", "_AcceleratorConnector")
+    flags = [
+        (made._accelerator_flag, made._devices_flag, made._parallel_devices, made.is_distributed)
+        for made in (theirs(**arguments), ours(**arguments))
+    ]
+    if not torch.cuda.is_available():
+        assert flags[0] == flags[1] and flags[0][0] == "cpu"
+
+
+def test_steps_that_pina_counts_itself_are_steps_of_the_trainer():
+    seen = []
+
+    class CountsItself(ManualOptimBoringModel):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers().optimizer
+            optimizer.zero_grad()
+            self.manual_backward(self.step(batch))
+            optimizer.step()
+            loop = self.trainer.fit_loop.epoch_loop
+            loop.manual_optimization.optim_step_progress.total.completed += 1
+            seen.append(self.trainer.global_step)
+
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=5, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)  # fmt: skip
+    trainer.fit(CountsItself())
+    assert seen == [1, 2, 3, 4, 5]
+    assert trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed == 0
+
+
+@pytest.mark.parametrize("name", ["upgrade_checkpoint", "consolidate_checkpoint"])
+def test_programs_run_by_their_module(tmp_path: Path, name):
+    torch.save({"state_dict": {}}, tmp_path / "x.ckpt")
+    done = subprocess.run(
+        [sys.executable, "-m", "levin", "-m", f"lightning.pytorch.utilities.{name}", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0 and "checkpoint" in done.stdout, done.stderr
