@@ -69,7 +69,7 @@ def run_ranks(
     """
     # The server has imported torch once and forks from there: a rank starts in milliseconds and inherits no thread.
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.nn.parallel", "pytest"])
+    context.set_forkserver_preload(["torch", "torch.nn.parallel", "torch.distributed.fsdp", "pytest"])
     port = _free_port()
     source = (sys.modules[function.__module__].__file__, function.__qualname__)
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,11 @@ from levin import __version__
 COMMANDS = {
     "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin, after showing them"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
-    "upgrade": ("levin.checkpoint.upgrade", "rewrite checkpoints of older Lightning versions in the present layout"),
-    "consolidate": ("levin.checkpoint.consolidate", "turn the folder of a sharded checkpoint into one file"),
+    "upgrade": (
+        "levin.checkpoint.upgrade_file",
+        "rewrite checkpoints of older Lightning versions in the present layout",
+    ),
+    "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
 }
 """Name of a command -> the module whose ``main(words)`` runs it, and what it does. Only the one that is asked for loads."""

@@ -8,12 +8,12 @@ from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.checkpoint.background import AsyncCheckpointIO as AsyncCheckpointIO
-    from levin.checkpoint.consolidate import consolidate as consolidate
+    from levin.checkpoint.folder import consolidate as consolidate
     from levin.checkpoint.io import CheckpointIO as CheckpointIO
     from levin.checkpoint.io import TorchCheckpointIO as TorchCheckpointIO
     from levin.checkpoint.io import atomic_save as atomic_save
     from levin.checkpoint.io import load as load
-    from levin.checkpoint.upgrade import upgrade as upgrade
+    from levin.checkpoint.upgrade_file import upgrade as upgrade
     from levin.checkpoint.verify import find_newest_intact as find_newest_intact
 
 _HOMES = {
@@ -21,10 +21,10 @@ _HOMES = {
     "CheckpointIO": "levin.checkpoint.io",
     "TorchCheckpointIO": "levin.checkpoint.io",
     "atomic_save": "levin.checkpoint.io",
-    "consolidate": "levin.checkpoint.consolidate",
+    "consolidate": "levin.checkpoint.folder",
     "find_newest_intact": "levin.checkpoint.verify",
     "load": "levin.checkpoint.io",
-    "upgrade": "levin.checkpoint.upgrade",
+    "upgrade": "levin.checkpoint.upgrade_file",
 }
 
 __all__ = sorted(_HOMES)

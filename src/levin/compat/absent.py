@@ -1,6 +1,6 @@
 """Names of features that levin does not have: to be imported and mentioned, not used.
 
-Many packages import ``Tuner`` or ``FSDPStrategy`` at their top and use it in one function. They run as long as nobody calls
+Many packages import ``Tuner`` or ``DeepSpeedStrategy`` at their top and use it in one function. They run as long as nobody calls
 that function; whoever does reads what to use instead.
 """
 
@@ -54,8 +54,6 @@ NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)
 
 DataParallelStrategy = _absent("DataParallelStrategy", 'Use `strategy="ddp"`.', Strategy)
 DeepSpeedStrategy = _absent("DeepSpeedStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
-FSDPStrategy = _absent("FSDPStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
-ModelParallelStrategy = _absent("ModelParallelStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
 SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)
 XLAFSDPStrategy = _absent("XLAFSDPStrategy", _XLA, Strategy)
 XLAStrategy = _absent("XLAStrategy", _XLA, Strategy)

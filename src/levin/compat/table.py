@@ -39,7 +39,7 @@ _EARLIER_PRECISIONS = (
     "PrecisionPlugin:Precision"
 )
 _OTHER_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
-_OTHER_STRATEGIES = "DeepSpeedStrategy FSDPStrategy ModelParallelStrategy SingleDeviceXLAStrategy XLAStrategy"
+_OTHER_STRATEGIES = "DeepSpeedStrategy SingleDeviceXLAStrategy XLAStrategy"
 _RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
 _RANK_ZERO_MODULE = {
     _RANK_ZERO: f"rank_prefixed_message rank_zero_debug {_RANK_ZERO_NAMES}",
@@ -213,19 +213,20 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.serve.servable_module": {ABSENT: "ServableModule"},
     "pytorch.serve.servable_module_validator": {ABSENT: "ServableModuleValidator"},
     "pytorch.strategies": {
-        _STRATEGIES: "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy StrategyRegistry",
+        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy "
+        "StrategyRegistry",
         ABSENT: _OTHER_STRATEGIES,
     },
     "pytorch.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
     "pytorch.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
-    "pytorch.strategies.fsdp": {ABSENT: "FSDPStrategy"},
+    "pytorch.strategies.fsdp": {_STRATEGIES: "FSDPStrategy"},
     "pytorch.strategies.launchers": {
         _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
     },
     "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
     "pytorch.strategies.launchers.multiprocessing": {_LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher"},
     "pytorch.strategies.launchers.subprocess_script": {_LAUNCHERS: "_SubprocessScriptLauncher:SubprocessLauncher"},
-    "pytorch.strategies.model_parallel": {ABSENT: "ModelParallelStrategy"},
+    "pytorch.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
     "pytorch.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "pytorch.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
     "pytorch.strategies.single_xla": {ABSENT: "SingleDeviceXLAStrategy"},
@@ -349,15 +350,17 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
     "fabric.strategies": {
-        _STRATEGIES: "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy",
         ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
         f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
     "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
     "fabric.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
     "fabric.strategies.dp": {ABSENT: "DataParallelStrategy"},
-    "fabric.strategies.fsdp": {ABSENT: "FSDPStrategy _get_full_state_dict_context _setup_activation_checkpointing"},
-    "fabric.strategies.model_parallel": {ABSENT: "ModelParallelStrategy"},
+    "fabric.strategies.fsdp": {
+        _STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
+    },
+    "fabric.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
     "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
     "fabric.strategies.strategy": {_STRATEGIES: "Strategy"},

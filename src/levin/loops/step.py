@@ -110,9 +110,7 @@ class AutomaticStep:
         """Return the unfinished window: sizes, weight and gradients."""
         if not self.held:
             return {}
-        gradients = [
-            None if param.grad is None else param.grad.detach().clone() for param in self.run.module.parameters()
-        ]
+        gradients = self.run.strategy.window_gradients(self.run.module)
         return {
             "window": self.window, "held": self.held, "weight": self.weight, "is_weighted": self.is_weighted,
             "gradients": gradients, "lacks": self.lacks,
@@ -125,8 +123,7 @@ class AutomaticStep:
         self.window, self.held = state["window"], state["held"]
         self.weight, self.is_weighted = state["weight"], state["is_weighted"]
         self.lacks = state.get("lacks", 0)
-        for param, gradient in zip(self.run.module.parameters(), state["gradients"]):
-            param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
+        self.run.strategy.load_window_gradients(self.run.module, state["gradients"])
 
     def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""

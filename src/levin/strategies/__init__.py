@@ -1,15 +1,30 @@
 """How a module is placed and wrapped, how processes talk, and how state is gathered."""
 
+from typing import TYPE_CHECKING
+
 from levin.strategies.ddp import DDPStrategy
 from levin.strategies.layer_sync import LayerSync, TorchSyncBatchNorm
 from levin.strategies.parallel import ParallelStrategy
 from levin.strategies.registry import StrategyRegistry
 from levin.strategies.single_device import SingleDeviceStrategy
 from levin.strategies.strategy import Strategy
+from levin.utilities.lazy import lazy_face
 
+if TYPE_CHECKING:
+    from levin.strategies.fsdp import FSDPStrategy as FSDPStrategy
+    from levin.strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
+
+# torch's parts for sharding take most of a second to import.
+_HOMES = {
+    "FSDPStrategy": "levin.strategies.fsdp",
+    "ModelParallelStrategy": "levin.strategies.model_parallel",
+}
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [
     "DDPStrategy",
+    "FSDPStrategy",
     "LayerSync",
+    "ModelParallelStrategy",
     "ParallelStrategy",
     "SingleDeviceStrategy",
     "Strategy",
@@ -36,6 +51,9 @@ def _register() -> None:
                 start_method=start_method,
                 find_unused_parameters=find_unused,
             )
+    fsdp = "levin.strategies.fsdp:FSDPStrategy"
+    StrategyRegistry.register("fsdp", fsdp, description="weights cut over all processes by fully_shard")
+    StrategyRegistry.register("fsdp_cpu_offload", fsdp, description="the same, kept in host memory", cpu_offload=True)
 
 
 _register()

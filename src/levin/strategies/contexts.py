@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from levin.precision.precision import Precision
@@ -56,3 +57,37 @@ class SkipInit(TorchFunctionMode):
         if is_in_place and sys._getframe(1).f_globals.get("__name__") == "torch.nn.init":
             return args[0]
         return func(*args, **kwargs)
+
+
+def run_as_forward(caller: Module, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a callable that runs ``step`` where ``caller`` runs ``module.forward``, with all that it puts around that.
+
+    For the time of that call the module's ``forward`` is ``step``; inside of the step it is the module's own again.
+
+    Args:
+        caller: Calls ``module.forward`` in its own ``forward``, or is the module itself, with hooks of its own.
+        module: The user's module.
+        step: One of its methods.
+    """
+    attributes = module.__dict__
+    # A forward set on the instance (and not in the class) is put back, too.
+    own = attributes.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            attributes.pop("forward", None)
+        else:
+            attributes["forward"] = own
+
+    def redirected(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        return step(*args, **kwargs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        attributes["forward"] = redirected
+        try:
+            return caller(*args, **kwargs)
+        finally:
+            restore()
+
+    return run

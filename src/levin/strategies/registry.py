@@ -25,7 +25,7 @@ class StrategyRegistryType(Registry[Strategy]):
     def register(
         self,
         name: str,
-        strategy: type[Strategy] | None = None,
+        strategy: type[Strategy] | str | None = None,
         description: str = "",
         override: bool = False,
         **init_params: Any,

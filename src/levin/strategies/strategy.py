@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.saver import save_tree
 from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
@@ -21,7 +22,7 @@ from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.extension_points import ExtensionPoints
 from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.move import move_data_to_device
+from levin.utilities.move import move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
 
 if TYPE_CHECKING:
@@ -283,7 +284,7 @@ class Strategy(ExtensionPoints, ABC):
     def teardown(self) -> None:
         """Move the Trainer's module and the states of its optimizers to the CPU and free the device."""
         for optimizer in self.optimizers:
-            optimizer_to_device(optimizer, torch.device("cpu"))
+            move_optimizer(optimizer, torch.device("cpu"))
         if self.lightning_module is not None:
             self.lightning_module.cpu()
             self.model = self.lightning_module
@@ -533,6 +534,19 @@ class Strategy(ExtensionPoints, ABC):
         """
         optimizer.load_state_dict(state)
 
+    def window_gradients(self, module: Module) -> list[Tensor | None]:
+        """Return a copy of the gradients of an accumulation window that is still open, in the order of parameters.
+
+        Args:
+            module: As :meth:`setup_module` returned it.
+        """
+        return [None if param.grad is None else param.grad.detach().clone() for param in module.parameters()]
+
+    def load_window_gradients(self, module: Module, gradients: list[Tensor | None]) -> None:
+        """Take up :meth:`window_gradients`. Runs in every process."""
+        for param, gradient in zip(module.parameters(), gradients):
+            param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
@@ -549,7 +563,12 @@ class Strategy(ExtensionPoints, ABC):
         self.checkpoint_io.check()
 
     def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
-        """Return a checkpoint, its tensors on the CPU."""
+        """Return a checkpoint, its tensors on the CPU; the folder that several processes wrote as one tree, too."""
+        if is_sharded(path):
+            from levin.checkpoint.folder import consolidate
+
+            self.checkpoint_io.wait()
+            return consolidate(path)
         return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
@@ -578,9 +597,3 @@ class Strategy(ExtensionPoints, ABC):
         """Make new modules on the device and in the number format of this run; see :meth:`tensor_init_context`."""
         with self.tensor_init_context(empty_init), self.precision.module_init_context():
             yield
-
-
-def optimizer_to_device(optimizer: Optimizer, device: torch.device) -> None:
-    """Move the tensors in the state of an optimizer, in place."""
-    for parameter, state in optimizer.state.items():
-        optimizer.state[parameter] = move_data_to_device(state, device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from levin.utilities.collections import apply_to_collection
 
@@ -56,3 +57,9 @@ def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
         return leaf if moved is None else moved
 
     return apply_to_collection(batch, Movable, move)
+
+
+def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
+    """Move the tensors in the state of an optimizer, in place."""
+    for parameter, state in optimizer.state.items():
+        optimizer.state[parameter] = move_data_to_device(state, device)

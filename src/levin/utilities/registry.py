@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -26,13 +27,14 @@ class Registry(dict[str, dict[str, Any]], Generic[T]):
         self._kind: str = kind
 
     def add(
-        self, name: str, cls: type[T] | None, description: str = "", override: bool = False, **init_params: Any
+        self, name: str, cls: type[T] | str | None, description: str = "", override: bool = False, **init_params: Any
     ) -> Callable[[type[T]], type[T]] | None:
         """Make a class selectable by ``name``.
 
         Args:
             name: What the user will type.
-            cls: The class; without it, a decorator for the class is returned.
+            cls: The class, or ``"module:name"`` of one that is imported when it is asked for; without it, a decorator for
+                the class is returned.
             description: One sentence for lists.
             override: Whether an existing entry may be replaced.
             init_params: Passed to the class.
@@ -46,7 +48,7 @@ class Registry(dict[str, dict[str, Any]], Generic[T]):
         if name in self and not override:
             raise ValueError(f"The {self._kind} name {name!r} is taken. Pass override=True to replace it.")
 
-        def enter(cls: type[T]) -> type[T]:
+        def enter(cls: Any) -> Any:
             self[name] = {
                 self._kind: cls,
                 f"{self._kind}_name": name,
@@ -83,7 +85,11 @@ class Registry(dict[str, dict[str, Any]], Generic[T]):
         """
         if name not in self:
             raise KeyError(f"No {self._kind} is named {name!r}. Available names: {', '.join(sorted(self))}.")
-        cls: type[T] = self[name][self._kind]
+        entry = self[name]
+        if isinstance(entry[self._kind], str):
+            module, _, attribute = entry[self._kind].partition(":")
+            entry[self._kind] = getattr(importlib.import_module(module), attribute)
+        cls: type[T] = entry[self._kind]
         return cls
 
     def remove(self, name: str) -> None:

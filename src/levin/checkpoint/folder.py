@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from levin.checkpoint.io import atomic_save, load
+from levin.checkpoint.layout import META_FILE
 from levin.checkpoint.verify import verify
 from levin.utilities.types import PathLike
 
-_META_FILE = "meta.pt"
 _VERSION_KEY = "pytorch-lightning_version"
 # What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
 _CLASSES_OF_THE_INDEX = {
@@ -56,7 +56,7 @@ def consolidate(folder: PathLike) -> dict[str, Any]:
             f"{folder!r} is no folder. Give the folder of a sharded checkpoint; a file needs no consolidation."
         )
     verify(folder)
-    meta = load(os.path.join(folder, _META_FILE), "cpu")
+    meta = load(os.path.join(folder, META_FILE), "cpu")
     shards = _read_shards(folder)
     if _VERSION_KEY not in meta:
         return {**shards, **meta}
@@ -111,7 +111,7 @@ def _read_shards(folder: str) -> dict[str, Any]:
     shards: dict[str, Any] = {}
     try:
         with open(os.path.join(folder, ".metadata"), "rb") as file:
-            index = _IndexUnpickler(file).load()
+            index = IndexUnpickler(file).load()
         planner, reader = Planner(), FileSystemReader(folder)  # type: ignore[no-untyped-call]  # torch has no types there
         planner.set_up_planner(shards, index, is_coordinator=True)
         reader.set_up_storage_reader(index, is_coordinator=True)
@@ -125,7 +125,7 @@ def _read_shards(folder: str) -> dict[str, Any]:
     return shards
 
 
-class _IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle.Unpickler):
     """Reads the index of a sharded checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:

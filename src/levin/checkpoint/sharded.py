@@ -1,0 +1,225 @@
+"""Checkpoints as folders: every process writes and reads its own part, by ``torch.distributed.checkpoint``.
+
+A folder holds the files of torch (``.metadata`` and ``*.distcp``) with the weights under ``model`` and the state of each
+optimizer under ``optimizer_N``, and ``meta.pt`` with the rest. It appears under its name when all of it is there: it is
+written under another name beside it, ``meta.pt`` last, and renamed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+
+from levin.checkpoint.folder import IndexUnpickler, consolidate
+from levin.checkpoint.io import CheckpointIO, atomic_save, load, reject_storage_options
+from levin.checkpoint.layout import META_FILE, is_sharded
+from levin.checkpoint.verify import verify
+from levin.utilities.filesystem import is_local, local_path, remove
+from levin.utilities.types import PathLike
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ShardedEntry:
+    """What stands in a tree in the place of a state that every process reads its own part of.
+
+    Args:
+        folder: Of the checkpoint.
+        key: In that folder, for example ``model``.
+    """
+
+    folder: str
+    key: str
+
+    def load_into(self, state: State, group: Any = None) -> State:
+        """Read the parts that are in ``state`` here, in place. All processes call this.
+
+        Args:
+            state: With tensors, also DTensors, of the shapes that are there now.
+            group: The processes; all when None.
+
+        Raises:
+            ValueError: The folder lacks something that ``state`` has, or is damaged.
+        """
+        with _explained(self.folder):
+            reader, planner = _Reader(self.folder), _Planner()
+            load_parts({self.key: state}, storage_reader=reader, planner=planner, process_group=group)
+        return state
+
+
+class ShardedCheckpointIO(CheckpointIO):
+    """A folder for each checkpoint, into which every process writes its part.
+
+    Example:
+        >>> from levin.strategies import FSDPStrategy
+        >>> FSDPStrategy(state_dict_type="sharded").checkpoint_io.is_collective
+        True
+    """
+
+    is_collective = True
+
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._world: Any = None
+
+    def __getstate__(self) -> State:
+        """Leave the connection here: another process makes its own."""
+        return {"_group": None, "_world": None}
+
+    def connect(self) -> None:
+        """Connect the processes apart from the training, so that a save may go on beside it. All processes call this."""
+        if dist.is_initialized() and self._world is not dist.group.WORLD:
+            self._group = dist.new_group(backend="gloo")  # type: ignore[no-untyped-call]  # torch
+            self._world = dist.group.WORLD
+
+    def save_checkpoint(self, checkpoint: State, path: PathLike, storage_options: Any | None = None) -> None:
+        """Save ``checkpoint`` as the folder ``path``. All processes call this.
+
+        Raises:
+            TypeError: ``storage_options`` are given.
+            OSError: The disk is full, and so on; what was under the name before is intact.
+        """
+        reject_storage_options(storage_options, self)
+        self.connect()
+        folder = _local_folder(path)
+        unfinished = f"{folder}.part"
+        meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        shards: State = {"model": checkpoint.get("state_dict", {})}
+        for number, state in enumerate(checkpoint.get("optimizer_states", [])):
+            shards[f"optimizer_{number}"] = state
+        is_first = not dist.is_initialized() or dist.get_rank() == 0
+        if is_first:
+            remove(unfinished)
+            os.makedirs(unfinished)
+        self._wait_for_all()
+        try:
+            writer = FileSystemWriter(unfinished, sync_files=True)
+            save_parts(shards, storage_writer=writer, process_group=self._group)
+        except CheckpointException as error:
+            raise _cause(error) from error
+        if is_first:
+            atomic_save(meta, os.path.join(unfinished, META_FILE))
+            _put_in_place(unfinished, folder)
+        self._wait_for_all()
+
+    def load_checkpoint(
+        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> State:
+        """Return the checkpoint at ``path``: a file or a folder whole (see :func:`load_folder` for parts)."""
+        if is_sharded(path):
+            return consolidate(path)
+        found: State = load(path, "cpu" if map_location is None else map_location, weights_only)
+        return found
+
+    def remove_checkpoint(self, path: PathLike) -> None:
+        """Remove the folder at ``path``. All processes call this."""
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            remove(path)
+
+    def _wait_for_all(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+def load_folder(path: PathLike, weights_only: bool | None = None) -> State:
+    """Return a sharded checkpoint for a process that wants its parts of it.
+
+    Args:
+        path: The folder.
+        weights_only: As for :func:`levin.checkpoint.load`.
+
+    Returns:
+        What ``meta.pt`` holds, and a :class:`ShardedEntry` in the place of the weights and each optimizer's state.
+
+    Raises:
+        ValueError: It is no complete sharded checkpoint, or is damaged.
+    """
+    folder = _local_folder(path)
+    verify(folder)
+    checkpoint: State = load(os.path.join(folder, META_FILE), "cpu", weights_only)
+    keys = _keys_of(folder)
+    checkpoint["state_dict"] = ShardedEntry(folder, "model" if "model" in keys else "state_dict")
+    optimizers = sorted((key for key in keys if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
+    if optimizers:
+        checkpoint["optimizer_states"] = [ShardedEntry(folder, key) for key in optimizers]
+    return checkpoint
+
+
+def _local_folder(path: PathLike) -> str:
+    if not is_local(path):
+        raise ValueError(
+            f"A sharded checkpoint needs a folder of the file system, received {os.fspath(path)!r}. "
+            "Give a local path that all processes see, or save one file (state_dict_type='full')."
+        )
+    return os.fspath(local_path(path)).rstrip("/")
+
+
+def _put_in_place(unfinished: str, folder: str) -> None:
+    """Rename the complete folder, in the place of what has that name."""
+    before = f"{folder}.before"
+    remove(before)
+    if os.path.lexists(folder):
+        os.rename(folder, before)
+    os.rename(unfinished, folder)
+    remove(before)
+
+
+def _keys_of(folder: str) -> set[str]:
+    index = _Reader(folder).read_metadata()
+    return {str(key).split(".", 1)[0] for key in index.state_dict_metadata}
+
+
+class _Reader(FileSystemReader):
+    """Reads the index without running what it names."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the index."""
+        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+            return IndexUnpickler(file).load()
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads plain values without running what they name."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        """Take a plain value."""
+        plain = io.BytesIO()
+        torch.save(load(value, "cpu"), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+@contextmanager
+def _explained(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:
+        cause = _cause(error)
+        if isinstance(cause, (OSError, pickle.UnpicklingError, MemoryError)):
+            raise cause from error
+        raise ValueError(
+            f"{folder!r} does not fit this run, or is damaged: {type(cause).__name__}: {cause}. Use the module and the "
+            "optimizers that it was saved with."
+        ) from error
+
+
+def _cause(error: CheckpointException) -> BaseException:
+    """Return what went wrong on the first process that failed."""
+    failures = error.failures
+    first: Any = failures[min(failures)]
+    cause: BaseException = first[0] if isinstance(first, tuple) else error
+    return cause

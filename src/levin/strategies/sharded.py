@@ -1,0 +1,142 @@
+"""What strategies have in common that cut modules over processes by torch's ``fully_shard`` and DTensors."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from levin.checkpoint.io import CheckpointIO
+from levin.checkpoint.layout import is_sharded
+from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
+from levin.launchers import SubprocessLauncher
+from levin.strategies import state_of
+from levin.strategies.contexts import in_forward_context, run_as_forward
+from levin.strategies.parallel import ParallelStrategy
+from levin.strategies.window_gradients import load_window_gradients, window_gradients
+from levin.utilities.exceptions import MisconfigurationException
+
+
+class ShardedStrategy(ParallelStrategy, ABC):
+    """Weights, gradients and optimizer states are DTensors: every process keeps its part.
+
+    Subclasses lay out the processes (:meth:`make_mesh`) and cut the module (:meth:`wrap_module`).
+    """
+
+    restore_checkpoint_after_setup = True
+
+    saves_folders: bool
+    """Whether every process writes its part into a folder; otherwise rank 0 writes one file."""
+
+    device_mesh: DeviceMesh | None = None
+    """How the processes are laid out; None until they are connected."""
+
+    def configure_launcher(self) -> None:
+        """Start the script again for each process."""
+        if self.environment is None:
+            raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
+        self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+        self.check_mesh(self.num_nodes * self.num_processes)
+
+    def check_mesh(self, world_size: int) -> None:
+        """Raise before a process starts when the layout does not fit the number of processes."""
+
+    def make_mesh(self) -> DeviceMesh:
+        """Return the layout of the processes, which are connected."""
+        raise NotImplementedError
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads checkpoints."""
+        if self._checkpoint_io is None and self.saves_folders:
+            self._checkpoint_io = ShardedCheckpointIO()
+        return super().checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    def setup_environment(self) -> None:
+        """Connect the processes and lay them out; see :meth:`Strategy.setup_environment`."""
+        super().setup_environment()
+        if self.saves_folders and not self.checkpoint_io.is_collective:
+            raise MisconfigurationException(
+                f"{type(self.checkpoint_io).__name__} writes checkpoints of one process, and {type(self).__name__} is to "
+                "save folders that all processes write. Leave one of the two out."
+            )
+        if self.device_mesh is None:
+            self.device_mesh = self.make_mesh()
+        if self.lightning_module is not None:
+            self.lightning_module._device_mesh = self.device_mesh
+        inner = getattr(self.checkpoint_io, "checkpoint_io", self.checkpoint_io)
+        if isinstance(inner, ShardedCheckpointIO):
+            inner.connect()
+
+    # The step
+
+    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+        """Return the method, for the time of which the weights that belong to no block are gathered."""
+        step = getattr(module, name)
+        if isinstance(module, FSDPModule) and name != "forward":
+            step = run_as_forward(module, module, step)
+        return in_forward_context(step, self.precision, name)
+
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+        """Return a context in which gradients stay whole and on this process; see :meth:`Strategy.no_sync`."""
+        return _without_reduction(module) if enabled else nullcontext()
+
+    # State
+
+    def module_state(self, module: Module) -> dict[str, Any]:
+        """Return the weights, with DTensors where they are cut; one file holds them whole."""
+        return state_of.module_state(module)
+
+    def load_module_state(self, module: Module, state: Any, strict: bool = True) -> None:
+        """Load weights that are whole, or in a folder; each process takes its part."""
+        state_of.load_module_state(module, state, strict)
+
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
+        """Return the state of an optimizer, with DTensors where its parameters are cut."""
+        owner = self.model if module is None else module
+        return state_of.optimizer_state(owner, optimizer, is_numbered=not self.saves_folders)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: Any, module: Module | None = None) -> None:
+        """Load the state of an optimizer that is whole, or in a folder; each process takes its part."""
+        state_of.load_optimizer_state(self.model if module is None else module, optimizer, state)
+
+    def window_gradients(self, module: Module) -> list[Tensor | None]:
+        """Return the gradients of an open window; see :meth:`Strategy.window_gradients`."""
+        return window_gradients(module)
+
+    def load_window_gradients(self, module: Module, gradients: list[Tensor | None]) -> None:
+        """Take up :meth:`window_gradients`."""
+        load_window_gradients(module, gradients)
+
+    # Files
+
+    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+        """Return a checkpoint: a file whole; a folder with the places that each process reads its parts from."""
+        if is_sharded(path):
+            self.checkpoint_io.wait()
+            return load_folder(path, weights_only)
+        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+
+
+@contextmanager
+def _without_reduction(module: Module) -> Iterator[None]:
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_requires_gradient_sync(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_requires_gradient_sync(True, recurse=False)

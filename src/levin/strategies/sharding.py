@@ -1,0 +1,251 @@
+"""A module cut over processes by torch's ``fully_shard``: which parts are units, and the order in which things are done.
+
+Each unit is gathered when its ``forward`` begins and let go when that ends; what belongs to no unit is gathered for the
+whole step. The order of application is that of :func:`apply_sharding`: checkpointing of activations changes what a unit
+computes, so it comes before the units are cut; weights are made, or brought to the device, unit by unit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn import Module, ModuleDict, ModuleList, Parameter, Sequential
+
+from levin.utilities.exceptions import MisconfigurationException
+
+Policy = Callable[[Module], bool]
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How a module is cut.
+
+    Args:
+        mesh: One dimension: the processes that share the weights. Two: ``(replicas, shards)``.
+        is_unit: Whether a submodule is a unit; None finds units by itself (see :func:`repeated_blocks`).
+        recomputes: Whether the activations of a submodule are computed again in backward; None for no submodule.
+        reshard_after_forward: Whether weights are let go after forward and gathered once more for backward.
+        mixed_precision: Number formats of gathered weights and of the reduction of gradients.
+        offload: Where the shards are kept.
+        ignored: Parameters that every process keeps whole.
+        cuts_children: Whether each child of the module is a unit, too. A step that runs backward itself, and goes on after
+            that, finds again the weights of what it calls, but not those that are gathered for the whole step.
+    """
+
+    mesh: DeviceMesh
+    is_unit: Policy | None = None
+    recomputes: Policy | None = None
+    reshard_after_forward: bool = True
+    mixed_precision: MixedPrecisionPolicy | None = None
+    offload: OffloadPolicy | None = None
+    ignored: frozenset[Parameter] = frozenset()
+    cuts_children: bool = False
+
+
+def repeated_blocks(module: Module) -> list[Module]:
+    """Return the units that a module without a policy is cut into: the outermost submodules that are repeated.
+
+    These are members of a ``ModuleList``, ``ModuleDict`` or ``Sequential`` which hold parameters and have a sibling of the
+    same class there, such as the blocks of a transformer. One that shares a parameter with the rest of the module is none,
+    since a shared parameter has to be gathered where all its users are.
+
+    Args:
+        module: The whole module.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+        >>> [type(block).__name__ for block in repeated_blocks(net)]
+        ['Linear', 'Linear']
+    """
+    found = list(_outermost_repeated(module))
+    return [block for block in found if not shares_parameters(block, module)]
+
+
+def _outermost_repeated(module: Module) -> Iterator[Module]:
+    counts: Counter[type] = Counter()
+    if isinstance(module, (ModuleList, ModuleDict, Sequential)):
+        counts.update(type(child) for child in module.children() if _has_parameters(child))
+    for child in module.children():
+        if counts[type(child)] > 1 and not isinstance(child, (ModuleList, ModuleDict)):
+            yield child
+        else:
+            yield from _outermost_repeated(child)
+
+
+def _has_parameters(module: Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def shares_parameters(block: Module, module: Module) -> bool:
+    """Return whether a parameter of ``block`` is used elsewhere in ``module``, too."""
+    inside = set(block.modules())
+    own = {id(parameter) for parameter in block.parameters()}
+    outside = (child for child in module.modules() if child not in inside)
+    return any(id(parameter) in own for child in outside for parameter in child.parameters(recurse=False))
+
+
+def units_of(module: Module, is_unit: Policy | None) -> list[Module]:
+    """Return the submodules that become units, inner ones before those around them.
+
+    Args:
+        module: The whole module, which is a unit in any case and not among them.
+        is_unit: The user's choice; None for :func:`repeated_blocks`.
+
+    Raises:
+        MisconfigurationException: The user's choice fits no submodule, or one that shares a parameter with others.
+    """
+    if is_unit is None:
+        return repeated_blocks(module)
+    chosen = [child for child in module.modules() if child is not module and is_unit(child)]
+    if not chosen:
+        classes = sorted({type(child).__name__ for child in module.modules() if child is not module})
+        raise MisconfigurationException(
+            f"auto_wrap_policy chose no submodule of {type(module).__name__}, which has {', '.join(classes)}. "
+            "Name one of these classes, or leave auto_wrap_policy out to have the repeated blocks found."
+        )
+    for child in chosen:
+        if shares_parameters(child, module):
+            raise MisconfigurationException(
+                f"auto_wrap_policy chose a {type(child).__name__} that shares a parameter with another part of "
+                f"{type(module).__name__}. Choose the smallest submodule that holds both."
+            )
+    return chosen[::-1]
+
+
+def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
+    """Cut ``module`` in place, and return it.
+
+    Args:
+        module: On the CPU, on the device, or (in part) on the meta device; with tensor parallelism applied where that is
+            used. Submodules that are cut already stay as they are.
+        plan: How.
+
+    Raises:
+        MisconfigurationException: A policy chooses nothing, or a layer on the meta device cannot make its weights.
+    """
+    if isinstance(module, FSDPModule):
+        return module
+    units = set(units_of(module, plan.is_unit))
+    if plan.cuts_children:
+        units |= {
+            child for child in module.children() if _has_parameters(child) and not shares_parameters(child, module)
+        }
+    if plan.recomputes is not None:
+        apply_activation_checkpointing(module, check_fn=plan.recomputes)
+        # A unit is gathered once for what is computed again and for its backward.
+        wrappers = {
+            part._checkpoint_wrapped_module: part for part in module.modules() if isinstance(part, CheckpointWrapper)
+        }
+        units = {wrappers.get(unit, unit) for unit in units}
+    kwargs: dict[str, Any] = {"mesh": plan.mesh}
+    if plan.mixed_precision is not None:
+        kwargs["mp_policy"] = plan.mixed_precision
+    if plan.offload is not None:
+        kwargs["offload_policy"] = plan.offload
+    if plan.ignored:
+        kwargs["ignored_params"] = set(plan.ignored)
+    device = torch.device(plan.mesh.device_type)
+
+    def cut(part: Module) -> None:
+        make_weights(part, device)
+        for child in part.children():
+            cut(child)
+        if part in units and not isinstance(part, FSDPModule):
+            fully_shard(part, reshard_after_forward=plan.reshard_after_forward, **kwargs)
+
+    cut(module)
+    # By default torch keeps the root's own weights until backward, where they are needed at once.
+    fully_shard(module, **kwargs)
+    return module
+
+
+def make_weights(module: Module, device: torch.device) -> None:
+    """Give the module's own parameters and buffers that are on the meta device memory and their first values.
+
+    Args:
+        module: Its submodules are left as they are.
+        device: Where to.
+
+    Raises:
+        MisconfigurationException: The module has no ``reset_parameters``.
+    """
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    if not any(tensor.device == META for tensor in own):
+        return
+    reset: Any = getattr(module, "reset_parameters", None)
+    if not callable(reset):
+        raise MisconfigurationException(
+            f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
+            "weights their first values. Define it, or make the layer outside of `configure_model`."
+        )
+    module.to_empty(device=device, recurse=False)
+    reset()
+
+
+def classes_policy(classes: Iterable[type[Module]]) -> Policy:
+    """Return a policy that chooses the submodules of some classes."""
+    chosen = tuple(classes)
+    return lambda module: isinstance(module, chosen)
+
+
+def as_policy(value: Any, module: Module, name: str) -> Policy | None:
+    """Return what a user gave as a policy in the form that is used here.
+
+    Args:
+        value: A set or list of classes, a ``ModuleWrapPolicy``, a function of a module, or one of torch's functions of
+            ``(module, recurse, nonwrapped_numel)``; None for no policy.
+        module: The whole module, which torch's functions are asked about.
+        name: Of the argument, for messages.
+
+    Raises:
+        MisconfigurationException: Something else.
+    """
+    if value is None:
+        return None
+    classes = getattr(value, "_module_classes", value)
+    if isinstance(classes, (set, frozenset, list, tuple)) and all(isinstance(cls, type) for cls in classes):
+        return classes_policy(classes)
+    if not callable(value):
+        raise MisconfigurationException(
+            f"{name} must be a set of classes, a ModuleWrapPolicy or a function of a module, received {value!r}. "
+            f"Use {name}={{MyBlock}}."
+        )
+    try:
+        value(module=module, recurse=False, nonwrapped_numel=0)
+    except TypeError:
+        return lambda child: bool(value(child))
+    chosen = set(_chosen_by_size(module, value)[0])
+    return lambda child: child in chosen
+
+
+def _chosen_by_size(module: Module, policy: Any) -> tuple[list[Module], int]:
+    """Ask a function of ``(module, recurse, nonwrapped_numel)`` as torch does: inner modules first.
+
+    Returns:
+        The chosen submodules, and how many elements are in a chosen one.
+    """
+    total = sum(parameter.numel() for parameter in module.parameters())
+    chosen: list[Module] = []
+    if not policy(module=module, recurse=True, nonwrapped_numel=total):
+        return [], 0
+    inside = 0
+    for child in module.children():
+        found, num = _chosen_by_size(child, policy)
+        chosen += found
+        inside += num
+        left = sum(parameter.numel() for parameter in child.parameters()) - num
+        if policy(module=child, recurse=False, nonwrapped_numel=left):
+            chosen.append(child)
+            inside += left
+    return chosen, inside

@@ -1,0 +1,96 @@
+"""The state of modules and optimizers whose parameters are cut over processes: whole, or the parts that are here.
+
+Names and numbers are those of a module on one device, so that what was saved in one way can be loaded in any other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from levin.checkpoint.sharded import ShardedEntry
+from levin.utilities.exceptions import MisconfigurationException
+
+State = dict[str, Any]
+
+
+def module_state(module: Module) -> State:
+    """Return the weights of a module, with DTensors where they are cut."""
+    return get_model_state_dict(module)
+
+
+def load_module_state(module: Module, state: State | ShardedEntry, strict: bool = True) -> None:
+    """Load weights. All processes call this, each with the whole state, or with the place that it reads its parts from."""
+    is_full = not isinstance(state, ShardedEntry)
+    if isinstance(state, ShardedEntry):
+        state = state.load_into(get_model_state_dict(module))
+    set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=is_full, strict=strict))
+
+
+def optimizer_state(module: Module, optimizer: Optimizer, is_numbered: bool) -> State:
+    """Return the state of an optimizer, with DTensors where its parameters are cut.
+
+    Args:
+        module: Holds the parameters that it steps.
+        optimizer: The optimizer.
+        is_numbered: Whether parameters are numbered, as torch's optimizers do, or go by their names.
+    """
+    state: Any = get_optimizer_state_dict(module, optimizer)
+    if not is_numbered:
+        return dict(state)
+    groups = state["param_groups"]
+    names = [name for group in groups for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    return {
+        "state": {numbers[name]: values for name, values in state["state"].items()},
+        "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
+
+
+def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | ShardedEntry) -> None:
+    """Load the state of an optimizer. All processes call this, each with the whole state, numbered, or with the place
+    that it reads its parts from.
+
+    Raises:
+        MisconfigurationException: The optimizer steps a parameter that is not the module's, or other ones than before.
+    """
+    if isinstance(state, ShardedEntry):
+        parts = state.load_into(dict(get_optimizer_state_dict(module, optimizer)))
+        set_optimizer_state_dict(module, optimizer, parts)
+        return
+    names = parameter_names(module, optimizer)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if len(numbers) != len(names):
+        raise MisconfigurationException(
+            f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {len(names)}. "
+            "Make the optimizer of the same parameters as before."
+        )
+    of_number = dict(zip(numbers, names))
+    named: Any = {
+        "state": {of_number[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [of_number[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+    set_optimizer_state_dict(module, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def parameter_names(module: Module, optimizer: Optimizer) -> list[str]:
+    """Return the names of the parameters that an optimizer steps, in its order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = [names.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
+    if None in found:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} steps a parameter that {type(module).__name__} does not have. "
+            "Make optimizers in `configure_optimizers`, of self.parameters()."
+        )
+    return [name for name in found if name is not None]

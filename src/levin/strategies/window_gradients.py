@@ -1,0 +1,63 @@
+"""The gradients of an accumulation window that is still open, where ``fully_shard`` keeps them whole and out of sight.
+
+Without a reduction torch leaves them on the gathered parameters, or beside these in the format of the reduction, and the
+parameters that a module shows have none. There is no public way to them, so this file alone reaches into torch (2.6 to 2.13).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn import Module
+
+
+def window_gradients(module: Module) -> list[Tensor | None]:
+    """Return a copy of the gradient of each of ``module.parameters()``, whole and not yet averaged; None for no gradient."""
+    gathered = _gathered(module)
+    found = []
+    for parameter in module.parameters():
+        inner = gathered.get(id(parameter))
+        if inner is None:
+            gradient = parameter.grad
+        else:
+            gradient = inner.unsharded_accumulated_grad
+            if gradient is None:
+                gradient = getattr(getattr(inner, "_unsharded_param", None), "grad", None)
+        found.append(None if gradient is None else gradient.detach().clone())
+    return found
+
+
+def load_window_gradients(module: Module, gradients: list[Tensor | None]) -> None:
+    """Take up :func:`window_gradients`. All processes call this."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        # Makes the gathered parameters, if this module was never run.
+        part.unshard()
+        part.reshard()
+    gathered = _gathered(module)
+    for parameter, gradient in zip(module.parameters(), gradients, strict=True):
+        inner = gathered.get(id(parameter))
+        if inner is None:
+            parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype)
+        elif gradient is not None:
+            own = inner._unsharded_param
+            gradient = gradient.to(own.device)
+            if gradient.dtype == own.dtype and inner.reduce_dtype in (None, own.dtype):
+                own.grad = gradient
+            else:
+                inner.unsharded_accumulated_grad = gradient.to(inner.reduce_dtype or own.dtype)
+
+
+def _gathered(module: Module) -> dict[int, Any]:
+    """Return torch's record of each parameter that is cut, by the parameter's id."""
+    found = {}
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            state: Any = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            for group in groups:
+                for inner in group.fsdp_params if group is not None else ():
+                    found[id(inner.sharded_param)] = inner
+    return found

@@ -1,0 +1,375 @@
+"""FSDP2 under the Trainer, on two ranks: what comes out is what one device gives."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from levin import LightningModule, Trainer
+from levin.callbacks import ModelCheckpoint
+from levin.checkpoint import consolidate
+from levin.strategies.fsdp import FSDPStrategy
+from tests.distributed import world_size
+from tests.strategies.small import QUIET, dataset, ordered_loader
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.tanh(self.layer(self.norm(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Deep(LightningModule):
+    def __init__(self, batch_size: int = 4, size: int = 16, optimizer: type = torch.optim.AdamW) -> None:
+        super().__init__()
+        self.batch_size, self.size, self.optimizer = batch_size, size, optimizer
+        torch.manual_seed(1)
+        self.net = Net()
+        self.losses: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch[0]).pow(2).mean()
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).pow(2).mean(), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), lr=0.05)
+
+    def train_dataloader(self):
+        return ordered_loader(self)
+
+    def val_dataloader(self):
+        return DataLoader(dataset(), batch_size=self.batch_size)
+
+
+def in_rank(strategy: FSDPStrategy | None = None, **settings):
+    options = {"max_epochs": 2, "enable_checkpointing": False, **QUIET, **settings}
+    return Trainer(strategy=strategy or FSDPStrategy(), devices=2, **options)
+
+
+def alone(**settings):
+    return Trainer(devices=1, **{"max_epochs": 2, "enable_checkpointing": False, **QUIET, **settings})
+
+
+def whole(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
+        for name, parameter in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.05},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    ],
+    ids=["plain", "accumulated", "clipped by norm", "clipped by value"],
+)
+@world_size(2, connect=False)
+def test_two_processes_are_one_device(settings):
+    module, reference = Deep(4), Deep(8)
+    in_rank(**settings).fit(module)
+    assert isinstance(module.net.blocks[0], FSDPModule) and not isinstance(module.net.head, FSDPModule)
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    alone(**settings).fit(reference)
+    torch.testing.assert_close(module.losses, reference.losses)
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
+class Adversaries(Deep):
+    """Manual optimization: two optimizers, several forwards and backward passes in a step, some through the root."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.automatic_optimization = False
+        self.critic = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        for _ in range(2):
+            loss = (self.net(batch[0]) - self.critic(batch[0])).pow(2).mean()
+            first.zero_grad()
+            self.manual_backward(loss)
+            first.step()
+        loss = (self.net(batch[0]).detach() + self.critic(batch[0])).pow(2).mean()
+        second.zero_grad()
+        self.manual_backward(loss)
+        second.step()
+        return loss.detach()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1), torch.optim.SGD(self.critic.parameters(), lr=0.1)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        pass
+
+
+@world_size(2, connect=False)
+def test_manual_optimization():
+    module, reference = Adversaries(4), Adversaries(8)
+    in_rank().fit(module)
+    alone().fit(reference)
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
+class OnMeta(Deep):
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            torch.manual_seed(1)
+            self.net = Net()
+
+
+@world_size(2, connect=False)
+def test_a_module_made_on_the_meta_device_has_the_weights_of_one_made_whole():
+    module, reference = OnMeta(4), OnMeta(8)
+    trainer = in_rank()
+    seen = []
+    module.on_fit_start = lambda: seen.append(whole(module))
+    trainer.fit(module)
+    reference.on_fit_start = lambda: seen.append({k: v.clone() for k, v in whole(reference).items()})
+    alone().fit(reference)
+    assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
+@world_size(2, connect=False)
+def test_evaluation_and_prediction():
+    module, reference = Deep(4), Deep(4)
+    (ours,) = in_rank().validate(module, verbose=False)
+    (theirs,) = alone().validate(reference, verbose=False)
+    assert ours["val_loss"] == pytest.approx(theirs["val_loss"])
+    found = in_rank().predict(module, DataLoader(dataset(), batch_size=4))
+    expected = alone().predict(reference, DataLoader(dataset(), batch_size=4))
+    rank = int(os.environ["RANK"])
+    torch.testing.assert_close(
+        torch.cat(found), torch.cat(expected)[rank::2] if len(found) == 2 else torch.cat(expected)
+    )
+
+
+def saved(folder, name: str, make, **settings):
+    module = Deep(settings.pop("batch_size"))
+    trainer = make(max_epochs=1, **settings)
+    trainer.fit(module)
+    path = str(folder / name)
+    trainer.save_checkpoint(path)
+    return module, path
+
+
+def go_on(path: str, make, **settings):
+    module = Deep(settings.pop("batch_size"))
+    make(max_epochs=2, **settings).fit(module, ckpt_path=path)
+    return module
+
+
+@pytest.mark.parametrize("writer", ["fsdp", "one device"])
+@pytest.mark.parametrize("reader", ["fsdp", "ddp", "one device"])
+@world_size(2, connect=False)
+def test_a_full_checkpoint_goes_on_under_any_strategy(tmp_path, writer, reader):
+    ways = {
+        "fsdp": (in_rank, {"batch_size": 4}),
+        "ddp": (in_rank, {"batch_size": 4, "strategy": "ddp"}),
+        "one device": (alone, {"batch_size": 8}),
+    }
+    unbroken = Deep(8)
+    alone().fit(unbroken)
+    rank = os.environ["RANK"]
+    make, settings = ways[writer]
+    _, path = saved(tmp_path, "one.ckpt" if writer == "fsdp" else f"{rank}.ckpt", make, **settings)
+    make, settings = ways[reader]
+    with warnings.catch_warnings():
+        # One device and two processes do not draw the same random numbers, which levin says.
+        warnings.filterwarnings("ignore", "The checkpoint was saved by")
+        module = go_on(path, make, **settings)
+    torch.testing.assert_close(whole(module), whole(unbroken))
+
+
+class Frozen(Deep):
+    """The embedding and the first block do not learn, and the head's weight is that of the embedding."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size, optimizer=torch.optim.SGD)
+        self.net.embed.requires_grad_(False)
+        self.net.blocks[0].requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+class Tied(Deep):
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.net.blocks[2].layer.weight = self.net.blocks[1].layer.weight
+
+
+@pytest.mark.parametrize("kind", [Frozen, Tied])
+@world_size(2, connect=False)
+def test_frozen_and_shared_parameters(kind):
+    module, reference = kind(4), kind(8)
+    in_rank().fit(module)
+    alone().fit(reference)
+    torch.testing.assert_close(whole(module), whole(reference))
+    assert len(list(module.parameters())) == len(list(reference.parameters()))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@world_size(2, connect=False)
+def test_precisions_train_as_on_one_device(precision):
+    module, reference = Deep(4), Deep(8)
+    in_rank(precision=precision).fit(module)
+    alone(precision=precision).fit(reference)
+    tolerance = 1e-9 if precision == "64-true" else 0.05
+    torch.testing.assert_close(module.losses, reference.losses, rtol=tolerance, atol=tolerance)
+    formats = {parameter.dtype for parameter in module.parameters()}
+    assert formats == {{"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)}
+
+
+def is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm)
+
+
+@pytest.mark.parametrize("way", ["classes", "function", "recomputed", "hybrid", "offloaded"])
+@world_size(2, connect=False)
+def test_ways_of_cutting(way):
+    arguments = {
+        "classes": {"auto_wrap_policy": {Block}},
+        "function": {"auto_wrap_policy": is_norm},
+        "recomputed": {"sharding_strategy": "SHARD_GRAD_OP", "activation_checkpointing_policy": {Block}},
+        "hybrid": {"device_mesh": (2, 1)},
+        "offloaded": {"cpu_offload": True, "use_orig_params": True, "limit_all_gathers": True},
+    }[way]
+    module, reference = Deep(4), Deep(8)
+    in_rank(FSDPStrategy(**arguments)).fit(module)
+    alone().fit(reference)
+    torch.testing.assert_close(module.losses, reference.losses)
+    block = module.net.blocks[0]
+    inner = getattr(block, "_checkpoint_wrapped_module", block)
+    assert isinstance(block, FSDPModule) == (way != "function")
+    assert isinstance(inner.norm, FSDPModule) == (way == "function")
+    assert list(module.state_dict()) == list(reference.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sharding_strategy": "NO_SHARD"}, "strategy='ddp'"),
+        ({"sharding_strategy": "HALF"}, "must be one of FULL_SHARD"),
+        ({"state_dict_type": "local"}, "'full' or 'sharded'"),
+        ({"use_orig_params": False}, "Leave it out"),
+        ({"ignored_modules": []}, "ignored_states"),
+        ({"nonsense": 1}, "cannot do nonsense=1"),
+        ({"mixed_precision": "bf16"}, "MixedPrecisionPolicy"),
+        ({"activation_checkpointing": nn.Linear, "activation_checkpointing_policy": {nn.Linear}}, "same argument"),
+    ],
+)
+def test_arguments_that_cannot_be_met(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FSDPStrategy(**arguments)
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_a_process_starts():
+    with pytest.raises(ValueError, match=r"made for 6 processes, but there are 2"):
+        in_rank(FSDPStrategy(device_mesh=(2, 3)))
+
+
+@world_size(2, connect=False)
+def test_a_policy_that_chooses_nothing_names_the_classes_there_are():
+    with pytest.raises(ValueError, match="has Block, LayerNorm, Linear, ModuleList, Net"):
+        in_rank(FSDPStrategy(auto_wrap_policy={nn.Conv2d})).fit(Deep(4))
+
+
+@pytest.mark.parametrize("reader", ["sharded", "full", "ddp", "one device"])
+@world_size(2, connect=False)
+def test_a_folder_goes_on_under_any_strategy(tmp_path, reader):
+    unbroken = Deep(8)
+    alone().fit(unbroken)
+    module = Deep(4)
+    trainer = in_rank(FSDPStrategy(state_dict_type="sharded"), max_epochs=1)
+    trainer.fit(module)
+    path = str(tmp_path / "saved.ckpt")
+    trainer.save_checkpoint(path)
+    assert {"meta.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= set(os.listdir(path))
+    assert not os.path.exists(f"{path}.part")
+    make, settings = {
+        "sharded": (in_rank, {"batch_size": 4, "strategy": FSDPStrategy(state_dict_type="sharded")}),
+        "full": (in_rank, {"batch_size": 4}),
+        "ddp": (in_rank, {"batch_size": 4, "strategy": "ddp"}),
+        "one device": (alone, {"batch_size": 8}),
+    }[reader]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The checkpoint was saved by")
+        module = go_on(path, make, **settings)
+    torch.testing.assert_close(whole(module), whole(unbroken))
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+@world_size(2, connect=False)
+def test_model_checkpoint_keeps_the_best_folders(tmp_path, async_save):
+    callback = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1, filename="{epoch}", async_save=async_save)
+    module = Deep(4)
+    trainer = in_rank(
+        FSDPStrategy(state_dict_type="sharded"), max_epochs=3, callbacks=[callback], enable_checkpointing=True
+    )
+    trainer.fit(module)
+    trainer.strategy.barrier()
+    assert os.listdir(tmp_path) == [os.path.basename(callback.best_model_path)]
+    weights = consolidate(callback.best_model_path)["state_dict"]
+    assert set(weights) == set(whole(Deep(4)))
+
+
+@world_size(2, connect=False)
+def test_an_open_window_goes_on_exactly(tmp_path):
+    class Stopping(Deep):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.trainer.current_epoch == 0 and batch_idx == 0 and self.path:
+                self.trainer.save_checkpoint(self.path)
+
+    def run(path, ckpt_path=None):
+        module = Stopping(2)
+        module.path = path
+        in_rank(accumulate_grad_batches=2, max_epochs=1).fit(module, ckpt_path=ckpt_path)
+        return whole(module)
+
+    path = str(tmp_path / "open.ckpt")
+    unbroken = run(path)
+    torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)

@@ -1,0 +1,121 @@
+"""Tensor parallel and data parallel processes under the Trainer, on four ranks."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils.data import DataLoader, DistributedSampler
+
+from levin import Trainer
+from levin.checkpoint import consolidate
+from levin.strategies import ModelParallelStrategy
+from tests.distributed import world_size
+from tests.strategies.small import QUIET, dataset
+from tests.strategies.test_fsdp import Deep, alone, whole
+
+PLAN = {"net.embed": "column", "net.head": "row"}
+
+
+class Wide(Deep):
+    """An embedding that is cut by columns and a head that is cut by rows, with nothing between that mixes features."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        torch.manual_seed(1)
+        self.net = nn.Sequential()
+        self.net.embed, self.net.act, self.net.head = nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)
+
+    def train_dataloader(self):
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        return DataLoader(
+            dataset(), batch_size=self.batch_size, sampler=DistributedSampler(dataset(), shuffle=False, **ranks)
+        )
+
+
+class ByHand(Wide):
+    """Cuts itself in `configure_model`, with torch's functions."""
+
+    def configure_model(self):
+        mesh = self.device_mesh
+        assert mesh.mesh_dim_names == ("data_parallel", "tensor_parallel")
+        parallelize_module(self.net, mesh["tensor_parallel"], {"embed": ColwiseParallel(), "head": RowwiseParallel()})
+        fully_shard(self.net, mesh=mesh["data_parallel"])
+
+
+def in_rank(strategy: ModelParallelStrategy, devices: int, **settings) -> Trainer:
+    return Trainer(
+        strategy=strategy, devices=devices, **{"max_epochs": 2, "enable_checkpointing": False, **QUIET, **settings}
+    )
+
+
+@pytest.mark.parametrize("kind", ["plan", "by hand"])
+@world_size(4, connect=False, timeout_s=120)
+def test_two_dimensions_are_one_device(tmp_path, kind):
+    module, reference = (Wide if kind == "plan" else ByHand)(4), Wide(8)
+    strategy = ModelParallelStrategy(2, 2, plan=PLAN if kind == "plan" else None)
+    trainer = in_rank(strategy, 4, gradient_clip_val=0.05)
+    # torch's advice for those who change the output of a layer in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    trainer.fit(module)
+    assert trainer.strategy.data_parallel.size == 2
+    weight = module.net.embed.weight
+    assert isinstance(weight, DTensor) and weight.to_local().shape == (2, 4)
+    alone(gradient_clip_val=0.05).fit(reference)
+    torch.testing.assert_close(whole(module), whole(reference))
+    path = str(tmp_path / "saved.ckpt")
+    trainer.save_checkpoint(path)
+    saved = consolidate(path)["state_dict"]
+    torch.testing.assert_close(dict(saved), whole(reference))
+
+
+@world_size(2, connect=False)
+def test_tensor_parallel_alone_saves_one_file_that_one_device_goes_on_from(tmp_path):
+    import warnings
+
+    module, reference = Wide(8), Wide(8)
+    trainer = in_rank(ModelParallelStrategy(1, 2, save_distributed_checkpoint=False, plan=PLAN), 2, max_epochs=1)
+    trainer.fit(module)
+    path = str(tmp_path / "saved.ckpt")
+    trainer.save_checkpoint(path)
+    alone().fit(reference)
+    resumed = Wide(8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The checkpoint was saved by")
+        alone().fit(resumed, ckpt_path=path)
+    torch.testing.assert_close(whole(resumed), whole(reference))
+
+
+def test_sizes_that_do_not_multiply_are_refused_before_a_process_starts():
+    with pytest.raises(
+        ValueError, match="data_parallel_size=2 times tensor_parallel_size=3 must be the number of processes"
+    ):
+        in_rank(ModelParallelStrategy(2, 3), 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data_parallel_size": 0}, "data_parallel_size must be 'auto' or an int >= 1"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size must be 'auto'"),
+        ({"plan": {"net": "diagonal"}}, "must be one of 'column', 'row', 'sequence'"),
+    ],
+)
+def test_arguments_that_cannot_be_meant(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ModelParallelStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [({"net.nothing": "row"}, "fits no submodule of Wide"), ({"net.head": "column"}, "has 1 output features")],
+)
+@world_size(2, connect=False)
+def test_a_plan_that_does_not_fit_names_what_is_there(plan, message):
+    with pytest.raises(ValueError, match=message):
+        in_rank(ModelParallelStrategy(1, 2, plan=plan), 2).fit(Wide(8))
