@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from datetime import timedelta
 
 import torch
@@ -42,6 +43,7 @@ def test_names_are_those_of_rank_zero(tmp_path):
 @world_size(2, connect=False)
 def test_a_checkpoint_is_among_the_best_when_all_ranks_say_so(tmp_path):
     callback = ModelCheckpoint(tmp_path / "files", monitor="val", save_last="link")
+    warnings.filterwarnings("ignore", message=".*the value differs from rank to rank")
     run = run_on_ranks(tmp_path, [callback], OwnValues((3.0, 2.0, 1.0), (3.0, 4.0, 1.0)), max_epochs=3)
     run.strategy.barrier()
     assert names(tmp_path / "files") == ["epoch=2-step=12.ckpt", "last.ckpt"]
@@ -94,3 +96,39 @@ def test_averages_are_the_same_on_all_ranks(tmp_path):
         run = run_on_ranks(tmp_path, [averaging], module, max_epochs=3)
         weights = run.strategy.all_gather(module.layer.weight.detach())
         assert torch.equal(weights[0], weights[1])
+
+
+@world_size(2, connect=False)
+def test_one_rank_decides_which_files_are_the_best_and_says_so_once(tmp_path):
+    callback = ModelCheckpoint(tmp_path / "files", monitor="val", save_top_k=2)
+    module = OwnValues((3.0, 1.0, 2.0, 4.0), (1.0, 4.0, 2.5, 0.5))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = run_on_ranks(tmp_path, [callback], module, max_epochs=4)
+    run.strategy.barrier()
+    folder = tmp_path / "files"
+    assert names(folder) == ["epoch=1-step=8.ckpt", "epoch=2-step=12.ckpt"]
+    assert callback.best_model_path == str(folder / "epoch=1-step=8.ckpt")
+    assert {path: float(score) for path, score in callback.best_k_models.items()} == {
+        str(folder / "epoch=1-step=8.ckpt"): 1.0,
+        str(folder / "epoch=2-step=12.ckpt"): 2.0,
+    }
+    told = [str(entry.message) for entry in caught if "differs from rank to rank" in str(entry.message)]
+    assert len(told) == (1 if run.global_rank == 0 else 0)
+
+
+class OnOneRank(Small):
+    """Logs the value on one rank alone."""
+
+    def validation_step(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.log("val", 1.0 - 0.1 * self.current_epoch)
+
+
+@world_size(2, connect=False)
+def test_a_value_that_one_rank_alone_logs_hangs_nobody(tmp_path):
+    callback = ModelCheckpoint(tmp_path / "files", monitor="val")
+    warnings.filterwarnings("ignore", message=".*the value differs from rank to rank")
+    run = run_on_ranks(tmp_path, [callback], OnOneRank(), max_epochs=2)
+    run.strategy.barrier()
+    assert names(tmp_path / "files") == ["epoch=1-step=8.ckpt"]

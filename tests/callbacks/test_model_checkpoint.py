@@ -365,3 +365,92 @@ def test_saving_in_the_background_keeps_the_same_files(tmp_path):
         link = str((tmp_path / name / "last.ckpt").readlink())
         found.append((names(tmp_path / name), scores, link, (tmp_path / name / "last.ckpt").exists()))
     assert found[0] == found[1]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+@pytest.mark.parametrize("folder", ["memory://one", "memory://two"])
+def test_a_remote_file_that_a_run_began_with_is_never_deleted(tmp_path, folder):
+    import fsspec
+
+    filesystem = fsspec.filesystem("memory")
+    for path in ("/one", "/two"):
+        filesystem.rm(path, recursive=True) if filesystem.exists(path) else None
+    fit(tmp_path, ModelCheckpoint("memory://one"), max_epochs=1)
+    fit(tmp_path, ModelCheckpoint(folder), max_epochs=3, ckpt_path="memory://one/epoch=0-step=4.ckpt")
+    assert filesystem.exists("/one/epoch=0-step=4.ckpt")
+    found = [path.rsplit("/", 1)[1] for path in filesystem.ls(folder.replace("memory:/", ""), detail=False)]
+    assert sorted(found)[-1] == "epoch=2-step=12.ckpt"
+    assert len(found) == (2 if folder == "memory://one" else 1)
+
+
+def test_with_validation_by_the_clock_files_come_with_validation(tmp_path):
+    class Rare(Small):
+        def on_train_batch_start(self, batch, batch_idx):
+            time.sleep(0.4 if (self.current_epoch, batch_idx) == (1, 2) else 0.0)
+
+    callback = ModelCheckpoint(tmp_path, monitor="val", save_top_k=-1)
+    fit(tmp_path, callback, Rare((5.0, 4.0)), max_epochs=2, val_check_interval=timedelta(seconds=0.35))
+    assert [(name.rsplit("/", 1)[1], float(score)) for name, score in callback.best_k_models.items()] == [
+        ("epoch=1-step=7.ckpt", 4.0)
+    ]
+
+
+OVERRIDDEN = {
+    "_save_topk_checkpoint": {"best", "newest"},
+    "_save_monitor_checkpoint": {"best"},
+    "_update_best_and_save": {"best"},
+    "_save_none_monitor_checkpoint": {"newest"},
+    "_save_last_checkpoint": {"best", "newest"},
+    "_save_checkpoint": {"best", "newest"},
+    "_remove_checkpoint": {"best", "newest"},
+    "_should_remove_checkpoint": {"best", "newest"},
+    "_should_skip_saving_checkpoint": {"best", "newest"},
+    "_should_save_on_train_epoch_end": {"best", "newest"},
+    "_monitor_candidates": {"best", "newest"},
+    "_get_metric_interpolated_filepath_name": {"best", "newest"},
+    "check_monitor_top_k": {"best"},
+    "format_checkpoint_name": {"best", "newest"},
+}
+
+
+@pytest.mark.parametrize("way", ["best", "newest"])
+def test_methods_that_packages_override_are_called(tmp_path, way):
+    called = set()
+
+    def recording(name):
+        def method(self, *args, **kwargs):
+            called.add(name)
+            return getattr(super(Recording, self), name)(*args, **kwargs)
+
+        return method
+
+    Recording = type("Recording", (ModelCheckpoint,), {name: recording(name) for name in OVERRIDDEN})
+    fit(tmp_path, Recording(tmp_path, monitor="val" if way == "best" else None, save_last=True), Small((2.0, 1.0)))
+    assert called == {name for name, ways in OVERRIDDEN.items() if way in ways}
+
+
+def test_a_package_may_put_its_own_file_in_the_place_of_the_best(tmp_path):
+    class Own(ModelCheckpoint):
+        """Keeps folders instead of files, as scvi-tools does."""
+
+        def _update_best_and_save(self, current, trainer, monitor_candidates):
+            super()._update_best_and_save(current, trainer, monitor_candidates)
+            folder = self.best_model_path.removesuffix(".ckpt")
+            os.makedirs(folder, exist_ok=True)
+            (tmp_path / folder / "model").write_text("own")
+            if os.path.exists(self.best_model_path):
+                os.remove(self.best_model_path)
+            self.best_model_path = folder
+
+    callback = Own(tmp_path, monitor="val", save_top_k=-1)
+    fit(tmp_path, callback, Small((2.0, 1.0)), max_epochs=2)
+    assert names(tmp_path) == ["epoch=0-step=4/model", "epoch=1-step=8/model"]
+    assert callback.best_model_path == str(tmp_path / "epoch=1-step=8")
+
+
+@pytest.mark.parametrize("given", [ModelCheckpoint, [ModelCheckpoint]])
+def test_the_class_of_a_callback_is_refused_by_name(tmp_path, given):
+    from levin import Trainer
+
+    with pytest.raises(MisconfigurationException, match=r"Use ModelCheckpoint\(\.\.\.\)"):
+        Trainer(callbacks=given, accelerator="cpu", default_root_dir=str(tmp_path))

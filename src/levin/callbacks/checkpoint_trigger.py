@@ -17,11 +17,15 @@ def validates(trainer: Trainer) -> bool:
 
 def validates_once_per_epoch(trainer: Trainer) -> bool:
     """Return whether validation, if there is any, runs exactly once in each epoch, at its end."""
+    if trainer.settings.val_check_seconds is not None:
+        return False
     return trainer.check_val_every_n_epoch == 1 and trainer.val_check_interval == 1.0
 
 
 def validates_after_last_batch(trainer: Trainer) -> bool:
-    """Return whether the present batch is the last of its epoch and a validation follows it."""
+    """Return whether the present batch is the last of its epoch and a validation follows it for sure."""
+    if trainer.settings.val_check_seconds is not None:
+        return False
     every_n = trainer.check_val_every_n_epoch
     is_due = every_n is None or (trainer.current_epoch + 1) % every_n == 0
     return bool(trainer.is_last_batch) and is_due and validates(trainer)

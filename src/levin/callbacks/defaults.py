@@ -37,6 +37,9 @@ def default_callbacks(
         list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
     )
     for callback in callbacks:
+        if isinstance(callback, type):
+            name = callback.__name__
+            raise value_error("callbacks", callback, "must hold callbacks, and not their classes", f"Use {name}(...).")
         if not isinstance(callback, Callback) and not hasattr(callback, "on_train_start"):
             raise value_error("callbacks", callback, "must be a Callback or a list of them")
     _add_checkpointing(callbacks, enable_checkpointing)

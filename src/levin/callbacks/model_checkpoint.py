@@ -151,6 +151,7 @@ class ModelCheckpoint(Checkpoint):
         self._has_validated: bool = False
         self._has_saved_last: bool = False
         self._defer_save_until_validation: bool = False
+        self._has_warned: bool = False
 
     @property
     def state_key(self) -> str:
@@ -228,7 +229,7 @@ class ModelCheckpoint(Checkpoint):
         if self._defer_save_until_validation and not self._should_skip_saving_checkpoint(trainer):
             self._defer_save_until_validation = False
             # A value that the training epoch logs comes later than this.
-            if self.monitor in trainer.callback_metrics or not self._should_save_on_train_epoch_end(trainer):
+            if self.monitor in self._monitor_candidates(trainer) or not self._should_save_on_train_epoch_end(trainer):
                 self._save(trainer, is_always_last=True)
         elif self._is_due_after_epoch(trainer) and not self._should_save_on_train_epoch_end(trainer):
             self._save(trainer)
@@ -461,7 +462,25 @@ class ModelCheckpoint(Checkpoint):
         candidates = dict(trainer.callback_metrics)
         for name, number in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
             candidates[name] = torch.as_tensor(candidates.get(name, number)).long()
+        if self.monitor is not None and trainer.world_size > 1:
+            self._agree(trainer, candidates, self.monitor)
         return candidates
+
+    def _agree(self, trainer: Trainer, candidates: dict[str, Tensor], monitor: str) -> None:
+        """Put the value of rank 0 in the place of this rank's own, so that all decide alike."""
+        own = float(candidates[monitor]) if monitor in candidates else None
+        first: float | None = trainer.strategy.broadcast(own)
+        is_other = repr(own) != repr(first)  # NaN is like NaN
+        if trainer.strategy.reduce_boolean_decision(is_other, all=False) and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={monitor!r}): the value differs from rank to rank, and that of rank 0 "
+                f"({first}) decides for all. Log it with sync_dist=True to have the files ranked by the mean."
+            )
+        if first is None:
+            candidates.pop(monitor, None)
+        elif is_other:
+            candidates[monitor] = torch.tensor(first)
 
     def _report_missing_metric(self, candidates: dict[str, Tensor]) -> None:
         message = (

@@ -15,6 +15,7 @@ import torch
 from levin.checkpoint.io import atomic_save, load
 from levin.checkpoint.layout import META_FILE
 from levin.checkpoint.verify import verify
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.types import PathLike
 
 _VERSION_KEY = "pytorch-lightning_version"
@@ -121,7 +122,7 @@ def _read_shards(folder: str) -> dict[str, Any]:
     except (pickle.UnpicklingError, OSError):
         raise
     except Exception as error:  # what torch raises depends on where it comes upon something odd; all has one meaning
-        raise ValueError(f"{folder!r} is damaged: {type(error).__name__}: {error}") from error
+        raise DamagedCheckpointError(f"{folder!r} is damaged: {type(error).__name__}: {error}") from error
     return shards
 
 

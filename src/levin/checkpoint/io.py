@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -19,6 +20,7 @@ from levin.checkpoint.unpickling import allowed_globals, redirecting_pickle, ref
 from levin.checkpoint.verify import check_zip, is_zip, open_for_reading
 from levin.checkpoint.worker import Save
 from levin.utilities.atomic import atomic_open
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import is_local, remove
 from levin.utilities.types import PathLike
 
@@ -64,7 +66,8 @@ def load(path: Any, map_location: Any = None, weights_only: bool | None = None) 
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, or no checkpoint.
+        DamagedCheckpointError: The file is damaged, or no checkpoint. It is a ValueError, EOFError, RuntimeError and
+            UnpicklingError.
         pickle.UnpicklingError: The file holds objects of classes that are not allowed. The message names them.
 
     Example:
@@ -89,7 +92,7 @@ def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool
     if is_zip(file):
         check_zip(file, name)
     elif not _is_legacy(file):
-        raise ValueError(f"{name} is no checkpoint, or its first bytes are damaged.")
+        raise DamagedCheckpointError(f"{name} is no checkpoint, or its first bytes are damaged.")
     if weights_only is False:
         return torch.load(file, map_location, pickle_module=redirecting_pickle(), weights_only=False)
     with allowed_globals() as finish:
@@ -128,13 +131,15 @@ def _refusal(error: Exception, name: str) -> Exception:
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "deserialize object on" in said:
         return error  # the file may be fine, the machine lacks memory or the device
-    return ValueError(f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {reason}")
+    return DamagedCheckpointError(f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {reason}")
 
 
 def _download(url: str) -> str:
     """Return the path of the file at ``url`` in torch's hub folder, fetching it when it is not there."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, os.path.basename(urlsplit(url).path))
+    # Many addresses end in the same name.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"{digest}-{os.path.basename(urlsplit(url).path)}")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         torch.hub.download_url_to_file(url, path, progress=False)

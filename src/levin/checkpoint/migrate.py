@@ -21,12 +21,17 @@ def migrate(checkpoint: Checkpoint, source: Any = None) -> Checkpoint:
         source: Where it is from, for messages; None for none.
 
     Raises:
+        ValueError: It is no dict.
         KeyError: The version of the writer is missing, so this is no checkpoint of a Trainer.
     """
+    file = "The file" if source is None else str(source)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{file} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}.")
     if "pytorch-lightning_version" not in checkpoint:
+        keys = [str(key) for key in checkpoint]
         raise KeyError(
-            "The file has no 'pytorch-lightning_version', so it was not saved by a Trainer. "
-            "Load plain weights with `model.load_state_dict(torch.load(path))`."
+            f"{file} has no 'pytorch-lightning_version', so it was not saved by a Trainer; it holds {keys[:5]}"
+            f"{'...' if len(keys) > 5 else ''}. Load plain weights with `model.load_state_dict(torch.load(path))`."
         )
     version = Version(checkpoint["pytorch-lightning_version"])
     if source is not None and version.release[:1] > Version(COMPATIBLE_VERSION).release[:1]:

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO, Any
 
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -46,7 +47,7 @@ def verify(path: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
-        ValueError: It is damaged, or carries no checksums. The message says what is wrong.
+        DamagedCheckpointError: It is damaged, or carries no checksums. The message says what is wrong.
 
     Example:
         >>> verify("best.ckpt")  # doctest: +SKIP
@@ -56,12 +57,12 @@ def verify(path: str | os.PathLike[str]) -> None:
         return
     with open_for_reading(path) as file:
         if not is_zip(file):
-            raise ValueError(
+            raise DamagedCheckpointError(
                 f"{path} is no checkpoint, or its first bytes are damaged. Files that torch wrote before version 1.6 "
                 "carry no checksums; load such a file and save it again."
             )
         if not check_zip(file, str(path)):
-            raise ValueError(
+            raise DamagedCheckpointError(
                 f"{path} carries no checksums, since they were switched off when it was written "
                 "(torch.serialization.set_crc32_options). Load it and save it again to have it checked."
             )
@@ -149,17 +150,19 @@ def check_zip(file: IO[bytes], name: str) -> bool:
         Whether the file carries checksums. Without them, the structure alone was checked.
 
     Raises:
-        ValueError: The file is damaged.
+        DamagedCheckpointError: The file is damaged.
     """
     position = file.tell()
     try:
         return _check_zip(file, name)
     except _Damage as error:
-        raise ValueError(f"{name} is damaged: {error}. Use an older checkpoint.") from None
+        raise DamagedCheckpointError(f"{name} is damaged: {error}. Use an older checkpoint.") from None
     except EOFError:
-        raise ValueError(f"{name} is damaged: it ends too early. Use an older checkpoint.") from None
+        raise DamagedCheckpointError(f"{name} is damaged: it ends too early. Use an older checkpoint.") from None
     except _UNREADABLE as error:
-        raise ValueError(f"{name} is damaged: {error or type(error).__name__}. Use an older checkpoint.") from error
+        raise DamagedCheckpointError(
+            f"{name} is damaged: {error or type(error).__name__}. Use an older checkpoint."
+        ) from error
     finally:
         file.seek(position)
 
@@ -213,11 +216,15 @@ def _check_structure(file: IO[bytes], archive: zipfile.ZipFile, records: list[zi
 def _verify_folder(folder: str) -> None:
     meta = os.path.join(folder, "meta.pt")
     if not os.path.isfile(meta):
-        raise ValueError(f"{folder} is a folder without `meta.pt`, so it is no complete sharded checkpoint.")
+        raise DamagedCheckpointError(
+            f"{folder} is a folder without `meta.pt`, so it is no complete sharded checkpoint."
+        )
     verify(meta)
     names = os.listdir(folder)
     if ".metadata" not in names or not any(name.endswith(".distcp") for name in names):
-        raise ValueError(f"{folder} lacks `.metadata` or the `.distcp` files, so it is no complete sharded checkpoint.")
+        raise DamagedCheckpointError(
+            f"{folder} lacks `.metadata` or the `.distcp` files, so it is no complete sharded checkpoint."
+        )
 
 
 def _newest_first(folder: str, pattern: str) -> list[str]:

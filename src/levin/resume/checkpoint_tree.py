@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
+from levin.resume.changed_optimizers import check_optimizers
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
@@ -148,6 +149,7 @@ def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
 
     Raises:
         KeyError: The file holds none, since it was saved with weights only.
+        ValueError: It holds those of other optimizers than there are.
     """
     for key in ("optimizer_states", "lr_schedulers"):
         if key not in checkpoint:
@@ -156,6 +158,7 @@ def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
     if run.strategy.lightning_restore_optimizer:
+        check_optimizers(run.strategy.optimizers, checkpoint["optimizer_states"])
         run.strategy.load_optimizer_state_dict(checkpoint)
     for config, state in zip(run.strategy.lr_scheduler_configs, checkpoint["lr_schedulers"]):
         config.scheduler.load_state_dict(state)

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
+
 
 class MisconfigurationException(ValueError):
     """The settings, hooks or loaders that were given cannot work together."""
+
+
+class DamagedCheckpointError(ValueError, EOFError, RuntimeError, pickle.UnpicklingError):
+    """A checkpoint file is too short, was changed, or is none.
+
+    It is what ``torch.load`` raises for one or another of such files, for those who catch that.
+    """
 
 
 class SIGTERMException(SystemExit):

@@ -1,0 +1,50 @@
+"""Telling that a checkpoint was saved with other optimizers than there are now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+_WAY_OUT = "Go on with the optimizers of then, or load the weights with `load_from_checkpoint` and start a new fit."
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Raise if ``states`` cannot be those of ``optimizers``.
+
+    Args:
+        optimizers: Those of the run.
+        states: The ``optimizer_states`` of a checkpoint.
+
+    Raises:
+        ValueError: There are more or fewer, of another kind, or with other groups of parameters.
+
+    Example:
+        >>> check_optimizers([], [])
+    """
+    if len(optimizers) != len(states):
+        raise ValueError(
+            f"The checkpoint holds the states of {len(states)} optimizers, and `configure_optimizers` gives "
+            f"{len(optimizers)}: {[type(optimizer).__name__ for optimizer in optimizers]}. {_WAY_OUT}"
+        )
+    for number, (optimizer, state) in enumerate(zip(optimizers, states)):
+        problem = _difference(optimizer, state.get("param_groups"))
+        if problem:
+            raise ValueError(f"The state of optimizer {number} in the checkpoint {problem}. {_WAY_OUT}")
+
+
+def _difference(optimizer: Optimizer, saved: Any) -> str:
+    if not isinstance(saved, (list, tuple)):
+        return ""  # a state of the optimizer's own form
+    name, groups = type(optimizer).__name__, optimizer.param_groups
+    then, now = ([len(group["params"]) for group in which] for which in (saved, groups))
+    if then != now:
+        return f"has groups of {then} parameters, and those of {name} are of {now}"
+    for old, new in zip(saved, groups):
+        # A newer torch may know more settings of the same kind of optimizer, and an older one fewer.
+        lost, added = set(old) - set(new), set(optimizer.defaults) - set(old)
+        lost -= {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "param_names", "name"}
+        if lost and added:
+            return f"is of another kind: it has {sorted(lost)}, and {name} has {sorted(added)}"
+    return ""

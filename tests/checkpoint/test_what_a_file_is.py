@@ -1,0 +1,135 @@
+"""A file that cannot be gone on from is told for what it is, and caught as what people catch."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import pickle
+import threading
+
+import pytest
+import torch
+
+from levin.checkpoint import atomic_save, load
+from levin.checkpoint.verify import verify
+from levin.utilities.exceptions import DamagedCheckpointError
+from tests.callbacks.small import TrainOnly, loader, trainer
+
+CAUGHT = [ValueError, EOFError, RuntimeError, pickle.UnpicklingError, DamagedCheckpointError]
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[:-100],
+    "text": lambda data: b"once upon a time",
+    "changed": lambda data: data[: len(data) // 2] + b"\x55" + data[len(data) // 2 + 1 :],
+    "an old pickle, cut": lambda data: pickle.dumps({"a": list(range(100))})[:50],
+}
+
+
+@pytest.mark.parametrize("error", CAUGHT)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_every_error_that_programs_catch(tmp_path, damage, error):
+    path = tmp_path / "model.ckpt"
+    atomic_save({"weights": torch.full((1000,), 1.5)}, path)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with pytest.raises(error):
+        load(path)
+    with pytest.raises(error):
+        verify(path)
+    run = trainer(tmp_path, [], enable_checkpointing=False)
+    with pytest.raises(error):
+        run.fit(TrainOnly(), loader(), ckpt_path=str(path))
+    with pytest.raises(error):
+        TrainOnly.load_from_checkpoint(path)
+
+
+def test_plain_weights_are_told_by_the_name_of_their_file(tmp_path):
+    torch.save(TrainOnly().state_dict(), tmp_path / "weights.pt")
+    run = trainer(tmp_path, [], enable_checkpointing=False)
+    with pytest.raises(
+        KeyError, match=r"weights.pt has no .*not saved by a Trainer; it holds \['layer.weight', 'layer.bias'\]"
+    ):
+        run.fit(TrainOnly(), loader(), ckpt_path=str(tmp_path / "weights.pt"))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=r"list.pt must hold a checkpoint \(a dict\), received a list"):
+        run.fit(TrainOnly(), loader(), ckpt_path=str(tmp_path / "list.pt"))
+
+
+def adam(module):
+    return torch.optim.Adam(module.parameters(), lr=0.1)
+
+
+def two(module):
+    return [torch.optim.SGD(module.parameters(), lr=0.1), torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)]
+
+
+def other_groups(module):
+    return torch.optim.SGD([{"params": [parameter]} for parameter in module.parameters()], lr=0.1)
+
+
+def fewer(module):
+    return torch.optim.SGD([module.layer.weight], lr=0.1)
+
+
+def none(module):
+    return None
+
+
+CHANGES = {
+    adam: r"optimizer 0 in the checkpoint is of another kind: it has .*'momentum'.*, and Adam has .*'betas'",
+    two: r"holds the states of 1 optimizers, and `configure_optimizers` gives 2: \['SGD', 'SGD'\]",
+    other_groups: r"has groups of \[2\] parameters, and those of SGD are of \[1, 1\]",
+    fewer: r"has groups of \[2\] parameters, and those of SGD are of \[1\]",
+    none: r"holds the states of 1 optimizers, and `configure_optimizers` gives 0",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*returned None")
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_changed_optimizers_are_told(tmp_path, change):
+    first = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=1)
+    first.fit(TrainOnly(), loader())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+
+    class Changed(TrainOnly):
+        automatic_optimization = change is not two
+        configure_optimizers = change
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).pow(2).mean()
+
+    second = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=2)
+    with pytest.raises(ValueError, match=CHANGES[change]):
+        second.fit(Changed(), loader(), ckpt_path=str(tmp_path / "first.ckpt"))
+
+
+def test_another_rate_or_a_kind_of_the_same_settings_goes_on(tmp_path):
+    first = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=1)
+    first.fit(TrainOnly(), loader())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+
+    class Faster(TrainOnly):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.7, momentum=0.9)
+
+    second = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=2)
+    second.fit(Faster(), loader(), ckpt_path=str(tmp_path / "first.ckpt"))
+    assert second.global_step == 8
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_files_of_one_name_at_two_addresses_are_two(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    for name in ("a", "b"):
+        atomic_save({"name": name}, tmp_path / "site" / name / "last.ckpt")
+    handler = functools.partial(Quiet, directory=str(tmp_path / "site"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        found = [load(f"{address}/{name}/last.ckpt")["name"] for name in ("a", "b", "a")]
+        server.shutdown()
+    assert found == ["a", "b", "a"]
+    assert load(f"{address}/b/last.ckpt") == {"name": "b"}  # it is kept
