@@ -9,7 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "src" / "levin"
 # From the street to the ground: a room imports only from rooms below its own. Rooms on one line do not import each other.
 STOREYS = {
-    "what people start": [["__init__", "__main__"], ["demos"], ["cli"], ["codemod"], ["compat"], ["trainer"]],
+    "what people start": [
+        ["__init__", "__main__"],
+        ["demos"],
+        ["cli"],
+        ["tuner"],
+        ["codemod"],
+        ["compat"],
+        ["trainer"],
+    ],
     "what people plug in": [["callbacks"]],
     "the run": [["loops"], ["ranks"], ["resume"]],
     "what people subclass": [

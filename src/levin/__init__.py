@@ -40,6 +40,7 @@ _ROOMS = (
     "precision",
     "profilers",
     "strategies",
+    "tuner",
     "utilities",
 )
 

@@ -41,12 +41,7 @@ _ONE_DEVICE_HOLDS_IT = 'Use `strategy="ddp"` where the model fits on one device.
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
 _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 
-BatchSizeFinder = _absent("BatchSizeFinder", "Set the batch size yourself.", Callback)
-LearningRateFinder = _absent("LearningRateFinder", "Set the learning rate yourself.", Callback)
 ModelPruning = _absent("ModelPruning", "Call `torch.nn.utils.prune` in a callback of your own.", Callback)
-Tuner = _absent(
-    "Tuner", "Set the learning rate and the batch size yourself, or search them with short runs of `Trainer`."
-)
 
 _OTHER_LOGGER = "Use one of levin.loggers, or subclass levin.loggers.Logger."
 LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)

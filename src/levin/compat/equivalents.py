@@ -179,16 +179,6 @@ def is_out_of_cpu_memory(exception: BaseException) -> bool:
     return _says(exception, "DefaultCPUAllocator: can't allocate memory")
 
 
-def is_oom_error(exception: BaseException) -> bool:
-    """Return whether the exception says that the memory of a device or of the machine is full."""
-    return (
-        isinstance(exception, torch.cuda.OutOfMemoryError)
-        or is_cuda_out_of_memory(exception)
-        or is_cudnn_snafu(exception)
-        or _says(exception, "can't allocate memory")
-    )
-
-
 def _says(exception: BaseException, text: str) -> bool:
     return isinstance(exception, RuntimeError) and len(exception.args) == 1 and text in str(exception)
 

@@ -24,8 +24,8 @@ _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
     "levin.loggers",
     "levin.counters",
 )
-_CLI, _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
-    "levin.cli", "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
+_CLI, _TUNER, _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
+    "levin.cli", "levin.tuner", "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
 )  # fmt: skip
 _RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.model_summary", "levin.callbacks.progress"
 _ROOT = "Callback LightningDataModule LightningModule Trainer seed_everything"
@@ -68,9 +68,9 @@ TABLE: dict[str, dict[str, str]] = {
         "EMAWeightAveraging EarlyStopping GradientAccumulationScheduler LambdaCallback LearningRateMonitor "
         "ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar "
         "SpikeDetection StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
-        ABSENT: "BatchSizeFinder LearningRateFinder ModelPruning",
+        _TUNER: "BatchSizeFinder LearningRateFinder", ABSENT: "ModelPruning",
     },
-    "pytorch.callbacks.batch_size_finder": {ABSENT: "BatchSizeFinder"},
+    "pytorch.callbacks.batch_size_finder": {_TUNER: "BatchSizeFinder"},
     "pytorch.callbacks.callback": {_CALLBACKS: "Callback"},
     "pytorch.callbacks.checkpoint": {_CALLBACKS: "Checkpoint"},
     "pytorch.callbacks.device_stats_monitor": {_CALLBACKS: "DeviceStatsMonitor"},
@@ -82,7 +82,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.callbacks.gradient_accumulation_scheduler": {_CALLBACKS: "GradientAccumulationScheduler"},
     "pytorch.callbacks.lambda_function": {_CALLBACKS: "LambdaCallback"},
-    "pytorch.callbacks.lr_finder": {ABSENT: "LearningRateFinder"},
+    "pytorch.callbacks.lr_finder": {_TUNER: "LearningRateFinder"},
     "pytorch.callbacks.lr_monitor": {_CALLBACKS: "LearningRateMonitor"},
     "pytorch.callbacks.model_checkpoint": {_CALLBACKS: "ModelCheckpoint"},
     "pytorch.callbacks.model_summary": {_CALLBACKS: "ModelSummary"},
@@ -240,8 +240,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.trainer.connectors.logger_connector.result": {ABSENT: "_ResultCollection _ResultMetric"},
     "pytorch.trainer.states": {"levin.utilities.states": "RunningStage TrainerFn TrainerState TrainerStatus"},
     "pytorch.trainer.trainer": {"levin": "Trainer"},
-    "pytorch.tuner": {ABSENT: "Tuner"},
-    "pytorch.tuner.tuning": {ABSENT: "Tuner"},
+    "pytorch.tuner": {_TUNER: "Tuner"},
+    "pytorch.tuner.lr_finder": {"levin.tuner": "_LRFinder:LRFinder"},
+    "pytorch.tuner.tuning": {_TUNER: "Tuner"},
     "pytorch.utilities": {
         _RANK_ZERO: _RANK_ZERO_NAMES,
         "levin.utilities.attribute_dict": "AttributeDict",
@@ -270,7 +271,8 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "_OMEGACONF_AVAILABLE",
     },
     "pytorch.utilities.memory": {
-        EQUIVALENTS: "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_oom_error is_out_of_cpu_memory "
+        "levin.tuner.batch_size": "is_oom_error",
+        EQUIVALENTS: "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
         "recursive_detach",
     },
     "pytorch.utilities.model_helpers": {

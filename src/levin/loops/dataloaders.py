@@ -162,12 +162,24 @@ def _val_check_batch(run: Run) -> Optional[int | float]:
     return max(1, int(count * interval))
 
 
+def load_if_dropped(run: Run, feed: Feed) -> None:
+    """Load the data of ``validate``, ``test`` or ``predict`` again where a hook has dropped the loaders."""
+    loaders = loaders_of(run, run.fn)
+    if loaders.combined is None:
+        load(run, loaders, limit_of(run, run.fn))
+        _refill(run, loaders, feed)
+
+
+def _refill(run: Run, loaders: StageLoaders, feed: Feed) -> None:
+    fresh = make_feed(run, loaders)
+    feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
+
+
 def prepare_epoch(run: Run, feed: Feed) -> None:
     """Load the training data again when that is due, and tell samplers the epoch."""
     loaders = run.loaders.train
     if load_training(run):
-        fresh = make_feed(run, loaders)
-        feed.sources, feed.limits, feed.lengths = fresh.sources, fresh.limits, fresh.lengths
+        _refill(run, loaders, feed)
         run.resume.follow_reloaded()
     assert loaders.combined is not None
     for loader in loaders.combined.flattened:

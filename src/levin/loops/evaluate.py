@@ -12,7 +12,7 @@ from levin.counters import EvaluationLoop
 from levin.data.feed import Feed
 from levin.data.loaders import set_epoch
 from levin.log_store import LogStore
-from levin.loops.dataloaders import batch_indices, load_validation, make_feed
+from levin.loops.dataloaders import batch_indices, load_if_dropped, load_validation, make_feed
 from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, new_store, step_arguments
@@ -150,6 +150,8 @@ def evaluate(
         with nullcontext() if has_own_train else kept_modes(module):
             run.call_own(f"on_{stage}_model_eval", getattr(module, f"on_{stage}_model_eval"))
             run.call(f"on_{stage}_start")
+            if run.fn != "fit":
+                load_if_dropped(run, feed)
             run.call(f"on_{stage}_epoch_start")
             results = _batches(run, stage, feed, step, loop, predictions)
             store.end_batches()

@@ -1,0 +1,177 @@
+"""The search for the largest batch size that fits into memory."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Sized
+from typing import Any
+
+import torch
+
+from levin.loops.run import Run
+from levin.tuner.search import STAGES, holders, try_run
+from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.rank_zero import rank_zero_info
+
+MODES = ("power", "binsearch")
+_FULL = ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
+
+
+def is_oom_error(exception: BaseException) -> bool:
+    """Return whether the exception says that the memory of a device or of the machine is full."""
+    if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
+        return True
+    return (
+        isinstance(exception, RuntimeError)
+        and len(exception.args) == 1
+        and any(part in str(exception) for part in _FULL)
+    )
+
+
+def largest(
+    fits: Callable[[int], bool],
+    first: int,
+    max_trials: int,
+    max_val: int,
+    mode: str = "power",
+    margin: float = 0.05,
+    is_enough: Callable[[int], bool] = lambda size: False,
+) -> int:
+    """Return the largest size found that fits.
+
+    Args:
+        fits: Whether a size fits. Called at most ``max_trials`` times.
+        first: The size to begin with.
+        max_trials: Calls at most.
+        max_val: The largest size to try.
+        mode: ``"power"`` doubles until it does not fit; ``"binsearch"`` looks in between then, and leaves room.
+        margin: Share of the size to leave free, where the mode is ``"binsearch"``.
+        is_enough: Whether no larger size than one that fits makes sense.
+
+    Raises:
+        RuntimeError: Not even a size of 1 fits.
+
+    Example:
+        >>> largest(lambda size: size <= 50, 2, 25, 1000)
+        32
+        >>> largest(lambda size: size <= 50, 2, 25, 1000, "binsearch", 0.0)
+        50
+    """
+    size, good, bad = min(first, max_val), 0, max_val + 1
+    for _ in range(max_trials):
+        if fits(size):
+            good = size
+        elif size == 1:
+            raise RuntimeError("A batch size of 1 does not fit into memory. Use a smaller model or a lower precision.")
+        else:
+            bad = size
+        has_failed = bad <= max_val
+        if bad - good <= 1 or (good and (is_enough(good) or (mode == "power" and has_failed))):
+            break
+        # Half of it where nothing has fitted yet.
+        size = (good + bad) // 2 if has_failed else min(good * 2, max_val)
+    found = good or size
+    return max(int(found * (1 - margin)), 1) if mode == "binsearch" else found
+
+
+def scale_batch_size(
+    run: Run,
+    mode: str = "power",
+    steps_per_trial: int = 3,
+    init_val: int = 2,
+    max_trials: int = 25,
+    batch_arg_name: str = "batch_size",
+    margin: float = 0.05,
+    max_val: int = 8192,
+) -> int:
+    """Return the largest batch size that fits into memory; module and data module have it afterwards.
+
+    Args:
+        run: A run that is set up, whose loaders come from hooks that read the attribute.
+        mode: As in :func:`largest`.
+        steps_per_trial: Steps with each size.
+        init_val: The size to begin with.
+        max_trials: Sizes at most.
+        batch_arg_name: Name of the attribute, of module or data module or of the hyper-parameters of either.
+        margin: As in :func:`largest`.
+        max_val: The largest size to try.
+
+    Raises:
+        MisconfigurationException: There is no such attribute, the loaders were passed to the Trainer, or an unknown
+            mode.
+        ValueError: Several processes run.
+    """
+    check_batch_size_search(run, mode, batch_arg_name)
+    owners = holders(batch_arg_name, run.module, run.datamodule)
+    before = getattr(owners[0], batch_arg_name)
+    stage = STAGES[run.fn]
+    limits = {"limit_val_batches": 0} if run.fn == "fit" else {f"limit_{stage}_batches": steps_per_trial}
+    num_samples = sys.maxsize
+
+    def fits(size: int) -> bool:
+        nonlocal num_samples
+        _set(owners, batch_arg_name, size)
+        _free_memory()
+        try:
+            tried = try_run(run, [], max_steps=steps_per_trial, **limits)
+            num_samples = _num_samples(getattr(tried.loaders, stage))
+        except (RuntimeError, MemoryError) as error:
+            if not is_oom_error(error):
+                raise
+            rank_zero_info(f"Batch size {size} failed, trying a smaller one")
+            return False
+        finally:
+            _free_memory()
+        rank_zero_info(f"Batch size {size} succeeded")
+        return True
+
+    try:
+        found = largest(fits, init_val, max_trials, max_val, mode, margin, lambda size: size >= num_samples)
+    except BaseException:
+        _set(owners, batch_arg_name, before)
+        raise
+    _set(owners, batch_arg_name, found)
+    for loaders in (run.loaders.train, run.loaders.val, run.loaders.test, run.loaders.predict):
+        loaders.combined = None  # asked for again, with the new size
+    rank_zero_info(f"Finished batch size finder, will continue with full run using batch size {found}")
+    return found
+
+
+def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
+    """Raise where a search for a batch size cannot be; as :func:`scale_batch_size` says."""
+    if mode not in MODES:
+        raise MisconfigurationException(f"mode must be one of {MODES}, received {mode!r}.")
+    if run.strategy.is_distributed:
+        raise ValueError(
+            f"The batch size is searched on one process, received {run.strategy.world_size}. "
+            "Search with Trainer(devices=1) and set the size for all."
+        )
+    loaders: Any = getattr(run.loaders, STAGES[run.fn])
+    if loaders.given is not None:
+        raise MisconfigurationException(
+            "The batch size finder cannot be used with dataloaders passed directly to the Trainer. "
+            f"Give the module or a data module a `{loaders.hook}` that reads `{batch_arg_name}`."
+        )
+    if not holders(batch_arg_name, run.module, run.datamodule):
+        raise MisconfigurationException(
+            f"Field {batch_arg_name} not found in `model`, `datamodule`, nor their `hparams` attributes. "
+            f"Set self.{batch_arg_name} and read it where the loader is made, or pass batch_arg_name."
+        )
+
+
+def _num_samples(loaders: Any) -> int:
+    """Return how many samples the smallest data set has: no larger batch makes sense."""
+    datasets = [getattr(loader, "dataset", None) for loader in loaders.combined.flattened]
+    return min((len(each) for each in datasets if isinstance(each, Sized)), default=sys.maxsize)
+
+
+def _set(owners: list[Any], name: str, value: int) -> None:
+    for owner in owners:
+        setattr(owner, name, value)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
