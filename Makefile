@@ -47,7 +47,7 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 
 # Installs nothing: runs with the torch, Lightning and pytest of the machine. PYTHON says which python.
 gpu:  ## Test and measure on a CUDA device, with the python that is there
-	PYTHONPATH=src PYTHONDONTWRITEBYTECODE=1 $(PYTHON) -m pytest -q -p no:cacheprovider tests/gpu
+	PYTHON=$(PYTHON) tests/gpu/run.sh
 	PYTHONPATH=src PYTHONDONTWRITEBYTECODE=1 $(PYTHON) benchmarks/gpu.py
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop

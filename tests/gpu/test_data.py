@@ -44,6 +44,72 @@ def test_a_large_batch_from_pinned_memory_is_whole_when_the_step_reads_it():
     assert not torch.stack(module.losses).any()
 
 
+def test_batches_that_a_module_keeps_for_a_while_are_not_written_over_by_later_ones():
+    batches = [torch.full((2**20, 8), float(i)).pin_memory() for i in range(4)]
+
+    class Keeping(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = {}
+
+        def training_step(self, batch, batch_idx):
+            self.kept[batch_idx] = batch
+            torch.cuda._sleep(10_000_000)
+            if batch_idx >= 3:
+                self.losses.append((self.kept.pop(batch_idx - 3) != (batch_idx - 3) % 4).any())
+            return self.net(batch[:4]).square().mean() * 0
+
+    module = Keeping()
+    trainer().fit(module, ready([batches[i % 4] for i in range(40)]))
+    assert len(module.losses) == 37
+    assert not torch.stack(module.losses).any()
+
+
+def test_a_host_that_is_far_ahead_of_the_device_does_not_fill_it_with_batches():
+    batch = torch.zeros(2**22, 8).pin_memory()
+
+    class Slow(Net):
+        def training_step(self, batch, batch_idx):
+            torch.cuda._sleep(10_000_000)
+            return self.net(batch[:4]).square().mean()
+
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    trainer().fit(Slow(), ready([batch] * 40))
+    assert torch.cuda.max_memory_allocated() - start < 3.1 * batch.nbytes
+
+
+def test_a_large_batch_is_copied_while_the_device_computes():
+    batch = torch.zeros(2**25).pin_memory()
+
+    class Timed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.starts = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+
+        def training_step(self, batch, batch_idx):
+            self.starts[batch_idx].record()
+            torch.cuda._sleep(10_000_000)
+            return self.net(batch[:32].view(4, 8)).square().mean()
+
+    def copy_ms() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        batch.to(DEVICE, non_blocking=True)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    module = Timed()
+    trainer().fit(module, ready([batch] * 21))
+    here = Timed()
+    trainer().fit(here, ready([batch.to(DEVICE)] * 21))
+    torch.cuda.synchronize()
+    moved_ms, here_ms = (m.starts[5].elapsed_time(m.starts[20]) / 15 for m in (module, here))
+    copy_ms()
+    assert moved_ms < here_ms + 0.3 * copy_ms()
+
+
 def test_a_batch_that_the_loader_fills_again_is_not_changed_under_a_step_that_runs():
     class Reusing:
         def __init__(self) -> None:
@@ -123,4 +189,4 @@ def test_logged_values_stay_on_the_device():
     runner.fit(module, loader(), loader(8))
     assert module.places["loss"] == module.places["both"] == "cuda"
     assert {name: value.device.type for name, value in runner.callback_metrics.items()}["val_loss"] == "cuda"
-    assert runner.callback_metrics["both"] == pytest.approx(torch.stack(module.losses).mean().item())
+    assert runner.callback_metrics["both"].item() == pytest.approx(torch.stack(module.losses).mean().item())

@@ -111,7 +111,10 @@ def has_hook(module: Any, name: str) -> bool:
 
 
 def transfer_hooks(
-    owners: Sequence[Any], profile: Optional[Timed] = None, strategy: Optional[Strategy] = None
+    owners: Sequence[Any],
+    profile: Optional[Timed] = None,
+    strategy: Optional[Strategy] = None,
+    move: Optional[Callable[[Any, torch.device], Any]] = None,
 ) -> Optional[Callable[[Any, torch.device, int], Any]]:
     """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
 
@@ -119,6 +122,7 @@ def transfer_hooks(
         owners: Who may override them, most important first (the data module, then the module).
         profile: As for :class:`HookTable`.
         strategy: Named in the report of the profiler.
+        move: What moves a batch where nobody overrides ``transfer_batch_to_device``, if not the default.
     """
     chosen: dict[str, Any] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
@@ -132,14 +136,15 @@ def transfer_hooks(
             rank_zero_warn(
                 f"`{name}` is defined by {first} and by {second}: that of {first} is used. Remove one of them."
             )
-    if not chosen:
+    if not chosen and move is None:
         return None
+    move = move or move_data_to_device
     before = chosen.get("on_before_batch_transfer")
     transfer = chosen.get("transfer_batch_to_device")
     after = chosen.get("on_after_batch_transfer")
 
     def to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        batch = move_data_to_device(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
+        batch = move(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 
     if profile is not None:

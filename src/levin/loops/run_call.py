@@ -11,6 +11,7 @@ import torch
 from levin.checkpoint.migrate import migrate
 from levin.checkpoint.select import agree
 from levin.data.loaders import set_epoch
+from levin.data.transfer import CopyStream
 from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
 from levin.loops.dataloaders import (
@@ -254,6 +255,7 @@ def compose_run(run: Run) -> None:
             optimizer._module = module
     run.hooks = HookTable(run.trainer, module, run.callbacks, timed, strategy)
     owners = [owner for owner in (run.datamodule, module) if owner is not None]
-    run.transfer = strategy.transfer_function(transfer_hooks(owners, timed, strategy))
+    move = CopyStream(strategy.root_device) if strategy.root_device.type == "cuda" else None
+    run.transfer = strategy.transfer_function(transfer_hooks(owners, timed, strategy, move))
     run.agreement = agreement_for(run)
     run.activate(new_store(run, training=fits))

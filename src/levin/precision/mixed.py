@@ -56,7 +56,8 @@ class MixedPrecision(Precision):
 
     def autocast_context_manager(self) -> torch.autocast:
         """Return torch's autocast for this device and type."""
-        return torch.autocast(self.device, dtype=self.dtype)
+        # Copies of the weights would be kept to the end of the forward pass, for the rare weight that is used twice.
+        return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
     def convert_output(self, data: Any) -> Any:
         """Return the output with its floating tensors in torch's default type."""

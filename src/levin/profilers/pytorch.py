@@ -229,14 +229,17 @@ class PyTorchProfiler(Profiler):
 
     def _open(self, owner: str, schedule: Optional[Schedule]) -> None:
         self._owner = owner
+        profile: Any
         if self._emit_nvtx:
-            self._profile = _NvtxRanges(self._profiler_kwargs)
+            profile = _NvtxRanges(self._profiler_kwargs)
         else:
-            self._profile = torch.profiler.profile(
+            profile = torch.profiler.profile(
                 schedule=schedule, on_trace_ready=self._save_trace, **self._profiler_kwargs
             )
+        profile.start()
+        # Not before: to stop a profile that failed to start ends the process, on CUDA.
+        self._profile = profile
         self._name_layers()
-        self._profile.start()
 
     def _name_layers(self) -> None:
         if self._record_module_names and self._module is not None and self._module_names is None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from levin.utilities.collections import apply_to_collection
@@ -22,12 +24,15 @@ class Movable(metaclass=_Movable):
     """Anything with a ``to(device)`` method."""
 
 
-def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
+def move_data_to_device(
+    batch: Any, device: torch.device | str, move_tensor: Optional[Callable[[Tensor, torch.device], Tensor]] = None
+) -> Any:
     """Return ``batch`` with every leaf that has a ``to`` method on ``device``.
 
     Args:
         batch: A leaf or any nesting of mappings, sequences and dataclass instances.
         device: Where to. Tensors go there without waiting, except to ``cpu`` and ``mps``.
+        move_tensor: Moves each tensor, if not ``Tensor.to``.
 
     Returns:
         The moved batch. An object whose ``to`` returns None is kept itself.
@@ -41,22 +46,25 @@ def move_data_to_device(batch: Any, device: torch.device | str) -> Any:
     kind = device.type
     # Tensors that are there already, alone or one level deep, need no walk and no copy.
     if kind == "cpu":
-        if type(batch) is torch.Tensor:
+        if type(batch) is Tensor:
             if batch.is_cpu:
                 return batch
         elif type(batch) is list or type(batch) is tuple:
             for item in batch:
-                if type(item) is not torch.Tensor or not item.is_cpu:
+                if type(item) is not Tensor or not item.is_cpu:
                     break
             else:
                 return batch
     non_blocking = kind not in _BLOCKING_DEVICES
 
     def move(leaf: Any) -> Any:
-        moved = leaf.to(device, non_blocking=non_blocking) if isinstance(leaf, torch.Tensor) else leaf.to(device)
-        return leaf if moved is None else moved
+        if not isinstance(leaf, Tensor):
+            moved = leaf.to(device)
+            return leaf if moved is None else moved
+        return leaf.to(device, non_blocking=non_blocking) if move_tensor is None else move_tensor(leaf, device)
 
-    return apply_to_collection(batch, Movable, move)
+    # The most frequent batch needs no walk.
+    return move(batch) if type(batch) is Tensor else apply_to_collection(batch, Movable, move)
 
 
 def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
