@@ -67,6 +67,11 @@ class Progress:
         self.current.set_all(0)
         self.is_last_batch = False
 
+    def complete_processed(self) -> None:
+        """Count as completed what did its work, though something at its end failed."""
+        for counter in (self.current, self.total):
+            counter.completed = max(counter.completed, counter.processed)
+
     def reset_on_restart(self) -> None:
         """Forget what was begun and not completed."""
         self.current.ready = self.current.started = self.current.processed = self.current.completed

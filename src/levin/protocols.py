@@ -164,6 +164,7 @@ class Trainer(Protocol):
     train_dataloader: Any
     training: bool
     val_check_interval: int | float
+    val_check_interval_seconds: Optional[float]
     val_dataloaders: Any
     validate_loop: EvaluationLoop
     world_size: int

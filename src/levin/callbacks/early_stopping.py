@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
@@ -144,7 +145,7 @@ class EarlyStopping(Callback):
             return self._check_on_train_epoch_end
         if not trainer.enable_validation:
             return True
-        return trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
+        return validates_once_per_epoch(trainer)
 
     def _should_skip_check(self, trainer: Trainer) -> bool:
         return trainer.state.fn != "fit" or trainer.sanity_checking or bool(trainer.fast_dev_run)

@@ -12,7 +12,7 @@ from levin.hooks import Callback, CheckpointHooks, DataHooks, LightningModule, M
 from levin.profilers.profiler import Timed
 from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.timing import action_name
 
@@ -87,7 +87,7 @@ class HookTable:
 
 
 def _callback_hook(callback: Callback, name: str, profile: Optional[Timed], *args: Any) -> Optional[Callable[..., Any]]:
-    is_own = name in vars(callback) or is_overridden(name, callback, Callback)
+    is_own = has_own(name, callback, Callback)
     hook = _timed_hook(callback, name, profile, is_own)
     return None if hook is None else functools.partial(hook, *args)
 
@@ -102,11 +102,11 @@ def _timed_hook(owner: Any, name: str, profile: Optional[Timed], is_own: bool) -
 
 def has_hook(module: Any, name: str) -> bool:
     """Return whether the user gave ``module`` a hook ``name`` of its own (in the class or on the instance)."""
-    if not hasattr(module, name):
+    if getattr(module, name, None) is None:
         return False
     for base in (ModelHooks, DataHooks, CheckpointHooks):
         if hasattr(base, name):
-            return name in vars(module) or is_overridden(name, module, base)
+            return has_own(name, module, base)
     return True
 
 
@@ -126,7 +126,7 @@ def transfer_hooks(
     """
     chosen: dict[str, Any] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        having = [owner for owner in owners if name in vars(owner) or is_overridden(name, owner, DataHooks)]
+        having = [owner for owner in owners if has_own(name, owner, DataHooks)]
         if having or profile is not None:
             owner = (having or owners[-1:])[0]
             hook = getattr(owner, name)

@@ -30,7 +30,7 @@ from levin.resume.resume_state import ResumeState
 from levin.settings import Settings
 from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
 from levin.utilities.types import LRSchedulerConfig, PathLike
@@ -173,7 +173,7 @@ class Run:
         module = self.module
         return (
             self.loaders.val.is_defined()
-            and ("validation_step" in vars(module) or is_overridden("validation_step", module, LightningModule))
+            and has_own("validation_step", module, LightningModule)
             and self.settings.limit_val_batches > 0
         )
 
@@ -207,8 +207,10 @@ class Run:
         self.under_way = outer
         return answer
 
-    def call_own(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call one function of the module as the hook ``name``."""
+    def call_own(self, name: str, function: Optional[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+        """Call one function of the module as the hook ``name``; None, which the user may have put there, does nothing."""
+        if function is None:
+            return None
         if self.is_profiled and name != "backward":  # measured as that of the strategy
             function = self.timed(action_name(self.module, name), function)
         store = self.store
@@ -220,8 +222,11 @@ class Run:
 
     def call_of(self, owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method that callback, module or data module have in any case, a few times per run, outside the loops."""
+        method = getattr(owner, name)
+        if method is None:
+            return None
         with self.profiler.profile(action_name(owner, name)):
-            return getattr(owner, name)(*args, **kwargs)
+            return method(*args, **kwargs)
 
     def stop_watchdog(self) -> None:
         """Watch over the other processes no more; those that still wait are told that this one has left."""

@@ -184,6 +184,8 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, Any]]) -> None:
     if loop.restarting:
         exact = tree.own_state(checkpoint) if checkpoint is not None else None
         run.resume.settle_counters(run, exact)
+    # An epoch whose end failed in the fit before was trained on.
+    loop.epoch_progress.complete_processed()
     sanity_check(run, is_resumed=loop.restarted_mid_epoch)
     hint_at_eval_mode(module)
     run.state.stage = RunningStage.TRAINING

@@ -24,7 +24,7 @@ from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 
 
@@ -375,7 +375,7 @@ def _nothing() -> Any:
 
 def _own(module: Any, name: str, is_profiled: bool = False) -> Optional[Callable[..., Any]]:
     """Return the method ``name`` where the user overrode it; a profiler measures the default one as well."""
-    is_own = is_profiled or name in vars(module) or is_overridden(name, module, LightningModule)
+    is_own = is_profiled or has_own(name, module, LightningModule)
     return getattr(module, name) if is_own else None
 
 

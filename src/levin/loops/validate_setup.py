@@ -6,7 +6,7 @@ from levin.loops.dataloaders import loaders_of
 from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
 
@@ -38,7 +38,7 @@ def verify(run: Run) -> None:
     module, fn = run.module, run.fn
 
     def has(name: str) -> bool:
-        return name in vars(module) or is_overridden(name, module, LightningModule)
+        return has_own(name, module, LightningModule)
 
     for old in _REMOVED.get(fn, ()):
         if callable(getattr(module, old, None)):

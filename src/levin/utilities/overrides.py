@@ -32,6 +32,19 @@ def is_overridden(method_name: str, instance: object, parent: Optional[type] = N
     return _function(own) is not _function(default)
 
 
+def has_own(method_name: str, instance: object, parent: type) -> bool:
+    """Return whether ``instance`` has a method of its own, in its class or, however it is wrapped, set on itself.
+
+    None stands for no method: ``module.validation_step = None`` takes the one of the class away.
+
+    Args:
+        method_name: Name of the method.
+        instance: The object to look at.
+        parent: The class with the default.
+    """
+    return vars(instance).get(method_name) is not None or is_overridden(method_name, instance, parent)
+
+
 def _parent_with(kind: type, method_name: str) -> Optional[type]:
     for base in reversed(kind.__mro__):
         if base.__module__.startswith("levin.") and hasattr(base, method_name):
