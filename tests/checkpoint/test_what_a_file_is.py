@@ -79,7 +79,7 @@ CHANGES = {
     two: r"holds the states of 1 optimizers, and `configure_optimizers` gives 2: \['SGD', 'SGD'\]",
     other_groups: r"has groups of \[2\] parameters, and those of SGD are of \[1, 1\]",
     fewer: r"has groups of \[2\] parameters, and those of SGD are of \[1\]",
-    none: r"holds the states of 1 optimizers, and `configure_optimizers` gives 0",
+    none: r"has groups of \[2\] parameters, and those of MockOptimizer are of \[\]",
 }
 
 

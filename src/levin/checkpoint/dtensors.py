@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-import torch
+_PLAIN = frozenset((int, float, str, bool, bytes, complex, type(None)))
 
 
 def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
@@ -22,33 +23,49 @@ def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
     Raises:
         RuntimeError: There are such tensors, and the other ranks do not take part.
     """
-    # Without this module nobody can have made one.
-    module = sys.modules.get("torch.distributed.tensor")
-    return tree if module is None else _whole(tree, module.DTensor, is_kept, is_alone)
 
-
-def _whole(value: Any, spread: type, is_kept: bool, is_alone: bool) -> Any:
-    if isinstance(value, spread):
+    def gather(tensor: Any) -> Any:
         if is_alone:
             raise RuntimeError(
                 "A tensor whose parts are on several ranks cannot be saved by one of them, and the others do not answer "
                 "since a rank has failed. Go on from an older checkpoint."
             )
-        return _gathered(value, is_kept)
+        found = tensor.detach().full_tensor()
+        return found.cpu() if is_kept else tensor
+
+    return _replaced(tree, gather)
+
+
+def own_parts(tree: Any) -> Any:
+    """Return ``tree`` with this rank's parts in the place of tensors that are spread over ranks."""
+    return _replaced(tree, lambda tensor: tensor.to_local())
+
+
+def _replaced(tree: Any, function: Callable[[Any], Any]) -> Any:
+    # Without this module nobody can have made one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return tree if module is None else _walk(tree, module.DTensor, function)
+
+
+def _walk(value: Any, spread: type, function: Callable[[Any], Any]) -> Any:
     kind = type(value)
     if kind in (dict, OrderedDict):
-        items = {key: _whole(item, spread, is_kept, is_alone) for key, item in value.items()}
-        if all(new is old for new, old in zip(items.values(), value.values(), strict=True)):
+        # Called for each tensor of a model: most entries need no call of their own.
+        changed = {
+            key: new
+            for key, item in value.items()
+            if type(item) not in _PLAIN and (new := _walk(item, spread, function)) is not item
+        }
+        if not changed:
             return value
-        result = kind(items)
+        result = kind(value)
         vars(result).update(vars(value)) if kind is OrderedDict else None
+        result.update(changed)
         return result
     if kind in (list, tuple):
-        row = [_whole(item, spread, is_kept, is_alone) for item in value]
+        # The state of python's random numbers is a tuple of 625 numbers.
+        if _PLAIN.issuperset(map(type, value)):
+            return value
+        row = [_walk(item, spread, function) for item in value]
         return value if all(new is old for new, old in zip(row, value, strict=True)) else kind(row)
-    return value
-
-
-def _gathered(tensor: Any, is_kept: bool) -> Any:
-    found: torch.Tensor = tensor.detach().full_tensor()
-    return found.cpu() if is_kept else tensor
+    return function(value) if isinstance(value, spread) else value

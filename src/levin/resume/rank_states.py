@@ -7,14 +7,13 @@ takes apart.
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from levin.utilities.collections import apply_to_collection
+from levin.checkpoint.dtensors import own_parts
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -27,7 +26,7 @@ _CPU = torch.device("cpu")
 
 def with_other_ranks(own: State, strategy: Any) -> State:
     """Return what rank 0 writes: its own state and, beside it, those of the other ranks; all ranks call this."""
-    own = _own_parts(own)
+    own = own_parts(own)
     data = strategy.data_parallel
     if not strategy.is_distributed or data.size == 1:
         return own
@@ -86,15 +85,6 @@ def _unpacked(data: Tensor, weights_only: bool | None) -> State:
 
     state: State = load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only)
     return state
-
-
-def _own_parts(state: State) -> State:
-    """Return ``state`` with this rank's parts in the place of tensors that are spread over ranks."""
-    spread = sys.modules.get("torch.distributed.tensor")
-    if spread is None:  # nobody can have made one
-        return state
-    own: State = apply_to_collection(state, spread.DTensor, lambda tensor: tensor.to_local())
-    return own
 
 
 def _without_own(state: State) -> State:
