@@ -169,7 +169,9 @@ def build_engine(
         chosen_precision = chosen_strategy.precision_for(name, parallel_devices[0])
     _check_combination(chosen_strategy, strategy, chosen_accelerator, parallel_devices, num_nodes, devices)
 
-    environment = given_plugins.environment if isinstance(chosen_strategy, SingleDeviceStrategy) else detected
+    # A single process has nobody to find; but SLURM may want it to be saved and put back in the queue.
+    is_alone = isinstance(chosen_strategy, SingleDeviceStrategy) and not isinstance(detected, SLURMEnvironment)
+    environment = given_plugins.environment if is_alone else detected
     chosen_strategy.assemble(
         accelerator=chosen_accelerator,
         precision=chosen_precision,
@@ -437,6 +439,12 @@ def _check_processes(
         raise MisconfigurationException(
             f"strategy={label} starts its processes itself, received {type(environment).__name__}, in which they are "
             "there already. Use strategy='ddp'."
+        )
+    if chosen.global_rank >= chosen.world_size:
+        raise MisconfigurationException(
+            f"devices={num_devices} and num_nodes={num_nodes} make {chosen.world_size} processes, and this one would be "
+            f"number {chosen.global_rank}: it is on machine {chosen.node_rank}, counted from 0 (NODE_RANK or GROUP_RANK). "
+            "Set num_nodes to the number of machines, or unset these variables."
         )
     # Also on one device: processes that something outside started would otherwise all do the same work unnoticed.
     environment.validate_settings(num_devices=num_devices, num_nodes=num_nodes)

@@ -65,7 +65,8 @@ def test_lightning_by_hand(monkeypatch):
     monkeypatch.setenv("GROUP_RANK", "5")
     assert environment.node_rank() == 5
     environment.teardown()
-    assert "WORLD_SIZE" not in os.environ
+    # What splits data by it goes on doing so in a second run.
+    assert os.environ["WORLD_SIZE"] == "8"
 
 
 def test_lightning_port_for_single_runs(monkeypatch):
@@ -112,7 +113,7 @@ def test_torchelastic_defaults_warn():
 
 ALLOCATION = {
     "SLURM_JOB_ID": 4815162342, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 8, "SLURM_NTASKS_PER_NODE": 4,
-    "SLURM_NNODES": 2, "SLURM_NODELIST": "gpu[07-08]", "SLURM_PROCID": 5, "SLURM_LOCALID": 1, "SLURM_NODEID": 1,
+    "SLURM_NNODES": 2, "SLURM_NODELIST": "gpu[07-08]", "SLURM_PROCID": 5, "SLURM_STEP_ID": 0, "SLURM_LOCALID": 1, "SLURM_NODEID": 1,
 }  # fmt: skip
 
 
@@ -133,6 +134,13 @@ def test_slurm(monkeypatch):
         environment.validate_settings(num_devices=2, num_nodes=2)
     with pytest.raises(ValueError, match=r"num_nodes must equal SLURM's --nodes=2, received num_nodes=1"):
         environment.validate_settings(num_devices=4, num_nodes=1)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(ValueError, match=r"must equal SLURM's --ntasks=4, received devices=4 and num_nodes=2"):
+        environment.validate_settings(num_devices=4, num_nodes=2)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.delenv("SLURM_STEP_ID")
+    with pytest.raises(RuntimeError, match=r"reserved 8 tasks, and nothing has started them.* Write `srun python"):
+        environment.validate_settings(num_devices=4, num_nodes=2)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(RuntimeError, match=r"--ntasks=8 without .* Use --ntasks-per-node=4 instead"):
         environment.validate_settings(num_devices=4, num_nodes=2)
@@ -200,6 +208,22 @@ def test_lsf(monkeypatch, tmp_path):
     monkeypatch.delenv("JSM_NAMESPACE_RANK")
     with pytest.raises(RuntimeError, match=r"The environment variable JSM_NAMESPACE_RANK must be set"):
         environment.global_rank()
+
+
+def test_lsf_machines_by_address_and_by_domain(monkeypatch, tmp_path):
+    ranks = tmp_path / "ranks"
+    set_variables(
+        monkeypatch, LSB_JOBID=1, LSB_DJOB_RANKFILE=ranks, JSM_NAMESPACE_LOCAL_RANK=0, JSM_NAMESPACE_SIZE=2,
+        JSM_NAMESPACE_RANK=1,
+    )  # fmt: skip
+    own = socket.getaddrinfo(socket.gethostname(), None)[0][4][0]
+    ranks.write_text(f"launch\n127.77.1.1\n{own}\n")
+    assert LSFEnvironment().node_rank() == 1
+    ranks.write_text(f"launch\nnode10.cluster\n{socket.gethostname()}.cluster\n")
+    assert LSFEnvironment().node_rank() == 1
+    ranks.write_text("launch\n127.77.1.1\n127.77.1.2\n")
+    with pytest.raises(ValueError, match=r"must name this machine .* received 127\.77\.1\.1, 127\.77\.1\.2"):
+        LSFEnvironment()
 
 
 def test_lsf_rank_files(tmp_path):

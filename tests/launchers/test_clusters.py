@@ -92,7 +92,8 @@ def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:
     if cluster == "srun":
         common = {
             "SLURM_JOB_ID": 12345, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2,
-            "SLURM_NNODES": 1, "SLURM_NODELIST": "localhost", "SLURM_NODEID": 0, "MASTER_PORT": port,
+            "SLURM_NNODES": 1, "SLURM_NODELIST": "localhost", "SLURM_NODEID": 0, "SLURM_STEP_ID": 0,
+            "MASTER_PORT": port,
         }  # fmt: skip
         return [{**common, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(2)]
     if cluster == "jsrun":

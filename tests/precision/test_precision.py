@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,20 @@ def test_true_precisions_convert_everything_that_floats(precision, dtype):
         with pytest.raises(RuntimeError, match="inside"), context():
             raise RuntimeError("inside")
         assert torch.get_default_dtype() == torch.float32
+
+
+def test_complex_numbers_keep_their_imaginary_parts():
+    module = nn.Linear(2, 2, dtype=torch.complex64)
+    module.register_buffer("phase", torch.tensor([1 + 2j]))
+    module.register_parameter("real", nn.Parameter(torch.ones(1)))
+    double = DoublePrecision().convert_module(copy.deepcopy(module))
+    assert double.weight.dtype == double.phase.dtype == torch.complex128
+    assert double.real.dtype == torch.float64
+    assert double.phase.item() == 1 + 2j
+    assert DoublePrecision().convert_input(torch.tensor([1j])).dtype == torch.complex128
+    half = HalfPrecision("bf16-true").convert_module(copy.deepcopy(module))
+    assert half.phase.item() == 1 + 2j
+    assert (half.weight.dtype, half.real.dtype) == (torch.complex64, torch.bfloat16)
 
 
 def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():

@@ -196,7 +196,7 @@ def test_the_run_that_goes_on_is_the_unbroken_one(tmp_path, moment, number):
 
 
 PROGRAM = """
-import sys, time, torch, warnings
+import os, sys, time, torch, warnings
 warnings.simplefilter("ignore")
 from torch.utils.data import DataLoader
 from levin import LightningModule, Trainer
@@ -216,7 +216,7 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 plugins = []
-if kind.startswith("slurm"):
+if kind.startswith("slurm") and "is_found" not in os.environ:
     from levin.environments import SLURMEnvironment
     plugins = [SLURMEnvironment()]
 trainer = Trainer(accelerator="cpu", devices=1, max_steps=300, logger=False,
@@ -248,14 +248,15 @@ def test_a_second_request_ends_the_process_at_once(tmp_path):
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
-def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path):
+@pytest.mark.parametrize("is_found", [False, True], ids=["given as a plugin", "found by itself"])
+def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path, is_found):
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (programs / "scontrol").chmod(0o755)
     slurm = {
         "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train", **({"is_found": "yes"} if is_found else {}),
     }  # fmt: skip
     first = start(tmp_path, "slurm", **slurm)
     first.send_signal(signal.SIGUSR1)

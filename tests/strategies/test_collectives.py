@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from levin import Trainer
 from levin.strategies import collectives
 from tests.distributed import world_size
+from tests.strategies.small import QUIET, Small
 
 
 @world_size(2)
@@ -100,3 +102,34 @@ def test_sync_tensors_overwrites_also_strided_ones():
 def test_unknown_operation():
     with pytest.raises(ValueError, match=r"reduce_op must be .* received 'median'. Use 'mean'"):
         collectives.parse_reduce_op("median")
+
+
+@world_size(2)
+def test_tensors_of_different_shapes_are_refused_on_all_ranks_before_they_are_gathered():
+    rank = dist.get_rank()
+    for data, message in (
+        (torch.zeros(2 + rank), r"rank 0: float32 of shape \(2,\); rank 1: float32 of shape \(3,\)"),
+        (torch.zeros(2, 1 + rank), r"float32 of shape \(2, 1\); .* \(2, 2\)"),
+        (torch.zeros(2, dtype=[torch.float32, torch.float64][rank]), r"rank 0: float32 .* rank 1: float64 of shape"),
+        ({"a": torch.zeros(1), **({"b": 1} if rank else {})}, r"rank 1: float32 of shape \(1,\), int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collectives.check_same_shapes(data)
+    # Everybody has heard of it, so that the ranks can still talk to each other.
+    collectives.check_same_shapes([torch.zeros(2), 1])
+    assert collectives.all_gather(torch.tensor(rank)).tolist() == [0, 1]
+
+
+@world_size(2, connect=False)
+def test_a_module_that_gathers_different_shapes_hears_of_it():
+    class Gathering(Small):
+        def training_step(self, batch, batch_idx):
+            with pytest.raises(
+                ValueError, match=r"one shape and type on all ranks, received rank 0: .*\(1,\); rank 1:"
+            ):
+                self.all_gather(torch.zeros(1 + self.global_rank))
+            return super().training_step(batch, batch_idx)
+
+    Trainer(**QUIET, devices=2, strategy="ddp", max_steps=1, enable_checkpointing=False, limit_val_batches=0).fit(
+        Gathering()
+    )

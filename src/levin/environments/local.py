@@ -74,10 +74,6 @@ class LightningEnvironment(ClusterEnvironment):
     def node_rank(self) -> int:
         return read_int("GROUP_RANK", read_int("NODE_RANK", 0))
 
-    @override
-    def teardown(self) -> None:
-        os.environ.pop("WORLD_SIZE", None)
-
 
 def find_free_port() -> int:
     """Return a port of this machine that nobody listens on, or ``STANDALONE_PORT`` when that is set."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 
@@ -16,7 +17,7 @@ class LSFEnvironment(ClusterEnvironment):
     """Processes that ``jsrun`` started; the machines are read from the rank file of the job.
 
     Raises:
-        ValueError: The rank file names no machine for the job's tasks.
+        ValueError: The rank file names no machine for the job's tasks, or not this one.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,31 @@ def read_rank_file(path: str) -> list[str]:
 
 
 def _node_rank(hosts: list[str]) -> int:
+    if len(hosts) == 1:
+        return 0
+    own = _names_of_this_machine()
+    found = [index for index, host in enumerate(hosts) if host in own or _short_name(host) in own]
+    if not found:
+        raise ValueError(
+            f"The rank file of the job must name this machine ({', '.join(sorted(own))}), received {', '.join(hosts)}. "
+            "Start the script with jsrun inside the job."
+        )
+    return found[0]
+
+
+def _names_of_this_machine() -> set[str]:
     name = socket.gethostname()
-    short = {host.split(".")[0]: index for index, host in reversed(list(enumerate(hosts)))}
-    return short.get(name.split(".")[0], 0)
+    try:
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(name, None)}
+    except OSError:
+        addresses = set()
+    return {name, _short_name(name), *addresses}
+
+
+def _short_name(host: str) -> str:
+    """Return a host's name without its domain; an address, which has dots as well, as it is."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return host.split(".")[0]
+    return host

@@ -103,7 +103,7 @@ class SLURMEnvironment(ClusterEnvironment):
         """Check the numbers against the allocation.
 
         Raises:
-            RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``.
+            RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``, or was not used inside of a batch script.
             ValueError: ``devices`` or ``num_nodes`` differs from the allocation.
         """
         if is_interactive_job():
@@ -125,11 +125,28 @@ class SLURMEnvironment(ClusterEnvironment):
                 f"num_nodes must equal SLURM's --nodes={nodes}, received num_nodes={num_nodes}. "
                 f"Set num_nodes={nodes} or --nodes={num_nodes}."
             )
+        num_tasks = read_int("SLURM_NTASKS", 1)
+        if num_tasks != num_devices * num_nodes:
+            raise MisconfigurationException(
+                f"devices * num_nodes must equal SLURM's --ntasks={num_tasks}, received devices={num_devices} and "
+                f"num_nodes={num_nodes}. Set --ntasks-per-node={num_devices} and --nodes={num_nodes}, or devices and num_nodes."
+            )
+        if num_tasks > 1 and is_batch_script():
+            raise RuntimeError(
+                f"SLURM has reserved {num_tasks} tasks, and nothing has started them: this process was started by the "
+                f"batch script itself. Write `srun python {os.path.basename(sys.argv[0])} ...` into it, or pass "
+                "plugins=LightningEnvironment() to let levin start the processes of this machine."
+            )
 
 
 def is_interactive_job() -> bool:
     """Return whether the job is a shell for a person (``salloc``, ``srun --pty bash``), not a launched script."""
     return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+
+
+def is_batch_script() -> bool:
+    """Return whether this process was started by the script that sbatch runs, and not by an ``srun`` in it."""
+    return "SLURM_JOB_ID" in os.environ and not {"SLURM_STEP_ID", "SLURM_STEPID"} & os.environ.keys()
 
 
 def is_srun_missing() -> bool:

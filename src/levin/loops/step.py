@@ -173,6 +173,10 @@ class AutomaticStep:
 
     def closure(self) -> Optional[Tensor]:
         """Compute the loss and its gradients. Returns the loss, or None when the user skipped the batch."""
+        if not torch.is_grad_enabled():
+            # Some optimizers call it inside of their own no_grad.
+            with torch.enable_grad():
+                return self.closure()
         self._closure_ran = True
         run = self.run
         store = run.store

@@ -19,13 +19,21 @@ class _TruePrecision(Precision):
         self.precision = precision
         self.dtype = dtype
 
+    def _convert(self, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            return tensor.to(self.dtype)
+        # Complex numbers of half precision are not there for most operations: they stay as they are.
+        return tensor.to(torch.complex128) if tensor.is_complex() and self.dtype == torch.float64 else tensor
+
     def convert_module(self, module: Module) -> Module:
-        """Return ``module`` with its floating parameters and buffers in this type."""
-        return module.to(dtype=self.dtype)
+        """Return ``module`` with its floating parameters and buffers in this type, complex ones in that of its pairs."""
+        # `module.to(dtype)` would drop the imaginary parts.
+        converted: Module = module._apply(self._convert)  # type: ignore[no-untyped-call]  # torch has no type for it
+        return converted
 
     def convert_input(self, data: Any) -> Any:
-        """Return the batch with its floating tensors in this type."""
-        return convert_floats(data, self.dtype)
+        """Return the batch with its floating tensors in this type, complex ones in that of its pairs."""
+        return apply_to_collection(data, Tensor, self._convert)
 
     def convert_output(self, data: Any) -> Any:
         """Return the output with its floating tensors in torch's default type."""

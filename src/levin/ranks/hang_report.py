@@ -80,7 +80,7 @@ class Report:
         return cls(**json.loads(text))
 
     @property
-    def who(self) -> str:
+    def label(self) -> str:
         """Rank, process and machine."""
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
@@ -102,15 +102,18 @@ def diagnose(reports: Iterable[Report]) -> str:
     if failed:
         first = failed[0]
         return _compose(
-            f"Rank {first.rank} failed first.", [f"{first.who}: {first.place}\n{_indent(first.failure)}"], [], everyone
+            f"Rank {first.rank} failed first.",
+            [f"{first.label}: {first.place}\n{_indent(first.failure)}"],
+            [],
+            everyone,
         )
     silent = [r for r in everyone if not r.is_alive and not r.has_left]
     if silent:
-        lines = [f"{r.who}: last seen at {r.place or 'set-up'}; {_why_silent(r)}." for r in silent]
+        lines = [f"{r.label}: last seen at {r.place or 'set-up'}; {_why_silent(r)}." for r in silent]
         return _compose(f"{_names(silent)} no sign of life.", lines, silent, everyone)
     left = [r for r in everyone if r.has_left]
     if left and len(left) < len(everyone):
-        lines = [f"{r.who}: its run ended at {r.place}." for r in left]
+        lines = [f"{r.label}: its run ended at {r.place}." for r in left]
         return _compose(f"{_names(left)} left the run, the others wait.", lines, left, everyone)
     most = _most(everyone)
     behind = [r for r in everyone if any(r.counts.get(group, 0) < count for group, count in most.items())]
@@ -118,7 +121,7 @@ def diagnose(reports: Iterable[Report]) -> str:
     late = [r for r in behind if r not in ahead]
     if late:
         lines = [
-            f"{r.who}: {r.place}, for {r.stuck_s:.0f} s; it has begun {sum(r.counts.values())} collectives, the others up "
+            f"{r.label}: {r.place}, for {r.stuck_s:.0f} s; it has begun {sum(r.counts.values())} collectives, the others up "
             f"to {sum(most.values())}.{_indented_stack(r)}"
             for r in late
         ]
@@ -126,11 +129,11 @@ def diagnose(reports: Iterable[Report]) -> str:
         return _compose(f"{_names(late, '')} {verb} late, the others wait for {them}.", lines, late, everyone)
     if behind or len({_kind(r.collective) for r in everyone if r.collective}) > 1:
         lines = [
-            f"{r.who}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'a collective'}.{_indented_stack(r)}"
+            f"{r.label}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'a collective'}.{_indented_stack(r)}"
             for r in everyone
         ]
         return _compose("The ranks went different ways and wait for each other.", lines, everyone, everyone)
-    lines = [f"{r.who}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'no collective'}." for r in everyone]
+    lines = [f"{r.label}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'no collective'}." for r in everyone]
     return _compose(
         "All ranks are alive and at the same place: the network between them is broken.", lines, everyone, everyone
     )
@@ -180,7 +183,7 @@ def _compose(headline: str, lines: list[str], named: list[Report], everyone: lis
     if others:
         first = others[0]
         waits = f", in {first.collective}" if first.collective else ""
-        shown.append(f"{first.who}: {first.place}, for {first.stuck_s:.0f} s{waits}.")
+        shown.append(f"{first.label}: {first.place}, for {first.stuck_s:.0f} s{waits}.")
         if len(others) > 1:
             shown.append(f"... and {len(others) - 1} more ranks that wait.")
     return "\n".join([headline, *shown])

@@ -99,7 +99,7 @@ class Watchdog(threading.Thread):
         self._is_over = threading.Event()
         self._wake = threading.Event()
         self._published = threading.Event()
-        self._judged = threading.Event()
+        self._diagnosed = threading.Event()
         self.verdict = ""
 
     # What the main thread calls
@@ -128,9 +128,9 @@ class Watchdog(threading.Thread):
                 # With this process goes what the others would read the reason from.
                 self._wants_verdict = True
                 self._wake.set()
-                self._judged.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
+                self._diagnosed.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
             return
-        self._judged.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
+        self._diagnosed.wait(2.0 * _ANSWER_BEATS * self.beat_s + 2.0)
         verdict = self.verdict or (
             "The store that connects the processes does not answer: the process or machine of rank 0, or the network to "
             "it, is gone."
@@ -167,7 +167,7 @@ class Watchdog(threading.Thread):
         """Beat until the run is over, and look for the one to blame when something is wrong."""
         try:
             while not self._is_over.is_set():
-                self._beat()
+                self._heartbeat()
                 if self._should_ask():
                     self._store.compare_set("alarm", "", str(self._rank))
                 if self._store.check(["alarm"]):
@@ -179,9 +179,9 @@ class Watchdog(threading.Thread):
         except RuntimeError as error:
             # The store is gone. Whoever waits for the verdict is told so, and the collectives end by their own timeout.
             log.debug("rank %s watches no more: %s", self._rank, error)
-            self._judged.set()
+            self._diagnosed.set()
 
-    def _beat(self) -> None:
+    def _heartbeat(self) -> None:
         if self._agent_pid is not None and os.getppid() != self._agent_pid:
             self._end(f"torchrun's agent (process {self._agent_pid}), which started this process, is gone.")
         now = (self._place(), self._count_collectives())
@@ -252,10 +252,10 @@ class Watchdog(threading.Thread):
         """Write down what this process does, wait for what the others write, and diagnose."""
         if not self._store.check([f"report/{self._rank}"]):
             self._store.set(f"report/{self._rank}", self._report(with_stack=True).dump())
-        is_judge = self._store.get("alarm") == str(self._rank).encode()
-        deadline = time.monotonic() + _ANSWER_BEATS * self.beat_s * (1 if is_judge else 2)
+        is_first = self._store.get("alarm") == str(self._rank).encode()
+        deadline = time.monotonic() + _ANSWER_BEATS * self.beat_s * (1 if is_first else 2)
         while time.monotonic() < deadline and not self._store.check(["verdict"]):
-            if is_judge and all(not r.is_alive and r.process_state for r in self._missing().values()):
+            if is_first and all(not r.is_alive and r.process_state for r in self._missing().values()):
                 break
             time.sleep(min(0.1, self.beat_s))
         if not self._store.check(["verdict"]):
@@ -264,7 +264,7 @@ class Watchdog(threading.Thread):
         self._store.set(f"told/{self._rank}", "")
         if self._ends_the_store:
             self._wait_until_told()
-        self._judged.set()
+        self._diagnosed.set()
         self._end_unless_raised()
 
     def _wait_until_told(self) -> None:

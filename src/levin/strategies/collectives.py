@@ -103,6 +103,34 @@ def all_gather(data: Any, group: Any = None, sync_grads: bool = False, device: t
     return apply_to_collection(data, _NUMBERS, gather_one)
 
 
+def check_same_shapes(data: Any, group: Any = None) -> None:
+    """Check that the tensors of all processes have one shape and type: transports crash or mix them up otherwise.
+
+    Args:
+        data: A tensor, a number, or a collection of these, as :func:`all_gather` takes it.
+        group: The processes that take part; all when None.
+
+    Raises:
+        ValueError: They differ, in all processes.
+    """
+    own: list[str] = []
+    apply_to_collection(data, _NUMBERS, lambda leaf: own.append(_described(leaf)))
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, own, group=group)
+    if any(described != everyone[0] for described in everyone):
+        shown = "; ".join(f"rank {rank}: {', '.join(described)}" for rank, described in enumerate(everyone))
+        raise ValueError(
+            f"all_gather takes tensors of one shape and type on all ranks, received {shown}. Pad them to a common size, or "
+            "use torch.distributed.all_gather_object."
+        )
+
+
+def _described(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
+    return type(leaf).__name__
+
+
 def broadcast_object(obj: T, src: int = 0, group: Any = None, device: torch.device | None = None) -> T:
     """Return the object of global rank ``src`` in every process of ``group``.
 

@@ -232,7 +232,12 @@ class ParallelStrategy(Strategy, ABC):
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
     def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
-        """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`."""
+        """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`.
+
+        Raises:
+            ValueError: They have different shapes or types.
+        """
+        collectives.check_same_shapes(tensor, group)
         return collectives.all_gather(tensor, group=group, sync_grads=sync_grads, device=self._transport_device)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
