@@ -8,13 +8,15 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from levin.environments import KubeflowEnvironment, LightningEnvironment
 from levin.launchers import SubprocessLauncher
-from levin.launchers.script import end_processes, script_command
+from levin.launchers.restart import script_command
+from levin.launchers.script import end_processes
 
 PROGRAM = """
 import os, sys, time
@@ -81,6 +83,57 @@ def test_a_module_runs_again_as_a_module(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert {path.name for path in tmp_path.glob("rank-*")} == {"rank-0", "rank-1"}
+
+
+WANDERING = """
+import os, sys
+{before}
+os.chdir("deeper")
+from levin.environments import LightningEnvironment
+from levin.launchers import SubprocessLauncher
+
+def work(folder):
+    with open(os.path.join(folder, f"rank-{os.environ['LOCAL_RANK']}"), "w") as file:
+        file.write(" ".join([os.getcwd(), sys._xoptions["mark"], *arguments]))
+
+arguments = sys.argv[1:]
+del sys.argv[1:]
+if __name__ == "__main__":
+    SubprocessLauncher(LightningEnvironment(), num_processes=2, num_nodes=1).launch(work, arguments[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "before"),
+    [("script", ""), ("folder", "import levin.launchers"), ("archive", ""), ("module", "")],
+    ids=["a script", "a folder, levin imported before", "an archive", "a module"],
+)
+def test_a_program_that_goes_elsewhere_and_clears_its_arguments_runs_the_same_on_all_ranks(tmp_path, way, before):
+    (tmp_path / "deeper").mkdir()
+    program = WANDERING.replace("{before}", before)
+    if way == "archive":
+        with zipfile.ZipFile(tmp_path / "app.zip", "w") as archive:
+            archive.writestr("__main__.py", program)
+    else:
+        path = {"script": "train.py", "folder": "app/__main__.py", "module": "pkg/train.py"}[way]
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(program)
+    target = {"script": ["train.py"], "folder": ["app/"], "archive": ["app.zip"], "module": ["-m", "pkg.train"]}[way]
+    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PWD": str(tmp_path)}
+    command = [sys.executable, "-X", "mark=1", *target, str(tmp_path), "--lr", "0.1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text() == f"{tmp_path / 'deeper'} 1 {tmp_path} --lr 0.1"
+
+
+def test_what_another_program_runs_is_started_without_that_program(tmp_path):
+    write_program(tmp_path / "train.py", "launcher.launch(work, folder)")
+    process = start("-m", "runpy", "train", tmp_path, cwd=tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert (tmp_path / "rank-1").read_text().endswith(f"| {tmp_path}")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -229,6 +282,10 @@ def test_one_process_leaves_the_environment_alone(monkeypatch):
 def test_a_process_without_a_script_cannot_be_started_again(monkeypatch, argument):
     monkeypatch.setattr(sys, "argv", [argument])
     monkeypatch.setattr("__main__.__spec__", None)
+    if argument.endswith(".py"):
+        monkeypatch.setattr("__main__.__file__", argument)
+    else:
+        monkeypatch.delattr("__main__.__file__")
     with pytest.raises(ValueError, match=r"cannot be started again: .* Write the program into a file"):
         script_command(1)
 

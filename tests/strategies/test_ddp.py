@@ -182,12 +182,12 @@ class ManualModel(Model):
             assert not torch.equal(gathered[0], gathered[1])
 
 
-@pytest.mark.parametrize("find_unused", [False, True])
+@pytest.mark.parametrize("setting", ["plain", "find_unused_parameters", "static_graph"])
 @world_size(2)
-def test_manual_optimization_averages_in_each_backward(find_unused):
+def test_manual_optimization_averages_in_each_backward(setting):
     rank = dist.get_rank()
-    strategy = assembled(DDPStrategy(find_unused_parameters=find_unused))
-    model = without_norm(ManualModel(has_unused=find_unused))
+    strategy = assembled(DDPStrategy(**({} if setting == "plain" else {setting: True})))
+    model = without_norm(ManualModel(has_unused=setting == "find_unused_parameters"))
     model.strategy = strategy
     set_up(strategy, model, for_training=True)
     step = strategy.step_function(strategy.model, "training_step")
@@ -225,6 +225,24 @@ def test_static_graph_and_other_keywords_reach_torch():
     step = strategy.step_function(strategy.model, "training_step")
     for index in range(3):
         strategy.backward(step(batch_of(index + dist.get_rank()), index))
+
+
+@world_size(2)
+def test_a_static_graph_can_accumulate():
+    rank = dist.get_rank()
+    strategy = assembled(DDPStrategy(static_graph=True))
+    model, alone = without_norm(Model()), without_norm(Model())
+    set_up(strategy, model, for_training=True)
+    step = strategy.step_function(strategy.model, "training_step")
+    for window in range(3):
+        model.zero_grad()
+        alone.zero_grad()
+        for index in (2 * window, 2 * window + 1):
+            with strategy.no_sync(strategy.model, enabled=index % 2 == 0):
+                strategy.backward(step(batch_of(2 * index + rank), 0))
+            for other in range(2):
+                (alone.training_step(batch_of(2 * index + other), 0) / 2).backward()
+        torch.testing.assert_close(model.layer.weight.grad, alone.layer.weight.grad)
 
 
 @world_size(2)

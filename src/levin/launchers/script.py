@@ -13,9 +13,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-import __main__
 from levin.launchers.launcher import SIGTERM_STATUS, Launcher
-from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
+from levin.launchers.restart import script_command
+from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log
 
 if TYPE_CHECKING:
@@ -202,40 +202,3 @@ def wait_for_processes(processes: list[subprocess.Popen[bytes]], timeout_s: floa
 
 def _is_sigterm(code: int | None) -> bool:
     return code in (SIGTERM_STATUS, -signal.SIGTERM)
-
-
-def script_command(local_rank: int) -> tuple[list[str], str | None]:
-    """Return the command that runs this script again, and the directory to run it in (None for the present one).
-
-    Args:
-        local_rank: The process that the command is for.
-
-    Raises:
-        ValueError: This process does not run a script or a module.
-    """
-    spec = getattr(__main__, "__spec__", None)
-    if spec is not None:
-        command = [sys.executable, "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
-    else:
-        script = os.path.abspath(sys.argv[0])
-        if sys.argv[0] in ("", "-", "-c") or not os.path.exists(script):
-            raise MisconfigurationException(
-                f"This process cannot be started again: it runs no script, received sys.argv[0]={sys.argv[0]!r}. "
-                "Write the program into a file, or use strategy='ddp_spawn' or torchrun."
-            )
-        command = [sys.executable, script, *sys.argv[1:]]
-    return _with_hydra(command, local_rank)
-
-
-def _with_hydra(command: list[str], local_rank: int) -> tuple[list[str], str | None]:
-    # Hydra changes into a directory of its own for each run; the others must use the first one's.
-    if "hydra" not in sys.modules:
-        return command, None
-    from hydra.core.hydra_config import HydraConfig  # type: ignore[import-not-found]  # used when present
-    from hydra.utils import get_original_cwd  # type: ignore[import-not-found]  # used when present
-
-    if not HydraConfig.initialized():
-        return command, None
-    directory = HydraConfig.get().runtime.output_dir
-    name = f"hydra.job.name=train_ddp_process_{local_rank}"
-    return [*command, f"hydra.run.dir={directory!r}", name, "hydra.output_subdir=null"], get_original_cwd()

@@ -35,6 +35,7 @@ from levin.profilers.profiler import is_profiling, timer
 from levin.ranks.agreement import agreement_for
 from levin.ranks.hang_watchdog import start_watchdog
 from levin.ranks.location import locate
+from levin.ranks.same_everywhere import check_same_settings
 from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
 from levin.resume.resume_state import ResumeState
@@ -65,6 +66,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     strategy.connect(module)
     strategy.setup_environment()
     run.watchdog = start_watchdog(strategy)
+    check_same_settings(run)
     ckpt_path = run.ckpt_path = agree(run, run.ckpt_path)
     local_rank = strategy.local_rank if strategy.world_size > 1 else None
     is_profiled = is_profiling(run.profiler)

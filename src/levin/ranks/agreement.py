@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from levin.protocols import Run
+from levin.ranks.same_everywhere import CopiesCheck
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.states import StopFlags
 
@@ -40,6 +41,7 @@ class Agreement:
         told: What this rank is told.
         exchange: Returns the numbers of every rank, in the order of ranks.
         check: Raises what has failed in the background of this rank, if anything.
+        copies: Compares the weights of the ranks once; None where nothing is compared.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Agreement:
         told: StopFlags,
         exchange: Callable[[list[float]], list[list[float]]],
         check: Callable[[], None],
+        copies: CopiesCheck | None = None,
     ) -> None:
         self.should_stop: bool = False
         self.received_sigterm: bool = False
@@ -55,6 +58,7 @@ class Agreement:
         self._told = told
         self._exchange = exchange
         self._check = check
+        self._copies = copies
         self._started_s: float = time.monotonic()
         self._num_looks: int = 1
         self._num_left: int = 1
@@ -74,10 +78,11 @@ class Agreement:
         """Exchange what ranks were told; every rank calls this at the same moment. Raises as :meth:`maybe_sync` does."""
         told = self._told
         error = self._failure()
+        copies = 0.0 if self._copies is None else self._copies.number()
         rows = self._exchange(
-            [told.should_stop, told.received_sigterm, error is not None, time.monotonic() - self._started_s]
+            [told.should_stop, told.received_sigterm, error is not None, time.monotonic() - self._started_s, copies]
         )
-        stops, signals, failures, times = zip(*rows)
+        stops, signals, failures, times, numbers = zip(*rows)
         self.should_stop = any(stops)
         if self.should_stop:
             told.should_stop = True
@@ -91,6 +96,8 @@ class Agreement:
         if any(failures):
             rank = failures.index(True)
             raise RuntimeError(f"Saving in the background failed on rank {rank}, which tells why.")
+        if self._copies is not None:
+            self._copies.compare(numbers)
 
     def _failure(self) -> Exception | None:
         try:
@@ -105,4 +112,4 @@ def agreement_for(run: Run) -> Agreement | None:
     strategy = run.strategy
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return None
-    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check)
+    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, CopiesCheck(run))

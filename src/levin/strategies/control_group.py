@@ -62,6 +62,12 @@ class ControlGroup:
         dist.all_gather(parts, own, group=self.group)
         return [part.tolist() for part in parts]
 
+    def exchange_objects(self, obj: Any) -> list[Any]:
+        """Return the objects of every process, any that pickle can carry, in the order of ranks."""
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, obj, group=self.group)
+        return found
+
     def share(self, obj: Any, src: int = 0) -> Any:
         """Return the object of number ``src`` of the group, any that pickle can carry, in every process."""
         holder = [obj]

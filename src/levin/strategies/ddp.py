@@ -14,6 +14,7 @@ from torch.nn import Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
 
 from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.strategies import collectives
@@ -149,6 +150,13 @@ class DDPStrategy(ParallelStrategy):
         """Return the module inside of DistributedDataParallel."""
         return module.module if isinstance(module, DistributedDataParallel) else module
 
+    @override
+    def copied_parameters(self, module: Module) -> list[Tensor]:
+        if self._comm_hook is not None:  # which may let them drift apart on purpose
+            return []
+        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        return [parameter for name, parameter in module.named_parameters() if name not in ignored]
+
     def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
         """Return the optimizer, and let it average the weights after its steps where that is asked for."""
         if self._averaging_period is not None:
@@ -205,6 +213,17 @@ class DDPStrategy(ParallelStrategy):
         else:
             wrapper.require_forward_param_sync = False
 
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Reduce the gradients of the first backward pass of a static graph (manual optimization)."""
+        wrapper = self.model
+        if not isinstance(wrapper, DistributedDataParallel) or _is_automatic(self.lightning_module):
+            return
+        if _is_learning_its_graph(wrapper) and wrapper.require_backward_grad_sync:
+            # Which parameters take part is known only now. DistributedDataParallel would have reduced them by a mark that
+            # it sets at the end of its forward.
+            wrapper.reducer._delay_all_reduce()  # type: ignore[attr-defined]  # torch leaves it out of its stubs
+            wrapper._static_graph_delay_allreduce_enqueued = True
+
     def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
         """Return a context in which backward leaves the gradients of this process to itself.
 
@@ -218,6 +237,9 @@ class DDPStrategy(ParallelStrategy):
                 f"no_sync needs a module in DistributedDataParallel, received {type(module).__name__}. Set the module up "
                 "for training first."
             )
+        if _is_learning_its_graph(module):
+            # Its first backward pass has to be reduced. The sum of the window is the same: means of means.
+            return nullcontext()
         context: AbstractContextManager[Any] = module.no_sync()
         return context
 
@@ -293,6 +315,11 @@ def run_through(wrapper: DistributedDataParallel, module: Module, step: Callable
                 wrapper.require_backward_grad_sync = True
 
     return run
+
+
+def _is_learning_its_graph(wrapper: DistributedDataParallel) -> bool:
+    """Whether the wrapper was told that its graph is always the same, and has not seen a backward pass of it yet."""
+    return bool(wrapper.static_graph) and not wrapper._static_graph_delay_allreduce_enqueued
 
 
 def _is_automatic(module: Any) -> bool:

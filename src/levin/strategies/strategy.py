@@ -267,6 +267,14 @@ class Strategy(ExtensionPoints, ABC):
         """Return the user's module inside of what :meth:`setup_module` returned."""
         return module
 
+    def copied_parameters(self, module: Module) -> list[Tensor]:
+        """Return the parameters of which every process shall hold the same copy; none where they are spread.
+
+        Args:
+            module: The user's module.
+        """
+        return []
+
     def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
         """Return an optimizer as this strategy steps it.
 

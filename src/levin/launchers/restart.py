@@ -1,0 +1,133 @@
+"""The command that starts this program again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import __main__
+from levin.utilities.exceptions import MisconfigurationException
+
+# The directory in which the program was started, unless it changes into another one before it imports levin.
+_DIRECTORY_AT_IMPORT = os.getcwd()
+# Options of the interpreter whose value may be the next argument.
+_WITH_VALUE = ("X", "W")
+_LONG_WITH_VALUE = "--check-hash-based-pycs"
+
+
+class CommandLine(NamedTuple):
+    """A command line of the interpreter, in parts.
+
+    Args:
+        options: Of the interpreter, ``-m`` and the like left out.
+        kind: ``"file"``, ``"-m"``, ``"-c"`` or ``"prompt"``.
+        target: The file (or folder, or archive), module or program text.
+        arguments: Of the program.
+    """
+
+    options: list[str]
+    kind: str
+    target: str
+    arguments: list[str]
+
+
+def parse_command_line(words: Sequence[str]) -> CommandLine:
+    """Return the parts of a command line of the interpreter.
+
+    Args:
+        words: As in ``sys.orig_argv``, without the interpreter itself.
+
+    Example:
+        >>> parse_command_line(["-u", "-X", "dev", "train.py", "--lr", "1"])
+        CommandLine(options=['-u', '-X', 'dev'], kind='file', target='train.py', arguments=['--lr', '1'])
+        >>> parse_command_line(["-Om", "app.train", "fast"])
+        CommandLine(options=['-O'], kind='-m', target='app.train', arguments=['fast'])
+    """
+    options: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-") or word == "-":
+            return CommandLine(options, "file", word, left)
+        if word.startswith("--"):
+            options += [word, left.pop(0)] if word == _LONG_WITH_VALUE and left else [word]
+            continue
+        for place, letter in enumerate(word[1:], 1):
+            value = word[place + 1 :]
+            if letter in ("m", "c"):
+                options += [word[:place]] if place > 1 else []
+                return CommandLine(options, f"-{letter}", value or left.pop(0), left)
+            if letter in _WITH_VALUE:
+                options += [word] if value else [word, left.pop(0)]
+                break
+        else:
+            options.append(word)
+    return CommandLine(options, "prompt", "", [])
+
+
+def script_command(local_rank: int) -> tuple[list[str], str]:
+    """Return the command that runs this program again, and the directory to run it in.
+
+    It is the command that started it, whatever the program has made of ``sys.argv`` and of the working directory since.
+
+    Args:
+        local_rank: The process that the command is for.
+
+    Raises:
+        ValueError: This process does not run a script or a module.
+    """
+    name = getattr(getattr(__main__, "__spec__", None), "name", None)
+    file = getattr(__main__, "__file__", None)
+    started = parse_command_line(sys.orig_argv[1:])
+    if name is not None and name != "__main__":
+        # Started by -m, or by a tool that runs modules so: `sys.argv` is then all that it has left.
+        target = ["-m", name.removesuffix(".__main__")]
+        is_own = started.kind == "-m" and started.target == target[1]
+    elif file is not None and os.path.exists(path := os.path.dirname(file) if name == "__main__" else file):
+        # A folder or an archive with a __main__.py has a name here, a script has none.
+        target = [os.path.abspath(path)]
+        is_own = started.kind == "file" and os.path.basename(os.path.normpath(started.target)) == os.path.basename(path)
+    else:
+        raise MisconfigurationException(
+            f"This process cannot be started again: it runs no script, received sys.argv[0]={sys.argv[0]!r}. "
+            "Write the program into a file, or use strategy='ddp_spawn' or torchrun."
+        )
+    # Another program, such as a profiler, may have been started and run this one: then only that one goes to all ranks.
+    options, arguments = (started.options, started.arguments) if is_own else ([], sys.argv[1:])
+    return _with_hydra(
+        [sys.executable, *options, *target, *arguments], _start_directory(started, file or ""), local_rank
+    )
+
+
+def _start_directory(started: CommandLine, file: str) -> str:
+    """Return the directory in which this program was started.
+
+    Args:
+        started: How.
+        file: The program's own file, with its whole path.
+    """
+    # Python puts it in front of the path of modules; a shell says it, unless another program stands between.
+    said = sys.path[0] if started.kind == "-m" else os.environ.get("PWD", "")
+    if started.kind == "-m":
+        is_true = os.path.isabs(said) and file.startswith(os.path.join(said, ""))
+    else:
+        is_true = not os.path.isabs(started.target) and file.startswith(
+            os.path.realpath(os.path.join(said, started.target))
+        )
+    return said if is_true else _DIRECTORY_AT_IMPORT
+
+
+def _with_hydra(command: list[str], directory: str, local_rank: int) -> tuple[list[str], str]:
+    # Hydra changes into a directory of its own for each run; the others must use the first one's.
+    if "hydra" not in sys.modules:
+        return command, directory
+    from hydra.core.hydra_config import HydraConfig  # type: ignore[import-not-found]  # used when present
+    from hydra.utils import get_original_cwd  # type: ignore[import-not-found]  # used when present
+
+    if not HydraConfig.initialized():
+        return command, directory
+    output = HydraConfig.get().runtime.output_dir
+    name = f"hydra.job.name=train_ddp_process_{local_rank}"
+    return [*command, f"hydra.run.dir={output!r}", name, "hydra.output_subdir=null"], get_original_cwd()
