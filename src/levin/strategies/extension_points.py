@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.strategies.contexts import SkipInit
 from levin.utilities.move import move_data_to_device
 
 if TYPE_CHECKING:
@@ -189,6 +190,20 @@ class ExtensionPoints:
         """Load ``checkpoint["optimizer_states"]`` into the optimizers."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._strategy.load_optimizer_state(optimizer, state, self.model)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Make new tensors on the device and in the number format of this run.
+
+        Args:
+            empty_init: Whether ``torch.nn.init`` leaves memory as it is, for weights that are loaded anyway.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._strategy.root_device)
+            stack.enter_context(self._strategy.precision.tensor_init_context())
+            if empty_init:
+                stack.enter_context(SkipInit())
+            yield
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,9 +16,10 @@ from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.saver import save_tree
 from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
-from levin.strategies.contexts import SkipInit, in_forward_context
+from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.extension_points import ExtensionPoints
+from levin.strategies.parts import StrategyParts
 from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_optimizer
@@ -30,25 +30,11 @@ if TYPE_CHECKING:
 
     from levin.accelerators.accelerator import Accelerator
     from levin.checkpoint.io import CheckpointIO
-    from levin.environments.environment import ClusterEnvironment
-    from levin.launchers.launcher import Launcher
-    from levin.strategies.layer_sync import LayerSync
 
 T = TypeVar("T")
 
 
-@dataclass
-class UserParts:
-    """What the user passed to a strategy's constructor; None stands for "levin may choose"."""
-
-    accelerator: Accelerator | None = None
-    precision: Precision | None = None
-    checkpoint_io: CheckpointIO | None = None
-    environment: ClusterEnvironment | None = None
-    parallel_devices: list[torch.device] | None = None
-
-
-class Strategy(ExtensionPoints, ABC):
+class Strategy(ExtensionPoints, StrategyParts, ABC):
     """Places and wraps modules, talks to the other processes, steps optimizers, gathers state.
 
     One tree of strategies serves Trainer and Fabric. A strategy knows neither loops nor callbacks, and keeps no list of
@@ -93,54 +79,8 @@ class Strategy(ExtensionPoints, ABC):
         precision: Precision | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
-        super().__init__()
-        if precision is not None and precision_plugin is not None:
-            raise MisconfigurationException(
-                f"precision and precision_plugin are the same argument, received {precision!r} and "
-                f"{precision_plugin!r}. Pass one of them."
-            )
-        self.user_parts = UserParts(
-            accelerator=accelerator, precision=precision or precision_plugin, checkpoint_io=checkpoint_io
-        )
-        self._accelerator: Accelerator | None = accelerator
-        self._checkpoint_io: CheckpointIO | None = checkpoint_io
-        self.precision: Precision = self.user_parts.precision or Precision()
-        self.environment: ClusterEnvironment | None = None
-        self.launcher: Launcher | None = None
-        self.layer_sync: LayerSync | None = None
-        self.num_nodes: int = 1
-
-    # What it is made of
-
-    @property
-    def accelerator(self) -> Accelerator:
-        """The hardware.
-
-        Raises:
-            RuntimeError: None was given and no engine has chosen one yet.
-        """
-        if self._accelerator is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no accelerator yet. Pass it to Trainer(strategy=...), or give it accelerator=..."
-            )
-        return self._accelerator
-
-    @accelerator.setter
-    def accelerator(self, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads checkpoints."""
-        if self._checkpoint_io is None:
-            from levin.checkpoint.io import TorchCheckpointIO
-
-            self._checkpoint_io = TorchCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
-        self._checkpoint_io = checkpoint_io
+        ExtensionPoints.__init__(self)
+        StrategyParts.__init__(self, accelerator, checkpoint_io, precision, precision_plugin)
 
     def precision_for(self, name: str, device: torch.device) -> Precision:
         """Return the number format of a name for modules that this strategy sets up.
@@ -153,35 +93,6 @@ class Strategy(ExtensionPoints, ABC):
             ValueError: This strategy, or the device, cannot do it.
         """
         return choose_precision(name, device.type)
-
-    def assemble(
-        self,
-        *,
-        accelerator: Accelerator,
-        precision: Precision,
-        parallel_devices: list[torch.device],
-        num_nodes: int = 1,
-        environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        layer_sync: LayerSync | None = None,
-    ) -> None:
-        """Take the parts that the engine chose, before any process is started.
-
-        Args:
-            accelerator: The hardware.
-            precision: The number format.
-            parallel_devices: One device per process of this machine.
-            num_nodes: Number of machines.
-            environment: Who starts the processes; None in a single process.
-            checkpoint_io: Writes and reads checkpoints; the default when None.
-            layer_sync: Makes layers aware of other processes in training; none when None.
-        """
-        self._accelerator = accelerator
-        self.precision = precision
-        self.num_nodes = num_nodes
-        self.environment = environment
-        self._checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io
-        self.layer_sync = layer_sync
 
     # Where this process stands
 
@@ -585,20 +496,6 @@ class Strategy(ExtensionPoints, ABC):
             self.checkpoint_io.remove_checkpoint(path)
 
     # Contexts in which the user makes tensors and modules
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Make new tensors on the device and in the number format of this run.
-
-        Args:
-            empty_init: Whether ``torch.nn.init`` leaves memory as it is, for weights that are loaded anyway.
-        """
-        with ExitStack() as stack:
-            stack.enter_context(self.root_device)
-            stack.enter_context(self.precision.tensor_init_context())
-            if empty_init:
-                stack.enter_context(SkipInit())
-            yield
 
     @contextmanager
     def module_init_context(self, empty_init: bool | None = None) -> Iterator[None]:

@@ -1,0 +1,115 @@
+"""What a strategy is made of: the parts that the user gave, and those that the engine chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from levin.precision.precision import Precision
+from levin.utilities.exceptions import MisconfigurationException
+
+if TYPE_CHECKING:
+    from levin.accelerators.accelerator import Accelerator
+    from levin.checkpoint.io import CheckpointIO
+    from levin.environments.environment import ClusterEnvironment
+    from levin.launchers.launcher import Launcher
+    from levin.strategies.layer_sync import LayerSync
+
+
+@dataclass
+class UserParts:
+    """What the user passed to a strategy's constructor; None stands for "levin may choose"."""
+
+    accelerator: Accelerator | None = None
+    precision: Precision | None = None
+    checkpoint_io: CheckpointIO | None = None
+    environment: ClusterEnvironment | None = None
+    parallel_devices: list[torch.device] | None = None
+
+
+class StrategyParts:
+    """The parts of a strategy; see :class:`levin.strategies.Strategy` for the arguments."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision: Precision | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        if precision is not None and precision_plugin is not None:
+            raise MisconfigurationException(
+                f"precision and precision_plugin are the same argument, received {precision!r} and "
+                f"{precision_plugin!r}. Pass one of them."
+            )
+        self.user_parts = UserParts(
+            accelerator=accelerator, precision=precision or precision_plugin, checkpoint_io=checkpoint_io
+        )
+        self._accelerator: Accelerator | None = accelerator
+        self._checkpoint_io: CheckpointIO | None = checkpoint_io
+        self.precision: Precision = self.user_parts.precision or Precision()
+        self.environment: ClusterEnvironment | None = None
+        self.launcher: Launcher | None = None
+        self.layer_sync: LayerSync | None = None
+        self.num_nodes: int = 1
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The hardware.
+
+        Raises:
+            RuntimeError: None was given and no engine has chosen one yet.
+        """
+        if self._accelerator is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no accelerator yet. Pass it to Trainer(strategy=...), or give it accelerator=..."
+            )
+        return self._accelerator
+
+    @accelerator.setter
+    def accelerator(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        """What writes and reads checkpoints."""
+        if self._checkpoint_io is None:
+            from levin.checkpoint.io import TorchCheckpointIO
+
+            self._checkpoint_io = TorchCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
+        self._checkpoint_io = checkpoint_io
+
+    def assemble(
+        self,
+        *,
+        accelerator: Accelerator,
+        precision: Precision,
+        parallel_devices: list[torch.device],
+        num_nodes: int = 1,
+        environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        layer_sync: LayerSync | None = None,
+    ) -> None:
+        """Take the parts that the engine chose, before any process is started.
+
+        Args:
+            accelerator: The hardware.
+            precision: The number format.
+            parallel_devices: One device per process of this machine.
+            num_nodes: Number of machines.
+            environment: Who starts the processes; None in a single process.
+            checkpoint_io: Writes and reads checkpoints; the default when None.
+            layer_sync: Makes layers aware of other processes in training; none when None.
+        """
+        self._accelerator = accelerator
+        self.precision = precision
+        self.num_nodes = num_nodes
+        self.environment = environment
+        self._checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io
+        self.layer_sync = layer_sync
