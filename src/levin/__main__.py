@@ -11,6 +11,12 @@ from typing import Optional
 from levin import __version__
 
 COMMANDS = {
+    "fit": ("levin.cli.commands:fit", "train a module: --model CLASS --data CLASS, --config FILE"),
+    "validate": ("levin.cli.commands:validate", "run one validation of it"),
+    "test": ("levin.cli.commands:test", "run its test"),
+    "predict": ("levin.cli.commands:predict", "predict on every batch"),
+    "env": ("levin.cli.env", "say what the machine offers, and what a Trainer would select"),
+    "inspect": ("levin.checkpoint.describe", "say what checkpoints hold, without running what is in them"),
     "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin, after showing them"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
     "upgrade": (
@@ -20,7 +26,10 @@ COMMANDS = {
     "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
 }
-"""Name of a command -> the module whose ``main(words)`` runs it, and what it does. Only the one that is asked for loads."""
+"""Name of a command -> the module whose ``main(words)`` runs it, or the function itself, and what it does.
+
+Only the one that is asked for loads.
+"""
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -34,8 +43,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in COMMANDS:
-        module, _ = COMMANDS[words[0]]
-        status: int = importlib.import_module(module).main(words[1:])
+        module, _, function = COMMANDS[words[0]][0].partition(":")
+        status: int = getattr(importlib.import_module(module), function or "main")(words[1:])
         return status
     if words and (words[0] == "-m" or not words[0].startswith("-")):
         from levin.compat.launch import run_program
@@ -45,7 +54,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         prog="levin",
         description="A training framework for PyTorch.",
         usage="levin COMMAND [...]\n       levin SCRIPT [...]\n       levin -m MODULE [...]",
-        epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.",
+        epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.\n"
+        "Each command has its own --help, with an example: levin fit --help.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"levin {__version__}")

@@ -1,0 +1,136 @@
+"""The ``levin`` command: runs without a program, what the machine offers, what a checkpoint holds."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+import levin
+from levin.__main__ import COMMANDS, main
+
+PROJECT = """
+import torch
+import levin
+
+class Net(levin.LightningModule):
+    def __init__(self, lr: float = 0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).pow(2).mean()
+
+    def test_step(self, batch, batch_idx):
+        self.log("lr", self.hparams.lr)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+
+class Data(levin.LightningDataModule):
+    def __init__(self, batch_size: int = 4):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.randn(8, 4), batch_size=self.batch_size)
+
+    test_dataloader = train_dataloader
+"""
+QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+         "--trainer.enable_model_summary=false", "--trainer.log_every_n_steps=1"]  # fmt: skip
+
+
+def test_a_module_is_trained_and_tested_without_a_program(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "commanded_project.py").write_text(PROJECT)
+    words = ["--model=commanded_project.Net", "--data=commanded_project.Data", "--data.batch_size=2", *QUIET]
+    assert (
+        main(
+            [
+                "fit",
+                *words,
+                "--model.lr=0.25",
+                "--trainer.max_epochs=1",
+                "--trainer.logger=CSVLogger",
+                "--trainer.logger.save_dir=logs",
+            ]
+        )
+        == 0
+    )
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    assert checkpoint.name == "epoch=0-step=4.ckpt"
+    config = next(tmp_path.rglob("config.yaml"))
+    assert (
+        main(
+            ["test", "--config", str(config), "--config", str(_without_seed(tmp_path)), "--ckpt_path", str(checkpoint)]
+        )
+        == 0
+    )
+    assert "0.25" in capsys.readouterr().out
+    assert os.getcwd() not in sys.path or "" in sys.path
+    sys.modules.pop("commanded_project")
+
+
+def _without_seed(folder):
+    # The folder of the logs has a configuration already.
+    file = folder / "quiet.yaml"
+    file.write_text("trainer: {logger: false, enable_checkpointing: false}\n")
+    return file
+
+
+def test_help_fits_a_screen_and_names_every_command(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 34 and all(f"    {name}" in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", ["fit", "predict", "env", "inspect"])
+def test_each_of_these_commands_has_an_example(capsys, name):
+    with pytest.raises(SystemExit) as left:
+        main([name, "--help"])
+    assert left.value.code == 0
+    assert f"Example: levin {name}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_machine_is_described(capsys):
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    for part in (levin.__version__, torch.__version__, "accelerator", "environment", "one process"):
+        assert part in text
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("made-by-a-checkpoint",)
+
+
+def test_a_checkpoint_is_described_and_never_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    saved = {
+        "epoch": 2, "global_step": 70, "pytorch-lightning_version": "2.6.6", "hyper_parameters": {"lr": 0.1},
+        "state_dict": {"net.0.weight": torch.zeros(3, 4), "net.0.bias": torch.zeros(3), "scale": torch.zeros(2, dtype=torch.float64)},
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}], "callbacks": {"Early": {"wait": 1}},
+    }  # fmt: skip
+    torch.save(saved, "good.ckpt")
+    assert main(["inspect", "good.ckpt"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "epoch 2",
+        "step 70",
+        "Lightning 2.6.6",
+        "lr 0.1",
+        "net.0 15 numbers, 60 bytes, float32",
+        "in all 17 numbers, 76 bytes",
+        "2 parameters",
+        "Early",
+    ):
+        assert part in text
+    torch.save({**saved, "extra": Evil()}, "evil.ckpt")
+    (tmp_path / "broken.ckpt").write_bytes(b"x" * 100)
+    assert main(["inspect", "evil.ckpt", "broken.ckpt", "missing.ckpt"]) == 1
+    assert capsys.readouterr().out.count("cannot be read") == 3
+    assert not (tmp_path / "made-by-a-checkpoint").exists()
