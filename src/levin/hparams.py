@@ -105,6 +105,27 @@ def collect_init_args(obj: object, frame: types.FrameType | None) -> dict[str, A
     return collected
 
 
+def rebound_argument(obj: object, frame: types.FrameType | None, container: Any) -> str | None:
+    """Return the argument of a base's ``__init__`` that holds ``container`` by now, if the class of ``obj`` takes one.
+
+    A base may fill in defaults (``cfg = defaults | cfg``), which the ``__init__`` of a class below it does not see.
+
+    Args:
+        obj: The object under construction.
+        frame: The innermost frame to look at.
+        container: The hyper-parameters.
+    """
+    taken = inspect.signature(type(obj).__init__).parameters
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is obj:
+            for name, value in frame_arguments(frame).items():
+                if name in taken and _is_same(value, container):
+                    return name
+        frame = frame.f_back
+    return None
+
+
 def dataclass_arguments(obj: Any) -> dict[str, Any]:
     """Return the fields that the dataclass instance ``obj`` takes as arguments, with their present values."""
     return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj) if field.init}
@@ -250,6 +271,8 @@ class HyperparametersMixin:
         if non_names:
             hparams = to_hparams(non_names[0])
             name = next((key for key, value in init_args.items() if _is_same(value, non_names[0])), None)
+            if name is None:
+                name = rebound_argument(self, frame if frame is not None else sys._getframe(1), non_names[0])
             if ignored:
                 hparams = _without(hparams, ignored)
         else:

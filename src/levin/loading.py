@@ -249,7 +249,7 @@ def _build(cls: type[T], hparams: Any, name: str | None, kwargs: dict[str, Any])
                 f"it is left out. Choose from {sorted(parameters)}."
             )
         arguments = {key: value for key, value in arguments.items() if key in parameters}
-    _check_complete(cls, parameters, arguments)
+    _check_complete(cls, parameters, arguments, sorted(map(str, hparams)))
     return cls(**arguments)
 
 
@@ -258,12 +258,14 @@ def _init_parameters(cls: type) -> dict[str, inspect.Parameter]:
     return dict(parameters[1:])
 
 
-def _check_complete(cls: type, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> None:
+def _check_complete(
+    cls: type, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any], held: list[str]
+) -> None:
     for name, parameter in parameters.items():
         is_starred = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if not is_starred and parameter.default is parameter.empty and name not in arguments:
             raise TypeError(
-                f"{cls.__name__}.__init__ needs the argument {name!r}, and the checkpoint holds {sorted(arguments)}. "
+                f"{cls.__name__}.__init__ needs the argument {name!r}, and the checkpoint holds {held}. "
                 f"Give it: {cls.__name__}.load_from_checkpoint(path, {name}=...), "
                 "or call self.save_hyperparameters() in __init__ before training."
             )
