@@ -16,7 +16,7 @@ STOREYS = {
         ["tuner"],
         ["codemod"],
         ["compat"],
-        ["trainer"],
+        ["trainer", "fabric"],
     ],
     "what people plug in": [["callbacks"]],
     "the run": [["loops"], ["ranks"], ["resume"]],

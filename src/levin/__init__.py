@@ -12,6 +12,7 @@ from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.datamodule import LightningDataModule as LightningDataModule
+    from levin.fabric import Fabric as Fabric
     from levin.hooks import Callback as Callback
     from levin.module import LightningModule as LightningModule
     from levin.trainer import Trainer as Trainer
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Callback": "levin.hooks",
+    "Fabric": "levin.fabric",
     "LightningDataModule": "levin.datamodule",
     "LightningModule": "levin.module",
     "Trainer": "levin.trainer",
@@ -35,6 +37,7 @@ _ROOMS = (
     "data",
     "demos",
     "environments",
+    "fabric",
     "launchers",
     "loggers",
     "precision",
@@ -44,7 +47,15 @@ _ROOMS = (
     "utilities",
 )
 
-__all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "__version__", "seed_everything"]
+__all__ = [
+    "Callback",
+    "Fabric",
+    "LightningDataModule",
+    "LightningModule",
+    "Trainer",
+    "__version__",
+    "seed_everything",
+]
 
 
 __getattr__, __dir__ = lazy_face(__name__, {**_HOMES, **{room: f"levin.{room}" for room in _ROOMS}})

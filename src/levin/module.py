@@ -31,8 +31,11 @@ Numbers = Union[int, float]
 
 # Where a module is and how it is trained, as long as nobody has said.
 _FIELDS: dict[str, Any] = dict.fromkeys(
-    ("_trainer", "_fabric", "_log_store", "_example_input_array", "_strict_loading", "_device_mesh", "_compiler_ctx")
-) | {"_automatic_optimization": True, "_is_scripting": False}
+    (
+        "_trainer", "_fabric", "_fabric_optimizers", "_log_store", "_example_input_array", "_strict_loading",
+        "_device_mesh", "_compiler_ctx",
+    )
+) | {"_automatic_optimization": True, "_is_scripting": False}  # fmt: skip
 
 
 class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
@@ -65,6 +68,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         super().__init__(*args, **kwargs)
         self._trainer: Optional[Trainer] = None
         self._fabric: Any = None
+        self._fabric_optimizers: Any = None
         self._log_store: Optional[LogStore] = None
         self._example_input_array: Any = None
         self._automatic_optimization: bool = True
@@ -77,7 +81,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state["_trainer"] = None
-        state["_fabric"] = None
+        state["_fabric"] = state["_fabric_optimizers"] = None
         state["_log_store"] = None
         return state
 
@@ -170,12 +174,14 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
     @property
     def global_rank(self) -> int:
         """Rank among all processes; 0 without a Trainer."""
-        return self._trainer.global_rank if self._trainer is not None else 0
+        owner = self._trainer or self._fabric
+        return owner.global_rank if owner is not None else 0
 
     @property
     def local_rank(self) -> int:
         """Rank among the processes of this machine; 0 without a Trainer."""
-        return self._trainer.local_rank if self._trainer is not None else 0
+        owner = self._trainer or self._fabric
+        return owner.local_rank if owner is not None else 0
 
     @property
     def logger(self) -> Any:
@@ -221,7 +227,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on rank 0, above the progress bar when there is one."""
         trainer = self._trainer
-        if trainer is None or trainer.is_global_zero:
+        if self.global_rank == 0:
             bar = trainer.progress_bar_callback if trainer is not None else None
             if bar is not None and bar.is_enabled:
                 bar.print(*args, **kwargs)
@@ -273,7 +279,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         Args:
             use_pl_optimizer: False for the raw torch optimizers.
         """
-        run = self.trainer.run if use_pl_optimizer else None
+        run = self.trainer.run if use_pl_optimizer and self._trainer is not None else None
         wrapped = self.trainer.optimizers if run is None else run.lightning_optimizers
         return wrapped[0] if len(wrapped) == 1 else wrapped
 
@@ -375,7 +381,9 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             )
         if value > 0:
             bound: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": value}
-            trainer.strategy.clip_gradients(self, optimizer, **bound)
+            is_under_fabric = self._fabric is not None and self._trainer is None
+            owner = self._fabric if is_under_fabric else trainer.strategy
+            owner.clip_gradients(self, optimizer, **bound)
 
     def toggle_optimizer(self, optimizer: Any) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""
@@ -427,7 +435,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             group: The process group; all ranks by default.
             sync_grads: Whether gradients flow through.
         """
-        strategy = self._fabric if self._fabric is not None and self._trainer is None else self.trainer.strategy
+        strategy = self.trainer.strategy
 
         def gather(value: Any) -> Any:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)

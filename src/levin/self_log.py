@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Optional
 
+from torch import Tensor
+
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -61,7 +63,7 @@ class SelfLog:
         """
         store = self._log_store
         if store is None:
-            self._log_outside_a_run(name, value)
+            self._log_outside_a_run(name, value, logger)
             return
         # In the order of the fields of log_store.Arguments, which a plain tuple equals.
         arguments = (
@@ -92,9 +94,12 @@ class SelfLog:
                 add_dataloader_idx, batch_size, None, rank_zero_only,
             )  # fmt: skip
 
-    def _log_outside_a_run(self, name: str, value: Any) -> None:
+    def _log_outside_a_run(self, name: str, value: Any, logger: Optional[bool]) -> None:
         if self._fabric is not None and self._trainer is None:
-            self._fabric.log(name, value)
+            if not isinstance(value, (int, float, Tensor)):
+                raise ValueError(f"self.log({name!r}, ...) takes a number or a tensor, received {value!r}.")
+            if logger is not False:
+                self._fabric.log(name, value)
         elif self._trainer is None:
             rank_zero_warn(
                 f"self.log({name!r}, ...) was called without a Trainer and does nothing. "

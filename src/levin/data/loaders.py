@@ -93,7 +93,6 @@ def prepare_dataloader(
     """
     if not isinstance(loader, DataLoader):
         return loader
-    _hint_at_workers(loader, stage)
     if loader.worker_init_fn is None and _seeds_workers():
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=(sampler_kwargs or {}).get("rank", 0))
     if isinstance(loader.dataset, IterableDataset):
@@ -119,10 +118,10 @@ def prepare_dataloader(
     return rebuild(loader, sampler, stage) if stage == "predict" else loader
 
 
-def _hint_at_workers(loader: DataLoader[Any], stage: str) -> None:
+def hint_at_workers(loader: Any, stage: str) -> None:
     """Tell of processors that could load data and do not."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if loader.num_workers < 2 < usable:
+    if isinstance(loader, DataLoader) and loader.num_workers < 2 < usable:
         rank_zero_warn(
             f"The `{stage}_dataloader` loads with num_workers={loader.num_workers}, which may hold up the loop. "
             f"Consider `DataLoader(..., num_workers={usable - 1})`.",

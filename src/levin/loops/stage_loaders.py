@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.data.combined import CombinedLoader, Joint, combined_length
-from levin.data.loaders import capture_init_args, has_len, prepare_dataloader
+from levin.data.loaders import capture_init_args, has_len, hint_at_workers, prepare_dataloader
 from levin.hooks import DataHooks
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
@@ -93,6 +93,7 @@ class StageLoaders:
                 raise TypeError(
                     f"`{self.hook}` must give iterables, received {type(loader).__name__}. Pass a DataLoader or any iterable of batches."
                 )
+            hint_at_workers(loader, self.stage)
         stage: Any = self.stage
         combined.flattened = [
             process(

@@ -93,9 +93,8 @@ class MixedPrecision(Precision):
             if before_step is not None:
                 before_step(optimizer)
             return None
-        if not handles_unscaling(optimizer):
-            self.scaler.unscale_(optimizer)
         if before_step is not None:
+            self.unscale_gradients(optimizer)
             before_step(optimizer)
         returned = self.scaler.step(optimizer, **kwargs)
         self.scaler.update()

@@ -1,0 +1,240 @@
+"""The processes of a Fabric: how they are started, which of them this one is, and what they say to each other."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from levin.accelerators import Accelerator
+from levin.engine import build_engine
+from levin.fabric.settings import is_launched_by_command, with_environment
+from levin.strategies import Strategy
+from levin.utilities.collections import apply_to_collection
+from levin.utilities.rank_zero import rank_zero_warn
+
+
+def _do_nothing(fabric: Processes) -> None:
+    """Stand in for the function of ``launch`` where a script goes on by itself."""
+
+
+class Processes:
+    """What a Fabric knows of its processes; a subclass may define :meth:`run`, and calling it starts them.
+
+    Args:
+        settings: ``accelerator``, ``strategy``, ``devices``, ``num_nodes`` and ``precision``, as the code has them.
+        plugins: As the code has them.
+    """
+
+    def __init__(self, settings: dict[str, Any], plugins: Any) -> None:
+        settings = with_environment(settings)
+        if settings["strategy"] == "dp" and settings["accelerator"] == "cpu":
+            rank_zero_warn("strategy='dp' is for several GPUs of one process, received accelerator='cpu'. Using 'ddp'.")
+            settings["strategy"] = "ddp"
+        self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy
+        self._is_launched: bool = False
+        self._is_running: bool = False
+        if is_launched_by_command():
+            if type(self).run is not Processes.run:
+                raise TypeError(
+                    f"{type(self).__name__}.run() launches processes, received a process that the command line started. "
+                    "Start the script by itself, or call the functions of Fabric without run()."
+                )
+            self._enter()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "run" in vars(cls):
+            cls.run = _launching(vars(cls)["run"])  # type: ignore[method-assign]
+
+    # What it is made of
+
+    @property
+    def accelerator(self) -> Accelerator:
+        """The hardware."""
+        return self._strategy.accelerator
+
+    @property
+    def strategy(self) -> Strategy:
+        """What wraps modules and talks to the other processes."""
+        return self._strategy
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self._strategy.root_device
+
+    @property
+    def global_rank(self) -> int:
+        """Index of this process among all."""
+        return self._strategy.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this process on its machine."""
+        return self._strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """Index of this machine."""
+        return self._strategy.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes over all machines."""
+        return self._strategy.world_size
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this process is the first of all."""
+        return self._strategy.is_global_zero
+
+    # Processes
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Do the work; a subclass defines it, and calling it launches the processes first."""
+
+    def launch(self, function: Callable[..., Any] = _do_nothing, *args: Any, **kwargs: Any) -> Any:
+        """Start the processes.
+
+        Args:
+            function: Runs in each process, with this object as its first argument. Without one, the script is started
+                again for each process and goes on after this line.
+            args: Passed to ``function``.
+            kwargs: Passed to ``function``.
+
+        Returns:
+            What ``function`` returned; that of rank 0 where other processes ran it.
+
+        Raises:
+            RuntimeError: The command line has started the processes already.
+            TypeError: ``function`` cannot be called or takes no argument, or the strategy cannot do without one.
+        """
+        if is_launched_by_command():
+            raise RuntimeError("The command line has started the processes already. Leave out fabric.launch().")
+        if not callable(function):
+            raise TypeError(f"launch needs a function, received {function!r}. Pass your_fn, not your_fn().")
+        if not inspect.signature(function).parameters:
+            raise TypeError(
+                f"launch passes the Fabric to the function, received {function!r}, which takes no argument. "
+                "Define it as your_fn(fabric)."
+            )
+        launcher = self._strategy.launcher
+        if launcher is not None and launcher.runs_elsewhere and function is _do_nothing:
+            raise TypeError(
+                f"{type(self._strategy).__name__} starts processes that run one function, received none. "
+                "Call fabric.launch(your_fn)."
+            )
+        return self._launch(function, self, *args, **kwargs)
+
+    def _launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        launcher = self._strategy.launcher
+        if launcher is None:
+            return self._run_launched(function, *args, **kwargs)
+        return launcher.launch(self._run_launched, function, *args, **kwargs)
+
+    def _run_launched(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._enter()
+        return function(*args, **kwargs)
+
+    def _enter(self) -> None:
+        self._strategy.setup_environment()
+        # A function that talks to nobody could be over in rank 0, where the others still meet.
+        self._strategy.barrier("launch")
+        self._is_launched = True
+
+    def _check_launched(self) -> None:
+        if not self._is_launched and self._strategy.is_distributed:
+            raise RuntimeError(
+                f"{type(self._strategy).__name__} runs in processes that are not there yet. Call fabric.launch() before, "
+                "or start the script with levin fabric run."
+            )
+
+    # Talking to the other processes
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print, in the first process of each machine."""
+        if self.local_rank == 0:
+            print(*args, **kwargs)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait until all processes are here."""
+        self._check_launched()
+        self._strategy.barrier(name)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Return the object of rank ``src`` in every process."""
+        self._check_launched()
+        return self._strategy.broadcast(obj, src=src)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """Return the tensors of all processes along a new first dimension; of one process as they are.
+
+        Args:
+            data: A tensor, a number, or a collection of these.
+            group: The processes that take part; all when None.
+            sync_grads: Whether gradients flow back to the process that a part came from.
+        """
+        self._check_launched()
+        gather = functools.partial(self._strategy.all_gather, group=group, sync_grads=sync_grads)
+        return self._over_tensors(data, gather)
+
+    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return the tensors reduced over all processes.
+
+        Args:
+            data: A tensor, a number, or a collection of these.
+            group: The processes that take part; all when None.
+            reduce_op: ``"mean"``, ``"sum"``, ``"min"``, ``"max"``, or a ``ReduceOp``.
+        """
+        self._check_launched()
+        return self._over_tensors(data, functools.partial(self._strategy.reduce, group=group, reduce_op=reduce_op))
+
+    def _over_tensors(self, data: Any, function: Callable[[Tensor], Any]) -> Any:
+        def apply(leaf: Any) -> Any:
+            return function(
+                leaf.to(self.device) if isinstance(leaf, Tensor) else torch.tensor(leaf, device=self.device)
+            )
+
+        return apply_to_collection(data, (Tensor, bool, int, float), apply)
+
+    @contextmanager
+    def rank_zero_first(self, local: bool = False) -> Iterator[None]:
+        """Let rank 0 go through the block before the others enter it.
+
+        Args:
+            local: Whether to let the first process of each machine go first, for files on its own disk.
+        """
+        rank = self.local_rank if local else self.global_rank
+        if rank > 0:
+            self.barrier()
+        yield
+        if rank == 0:
+            self.barrier()
+        self.barrier()
+
+
+def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a ``run`` that launches the processes, in each of which it is ``run`` itself."""
+
+    @functools.wraps(run)
+    def launched(self: Processes, *args: Any, **kwargs: Any) -> Any:
+        if self._is_running:
+            return run(self, *args, **kwargs)
+        # By its name, since what goes to another process has to be found there.
+        return self._launch(_run, self, *args, **kwargs)
+
+    return launched
+
+
+def _run(fabric: Processes, *args: Any, **kwargs: Any) -> Any:
+    fabric._is_running = True
+    try:
+        return fabric.run(*args, **kwargs)
+    finally:
+        fabric._is_running = False

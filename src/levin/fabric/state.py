@@ -1,0 +1,115 @@
+"""The dict that ``fabric.save`` takes, turned into what a file holds, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from levin.fabric.wrappers import FabricDataLoader, FabricOptimizer, set_up_module, split_compiled
+from levin.resume.rank_states import part_of_rank, with_other_ranks
+from levin.strategies.strategy import Strategy
+from levin.utilities.rng_states import collect_rng_states, set_rng_states
+
+Filter = Mapping[str, Callable[[str, Any], bool]]
+
+
+def check_filter(state: Any, filter: Any) -> None:
+    """Check the arguments of ``fabric.save``.
+
+    Raises:
+        TypeError: One of them is of another kind.
+        ValueError: The filter has a key that the state has not.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a dict, received {state!r}. Pass {{'model': model, 'optimizer': optimizer}}.")
+    if filter is None:
+        return
+    if not isinstance(filter, Mapping):
+        raise TypeError(f"filter must be a dict, received {filter!r}. Pass {{'model': lambda name, value: True}}.")
+    unknown = [key for key in filter if key not in state]
+    if unknown:
+        raise ValueError(f"filter may have the keys of state, which are {list(state)}, received {unknown} as well.")
+    for key, keep in filter.items():
+        if not callable(keep):
+            raise TypeError(f"filter[{key!r}] must be a function (name, value) -> bool, received {keep!r}.")
+
+
+def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None = None) -> dict[str, Any]:
+    """Return what a file holds: the states of modules, optimizers and other objects, and plain values as they are.
+
+    Args:
+        state: Name -> object, as the user passed it.
+        strategy: The strategy; all processes call this.
+        filter: Name -> function that says which entries of an object's state are kept.
+    """
+    checkpoint = {}
+    for key, obj in state.items():
+        value = _state_of(obj, strategy)
+        keep = (filter or {}).get(key)
+        if keep is not None and value is not obj:
+            value = {name: item for name, item in value.items() if keep(name, item)}
+        checkpoint[key] = value
+    return checkpoint
+
+
+def restore(checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: bool) -> dict[str, Any]:
+    """Put what a file held back into the objects of ``state``.
+
+    Args:
+        checkpoint: As :func:`collect` returned it.
+        state: Name -> object; plain values are replaced in this dict.
+        strategy: The strategy; all processes call this.
+        strict: Whether every name must be in the file, and the names of weights the same.
+
+    Returns:
+        What the file holds beside it.
+
+    Raises:
+        KeyError: A name is not in the file.
+    """
+    missing = [key for key in state if key not in checkpoint]
+    if missing and strict:
+        raise KeyError(
+            f"The checkpoint has {list(checkpoint)}, and not {missing}. Pass strict=False to load what is there."
+        )
+    for key in [key for key in state if key in checkpoint]:
+        if not restore_one(checkpoint[key], state[key], strategy, strict):
+            state[key] = checkpoint[key]
+    return {key: value for key, value in checkpoint.items() if key not in state}
+
+
+def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool) -> bool:
+    """Load ``value`` into ``obj``; return whether that is an object with a state."""
+    inner, _ = split_compiled(obj)
+    if isinstance(inner, nn.Module):
+        strategy.load_module_state(set_up_module(inner), value, strict=strict)
+    elif isinstance(inner, FabricOptimizer):
+        inner.load_state_dict(value)
+    elif isinstance(inner, Optimizer):
+        strategy.load_optimizer_state(inner, value)
+    elif isinstance(inner, FabricDataLoader):
+        own = part_of_rank(value, strategy.data_parallel.rank, strategy.data_parallel.size)
+        inner.load_state_dict(own["loader"])
+        set_rng_states(own.get("rng", {}))
+    elif callable(getattr(inner, "load_state_dict", None)):
+        inner.load_state_dict(value)
+    else:
+        return False
+    return True
+
+
+def _state_of(obj: Any, strategy: Strategy) -> Any:
+    inner, _ = split_compiled(obj)
+    if isinstance(inner, nn.Module):
+        return strategy.module_state(set_up_module(inner))
+    if isinstance(inner, FabricOptimizer):
+        return inner.state_dict()
+    if isinstance(inner, Optimizer):
+        return strategy.optimizer_state(inner)
+    if isinstance(inner, FabricDataLoader):
+        # What the next batches are depends on random numbers too, and so does what the module makes of them.
+        return with_other_ranks({"loader": inner.state_dict(), "rng": collect_rng_states()}, strategy)
+    return inner.state_dict() if callable(getattr(inner, "state_dict", None)) else obj
