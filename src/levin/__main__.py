@@ -24,6 +24,7 @@ COMMANDS = {
         "rewrite checkpoints of older Lightning versions in the present layout",
     ),
     "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
+    "fabric": ("levin.fabric.command", "run a script that uses Fabric, with its settings from the command line"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
 }
 """Name of a command -> the module whose ``main(words)`` runs it, or the function itself, and what it does.

@@ -36,7 +36,6 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
     return type(name, (base,), {**body, "__module__": __name__})
 
 
-_OWN_LOOP = "Write the loop with torch itself, or move it into a LightningModule and use `Trainer`."
 _ONE_DEVICE_HOLDS_IT = 'Use `strategy="ddp"` where the model fits on one device.'
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
 _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
@@ -64,11 +63,6 @@ TransformerEnginePrecision = _absent("TransformerEnginePrecision", _BUILT_IN, Pr
 XLACheckpointIO = _absent("XLACheckpointIO", _XLA)
 XLAPrecision = _absent("XLAPrecision", _XLA, Precision)
 
-Fabric = _absent("Fabric", _OWN_LOOP)
-is_wrapped = _absent("is_wrapped", _OWN_LOOP)
-Collective = _absent("Collective", "Use torch.distributed itself.")
-SingleDeviceCollective = _absent("SingleDeviceCollective", "Use torch.distributed itself.")
-TorchCollective = _absent("TorchCollective", "Use torch.distributed itself.")
 
 ServableModule = _absent("ServableModule", "Export the module with `to_onnx` or `to_torchscript` and serve that.")
 ServableModuleValidator = _absent("ServableModuleValidator", "Check the server in a test of your own.", Callback)

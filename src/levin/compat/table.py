@@ -10,6 +10,9 @@ from __future__ import annotations
 ABSENT = "levin.compat.absent"
 """Names of features that are not there: they can be imported and mentioned; using one says what to use instead."""
 
+EQUIVALENT_LOGGERS = "levin.compat.fabric_loggers"
+"""The loggers of Fabric, which name their folder in another way."""
+
 EQUIVALENTS = "levin.compat.equivalents"
 """Small functions and classes that nothing of levin's own needs, and packages do."""
 
@@ -27,6 +30,7 @@ _CHECKPOINT, _LAUNCHERS, _LOGGERS, _LOOPS = (
 _CLI, _TUNER, _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
     "levin.cli", "levin.tuner", "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
 )  # fmt: skip
+_FABRIC = "levin.fabric"
 _RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.model_summary", "levin.callbacks.progress"
 _ROOT = "Callback LightningDataModule LightningModule Trainer seed_everything"
 _ALL_ENVIRONMENTS = (
@@ -51,7 +55,7 @@ _SUMMARY_NAMES = (
 )
 
 TABLE: dict[str, dict[str, str]] = {
-    "": {"levin": _ROOT, ABSENT: "Fabric"},
+    "": {"levin": f"{_ROOT} Fabric"},
     # ------------------------------------------------------------------ lightning.pytorch, pytorch_lightning
     "pytorch": {"levin": _ROOT, "levin.utilities.warnings": "disable_possible_user_warnings"},
     "pytorch.accelerators": {
@@ -303,7 +307,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric": {
         "levin": "seed_everything",
         "levin.utilities.warnings": "disable_possible_user_warnings",
-        ABSENT: "Fabric is_wrapped",
+        _FABRIC: "Fabric is_wrapped",
     },
     "fabric.accelerators": {
         _ACCELERATORS: "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
@@ -319,18 +323,21 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
     "fabric.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
-    "fabric.fabric": {ABSENT: "Fabric"},
-    "fabric.loggers": {_LOGGERS: "CSVLogger Logger TensorBoardLogger"},
-    "fabric.loggers.csv_logs": {_LOGGERS: "CSVLogger"},
+    "fabric.fabric": {_FABRIC: "Fabric"},
+    "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
+    "fabric.loggers.csv_logs": {EQUIVALENT_LOGGERS: "CSVLogger"},
     "fabric.loggers.logger": {_LOGGERS: "Logger rank_zero_experiment"},
-    "fabric.loggers.tensorboard": {_LOGGERS: "TensorBoardLogger"},
+    "fabric.loggers.tensorboard": {EQUIVALENT_LOGGERS: "TensorBoardLogger"},
     "fabric.plugins": {
         _CHECKPOINT: "CheckpointIO TorchCheckpointIO",
         _ENVIRONMENTS: "ClusterEnvironment",
         _PRECISION: _PLAIN_PRECISIONS,
         ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
     },
-    "fabric.plugins.collectives": {ABSENT: "Collective SingleDeviceCollective TorchCollective"},
+    "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
+    "fabric.plugins.collectives.collective": {_STRATEGIES: "Collective"},
+    "fabric.plugins.collectives.single_device": {_STRATEGIES: "SingleDeviceCollective"},
+    "fabric.plugins.collectives.torch_collective": {_STRATEGIES: "TorchCollective"},
     "fabric.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
     "fabric.plugins.environments.cluster_environment": {_ENVIRONMENTS: "ClusterEnvironment"},
     "fabric.plugins.environments.kubeflow": {_ENVIRONMENTS: "KubeflowEnvironment"},
@@ -372,6 +379,7 @@ TABLE: dict[str, dict[str, str]] = {
         _RANK_ZERO: _RANK_ZERO_NAMES,
         "levin.utilities.attribute_dict": "AttributeDict",
         "levin.utilities.move": "move_data_to_device",
+        "levin.fabric.throughput": "ThroughputMonitor",
         "levin.utilities.throughput": "Throughput measure_flops",
         "levin.utilities.warnings": "disable_possible_user_warnings",
         EQUIVALENTS: "LightningEnum suggested_max_num_workers",
@@ -411,6 +419,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.utilities.spike": {_CALLBACKS: "SpikeDetection TrainingSpikeException"},
     "fabric.utilities.throughput": {
+        "levin.fabric.throughput": "ThroughputMonitor",
         "levin.utilities.throughput": "Throughput get_available_flops measure_flops",
     },
     "fabric.utilities.types": {
@@ -421,7 +430,11 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.warnings": {
         "levin.utilities.warnings": "PossibleUserWarning disable_possible_user_warnings",
     },
-    "fabric.wrappers": {ABSENT: "is_wrapped"},
+    "fabric.wrappers": {
+        _FABRIC: "is_wrapped",
+        "levin.fabric.wrappers": "_FabricDataLoader:FabricDataLoader _FabricModule:FabricModule "
+        "_FabricOptimizer:FabricOptimizer",
+    },
 }  # fmt: skip
 
 ROOMS = frozenset(

@@ -358,7 +358,7 @@ class Fabric(Processes):
         self._check_launched()
         checkpoint = self._strategy.load_checkpoint(path, weights_only=weights_only)
         self.barrier()
-        return restore(checkpoint, state, self._strategy, strict) if state else checkpoint
+        return restore(checkpoint, state, self._strategy, strict, weights_only) if state else checkpoint
 
     def load_raw(
         self,
@@ -376,7 +376,8 @@ class Fabric(Processes):
             strict: Whether the names of weights must be the same.
             weights_only: False allows the file to run code while it is read. Only for files you trust.
         """
-        restore_one(self._strategy.load_checkpoint(path, weights_only=weights_only), obj, self._strategy, strict)
+        checkpoint = self._strategy.load_checkpoint(path, weights_only=weights_only)
+        restore_one(checkpoint, obj, self._strategy, strict, weights_only)
 
     # Callbacks and loggers
 

@@ -14,13 +14,29 @@ from torch import Tensor
 from levin.accelerators import Accelerator
 from levin.engine import build_engine
 from levin.fabric.settings import is_launched_by_command, with_environment
+from levin.ranks.signals import Signals, listen_for_sigterm
 from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.states import StopFlags
 
 
 def _do_nothing(fabric: Processes) -> None:
     """Stand in for the function of ``launch`` where a script goes on by itself."""
+
+
+class Requests:
+    """What a process was asked to do from outside.
+
+    Args:
+        strategy: The strategy.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self.signals = Signals()
+        self.signals.waits_for_batch = True
+        self.told = StopFlags()
 
 
 class Processes:
@@ -39,6 +55,7 @@ class Processes:
         self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy
         self._is_launched: bool = False
         self._is_running: bool = False
+        self._requests: Requests | None = None
         if is_launched_by_command():
             if type(self).run is not Processes.run:
                 raise TypeError(
@@ -93,6 +110,18 @@ class Processes:
     def is_global_zero(self) -> bool:
         """Whether this process is the first of all."""
         return self._strategy.is_global_zero
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether any process was asked to terminate; all processes ask together, between two batches.
+
+        From the first time that this is asked, SIGTERM is noted and does not end the process: save, and leave with status
+        143. A second one ends it.
+        """
+        if self._requests is None:
+            self._requests = Requests(self._strategy)
+            listen_for_sigterm(self._requests)
+        return self._strategy.reduce_boolean_decision(self._requests.told.received_sigterm, all=False)
 
     # Processes
 

@@ -55,7 +55,9 @@ def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None 
     return checkpoint
 
 
-def restore(checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: bool) -> dict[str, Any]:
+def restore(
+    checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: bool, weights_only: bool | None
+) -> dict[str, Any]:
     """Put what a file held back into the objects of ``state``.
 
     Args:
@@ -63,6 +65,7 @@ def restore(checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: 
         state: Name -> object; plain values are replaced in this dict.
         strategy: The strategy; all processes call this.
         strict: Whether every name must be in the file, and the names of weights the same.
+        weights_only: Whether reading it may run no code.
 
     Returns:
         What the file holds beside it.
@@ -76,12 +79,12 @@ def restore(checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: 
             f"The checkpoint has {list(checkpoint)}, and not {missing}. Pass strict=False to load what is there."
         )
     for key in [key for key in state if key in checkpoint]:
-        if not restore_one(checkpoint[key], state[key], strategy, strict):
+        if not restore_one(checkpoint[key], state[key], strategy, strict, weights_only):
             state[key] = checkpoint[key]
     return {key: value for key, value in checkpoint.items() if key not in state}
 
 
-def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool) -> bool:
+def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool, weights_only: bool | None) -> bool:
     """Load ``value`` into ``obj``; return whether that is an object with a state."""
     inner, _ = split_compiled(obj)
     if isinstance(inner, nn.Module):
@@ -91,7 +94,7 @@ def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool) -> bool:
     elif isinstance(inner, Optimizer):
         strategy.load_optimizer_state(inner, value)
     elif isinstance(inner, FabricDataLoader):
-        own = part_of_rank(value, strategy.data_parallel.rank, strategy.data_parallel.size)
+        own = part_of_rank(value, strategy.data_parallel.rank, strategy.data_parallel.size, weights_only)
         inner.load_state_dict(own["loader"])
         set_rng_states(own.get("rng", {}))
     elif callable(getattr(inner, "load_state_dict", None)):

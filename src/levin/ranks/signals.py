@@ -119,6 +119,16 @@ class _SigtermHandler:
             raise SIGTERMException
 
 
+def listen_for_sigterm(run: Any) -> None:
+    """Note SIGTERM in ``run.told`` from now on, for a loop that asks between its batches; a second one ends the process.
+
+    Args:
+        run: Has ``signals``, ``told`` and ``strategy``, as a :class:`~levin.protocols.Run` has.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _SigtermHandler(run, _handler_before()))
+
+
 def _handler_before() -> Any:
     """Return the handler of SIGTERM that is not levin's own in the process which forked this one."""
     found = signal.getsignal(signal.SIGTERM)

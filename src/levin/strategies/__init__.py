@@ -12,23 +12,32 @@ from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
     from levin.strategies.fsdp import FSDPStrategy as FSDPStrategy
+    from levin.strategies.group_collectives import Collective as Collective
+    from levin.strategies.group_collectives import SingleDeviceCollective as SingleDeviceCollective
+    from levin.strategies.group_collectives import TorchCollective as TorchCollective
     from levin.strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
 
 # torch's parts for sharding take most of a second to import.
 _HOMES = {
+    "Collective": "levin.strategies.group_collectives",
     "FSDPStrategy": "levin.strategies.fsdp",
     "ModelParallelStrategy": "levin.strategies.model_parallel",
+    "SingleDeviceCollective": "levin.strategies.group_collectives",
+    "TorchCollective": "levin.strategies.group_collectives",
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [
+    "Collective",
     "DDPStrategy",
     "FSDPStrategy",
     "LayerSync",
     "ModelParallelStrategy",
     "ParallelStrategy",
+    "SingleDeviceCollective",
     "SingleDeviceStrategy",
     "Strategy",
     "StrategyRegistry",
+    "TorchCollective",
     "TorchSyncBatchNorm",
 ]
 
