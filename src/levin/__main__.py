@@ -17,15 +17,15 @@ COMMANDS = {
     "predict": ("levin.cli.commands:predict", "predict on every batch"),
     "env": ("levin.cli.env", "say what the machine offers, and what a Trainer would select"),
     "inspect": ("levin.checkpoint.describe", "say what checkpoints hold, without running what is in them"),
-    "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin, after showing them"),
-    "verify": ("levin.checkpoint.verify", "say which checkpoints are intact, and what is wrong with the others"),
+    "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin"),
+    "verify": ("levin.checkpoint.verify", "say which checkpoints are intact"),
     "upgrade": (
         "levin.checkpoint.upgrade_file",
-        "rewrite checkpoints of older Lightning versions in the present layout",
+        "rewrite checkpoints of older Lightning versions",
     ),
     "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
-    "fabric": ("levin.fabric.command", "run a script that uses Fabric, with its settings from the command line"),
-    "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun, with good defaults"),
+    "fabric": ("levin.fabric.command", "run a script that uses Fabric"),
+    "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun"),
 }
 """Name of a command -> the module whose ``main(words)`` runs it, or the function itself, and what it does.
 
