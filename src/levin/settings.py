@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import inspect
 import math
@@ -195,6 +196,10 @@ def defaults_from_environment(init: F) -> F:
                 f"{type(self).__name__} takes keyword arguments only, received {len(args)} by position. "
                 f"Write {type(self).__name__}(max_epochs=10)."
             )
+        for name in kwargs.keys() - set(names):
+            meant = difflib.get_close_matches(name, names, n=1)
+            hint = f" Did you mean {meant[0]}?" if meant else ""
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}, received {name}={kwargs[name]!r}.{hint}")
         prefix = f"PL_{type(self).__name__.upper()}_"
         for name in names:
             text = os.environ.get(prefix + name.upper(), "")

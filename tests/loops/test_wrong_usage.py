@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import levin
+from levin import LightningModule, Trainer
 
 
 def sgd(module: Any) -> torch.optim.SGD:
@@ -64,3 +65,72 @@ def test_a_wrong_hook_is_told_with_what_it_gave(name):
     )  # fmt: skip
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         trainer.fit(Model())
+
+
+def test_the_class_of_a_module_and_swapped_arguments_are_told_apart(tmp_path):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
+    loader = DataLoader(torch.ones(4, 2), 2)
+    with pytest.raises(
+        TypeError, match=r"received <class .*Graphless'>. It is a class; pass an instance: Graphless\(\.\.\.\)"
+    ):
+        trainer.fit(Graphless, loader)
+    for name in ("fit", "validate", "test", "predict"):
+        with pytest.raises(TypeError, match=rf"received DataLoader. Swap them: trainer.{name}\(model, loaders\)"):
+            getattr(trainer, name)(loader, Graphless())
+
+
+def test_an_argument_that_is_not_there_gets_the_nearest_one():
+    with pytest.raises(TypeError, match="has no argument 'max_epoch', received max_epoch=3. Did you mean max_epochs?"):
+        Trainer(max_epoch=3)
+    with pytest.raises(TypeError, match="has no argument 'shape', received shape=3.$"):
+        Trainer(shape=3)
+
+
+class Graphless(LightningModule):
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).sum().detach()
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_loss_without_a_graph_is_explained(manual, precision):
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, precision=precision,
+        enable_progress_bar=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"received one without a graph \(requires_grad=False, value"):
+        trainer.fit(Graphless(manual), DataLoader(torch.ones(4, 2), 2))
+
+
+class Rows(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if index >= 4:
+            raise IndexError
+        return torch.ones(2)
+
+
+def test_a_dataset_in_place_of_a_loader_is_pointed_out():
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, enable_progress_bar=False
+    )
+    module = Graphless()
+    module.training_step = lambda batch, batch_idx: module.layer(batch).sum()
+    with pytest.warns(
+        UserWarning, match=r"`train_dataloader` gives a Dataset \(Rows\), not a loader: each of its samples"
+    ):
+        trainer.fit(module, Rows())
+    assert trainer.global_step == 4

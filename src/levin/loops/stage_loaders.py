@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Optional
 
+from torch.utils.data import Dataset, IterableDataset
+
 from levin.data.combined import CombinedLoader, Joint, combined_length
 from levin.data.loaders import capture_init_args, has_len, hint_at_workers, prepare_dataloader
 from levin.hooks import DataHooks
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
+from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.datamodule import LightningDataModule
@@ -94,6 +97,12 @@ class StageLoaders:
                     f"`{self.hook}` must give iterables, received {type(loader).__name__}. Pass a DataLoader or any iterable of batches."
                 )
             hint_at_workers(loader, self.stage)
+            if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+                name = type(loader).__name__
+                rank_zero_warn(
+                    f"`{self.hook}` gives a Dataset ({name}), not a loader: each of its samples is taken for a batch. "
+                    f"Wrap it if this was not meant: DataLoader({name.lower()}, batch_size=32)."
+                )
         stage: Any = self.stage
         combined.flattened = [
             process(

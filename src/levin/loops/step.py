@@ -53,7 +53,12 @@ def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
         elif own is not None:
             owner.call_own("backward", own, loss, *args, **kwargs)
         else:
-            loss.backward(*args, **kwargs)
+            try:
+                loss.backward(*args, **kwargs)
+            except RuntimeError as error:
+                if loss.requires_grad:
+                    raise
+                raise _graphless(loss) from error
         if after:
             owner.call("on_after_backward")
 
@@ -357,6 +362,15 @@ class ManualStep:
 
     def _before_step(self, optimizer: Any) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
+
+
+def _graphless(loss: Tensor) -> RuntimeError:
+    """Return the error for a loss that has no graph to go back through."""
+    return RuntimeError(
+        "The loss must depend on parameters that require gradients, received one without a graph "
+        f"(requires_grad=False, value {loss.detach().cpu().tolist()}). Compute it without torch.no_grad(), .detach() or "
+        ".item(), and leave some parameters unfrozen."
+    )
 
 
 def _detached(output: Mapping[str, Any]) -> dict[str, Any]:

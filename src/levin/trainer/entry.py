@@ -80,7 +80,7 @@ def begin(
         model = previous.module
     model = _uncompiled(model, trainer.strategy)
     if not isinstance(model, LightningModule):
-        raise TypeError(f"`model` must be a `LightningModule`, received {type(model).__qualname__}.")
+        raise TypeError(_no_module(model, given[first], fn))
     model.trainer = trainer
     if datamodule is not None:
         datamodule.trainer = trainer
@@ -106,6 +106,15 @@ def begin(
     trainer.run = run
     trainer.datamodule = datamodule
     return run
+
+
+def _no_module(model: Any, loaders: Any, fn: TrainerFn) -> str:
+    """Say what was passed in place of a module, and what was meant."""
+    if isinstance(model, type):
+        way_out = f" It is a class; pass an instance: {model.__qualname__}(...)."
+        return f"`model` must be a `LightningModule`, received {model!r}.{way_out}"
+    way_out = f" Swap them: trainer.{fn}(model, loaders)." if isinstance(loaders, LightningModule) else ""
+    return f"`model` must be a `LightningModule`, received {type(model).__qualname__}.{way_out}"
 
 
 def _resolve_limits(trainer: Caller) -> None:
