@@ -65,6 +65,7 @@ class Run(Protocol):
     optimizers: list[Any]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int]
+    unequal_values: set[str]
     under_way: tuple[str, Any, tuple[Any, ...]]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -218,3 +219,41 @@ def test_a_failure_in_one_process_is_told_there_and_raised_here(rank, tmp_path):
     assert f"local rank {rank} failed" in str(caught.value.__cause__)
     assert trainer.interrupted
     assert (tmp_path / f"KeyError-{rank}-1").exists()
+
+
+class Plateau(Small):
+    """Watches a value that falls on rank 0 and rises on rank 1."""
+
+    def __init__(self, sync: bool = False, only_rank_0: bool = False) -> None:
+        super().__init__(batch_size=4)
+        self.sync, self.only_rank_0, self.rates = sync, only_rank_0, []
+
+    def on_train_epoch_end(self):
+        rank, epoch = dist.get_rank(), float(self.current_epoch)
+        if not (self.only_rank_0 and rank):
+            self.log("watched", epoch * 3 if rank else -epoch, sync_dist=self.sync, rank_zero_only=self.only_rank_0)
+
+    def on_train_epoch_start(self):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "watched"}}
+
+
+@world_size(2, connect=False)
+def test_a_plateau_is_one_for_all_ranks():
+    # The mean over ranks rises, and what rank 0 alone has falls.
+    for arguments, rates, num_warnings in (
+        ({}, [1.0, 1.0, 0.1], 1),
+        ({"sync": True}, [1.0, 1.0, 0.1], 0),
+        ({"only_rank_0": True}, [1.0, 1.0, 1.0], 1),
+    ):
+        module = Plateau(**arguments)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            in_rank(max_epochs=3).fit(module)
+        assert module.rates == pytest.approx(rates), (arguments, module.rates)
+        heard = [str(each.message) for each in caught if "is not the same on all ranks" in str(each.message)]
+        assert len(heard) == (num_warnings if dist.get_rank() == 0 else 0), heard

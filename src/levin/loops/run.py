@@ -118,6 +118,8 @@ class Run:
         self.last_validation_s: float = time.monotonic()
         self.eval_log_steps: dict[int, int] = {}
         self.has_explained_minima: bool = False
+        # Names of values that steered schedulers and were not the same on all ranks.
+        self.unequal_values: set[str] = set()
         # Name of the hooks that are being called, those that are left, and their arguments.
         self.under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from levin.loops.run import Run
 from levin.module import LightningModule
+from levin.ranks.agreement import agreed_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
@@ -30,7 +31,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
         value: Any = None
         if config.reduce_on_plateau:
             metrics = run.read_metrics().callback
-            value = metrics.get(str(config.monitor))
+            value = agreed_value(run, str(config.monitor), metrics.get(str(config.monitor)))
             if value is None:
                 text = (
                     f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. Logged are {sorted(metrics)}. "

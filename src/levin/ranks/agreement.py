@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from levin.protocols import Run
 from levin.ranks.same_everywhere import CopiesCheck
 from levin.strategies.parallel import ParallelStrategy
+from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
 
 PERIOD_S = 0.25
@@ -113,3 +118,29 @@ def agreement_for(run: Run) -> Agreement | None:
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return None
     return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, CopiesCheck(run))
+
+
+def agreed_value(run: Run, name: str, value: Any) -> Any:
+    """Return the value that steers what must be alike on all ranks: this one if it is the same on all, else their mean.
+
+    Args:
+        run: Each of whose ranks calls this.
+        name: Under which the value was logged, for the warning.
+        value: Of this rank; None where it was not logged.
+    """
+    if run.agreement is None:
+        return value
+    strategy: Any = run.strategy
+    own = [0.0, 0.0] if value is None else [1.0, float(value)]
+    rows = strategy.control.exchange(own)
+    values = [number for is_there, number in rows if is_there]
+    if not values or (len(values) == len(rows) and all(number == values[0] for number in values)):
+        return value
+    mean = sum(values) / len(values)
+    if name not in run.unequal_values:
+        run.unequal_values.add(name)
+        rank_zero_warn(
+            f"{name!r} is not the same on all ranks, received {values}. Their mean {mean} is used, so that all ranks do the "
+            f"same. Log it with self.log({name!r}, ..., sync_dist=True)."
+        )
+    return torch.as_tensor(mean, dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else mean
