@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.loaders import prepare_dataloader
+from levin.data.loaders import prepare_dataloader, set_epoch
 from levin.data.samplers import DistributedSamplerWrapper, UnrepeatedDistributedSampler
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -117,6 +117,52 @@ def test_a_batch_sampler_of_another_form_cannot_be_split_but_predicts_in_one_pro
     alone = prepare_dataloader(DataLoader(DATA, batch_sampler=Fixed()), stage="predict", sampler_kwargs=None)
     assert drawn(alone) == [0.0, 1.0, 2.0]
     assert alone.batch_sampler.seen_batch_indices == [[0, 1], [2]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_list_of_batches_predicts_as_it_is(num_workers):
+    loader = DataLoader(DATA, batch_sampler=[[3, 1], [2]], num_workers=num_workers)
+    alone = prepare_dataloader(loader, stage="predict", sampler_kwargs=None)
+    assert drawn(alone) == [3.0, 1.0, 2.0]
+    assert alone.batch_sampler.seen_batch_indices == [[3, 1], [2]]
+    with pytest.raises(TypeError, match=r"list must look like \(sampler, batch_size, drop_last\)"):
+        prepare_dataloader(loader, stage="val", sampler_kwargs=SPLIT[0])
+
+
+class Epochs(Sampler):
+    """Notes the epochs that it is told."""
+
+    def __init__(self, sampler=None):
+        self.told: list[int] = []
+        if sampler is not None:
+            self.sampler = sampler
+
+    def set_epoch(self, epoch):
+        self.told.append(epoch)
+
+    def __iter__(self):
+        return iter([[0, 1], [2, 3]])
+
+    def __len__(self):
+        return 2
+
+
+def test_each_sampler_is_told_the_epoch_once():
+    plain, alone, inner = Epochs(), Epochs(), Epochs()
+    outer = Epochs(inner)
+    for loader in (
+        DataLoader(DATA, sampler=plain), DataLoader(DATA, batch_sampler=alone), DataLoader(DATA, batch_sampler=outer),
+        [1, 2],
+    ):  # fmt: skip
+        set_epoch(loader, 3)
+    assert [sampler.told for sampler in (plain, alone, inner, outer)] == [[3]] * 4
+
+
+def test_samplers_behind_those_of_levin_are_told_the_epoch():
+    split, predicting = Epochs(), Epochs()
+    set_epoch(prepare_dataloader(DataLoader(DATA, sampler=split), stage="train", sampler_kwargs=SPLIT[0]), 2)
+    set_epoch(prepare_dataloader(DataLoader(DATA, batch_sampler=predicting), stage="predict", sampler_kwargs=None), 2)
+    assert split.told == predicting.told == [2]
 
 
 class Forgetful(DataLoader):

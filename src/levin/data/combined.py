@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, cast
 
+from levin.data.loaders import stop_workers
 from levin.utilities.collections import is_namedtuple
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
@@ -15,6 +16,7 @@ Rebuild = Callable[[Sequence[Any]], Any]
 
 MODES: tuple[Mode, ...] = ("min_size", "max_size_cycle", "max_size", "sequential")
 _PRIMITIVES = (bool, int, float, str)
+_END: Any = object()
 
 
 class CombinedLoader(Iterable[Any]):
@@ -196,7 +198,8 @@ def combined_length(lengths: Sequence[int | float], mode: Mode) -> int | float:
         >>> combined_length([3, 2], "max_size_cycle"), combined_length([3, 2], "sequential")
         (3, 5)
     """
-    if not lengths:
+    if not lengths or (mode == "max_size_cycle" and 0 in lengths):
+        # What is empty cannot be begun again, and there is no batch without an item of it.
         return 0
     if mode == "sequential":
         return sum(lengths)
@@ -222,7 +225,7 @@ class Joint(Iterable[Any]):
         self.rebuild: Rebuild = rebuild
 
     def __iter__(self) -> Iterator[Any]:
-        return joint([loader.__iter__ for loader in self.loaders], self.mode, self.rebuild)
+        return joint([_opener(loader) for loader in self.loaders], self.mode, self.rebuild)
 
 
 def joint(
@@ -258,11 +261,10 @@ def joint(
 
 
 def _max_size(iterators: list[Iterator[Any]], rebuild: Rebuild, exhausted: list[bool]) -> Iterator[Any]:
-    end = object()
     while True:
-        items = [None if exhausted[index] else next(iterator, end) for index, iterator in enumerate(iterators)]
+        items = [None if exhausted[index] else next(iterator, _END) for index, iterator in enumerate(iterators)]
         for index, item in enumerate(items):
-            if item is end:
+            if item is _END:
                 exhausted[index] = True
                 items[index] = None
         if all(exhausted):
@@ -276,18 +278,17 @@ def _max_size_cycle(
     rebuild: Rebuild,
     exhausted: list[bool],
 ) -> Iterator[Any]:
-    end = object()
     while True:
         items = []
         for index, iterator in enumerate(iterators):
-            item = next(iterator, end)
-            if item is end:
+            item = next(iterator, _END)
+            if item is _END:
                 exhausted[index] = True
                 if all(exhausted):
                     return
                 iterators[index] = openers[index]()
-                item = next(iterators[index], end)
-                if item is end:
+                item = next(iterators[index], _END)
+                if item is _END:
                     return
             items.append(item)
         yield rebuild(items)
@@ -310,14 +311,36 @@ def _numbered_sequence(iterables: Sequence[Any], limits: Sequence[int | float]) 
 
 
 def _opener(iterable: Any) -> Callable[[], Iterator[Any]]:
-    return lambda: iter(iterable)
+    return lambda: iterate(iterable)
+
+
+def iterate(iterable: Any) -> Iterator[Any]:
+    """Begin to iterate ``iterable``; what is returned may be handed to ``for``, ``zip`` and the like.
+
+    These call ``iter`` of what they get. A loader that is its own iterator begins anew then: with the next shard, or in
+    another order.
+    """
+    return _items(iter(iterable))
+
+
+def _items(iterator: Iterator[Any]) -> Iterator[Any]:
+    try:
+        while (item := next(iterator, _END)) is not _END:
+            yield item
+    finally:
+        stop_workers(iterator)
 
 
 def is_leaf(tree: Any) -> bool:
     """Return whether ``tree`` is one iterable rather than a collection of iterables."""
     if isinstance(tree, (list, tuple)):
-        return len(tree) > 0 and all(isinstance(item, _PRIMITIVES) for item in tree)
-    return not isinstance(tree, Mapping)
+        return all(isinstance(item, _PRIMITIVES) for item in tree)
+    return not isinstance(tree, Mapping) or not tree
+
+
+def is_nothing(tree: Any) -> bool:
+    """Return whether ``tree`` is a collection without an iterable; within another collection that is an empty iterable."""
+    return isinstance(tree, (list, tuple, Mapping)) and not tree
 
 
 def flatten(tree: Any) -> list[Any]:
@@ -327,10 +350,12 @@ def flatten(tree: Any) -> list[Any]:
         >>> flatten({"a": [range(1), (range(2),)], "b": [1, 2, 3]})
         [range(0, 1), range(0, 2), [1, 2, 3]]
     """
+    if is_nothing(tree):
+        return []
     if is_leaf(tree):
         return [tree]
     children = tree.values() if isinstance(tree, Mapping) else tree
-    return [leaf for child in children for leaf in flatten(child)]
+    return [leaf for child in children for leaf in ([child] if is_leaf(child) else flatten(child))]
 
 
 def rebuilder(tree: Any) -> Rebuild:
@@ -341,15 +366,15 @@ def rebuilder(tree: Any) -> Rebuild:
         {'a': [10, 20], 'b': 30}
     """
     # Batches go through it, so that the common flat structures have a short way.
-    if is_leaf(tree):
+    if is_leaf(tree) and not is_nothing(tree):
         return _first
     children = list(tree.values()) if isinstance(tree, Mapping) else list(tree)
     join = _joiner(tree)
     if all(is_leaf(child) for child in children):
         return join
 
-    sizes = [len(flatten(child)) for child in children]
-    rebuilders = [rebuilder(child) for child in children]
+    sizes = [1 if is_leaf(child) else len(flatten(child)) for child in children]
+    rebuilders = [_first if is_leaf(child) else rebuilder(child) for child in children]
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     parts = list(zip(rebuilders, starts, sizes, strict=True))
 

@@ -7,7 +7,9 @@ from typing import Any, Optional, Protocol
 
 import torch
 
+from levin.data.combined import iterate
 from levin.utilities.move import move_data_to_device
+from levin.utilities.rank_zero import rank_zero_warn
 
 
 class Position(Protocol):
@@ -27,7 +29,7 @@ class Feed:
         sources: The loaders; a combined loader that yields joint batches counts as one.
         limits: Batches to take of each; inf for all there are.
         lengths: Batches each is known to have, inf when unknown: then one batch is fetched ahead to see the end, also
-            when there is a limit, before which it may come.
+            when there is a limit, before which it may come. A length that turns out to be too long becomes inf.
         device: Where batches go.
         convert: Changes a batch before the transfer (the precision's input conversion), or None.
         transfer: The chain of the user's transfer hooks, or None for the default.
@@ -149,7 +151,7 @@ class Feed:
             if iterator is None:
                 lookahead = 1 if self.lengths[dataloader_idx] == float("inf") else 0
                 followed = None if self.positions is None else self.positions[dataloader_idx]
-                iterator = iter(source) if followed is None else followed.iterate(source, lookahead)
+                iterator = iterate(source) if followed is None else followed.iterate(source, lookahead)
                 limit = self.end_of(dataloader_idx, batch_idx)
             if self._draw is not None:
                 iterator = drawn(iterator, self._draw)
@@ -165,7 +167,18 @@ class Feed:
                     batch_idx += 1
                     if batch_idx >= limit:
                         break
+                else:
+                    self._distrust(dataloader_idx, batch_idx)
+                    self.is_last = is_final
             iterator = None
+
+    def _distrust(self, dataloader_idx: int, num_given: int) -> None:
+        """Say once that a source ended before its length said so; from now on its end is seen ahead."""
+        rank_zero_warn(
+            f"{type(self.sources[dataloader_idx]).__name__} has a length of {self.lengths[dataloader_idx]} and ended after "
+            f"{num_given} batches: the end of the data is the end of the epoch. Let its `__len__` say how many it gives."
+        )
+        self.lengths[dataloader_idx] = float("inf")
 
 
 class OnDemand(Iterator[tuple[Any, int, int]]):

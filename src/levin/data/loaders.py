@@ -6,11 +6,13 @@ import functools
 import inspect
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Optional
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.samplers import (
@@ -27,23 +29,40 @@ from levin.utilities.warnings import PossibleUserWarning
 _ARGUMENTS = "_levin_init_arguments"
 
 
+class _Capture:
+    """Classes whose ``__init__`` records its arguments while anybody, in any thread, asks for that."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.num_users: int = 0
+        self.originals: dict[type, Callable[..., None]] = {}
+
+
+_capture = _Capture()
+
+
 @contextmanager
 def capture_init_args() -> Iterator[None]:
     """Remember, on each DataLoader and BatchSampler of a subclass made inside, what it was made with.
 
-    That is how such an object can be built again with another sampler.
+    That is how such an object can be built again with another sampler. The classes are as they were when the last of
+    several threads leaves.
     """
-    patched: list[tuple[type, Callable[..., None]]] = []
+    with _capture.lock:
+        _capture.num_users += 1
+        for kind in [kind for base in (DataLoader, BatchSampler) for kind in (base, *_subclasses(base))]:
+            if "__init__" in vars(kind) and kind not in _capture.originals:
+                _capture.originals[kind] = vars(kind)["__init__"]
+                setattr(kind, "__init__", _recording(vars(kind)["__init__"]))  # noqa: B010
     try:
-        for base in (DataLoader, BatchSampler):
-            for kind in (base, *_subclasses(base)):
-                if "__init__" in vars(kind):
-                    patched.append((kind, vars(kind)["__init__"]))
-                    setattr(kind, "__init__", _recording(vars(kind)["__init__"]))  # noqa: B010
         yield
     finally:
-        for kind, init in patched:
-            setattr(kind, "__init__", init)  # noqa: B010
+        with _capture.lock:
+            _capture.num_users -= 1
+            if not _capture.num_users:
+                for kind, init in _capture.originals.items():
+                    setattr(kind, "__init__", init)  # noqa: B010
+                _capture.originals.clear()
 
 
 def _subclasses(kind: type) -> Iterator[type]:
@@ -224,7 +243,8 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
         size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         return {**fixed, "sampler": sampler, "batch_size": size, "batch_sampler": None, "drop_last": drop_last}
     drop_last = False if is_predict else getattr(batch_sampler, "drop_last", False)
-    recorded = vars(batch_sampler).get(_ARGUMENTS)
+    # A list of batches has no attributes.
+    recorded = getattr(batch_sampler, "__dict__", {}).get(_ARGUMENTS)
     kind: Any = type(batch_sampler)
     if recorded is not None and kind is not BatchSampler:
         bound = inspect.signature(kind.__init__).bind_partial(batch_sampler, *recorded[0], **recorded[1])
@@ -253,11 +273,32 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
 
 
 def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the samplers of ``loader`` the epoch, where they want to know."""
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
-        sampler: Any = getattr(owner, "sampler", None)
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
+    """Tell the samplers of ``loader``, and those that they draw from, the epoch once, where they want to know."""
+    told: set[int] = set()
+    owners = [loader]
+    while owners:
+        owner = owners.pop()
+        for name in ("sampler", "batch_sampler", "_batch_sampler"):
+            sampler: Any = getattr(owner, name, None)
+            if sampler is not None and id(sampler) not in told:
+                told.add(id(sampler))
+                owners.append(sampler)
+                if callable(getattr(sampler, "set_epoch", None)):
+                    sampler.set_epoch(epoch)
+
+
+def stop_workers(iterator: Any) -> None:
+    """End the workers of an iterator of a DataLoader whose epoch is over; those that are persistent live on."""
+    if isinstance(iterator, _MultiProcessingDataLoaderIter) and not iterator._persistent_workers:
+        iterator._shutdown_workers()
+
+
+def end_workers(loader: Any) -> None:
+    """End persistent workers of ``loader``; its next iteration starts others."""
+    iterator = getattr(loader, "_iterator", None)
+    if isinstance(iterator, _MultiProcessingDataLoaderIter):
+        iterator._shutdown_workers()
+        loader._iterator = None
 
 
 def length_of(loader: Any) -> int | float:

@@ -56,6 +56,12 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
     def __init__(self, sampler: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(_SampledIndices(sampler), *args, **{**kwargs, "shuffle": False})  # type: ignore[arg-type]
 
+    @property
+    def sampler(self) -> Any:
+        """The user's sampler."""
+        source: Any = self.dataset
+        return source.sampler
+
     def __iter__(self) -> Iterator[Any]:
         source: Any = self.dataset
         source.drawn = list(source.sampler)

@@ -66,17 +66,19 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
     owner = loaders.owner
     with nullcontext() if owner is None else run.profiler.profile(action_name(owner, loaders.hook)):
         loaders.load(sampler_kwargs, run.strategy.process_dataloader, is_overfit)
-    name = {"train": "limit_train_batches", "val": "limit_val_batches"}.get(
-        loaders.stage, f"limit_{loaders.stage}_batches"
-    )
     if run.settings.reload_dataloaders_every_n_epochs:
         _warn_of_pinned_workers(loaders)
-    loaders.measure(limit, name, num_from_limit)
+    loaders.measure(limit, f"limit_{loaders.stage}_batches", num_from_limit)
     loaders.loaded_epoch = run.current_epoch
     for loop in run.loops.of_stage(loaders.stage):
         loop._combined_loader = loaders.combined
         if isinstance(loop, EvaluationLoop):
             loop.max_batches = loaders.num_batches
+
+
+def measure_again(run: Run, loaders: StageLoaders, limit: int | float) -> bool:
+    """Find the lengths of a new epoch, which may be others. Returns whether they are."""
+    return loaders.measure_again(limit, f"limit_{loaders.stage}_batches", num_from_limit)
 
 
 def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
@@ -181,6 +183,16 @@ def prepare_epoch(run: Run, feed: Feed) -> None:
     if load_training(run):
         _refill(run, loaders, feed)
         run.resume.follow_reloaded()
+    elif not run.strategy.is_distributed and measure_again(run, loaders, run.settings.limit_train_batches):
+        feed.limits, feed.lengths = loaders.limits, loaders.lengths
+        run.loops.fit.max_batches = loaders.num_batches[0]
+        if isinstance(run.settings.val_check_interval, float):
+            run.loops.fit.val_check_batch = _val_check_batch(run)
+    tell_epoch(run, loaders)
+
+
+def tell_epoch(run: Run, loaders: StageLoaders) -> None:
+    """Tell the samplers of a stage the epoch."""
     assert loaders.combined is not None
     for loader in loaders.combined.flattened:
         set_epoch(loader, run.current_epoch)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from typing import Any, Optional
 
 import torch
 
 from levin.counters import EvaluationLoop
 from levin.data.feed import Feed
-from levin.data.loaders import set_epoch
 from levin.log_store import LogStore
-from levin.loops.dataloaders import batch_indices, load_if_dropped, load_validation, make_feed
+from levin.loops.dataloaders import (
+    batch_indices,
+    load_if_dropped,
+    load_validation,
+    make_feed,
+    measure_again,
+    tell_epoch,
+)
 from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, new_store, step_arguments
@@ -46,10 +52,11 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
         is_new = load_validation(run)
     if is_new or run.val_step is None:
         run.val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
+    if not (is_new or run.strategy.is_distributed):
+        measure_again(run, loaders, run.settings.limit_val_batches)
     feed = make_feed(run, loaders)
     exact.follow_validation(feed, loaders, is_new, is_due)
-    for loader in feed.sources:
-        set_epoch(loader, run.current_epoch)
+    tell_epoch(run, loaders)
     with torch.no_grad():
         evaluate(run, "validation", feed, run.val_step, run.loops.fit.epoch_loop.val_loop)
     run.resume.end_validation()
@@ -153,7 +160,8 @@ def evaluate(
             if run.fn != "fit":
                 load_if_dropped(run, feed)
             run.call(f"on_{stage}_epoch_start")
-            results = _batches(run, stage, feed, step, loop, predictions)
+            with closing(feed.iterate(0)) as batches:
+                results = _batches(run, stage, feed, batches, step, loop, predictions)
             store.end_batches()
             run.call(f"on_{stage}_epoch_end")
             _finish(run, store, results)
@@ -173,6 +181,7 @@ def _batches(
     run: Run,
     stage: str,
     feed: Feed,
+    batches: Iterator[tuple[Any, int, int]],
     step: Callable[[Any, int, int], Any],
     loop: EvaluationLoop,
     predictions: Optional[Predictions],
@@ -188,7 +197,7 @@ def _batches(
     results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(run.loggers) and not run.is_sanity_checking
     log_steps = run.eval_log_steps
-    for batch, batch_idx, dataloader_idx in feed:
+    for batch, batch_idx, dataloader_idx in batches:
         if predictions is not None and feed.is_filler:
             step(batch, batch_idx, dataloader_idx)
             continue
@@ -226,6 +235,7 @@ def _batches(
             agreement.maybe_sync()
         if flags.received_sigterm and (agreement is not None or not feed.is_last):
             raise SIGTERMException
+    progress.is_last_batch = feed.is_last
     if is_multiple and previous_loader >= 0:
         results[previous_loader] = _end_loader(run, store)
     return results

@@ -119,11 +119,35 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             if flags.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(run):
                     break
+        else:
+            if progress.current.ready and not progress.is_last_batch:
+                _end_short_epoch(run, step, validates)
     except StopIteration:
         store.hook = None
         run.under_way = ("", None, ())
     finally:
         batches.close()
+
+
+def _end_short_epoch(run: Run, step: Step, validates: bool) -> None:
+    """Do what belongs to the last batch of an epoch, after its data ended before the length of the loader said so."""
+    loop = run.loops.fit.epoch_loop
+    batch_idx = loop.batch_progress.current.ready - 1
+    is_open = _accumulates(run, batch_idx, is_last=False)
+    was_validated = _validates_now(run, batch_idx, is_last=False)
+    loop.batch_progress.is_last_batch = True
+    if run.module.automatic_optimization:
+        if is_open:
+            step.close_window()
+            step_schedulers(run, "step", plateau=False)
+        step_schedulers(run, "epoch", plateau=False)
+    if validates and not was_validated and _validates_now(run, batch_idx, is_last=True):
+        evaluate.validate_in_fit(run, accumulates=False)
+        _exchange(run)
+    if is_open:
+        if run.module.automatic_optimization:
+            step_schedulers(run, "step", plateau=True)
+        loop._batches_that_stepped += 1
 
 
 def _step_schedulers(run: Run, batch_idx: int, is_last: bool) -> None:

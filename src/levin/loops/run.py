@@ -47,6 +47,9 @@ class Step(Protocol):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the backward pass, with the hooks around it."""
 
+    def close_window(self) -> None:
+        """Step on the gradients of an open accumulation window."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is unfinished between two batches."""
 

@@ -10,7 +10,6 @@ import torch
 
 from levin.checkpoint.migrate import migrate
 from levin.checkpoint.select import agree
-from levin.data.loaders import set_epoch
 from levin.data.transfer import CopyStream
 from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
@@ -22,6 +21,7 @@ from levin.loops.dataloaders import (
     load_validation_if_soon,
     loaders_of,
     make_feed,
+    tell_epoch,
 )
 from levin.loops.evaluate import compose_evaluation_step, evaluate
 from levin.loops.fit import fit, is_done
@@ -169,8 +169,7 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
     if agreed_batches(run.strategy, sum(loaders.num_batches)) == 0:
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
-    for loader in feed.sources:
-        set_epoch(loader, run.current_epoch)
+    tell_epoch(run, loaders)
     with no_gradients:
         return evaluate(run, name, feed, step, getattr(run.loops, fn))
 

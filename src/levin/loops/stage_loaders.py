@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from torch.utils.data import Dataset, IterableDataset
 
 from levin.data.combined import CombinedLoader, Joint, combined_length
-from levin.data.loaders import capture_init_args, has_len, hint_at_workers, prepare_dataloader
+from levin.data.loaders import capture_init_args, end_workers, hint_at_workers, length_of, prepare_dataloader
 from levin.hooks import DataHooks
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
@@ -47,6 +47,11 @@ class StageLoaders:
                 if owner is not None and is_overridden(self.hook, owner, DataHooks):
                     self.owner = owner
                     break
+
+    def close(self) -> None:
+        """End the workers that live on from epoch to epoch; nothing of the loaders runs on after the run."""
+        for loader in [] if self.combined is None else self.combined.flattened:
+            end_workers(loader)
 
     def is_defined(self) -> bool:
         """Whether anybody gives loaders."""
@@ -117,15 +122,19 @@ class StageLoaders:
         """Find the lengths and limits, per loader, or of the joint batches for a mode that combines."""
         combined = self.combined
         assert combined is not None
-        if self.is_sequential:
-            raw = [len(loader) if has_len(loader) else math.inf for loader in combined.flattened]
-            self.limits = [num_from_limit(limit, length, name) for length in raw]
-            self.lengths = list(raw)
-            return
-        lengths = [len(loader) if has_len(loader) else math.inf for loader in combined.flattened]
-        length = combined_length(lengths, combined.mode)
-        self.limits = [num_from_limit(limit, length, name)]
-        self.lengths = [length]
+        lengths = [length_of(loader) for loader in combined.flattened]
+        if not self.is_sequential:
+            lengths = [combined_length(lengths, combined.mode)]
+        self.limits = [num_from_limit(limit, length, name) for length in lengths]
+        self.lengths = lengths
+
+    def measure_again(self, limit: int | float, name: str, num_from_limit: Any) -> bool:
+        """Find the lengths that loaders have in this epoch. Returns whether they changed."""
+        before, limits = self.lengths, self.limits
+        self.measure(limit, name, num_from_limit)
+        # The feed has found that a length cannot be relied on.
+        self.lengths = [math.inf if old == math.inf else new for old, new in zip(before, self.lengths)]
+        return (before, limits) != (self.lengths, self.limits)
 
     @property
     def is_sequential(self) -> bool:
@@ -157,3 +166,8 @@ class Loaders:
     val: StageLoaders = field(default_factory=lambda: StageLoaders("val"))
     test: StageLoaders = field(default_factory=lambda: StageLoaders("test"))
     predict: StageLoaders = field(default_factory=lambda: StageLoaders("predict"))
+
+    def close(self) -> None:
+        """End the workers of all stages."""
+        for loaders in (self.train, self.val, self.test, self.predict):
+            loaders.close()

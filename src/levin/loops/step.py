@@ -165,6 +165,23 @@ class AutomaticStep:
         self.batch = None
         return self.outputs
 
+    def close_window(self) -> None:
+        """Step on the gradients of an open window, after whose last batch the data has ended unexpectedly."""
+        if not self.held:
+            return
+        loss = self.outputs.get("loss")
+        step = self.progress.step
+        step.increment_ready()
+        if self.own_optimizer_step is not None:
+            self.run.call_own(
+                "optimizer_step", self.own_optimizer_step, self.run.current_epoch, self.batch_idx, self.lightning_optimizer,
+                lambda: loss,
+            )  # fmt: skip
+        else:
+            self._step_through_strategy(self.optimizer, lambda: loss)
+        step.increment_completed()
+        self.held = self.lacks = 0
+
     def _open_window(self, accumulate: int, batch_idx: int) -> None:
         """Begin a window; one that an epoch left open, ended by the user in its middle, is dropped."""
         self.held = self.lacks = 0
@@ -317,6 +334,9 @@ class ManualStep:
             optimizer._on_step = run.timed("optimizer_step", self._step)
             optimizer._no_sync = strategy.block_backward_sync
             optimizer._module = run.module
+
+    def close_window(self) -> None:
+        """The user's own steps have no window."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is unfinished between batches that levin knows of; accumulated gradients are kept."""

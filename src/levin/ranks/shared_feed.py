@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional
 
 from torch.utils.data import IterableDataset
 
-from levin.data.combined import Joint
+from levin.data.combined import Joint, iterate
 from levin.data.feed import Feed, drawn
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
@@ -187,7 +187,7 @@ class SharedFeed(Feed):
     def _open(self, dataloader_idx: int, start: int) -> Iterator[Any]:
         source = self.sources[dataloader_idx]
         if self.positions is None:
-            return iter(source)
+            return iterate(source)
         lookahead = WINDOW + 1 if self._num_left(dataloader_idx, start) == UNKNOWN else 0
         return self.positions[dataloader_idx].iterate(source, lookahead)
 

@@ -63,6 +63,9 @@ class Cursor(ABC):
     def leave(self, state: State) -> None:
         """Set everything to what it was when ``state`` was saved, after the end of an epoch."""
 
+    def stop(self) -> None:
+        """End what still works for an epoch that is over or left."""
+
     def before_first(self) -> None:
         """Do what must be done right before the first batch is taken."""
         self.unread = None

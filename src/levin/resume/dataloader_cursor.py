@@ -11,6 +11,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.combined import known_length
+from levin.data.loaders import stop_workers
 from levin.resume.cursors import END, Cursor, State, taken_first
 from levin.resume.order import Order, Rest, describe_order
 from levin.resume.sampler_state import (
@@ -36,8 +37,13 @@ class _LoaderCursor(Cursor):
         self.num_workers: int = loader.num_workers
         self.main: WorkerState = WorkerState(loader.dataset, loader.collate_fn)
         self.workers: Workers | None = None
+        self.iterator: Any = None
         # Iterating a data set moves it on; a state loaded meanwhile would count for its next iteration.
         self._left_out: set[str] = {"dataset"} if isinstance(loader.dataset, IterableDataset) else set()
+
+    def stop(self) -> None:
+        """End workers that do not live on."""
+        stop_workers(self.iterator)
 
     def before_pull(self) -> Any:
         """Return the states of this process; None with workers."""
@@ -109,6 +115,7 @@ class IndexCursor(_LoaderCursor):
             held = HeldSampler(index_sampler(self.loader), self.is_checked)
             self.workers, batches = start_workers(self.loader, self.lookahead, self.epoch_start, held)
             self._release(batches, held, 0)
+            self.iterator = batches
             return batches
         iterator: Any = iter(self.loader)
         self._put_stream(iterator, IndexStream(iterator._sampler_iter, self.is_checked))
@@ -193,6 +200,7 @@ class IndexCursor(_LoaderCursor):
                 self._saved_worker_states(state), held, self._set_back,
             )  # fmt: skip
             self._release(batches, held, num_skipped)
+            self.iterator = batches
             return batches
         self._set_back(self.epoch_start)
         iterator: Any = iter(loader)
@@ -274,7 +282,6 @@ class IterableCursor(_LoaderCursor):
     def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.follows_pulls = lookahead > 0 or loader.num_workers > 0
-        self._iterator: Any = None
         # The worker that gave each of the last batches.
         self._givers: deque[int] = deque(maxlen=lookahead + 2)
         self._num_given: list[int] = [0] * loader.num_workers
@@ -294,7 +301,7 @@ class IterableCursor(_LoaderCursor):
             self._begin_following(-1)
         else:
             iterator = iter(self.loader)
-        self._iterator = iterator
+        self.iterator = iterator
         return iterator
 
     def resume(self, state: State) -> Iterator[Any]:
@@ -333,7 +340,7 @@ class IterableCursor(_LoaderCursor):
             own = {key: value for key, value in befores[0].items() if key != "globals"}
             return {**state, "at_save": own, "is_ended": False}
         # A short batch is the last one: the data set came to its end, even if the loader has not said so yet.
-        is_ended = bool(getattr(getattr(self._iterator, "_dataset_fetcher", None), "ended", False))
+        is_ended = bool(getattr(getattr(self.iterator, "_dataset_fetcher", None), "ended", False))
         return {**state, "at_save": self.main.read_own(), "is_ended": self.is_ended or is_ended}
 
     def after_pull(self) -> None:
@@ -372,5 +379,5 @@ class IterableCursor(_LoaderCursor):
             else:
                 self.main.write_own(state["at_save"])
                 iterator = iter(self.loader)
-        self._iterator = iterator
+        self.iterator = iterator
         return iterator

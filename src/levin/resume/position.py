@@ -103,9 +103,12 @@ class Position:
         if cursor.follows_pulls:
             iterator = cursor.followed(iterator)
         # A loader that is its own iterator would begin anew if `iter` were called of it again, as `for` does.
-        while (batch := next(iterator, END)) is not END:
-            self.num_pulled += 1
-            yield batch
+        try:
+            while (batch := next(iterator, END)) is not END:
+                self.num_pulled += 1
+                yield batch
+        finally:
+            cursor.stop()
         cursor.is_ended = True
 
 

@@ -168,6 +168,7 @@ def _execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[b
         raise ended from error
     finally:
         run.is_setting_up = False
+        run.loaders.close()
     run.state.status = TrainerStatus.FINISHED
     run.state.stage = None
     return result

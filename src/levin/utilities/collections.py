@@ -35,7 +35,7 @@ def apply_to_collection(data: Any, dtype: Types, function: Callable[..., Any], *
         items = [(key, apply_to_collection(value, dtype, function, *args, **kwargs)) for key, value in data.items()]
         if isinstance(data, defaultdict):
             return defaultdict(data.default_factory, OrderedDict(items))
-        return dict(items) if kind is dict else kind(OrderedDict(items))
+        return dict(items) if kind is dict else _like(data, items)
     if is_namedtuple(data):
         return kind(*(apply_to_collection(value, dtype, function, *args, **kwargs) for value in data))
     if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
@@ -48,6 +48,17 @@ def apply_to_collection(data: Any, dtype: Types, function: Callable[..., Any], *
             object.__setattr__(result, field.name, value)
         return result
     return data
+
+
+def _like(data: Any, items: list[tuple[Any, Any]]) -> Any:
+    """Return a mapping of the kind of ``data`` that holds ``items``."""
+    try:
+        return type(data)(OrderedDict(items))
+    except TypeError:
+        # Its `__init__` takes something else.
+        result = copy.copy(data)
+        result.update(items)
+        return result
 
 
 def leaves(data: Any) -> Iterator[Any]:
