@@ -73,7 +73,7 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
     for loop in run.loops.of_stage(loaders.stage):
         loop._combined_loader = loaders.combined
         if isinstance(loop, EvaluationLoop):
-            loop.max_batches = loaders.num_batches
+            loop.max_batches = loaders.batches_per_loader
 
 
 def measure_again(run: Run, loaders: StageLoaders, limit: int | float) -> bool:
@@ -126,7 +126,7 @@ def load_validation(run: Run) -> bool:
         return False
     load(run, loaders, run.settings.limit_val_batches)
     run.loops.fit.num_sanity_val_batches = [
-        min(run.settings.num_sanity_val_steps, count) for count in loaders.num_batches
+        min(run.settings.num_sanity_val_steps, count) for count in loaders.batches_per_loader
     ]
     return True
 

@@ -218,7 +218,7 @@ def sanity_check(run: Run, is_resumed: bool) -> None:
         run.call("on_sanity_check_start")
         load_validation(run)
         loaders = run.loaders.val
-        limits = run.loops.fit.num_sanity_val_batches
+        limits = [min(steps, count) for count in loaders.num_batches]
         if agreed_batches(run.strategy, sum(limits)) > 0:
             feed = make_feed(run, loaders, limits)
             run.resume.follow_validation(feed, loaders, is_new=True, is_due=True)

@@ -36,6 +36,8 @@ class StageLoaders:
         self.combined: Optional[CombinedLoader] = None
         self.lengths: list[int | float] = []
         self.limits: list[int | float] = []
+        # Of each loader, also of those that make joint batches.
+        self.batches_per_loader: list[int | float] = []
         self.loaded_epoch: float = -math.inf
 
     def attach(self, given: Any, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
@@ -123,6 +125,7 @@ class StageLoaders:
         combined = self.combined
         assert combined is not None
         lengths = [length_of(loader) for loader in combined.flattened]
+        self.batches_per_loader = [num_from_limit(limit, length, name) for length in lengths]
         if not self.is_sequential:
             lengths = [combined_length(lengths, combined.mode)]
         self.limits = [num_from_limit(limit, length, name) for length in lengths]

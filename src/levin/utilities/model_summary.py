@@ -220,13 +220,11 @@ class ModelSummary:
     def _forward_example_input(self) -> None:
         from torch.utils.flop_counter import FlopCounterMode
 
-        from levin.utilities.seed import isolate_rng
-
         model = self._model
         counter = FlopCounterMode(display=False)
         # A counting mode does not see through sharded tensors.
         counting = contextlib.nullcontext() if _is_sharded(model) else counter
-        with isolate_rng(), eval_mode(model), forward_of_example(model, self._example_input) as example, counting:
+        with eval_mode(model), forward_of_example(model, self._example_input) as example, counting:
             if isinstance(example, dict):
                 model(**example)
             elif isinstance(example, (list, tuple)):

@@ -14,6 +14,7 @@ from levin.callbacks.progress.lines import LineRenderer
 from levin.callbacks.progress.progress_bar import Metrics, ProgressBar
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
 from levin.callbacks.progress.terminal import draws_in_place
+from levin.data.combined import combined_length
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -315,7 +316,10 @@ class DrawnProgressBar(ProgressBar):
             stage = self._eval.stage
             totals = getattr(self.trainer, _TOTALS[stage])
             description = self._get_eval_description(getattr(self, _LABELS[stage]), dataloader_idx, len(totals))
-            self._eval = ShownLoop(stage, description, totals[dataloader_idx])
+            loader = getattr(self.trainer, _LOOPS[stage])._combined_loader
+            is_joint = loader is not None and loader.mode != "sequential"
+            total = combined_length(totals, loader.mode) if is_joint else totals[dataloader_idx]
+            self._eval = ShownLoop(stage, description, total)
             if self._clock.may_draw_change():
                 self._draw_eval(self._eval)
 
@@ -350,6 +354,7 @@ _LABELS = {
     TEST: "test_description",
     PREDICT: "predict_description",
 }
+_LOOPS = {SANITY: "validate_loop", VALIDATE: "validate_loop", TEST: "test_loop", PREDICT: "predict_loop"}
 _TOTALS = {
     SANITY: "num_sanity_val_batches",
     VALIDATE: "num_val_batches",
