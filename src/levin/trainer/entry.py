@@ -33,6 +33,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.states import RunningStage, StopFlags, TrainerFn, TrainerStatus
+from levin.utilities.streams import lenient_streams
 from levin.utilities.types import PathLike
 
 
@@ -133,7 +134,7 @@ def _resolve_limits(trainer: Caller) -> None:
 
 def execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
     """Carry out ``run``, in this process or in those that the strategy launches; handle what goes wrong."""
-    with signal_handlers(run):
+    with signal_handlers(run), lenient_streams():
         return _execute(trainer, run, ckpt_path, weights_only, model_given)
 
 
@@ -199,7 +200,8 @@ def _no_further_interrupt() -> Iterator[None]:
 def show_results(run: Run, results: list[dict[str, float]], verbose: bool) -> list[dict[str, float]]:
     """Print the table of results where that is asked for; returns them."""
     if verbose and results and run.strategy.is_global_zero:
-        print_results(results, "validate" if run.fn == "validate" else "test")
+        with lenient_streams():
+            print_results(results, "validate" if run.fn == "validate" else "test")
     return results
 
 

@@ -1,0 +1,32 @@
+"""The terminal's streams for the time of a call."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def lenient_streams() -> Iterator[None]:
+    """Let names that the terminal cannot encode be written with a question mark for each such character.
+
+    A bar or a table may not end a run because of the name of a metric. The streams are as they were afterwards.
+    """
+    strict = [
+        stream
+        for stream in (sys.stdout, sys.stderr)
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and not _is_unicode(stream)
+    ]
+    for stream in strict:
+        stream.reconfigure(errors="replace")
+    try:
+        yield
+    finally:
+        for stream in strict:
+            stream.reconfigure(errors="strict")
+
+
+def _is_unicode(stream: io.TextIOWrapper) -> bool:
+    return stream.encoding.lower().startswith("utf")
