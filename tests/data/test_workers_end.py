@@ -116,8 +116,9 @@ def test_workers_do_not_outlive_an_exception(stage, persistent):
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
-def test_workers_do_not_outlive_an_exception_of_their_own(stage):
-    loader = DataLoader(Numbers(fails_at=5), batch_size=2, num_workers=1, persistent_workers=True)
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_do_not_outlive_an_exception_of_their_own(stage, persistent):
+    loader = DataLoader(Numbers(fails_at=5), batch_size=2, num_workers=1, persistent_workers=persistent)
     with pytest.raises(OSError, match="no such sample") as raised:
         run(stage, Model(), loader)
     assert not workers_left()
