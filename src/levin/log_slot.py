@@ -99,6 +99,16 @@ class Slot:
         self.latest: Optional[Tensor] = None
         self.epoch: Optional[Tensor] = None
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether all ranks take part when the value of the epoch is computed."""
+        arguments, metric = self.arguments, self.metric
+        if arguments.rank_zero_only or arguments.sync_dist_group is not None or not self.on_epoch:
+            return False
+        if metric is None:
+            return self.sync is not None
+        return getattr(metric, "sync_on_compute", True) and getattr(metric, "process_group", None) is None
+
     def reset(self) -> None:
         """Forget all values; the slot itself stays."""
         self.has_value = False

@@ -208,6 +208,14 @@ class LogStore:
             if slot.has_value:
                 yield slot
 
+    def collective_keys(self) -> list[tuple[str, str, Optional[int]]]:
+        """Return (hook, name, loader index) of the values that all ranks compute together, in the order in which they do."""
+        return [key for key, slot in self._slots.items() if slot.has_value and slot.is_collective]
+
+    def put_first(self, keys: list[tuple[str, str, Optional[int]]]) -> None:
+        """Let the values of ``keys`` be computed before the others, and in this order."""
+        self._slots = {key: self._slots[key] for key in keys} | self._slots
+
     def read(self, on_step: bool) -> Metrics:
         """Return the step values, or the epoch values, by destination; of several loaders those of the present one.
 

@@ -257,3 +257,40 @@ def test_a_plateau_is_one_for_all_ranks():
         assert module.rates == pytest.approx(rates), (arguments, module.rates)
         heard = [str(each.message) for each in caught if "is not the same on all ranks" in str(each.message)]
         assert len(heard) == (num_warnings if dist.get_rank() == 0 else 0), heard
+
+
+class Logs(Small):
+    """Logs other names, or in another order, on each rank."""
+
+    def __init__(self, names: list[list[str]], hook: str) -> None:
+        super().__init__(batch_size=4)
+        self.names, self.hook = names, hook
+
+    def training_step(self, batch, batch_idx):
+        self.log_all("training_step", on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log_all("validation_step")
+
+    def on_train_epoch_end(self):
+        self.log_all("on_train_epoch_end")
+
+    def log_all(self, hook, **kwargs):
+        rank = dist.get_rank()
+        for name in self.names[rank] if hook == self.hook else ():
+            self.log(name, {"even": 2.0, "odd": 5.0}[name] + rank, sync_dist=True, **kwargs)
+
+
+@world_size(2, connect=False)
+def test_values_that_are_synced_are_matched_by_name():
+    for hook in ("training_step", "validation_step", "on_train_epoch_end"):
+        for names in ([["even"], ["odd"]], [["even", "odd"], ["even"]]):
+            with pytest.raises(
+                RuntimeError, match=rf"self.log\('\w+', \.\.\.\).*called in {hook} on rank \d and not on rank \d"
+            ):
+                in_rank(max_epochs=1).fit(Logs(names, hook))
+        trainer = in_rank(max_epochs=1)
+        trainer.fit(Logs([["even", "odd"], ["odd", "even"]], hook))
+        metrics = trainer.callback_metrics
+        assert (float(metrics["even"]), float(metrics["odd"])) == (2.5, 5.5)

@@ -22,6 +22,7 @@ from levin.loops.dataloaders import (
 from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, new_store, step_arguments
+from levin.ranks.same_everywhere import check_logged_names
 from levin.resume.resume_state import InterruptedPhase
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.modes import kept_modes
@@ -163,7 +164,9 @@ def evaluate(
             with closing(feed.iterate(0)) as batches:
                 results = _batches(run, stage, feed, batches, step, loop, predictions)
             store.end_batches()
+            check_logged_names(run)
             run.call(f"on_{stage}_epoch_end")
+            check_logged_names(run)
             _finish(run, store, results)
             run.call(f"on_{stage}_end")
             store.reset()
@@ -243,6 +246,7 @@ def _batches(
 
 def _end_loader(run: Run, store: LogStore) -> dict[str, Any]:
     """Reduce the values of one of several loaders, before the next one adds to the same metric objects."""
+    check_logged_names(run)
     metrics = store.read(on_step=False)
     if not run.is_sanity_checking:
         run.merge(metrics)

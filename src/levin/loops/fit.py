@@ -12,6 +12,7 @@ from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
 from levin.loops.run import Run, Step
 from levin.loops.schedulers import step_schedulers
+from levin.ranks.same_everywhere import check_logged_names
 from levin.resume.resume_state import InterruptedPhase, Phase
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
@@ -259,12 +260,14 @@ def _end_epoch(run: Run, unfinished: Optional[InterruptedPhase] = None) -> None:
     loop = run.loops.fit.epoch_loop
     run.merge(run.store.read(on_step=True))
     run.store.end_batches()
+    check_logged_names(run)
     if unfinished is None:
         run.call("on_train_epoch_end")
     else:
         run.resume.call_rest(run, "on_train_epoch_end", unfinished)
     if run.schedulers and run.module.automatic_optimization and loop.batch_progress.is_last_batch:
         step_schedulers(run, "epoch", plateau=True)
+    check_logged_names(run)
     metrics = run.merge(run.store.read(on_step=False))
     if metrics.logged:
         loop._batches_that_stepped -= 1

@@ -67,6 +67,31 @@ def _named(ranks: Sequence[int]) -> str:
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
+def check_logged_names(run: Run) -> None:
+    """Compare what all ranks have logged for the epoch with ``sync_dist=True``, before it is reduced in the order of calls.
+
+    Raises:
+        RuntimeError: A rank has logged what another one has not, on all ranks.
+    """
+    if run.agreement is None:
+        return
+    own = run.store.collective_keys()
+    strategy = run.strategy
+    assert isinstance(strategy, ParallelStrategy), "there is an agreement on several ranks alone"
+    found = strategy.control.exchange_objects(own)
+    if all(keys == found[0] for keys in found):
+        return
+    for key in sorted({key for keys in found for key in keys}, key=str):
+        having = [rank for rank, keys in enumerate(found) if key in keys]
+        lacking = [rank for rank, keys in enumerate(found) if key not in keys]
+        if lacking:
+            raise RuntimeError(
+                f"self.log({key[1]!r}, ...), which is reduced over all ranks, was called in {key[0]} on {_named(having)} and not "
+                f"on {_named(lacking)}. Call it on all ranks in every epoch, or with sync_dist=False."
+            )
+    run.store.put_first(found[0])
+
+
 class CopiesCheck:
     """Compares the weights of all ranks once, at the first exchange of numbers after the first step.
 
