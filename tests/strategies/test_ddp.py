@@ -472,7 +472,8 @@ def test_wrong_arguments_fail_in_the_constructor(kwargs, message):
         DDPStrategy(**kwargs)
 
 
-def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_path):
+@pytest.mark.parametrize("work", ["pass", "time.sleep(0.002)", "sum(range(20000))"])
+def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_path, work):
     program = tmp_path / "program.py"
     program.write_text(
         textwrap.dedent(
@@ -483,9 +484,9 @@ def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_pa
             from levin.strategies.parallel import disconnect_processes
 
             def be_slow():
-                end = time.monotonic() + 0.3
+                end = time.monotonic() + 1.5
                 while time.monotonic() < end:
-                    pass
+                    WORK
 
             dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
             atexit.register(disconnect_processes)
@@ -495,7 +496,7 @@ def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_pa
             work = dist.all_reduce(tensor, async_op=True)
             del tensor, work  # from here on the thread has the tensor alone
             """
-        )
+        ).replace("WORK", work)
     )
-    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -38,6 +38,9 @@ T = TypeVar("T")
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_STEP_TIMEOUT = timedelta(minutes=10)
 UNEVEN_RULES = ("longest", "shortest", "error")
+# How long a process that ends waits for its threads of Gloo, and how often it looks; longer than Python lets a thread run.
+_THREADS_END_S = 60.0
+_THREADS_LOOK_S = 0.02
 # Which of torch's transports carries tensors of which device.
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -390,23 +393,35 @@ def disconnect_processes() -> None:
 
 
 def _let_gloo_threads_finish() -> None:
-    """Wait, at most a second, until no thread of Gloo is at work.
+    """Wait until no thread of Gloo is at work.
 
     A thread that has done its collective may still have to free the tensors, for which it needs the interpreter. When
     Python ends before, the thread ends the process by SIGABRT, and a run that was complete counts as failed.
+
+    A thread that waits for the interpreter looks asleep, as one does that has nothing to do; but it gets the interpreter
+    while this function sleeps, and is then at work or has been. So only those are done that slept all that time.
     """
-    deadline = time.monotonic() + 1.0
-    while any(state == "R" for state in _states_of_gloo_threads()) and time.monotonic() < deadline:
-        time.sleep(0.001)
+    deadline = time.monotonic() + _THREADS_END_S
+    before: dict[str, str] | None = None
+    while time.monotonic() < deadline:
+        now = _sleep_of_gloo_threads()
+        if now == before and "" not in now.values():
+            return
+        before = now
+        time.sleep(_THREADS_LOOK_S)
 
 
-def _states_of_gloo_threads() -> Iterator[str]:
-    """Yield what Linux says of each thread: R runs or waits for a processor, S sleeps; elsewhere nothing."""
-    for path in Path("/proc/self/task").glob("*/stat"):
+def _sleep_of_gloo_threads() -> dict[str, str]:
+    """Return what Linux says of each thread: how often it went to sleep, "" while it is awake; elsewhere nothing."""
+    found = {}
+    for path in Path("/proc/self/task").glob("*/status"):
         with suppress(OSError):  # the thread is gone
-            name, state = path.read_text().partition("(")[2].rsplit(") ", 1)
-            if "gloo" in name:
-                yield state[0]
+            status = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
+            # Its other thread waits for the network, and looks up a hundred times a second; it has no tensors.
+            if status["Name"].strip() == "pt_gloo_runloop":
+                is_asleep = status["State"].split()[0] == "S"
+                found[path.parent.name] = status["voluntary_ctxt_switches"].strip() if is_asleep else ""
+    return found
 
 
 def share_processors(num_processes: int) -> None:
