@@ -237,9 +237,11 @@ def _config(entry: Any, monitor: Optional[str], module: LightningModule) -> LRSc
             "must be an instance, not a class",
             f"Return {scheduler.__name__}(optimizer, ...).",
         )
-    if not all(hasattr(scheduler, name) for name in ("step", "state_dict", "load_state_dict")):
+    # In manual optimization nobody but the user steps it.
+    needed = ["step"] * module.automatic_optimization + ["state_dict", "load_state_dict"]
+    if not all(hasattr(scheduler, name) for name in needed):
         raise TypeError(
-            f"A scheduler must have step, state_dict and load_state_dict, received {type(scheduler).__name__}. "
+            f"A scheduler must have {', '.join(needed[:-1])} and {needed[-1]}, received {type(scheduler).__name__}. "
             "Several schedulers are returned as ([optimizer], [scheduler, scheduler])."
         )
     extra = sorted(set(values) - set(_KEYS))

@@ -86,9 +86,9 @@ def test_hyperparameters_in_a_table(tmp_path: Path, values):
         save, load = (both("pytorch.core.saving", f"{verb}_hparams_{to}_tags_csv")[side]
                       for verb, to in (("save", "to"), ("load", "from")))  # fmt: skip
         save(tmp_path / f"{side}.csv", values)
-        read.append(
-            (load(tmp_path / f"{side}.csv"), load(tmp_path / "none.csv"), outcome(save, tmp_path / "a/b", values))
-        )
+        with pytest.warns(RuntimeWarning, match="none.csv"):
+            nothing = load(tmp_path / "none.csv")
+        read.append((load(tmp_path / f"{side}.csv"), nothing, outcome(save, tmp_path / "a/b", values)))
     assert read[0] == read[1]
 
 

@@ -13,9 +13,25 @@ from pathlib import Path
 import fsspec
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+from levin import LightningModule, Trainer
 from levin.loggers import CSVLogger
 from levin.loggers.csv_logs import ExperimentWriter
+
+
+class Logging(LightningModule):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.column = f"by_{name}"
+
+    def training_step(self, batch, batch_idx):
+        self.log(self.column, 1.0)
+        return self.layer(batch.float().unsqueeze(1)).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
 def text(logger: CSVLogger) -> str:
@@ -97,6 +113,36 @@ def test_a_used_directory_is_warned_about_and_overwritten(tmp_path):
     assert "old" in text(logger)
     logger.save()
     assert text(logger) == "new,step\r\n1,1\r\n"
+
+
+@pytest.mark.parametrize("place", ["folder", "memory://continued"])
+def test_a_resumed_run_keeps_the_rows_before_it(tmp_path, place):
+    """Also where the process before got further than its last checkpoint, and left half a line."""
+    folder = tmp_path if place == "folder" else place
+
+    def fit(max_steps, **arguments):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=CSVLogger(folder, name=None, version="run"), max_steps=max_steps,
+            max_epochs=-1, log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False,
+            enable_checkpointing=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(Logging(str(max_steps)), DataLoader(range(8)), **arguments)
+        return trainer
+
+    fit(3).save_checkpoint(tmp_path / "three.ckpt")
+    path = f"{folder}/run/metrics.csv"
+    with fsspec.open(path, "ab") as file:
+        file.write(b"1,9.0,7\r\n1,9.0,x")
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        fit(5, ckpt_path=tmp_path / "three.ckpt")
+    with fsspec.open(path) as file:
+        lines = file.read().decode().splitlines()
+    rows = [(int(row["step"]), row["by_3"] != "", row["by_5"] != "") for row in csv.DictReader(lines)]
+    assert rows == [(0, True, False), (1, True, False), (2, True, False), (3, False, True), (4, False, True)]
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        fit(2)
+    with fsspec.open(path) as file:
+        assert len(file.read().decode().splitlines()) == 3, "a run from the start replaces the file"
 
 
 def test_hyperparameters_are_merged_and_written_once(tmp_path):

@@ -81,3 +81,28 @@ def test_an_iterator_that_ends_inside_of_a_step_ends_the_epoch():
     trainer.fit(model, DataLoader(torch.zeros(8, 4), batch_size=2))
     assert trainer.global_step == 1
     assert [index for _, _, index, _ in model.seen] == [0, 1, 2, 3]
+
+
+def test_hooks_of_batches_get_the_batch():
+    import levin
+
+    seen = []
+
+    class Watch(levin.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(("start", batch.tolist(), batch_idx))
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen.append(("end", batch.tolist(), batch_idx))
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            seen.append(("val", batch.tolist(), batch_idx))
+
+    model = module_of(levin)
+    model.on_train_batch_end = lambda outputs, batch, batch_idx: seen.append(("module", batch.tolist(), batch_idx))
+    rows = [[float(row)] * 4 for row in range(2)]
+    loader = DataLoader(torch.tensor(rows))
+    levin.Trainer(max_epochs=2, callbacks=[Watch()], **QUIET).fit(model, loader, loader)
+    of_epoch = [(hook, [rows[index]], index) for index in (0, 1) for hook in ("start", "end", "module")]
+    of_validation = [("val", [rows[index]], index) for index in (0, 1)]
+    assert seen == (of_epoch + of_validation) * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,21 @@ def levin() -> SimpleNamespace:
         DataModule=lv.LightningDataModule,
         Logger=Logger,
     )
+
+
+errors_of_lightning: list[BaseException] = []
+"""What a test caught that did not come out of levin, see ``conftest.py``."""
+
+
+def caught(error: BaseException) -> None:
+    """Note an error that a test caught in order to compare it; every ``except`` of this folder calls this.
+
+    Two frameworks that fail alike are no proof of anything, so the test has to say which errors of Lightning it expects.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    is_ours = any("/levin/" in frame.filename.replace(os.sep, "/") for frame in frames)
+    if not is_ours and error.args != ("meant",):
+        errors_of_lightning.append(error)
 
 
 def describe(value: Any) -> Any:

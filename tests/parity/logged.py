@@ -87,7 +87,8 @@ def scripted(
         trainer = module._trainer
         if reads and trainer is not None:
             seen.append((who, hook, "before", observe(trainer)))
-        batch = next((arg for arg in args if isinstance(arg, (list, torch.Tensor, dict))), None)
+        # The outputs come before the batch.
+        batch = next((arg for arg in reversed(args) if isinstance(arg, (list, torch.Tensor, dict))), None)
         index = next((arg for arg in args if type(arg) is int), 0)
         did = False
         for entry in script:
@@ -221,6 +222,7 @@ def run_one(
                 quiet = {} if method == "predict" else {"verbose": False}
                 result = getattr(trainer, method)(module, loaders, **quiet)
         except Exception as caught:
+            both.caught(caught)
             error = type(caught).__name__
     return {
         "seen": seen, "lines": [(step, plain(values)) for step, values in lines if step != "finalize"], "error": error,

@@ -154,6 +154,7 @@ def checkpoint(arguments, flags, fail_at=None, found=(), resume=None):
             else:
                 fit(callback)
         except RuntimeError as caught:
+            both.caught(caught)
             error = str(caught)
         return {
             "files": listing(files),
@@ -285,6 +286,7 @@ def stopping(arguments, values, flags):
         try:
             trainer.fit(model(framework, values), loader(2), loader(2))
         except RuntimeError as caught:
+            both.caught(caught)
             error = str(caught)
         state = relative(callback.state_dict(), folder)
         if callback.stopping_reason.name == "DIVERGENCE_THRESHOLD":

@@ -37,6 +37,7 @@ def kept(
     try:
         trainer.fit(model(framework, values, fail_at), loader(), loader(1))
     except Exception as caught:
+        both.caught(caught)
         error = type(caught).__name__
     found = []
 
@@ -76,6 +77,7 @@ FILENAMES = [
 ]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @settings(max_examples=45, **QUICK)
 @given(
     arguments=st.fixed_dictionaries(
@@ -104,6 +106,7 @@ def test_any_settings_keep_the_same_files(tmp_path_factory, arguments, trigger, 
         try:
             callback = callbacks_of(framework).ModelCheckpoint(folder / "files", **arguments, **trigger)
         except Exception as error:
+            both.caught(error)
             return type(error).__name__
         return kept(framework, folder, [callback], tuple(values), fail_at, **flags)
 
@@ -167,6 +170,7 @@ def test_several_at_once(tmp_path_factory, first, second, default_folder):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -180,6 +184,7 @@ def test_settings_that_are_refused(tmp_path, arguments):
         try:
             callbacks_of(framework).ModelCheckpoint(folder, **arguments)
         except Exception as error:
+            both.caught(error)
             return type(error).__name__
         return None
 
@@ -187,6 +192,7 @@ def test_settings_that_are_refused(tmp_path, arguments):
     assert ours == theirs or (theirs is None and ours is not None)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("when", ["epoch", "step"])
 @pytest.mark.parametrize("flags", [{}, {"limit_val_batches": 0}], ids=str)
 def test_a_value_that_is_never_logged(tmp_path, when, flags):

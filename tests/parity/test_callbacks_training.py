@@ -104,6 +104,7 @@ def on_both(tmp_path: Path, run: Any) -> tuple[Any, Any]:
             try:
                 results.append(run(framework, folder))
             except Exception as error:
+                both.caught(error)
                 results.append(("raises", type(error).__name__))
     return results[0], results[1]
 
@@ -138,6 +139,7 @@ def test_accumulation_changes_at_the_same_epochs(tmp_path, scheduling):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("AttributeError", "MisconfigurationException", "TypeError")
 @pytest.mark.parametrize(
     "scheduling", [{}, {-1: 2}, {0: 0}, {0: "a"}, {"a": 1}, {0.5: 1}, {0: 1.5}, None, [1]], ids=str
 )
@@ -148,6 +150,7 @@ def test_accumulation_schedules_that_are_refused(tmp_path, scheduling):
     assert theirs[0] == ours[0] == "raises"
 
 
+@pytest.mark.lightning_raises("RuntimeError", "ValueError")
 @pytest.mark.parametrize("flags", [{"accumulate_grad_batches": 2}, {"manual": True}], ids=str)
 def test_accumulation_schedules_that_do_not_fit_the_run(tmp_path, flags):
     def run(framework, folder):
@@ -194,6 +197,7 @@ def test_averages_that_fail_in_the_constructor_and_not_in_the_run(tmp_path, argu
     assert ours[0] == "raises"
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "arguments",
     [{"swa_lrs": -1.0}, {"swa_lrs": "a"}, {"swa_lrs": [0.1, -0.1]}, {"swa_lrs": 0.1, "swa_epoch_start": 0}, {"swa_lrs": 0.1, "swa_epoch_start": 1.5},
@@ -368,6 +372,7 @@ def test_the_tools_of_finetuning(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("AttributeError")
 def test_a_model_without_a_backbone(tmp_path):
     def run(framework, folder):
         module = net(framework)
@@ -381,6 +386,7 @@ def test_a_model_without_a_backbone(tmp_path):
 # Timer ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lightning_raises("AttributeError", "MisconfigurationException", "TypeError")
 @pytest.mark.parametrize(
     "duration",
     [
@@ -416,6 +422,7 @@ def test_timers(tmp_path, duration, interval):
 # BasePredictionWriter -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("interval", ["batch", "epoch", "batch_and_epoch", "never"])
 @pytest.mark.parametrize("num_loaders", [1, 2])
 @pytest.mark.parametrize("returns", [None, True, False])
@@ -459,6 +466,7 @@ def test_hooks_from_functions(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("TypeError")
 @pytest.mark.parametrize("name", ["on_nothing", "training_step"])
 def test_functions_for_hooks_that_do_not_exist(tmp_path, name):
     theirs, ours = on_both(tmp_path, lambda f, folder: callbacks_of(f).LambdaCallback(**{name: print}) and None)
@@ -516,6 +524,7 @@ def test_states_of_callbacks_come_back(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_two_callbacks_with_one_state_key(tmp_path):
     def run(framework, folder):
         class Stateful(framework.Callback):
@@ -540,8 +549,9 @@ def test_a_checkpoint_on_an_exception(tmp_path, fail_at, filename):
         callback = callbacks_of(framework).OnExceptionCheckpoint(folder / "files", **arguments)
         error = None
         try:
-            fit(framework, folder, callback, net(framework, fail_at=fail_at))
+            fit(framework, folder, callback, net(framework, fail_at=fail_at), enable_checkpointing=True)
         except RuntimeError as caught:
+            both.caught(caught)
             error = str(caught)
         files = sorted(path.name for path in (folder / "files").glob("*"))
         counts = [
@@ -550,9 +560,8 @@ def test_a_checkpoint_on_an_exception(tmp_path, fail_at, filename):
         ]
         again = None
         if fail_at is not None:
-            trainer, _ = fit(
-                framework, folder, callbacks_of(framework).OnExceptionCheckpoint(folder / "files", **arguments)
-            )
+            callback = callbacks_of(framework).OnExceptionCheckpoint(folder / "files", **arguments)
+            trainer, _ = fit(framework, folder, callback, enable_checkpointing=True)
             again = (
                 trainer.current_epoch,
                 trainer.global_step,
@@ -579,6 +588,7 @@ def test_stats_of_the_device(tmp_path, cpu_stats):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("name", ["DeviceStatsMonitor", "LearningRateMonitor"])
 def test_monitors_need_a_logger(tmp_path, name):
     theirs, ours = on_both(tmp_path, lambda f, folder: fit(f, folder, getattr(callbacks_of(f), name)()) and None)
@@ -617,6 +627,7 @@ def test_throughput(tmp_path, arguments, flags):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("TrainingSpikeException")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -634,7 +645,7 @@ def test_throughput(tmp_path, arguments, flags):
 )
 def test_spikes(tmp_path, arguments, losses):
     def run(framework, folder):
-        from lightning.pytorch.callbacks.spike_detection import SpikeDetection as Theirs
+        from lightning.pytorch.callbacks.spike import SpikeDetection as Theirs
 
         from levin.callbacks.spike_detection import SpikeDetection as Ours
 
@@ -644,7 +655,8 @@ def test_spikes(tmp_path, arguments, losses):
         try:
             fit(framework, folder, callback, net(framework, losses=losses), max_epochs=2, limit_val_batches=0)
         except Exception as caught:
-            error = type(caught).__name__, getattr(caught, "batch_idx", None)
+            both.caught(caught)
+            error = str(caught)
         file = folder / "skip.json"
         return error, json.loads(file.read_text()) if file.is_file() else None
 

@@ -41,6 +41,7 @@ def pass_over(seen: trace.Trace, iterables: Any, mode: str, limits: Any) -> None
 sizes = st.lists(st.integers(0, 4), min_size=1, max_size=3)
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 @settings(max_examples=60, derandomize=True, deadline=None, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
 @given(
@@ -127,6 +128,7 @@ def trained(seen: trace.Trace) -> Any:
     return Model()
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("limit", [1.0, 2, 0.5, 0])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
@@ -154,6 +156,7 @@ def test_collections_in_evaluation_are_taken_one_after_the_other(tmp_path, metho
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("mode", ["wrong", None, 3, "MIN_SIZE"], ids=str)
 def test_an_unknown_mode_is_an_error(tmp_path, mode):
     def code(seen: trace.Trace) -> None:
@@ -162,6 +165,7 @@ def test_an_unknown_mode_is_an_error(tmp_path, mode):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("ValueError")
 def test_flattened_and_limits_must_fit(tmp_path):
     def code(seen: trace.Trace) -> None:
         loader = combined(seen.framework)({"a": range(2), "b": [range(3)]}, "min_size")
@@ -193,6 +197,7 @@ LEAVES: dict[str, Any] = {
 }
 
 
+@pytest.mark.lightning_raises("TypeError")
 @pytest.mark.parametrize("leaf", LEAVES)
 @pytest.mark.parametrize("method", ["fit", "validate", "predict"])
 def test_anything_that_can_be_iterated_is_a_loader(tmp_path, method, leaf):

@@ -41,6 +41,7 @@ def datasets(kind: str) -> Any:
     }[kind]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
 @pytest.mark.parametrize("kind", ["one", "stream", "list", "tuple", "dict", "none"])
 def test_from_datasets(tmp_path, kind, stage):
@@ -53,6 +54,7 @@ def test_from_datasets(tmp_path, kind, stage):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("TypeError")
 @pytest.mark.parametrize("given", [{}, {"batch_size": 3}, {"other": 1}, {"unknown": 1}], ids=str)
 def test_from_datasets_passes_arguments_to_the_constructor(tmp_path, given):
     def code(seen: trace.Trace) -> None:
@@ -167,6 +169,7 @@ def test_its_state_is_saved_and_given_back(tmp_path):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("AttributeError", "MisconfigurationException", "TypeError")
 @pytest.mark.parametrize("wrong", ["loaders_too", "class", "model", "missing_loader", "loader_none", "loader_number"])
 def test_wrong_usage(tmp_path, wrong):
     def code(seen: trace.Trace) -> None:

@@ -17,6 +17,7 @@ from levin.engine import build_engine
 from levin.environments import KubeflowEnvironment, LightningEnvironment
 from levin.precision import DoublePrecision, HalfPrecision
 from levin.strategies import DDPStrategy, SingleDeviceStrategy, TorchSyncBatchNorm
+from tests.parity import both
 
 lightning = pytest.importorskip("lightning.pytorch")
 
@@ -56,6 +57,7 @@ def chosen_by_lightning(**kwargs: Any) -> Any:
     try:
         trainer = lightning.Trainer(**dict.fromkeys(off, False), **kwargs)
     except Exception as error:
+        both.caught(error)
         return kind_of(error)
     strategy = trainer.strategy
     launcher = strategy.launcher
@@ -79,6 +81,7 @@ def chosen_by_levin(**kwargs: Any) -> Any:
     try:
         engine = build_engine(**kwargs)
     except Exception as error:
+        both.caught(error)
         return kind_of(error)
     strategy = engine.strategy
     launcher = strategy.launcher
@@ -117,6 +120,7 @@ def combinations() -> list[dict[str, Any]]:
     return alone + devices_and_strategies + random.Random(0).sample(everything, 400)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_every_combination_is_chosen_or_refused_alike():
     different = []
     cases = combinations()
@@ -161,6 +165,7 @@ def lightning_parts() -> dict[str, Any]:
     }
 
 
+@pytest.mark.lightning_raises("ValueError")
 def test_plugins_are_accepted_or_refused_alike(monkeypatch):
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1234"), ("WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
@@ -178,6 +183,7 @@ def test_plugins_are_accepted_or_refused_alike(monkeypatch):
     assert not different, f"{len(different)}:\n" + "\n".join(different[:20])
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_parts_inside_and_beside_a_strategy(monkeypatch):
     import torch
     from lightning.pytorch import plugins

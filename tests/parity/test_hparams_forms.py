@@ -289,6 +289,7 @@ def made(framework: SimpleNamespace, make: Any) -> dict[str, Any]:
         try:
             module = make(bases(framework))
         except Exception as error:
+            both.caught(error)
             return {"error": type(error).__name__}
     module.hparams_initial["changed"] = 1
     return {
@@ -316,6 +317,7 @@ def through_a_run(framework: SimpleNamespace, folder, module: Any, **flags: Any)
 ON_PURPOSE = {"child in parent", "two containers", "container and name"}
 
 
+@pytest.mark.lightning_raises("KeyError", "ValueError")
 @pytest.mark.parametrize("name", [name for name in MAKERS if name not in ON_PURPOSE])
 def test_the_same_is_kept(name):
     assert made(both.levin(), MAKERS[name]) == made(both.lightning(), MAKERS[name])
@@ -384,6 +386,7 @@ def test_dataclasses():
         try:
             net = plain(Net(3).hparams)
         except Exception as error:
+            both.caught(error)
             net = type(error).__name__
         results.append((plain(data.hparams), net))
     assert results[1] == results[0]
@@ -413,6 +416,7 @@ def values_of(framework: SimpleNamespace) -> Any:
     return Net, Data
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 @pytest.mark.parametrize(
     ("of_net", "of_data"),
     [
@@ -441,11 +445,13 @@ def test_a_module_and_a_datamodule_with_equal_names(tmp_path, of_net, of_data, h
                 trainer.fit(Net(**of_net), datamodule=Data(**of_data))
                 error = None
             except Exception as caught:
+                both.caught(caught)
                 error = type(caught).__name__
         results.append((error, [repr(plain(line[1])) for line in lines if line[0] == "hparams"]))
     assert results[1] == results[0]
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_equal_tensors_are_the_same_value(tmp_path):
     """Differs on purpose: Lightning refuses two tensors that are not one object."""
     errors = []
@@ -460,6 +466,7 @@ def test_equal_tensors_are_the_same_value(tmp_path):
                 trainer.fit(Net(tensor=torch.ones(2)), datamodule=Data(tensor=torch.ones(2)))
                 errors.append(None)
             except Exception as caught:
+                both.caught(caught)
                 errors.append(type(caught).__name__)
     assert errors == ["RuntimeError", None]
 

@@ -131,6 +131,7 @@ def loaded(
         try:
             found = kind.load_from_checkpoint(path, *args, **kwargs)
         except Exception as error:
+            both.caught(error)
             return {"error": type(error).__name__}
     weights = {}
     if isinstance(found, torch.nn.Module):
@@ -170,6 +171,7 @@ def assert_loads_alike(
 # Modules --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lightning_raises("RuntimeError", "TypeError")
 @pytest.mark.parametrize(
     ("name", "args", "kwargs", "how"),
     [
@@ -208,6 +210,7 @@ def test_an_argument_that_there_is_not_is_left_out(tmp_path):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("UnpicklingError")
 @pytest.mark.parametrize("weights_only", [None, False])
 def test_omegaconf_hparams(tmp_path, weights_only):
     assert_loads_alike(tmp_path, "Conf", (OmegaConf.create({"width": 3}),), weights_only=weights_only)
@@ -246,6 +249,7 @@ def with_another_shape(checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"]["layer.weight"] = torch.zeros(5, 4)
 
 
+@pytest.mark.lightning_raises("RuntimeError", "ValueError")
 @pytest.mark.parametrize("change", [None, without_bias, with_more, with_another_shape])
 @pytest.mark.parametrize("strict", [None, True, False])
 @pytest.mark.parametrize("strict_loading", [None, True, False])
@@ -273,6 +277,7 @@ def test_strictness(tmp_path, change, strict, strict_loading):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_the_strictness_of_a_module_holds_for_the_trainer_too(tmp_path):
     results = []
     for framework in (both.lightning(), both.levin()):
@@ -291,6 +296,7 @@ def test_the_strictness_of_a_module_holds_for_the_trainer_too(tmp_path):
                     both.quiet(framework, tmp_path, max_epochs=1).fit(module, both.loader(1), ckpt_path=path)
                     results.append((framework.name, strict_loading, None))
                 except Exception as error:
+                    both.caught(error)
                     results.append((framework.name, strict_loading, type(error).__name__))
     half = len(results) // 2
     assert [entry[1:] for entry in results[:half]] == [entry[1:] for entry in results[half:]]
@@ -310,6 +316,7 @@ def write_csv(path: Path) -> None:
         rows.writerows(VALUES.items())
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize(
     ("file", "write"),
     [
@@ -339,6 +346,7 @@ def without_omegaconf(value: Any) -> Any:
     return value[1] if isinstance(value, tuple) and value[:1] == ("omegaconf",) else value
 
 
+@pytest.mark.lightning_raises("TypeError")
 @pytest.mark.parametrize("file", ["absent.yaml", "absent.csv"])
 def test_a_file_of_hyper_parameters_that_is_not_there(tmp_path, file):
     path = saved(both.lightning(), tmp_path, "Net", 3)
@@ -361,6 +369,7 @@ def test_where_a_checkpoint_may_lie(tmp_path, kind):
     assert "weights" in results[0] and results[1] == results[0]
 
 
+@pytest.mark.lightning_raises("FileNotFoundError", "KeyError", "TypeError")
 @pytest.mark.parametrize("content", ["absent", "no weights", "a list", "text"])
 def test_what_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "file.ckpt"
@@ -403,6 +412,7 @@ def test_datamodules(tmp_path, how):
     assert_loads_alike(tmp_path, "Net", (3,), as_name="Data", **how)
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("file", ["d.yaml", "d.csv", "d.json"])
 def test_a_datamodule_with_a_file_of_hyper_parameters(tmp_path, file):
     path = saved(both.lightning(), tmp_path, "Net", 3)
@@ -414,6 +424,7 @@ def test_a_datamodule_with_a_file_of_hyper_parameters(tmp_path, file):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("TypeError")
 def test_a_checkpoint_without_a_datamodule(tmp_path):
     path = saved(both.lightning(), tmp_path, "Net", 3)
     checkpoint = torch.load(path, weights_only=False)
@@ -428,6 +439,7 @@ def test_a_checkpoint_without_a_datamodule(tmp_path):
 # Instantiators --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize(
     "path", ["os.system", "builtins.eval", "tests.parity.test_loading_checkpoints.build", "nonsense", ""]
 )

@@ -145,6 +145,7 @@ def test_where_a_metric_is(tmp_path, name, attribute):
     assert_same(*run(tmp_path, [Log("training_step", "m", updated(name), arguments)]))
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("attribute", [None, "m", "free", "missing"])
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_a_metric_that_is_no_module_of_the_model(tmp_path, hook, attribute):
@@ -161,6 +162,7 @@ def test_a_metric_that_is_no_module_of_the_model(tmp_path, hook, attribute):
     assert (ours["error"] == "MisconfigurationException") == (attribute is None)
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("name", ["parts", "pair"])
 @pytest.mark.parametrize("moment", MOMENTS[1:3], ids=str)
 def test_a_metric_that_does_not_compute_one_number(tmp_path, name, moment):
@@ -169,6 +171,7 @@ def test_a_metric_that_does_not_compute_one_number(tmp_path, name, moment):
     assert ours["error"] is not None
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_a_collection_is_no_value(tmp_path, hook):
     assert_same(*run(tmp_path, [Log(hook, "many", updated("many"))]))

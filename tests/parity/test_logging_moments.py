@@ -30,6 +30,7 @@ def counted(module, batch, index):
     return torch.tensor(index + 1.5)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("moment", MOMENTS, ids=str)
 @pytest.mark.parametrize("hook", FIT_HOOKS)
 def test_any_hook_logs_the_same(tmp_path, hook, moment):
@@ -47,6 +48,7 @@ def test_values_go_where_they_are_sent(tmp_path, hook, destination):
     assert_same(*run_both(tmp_path, script))
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("by_callback", [False, True], ids=["module", "callback"])
 @pytest.mark.parametrize("hook", [*FORBIDDEN_HOOKS, "predict_step", "on_sanity_check_start", "on_sanity_check_end"])
 def test_a_hook_that_cannot_log_raises(tmp_path, hook, by_callback):
@@ -63,6 +65,7 @@ def test_a_hook_that_cannot_log_raises(tmp_path, hook, by_callback):
     assert called == (ours["error"] is not None)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "hook", ["step", "on_{}_batch_start", "on_{}_batch_end", "on_{}_start", "on_{}_epoch_start", "on_{}_epoch_end"]
 )
@@ -75,6 +78,7 @@ def test_an_evaluation_logs_the_same(tmp_path, method, num_loaders, hook, moment
     assert_same(*run_both(tmp_path, script, method=method, num_loaders=num_loaders))
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("method", ["fit", "validate"])
 @pytest.mark.parametrize("hook", ["validation_step", "on_validation_batch_end", "on_validation_epoch_end"])
 @pytest.mark.parametrize("moment", [(None, None), (True, True), (True, False)], ids=str)
@@ -110,6 +114,7 @@ def test_loaders_with_names_of_their_own(tmp_path, add):
     assert_same(*run_both(tmp_path, script, method="validate", num_loaders=2))
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("name", ["a/dataloader_idx_0", "b/dataloader_idx_12/c", "dataloader_idx_0", "a/b"])
 def test_names_with_the_suffix_of_a_loader_are_refused(tmp_path, name):
     assert_same(*run_both(tmp_path, [Log("training_step", name)], {"max_epochs": 1}))
@@ -135,6 +140,7 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("other", OTHERS, ids=" ".join)
 @pytest.mark.parametrize("hook", ["training_step", "validation_step"])
 def test_the_same_name_again_in_one_hook(tmp_path, hook, other):
@@ -146,6 +152,7 @@ def test_the_same_name_again_in_one_hook(tmp_path, hook, other):
     assert_same(theirs, ours)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_a_graph_is_never_kept(tmp_path):
     """Differs on purpose: values are always detached, so ``enable_graph`` is no difference between two calls."""
     script = [Log("training_step", "a", 1.0), Log("training_step", "a", 3.0, {"enable_graph": True})]

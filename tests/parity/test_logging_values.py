@@ -30,12 +30,14 @@ VALUES = {
 }  # fmt: skip
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("arguments", [{}, {"on_epoch": True, "reduce_fx": "max"}], ids=str)
 def test_values_of_any_type(tmp_path, value, arguments):
     assert_same(*run_both(tmp_path, [Log("training_step", "a", value, arguments)], SHORT))
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_values_of_any_type_in_a_dict(tmp_path, value):
     values = value if callable(value) else lambda module, batch, index: {"x": value, "y": 2.0}
@@ -114,6 +116,7 @@ NAMES = {"mean": "mean", "avg": "avg", "sum": "sum", "min": "min", "max": "max",
          "capitals": "MEAN", "a function": operator.itemgetter(0)}  # fmt: skip
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("reduce_fx", NAMES.values(), ids=NAMES)
 @pytest.mark.parametrize("on_step", [True, False])
 def test_reductions(tmp_path, reduce_fx, on_step):
@@ -201,10 +204,12 @@ def evaluated(framework: SimpleNamespace, folder, batch, value, arguments):
         try:
             result = [plain(entry) for entry in trainer.validate(Model(), Batches(), verbose=False)]
         except Exception as error:
+            both.caught(error)
             result = type(error).__name__
     return result, sorted(caught_names)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(
     "arguments", [{}, {"batch_size": 4}, {"reduce_fx": "sum"}, {"on_step": True, "on_epoch": False}], ids=str
@@ -215,6 +220,7 @@ def test_the_size_of_a_batch(tmp_path, batch, arguments):
     assert ours == theirs
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_the_size_of_a_batch_for_numbers(tmp_path, batch):
     # Lightning warns about different sizes once in a process, so the warnings are left to the test above.

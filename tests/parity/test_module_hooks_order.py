@@ -295,6 +295,7 @@ def test_configure_callbacks_replaces_those_of_the_same_class(tmp_path, returns)
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("AttributeError")
 def test_configure_callbacks_must_return_callbacks(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen, [])

@@ -184,6 +184,7 @@ def test_global_step_counts_every_step_of_every_optimizer(tmp_path, num_optimize
     assert ours.events[-1] == (4 * num_optimizers * steps,)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "settings", [{"gradient_clip_val": 0.5}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0}], ids=str
 )
@@ -210,6 +211,7 @@ WRONG = {
 }
 
 
+@pytest.mark.lightning_raises("AttributeError", "MisconfigurationException", "RuntimeError", "TypeError")
 @pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_calls_in_manual_optimization(tmp_path, wrong):
     def code(seen: trace.Trace) -> None:
@@ -222,6 +224,7 @@ def test_wrong_calls_in_manual_optimization(tmp_path, wrong):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_manual_calls_in_automatic_optimization(tmp_path):
     def code(seen: trace.Trace) -> None:
         def training_step(self, batch, batch_idx):

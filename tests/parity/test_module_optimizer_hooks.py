@@ -168,6 +168,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException", "RuntimeError")
 @pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "accumulate", "clip", "clip_accumulate"])
 @pytest.mark.parametrize("name", HOOKS)
 def test_an_overridden_hook_is_honoured(tmp_path, name, settings):
@@ -179,6 +180,7 @@ def test_an_overridden_hook_where_a_batch_is_skipped(tmp_path, name):
     trace.same(functools.partial(code, name=name, settings={}, none_at=1), tmp_path)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_the_missing_closure_call_is_explained(tmp_path):
     ours = trace.same(functools.partial(code, name="step_nothing", settings={}), tmp_path)
     assert ours.events[-1] == ("raised", "MisconfigurationException")
@@ -218,6 +220,7 @@ def test_the_wrapped_optimizer_looks_like_the_one_inside(tmp_path):
     trace.same(inspecting, tmp_path)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("value", [0.5, 0, 0.0, None, 1], ids=str)
 @pytest.mark.parametrize("given", [None, 0.5, 0.1, 0], ids=str)
 def test_clip_gradients_against_the_settings_of_the_trainer(tmp_path, value, given):

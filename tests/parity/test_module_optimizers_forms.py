@@ -208,12 +208,14 @@ NOT_EXPLAINED = {
 STATED = {"empty_list", "dict_with_none", "unknown_scheduler_key", "frequency_zero", "plateau_dict_monitor_beside"}
 
 
+@pytest.mark.lightning_raises("MisconfigurationException", "RuntimeError", "TypeError")
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("form", sorted(set(FORMS) - NOT_EXPLAINED - STATED))
 def test_configure_optimizers_returns(tmp_path, form, manual):
     trace.same(lambda seen: code(seen, form, manual), tmp_path)
 
 
+@pytest.mark.lightning_raises("AttributeError", "KeyError", "MisconfigurationException", "TypeError")
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("form", sorted(NOT_EXPLAINED))
 def test_a_wrong_form_is_an_error_that_says_what_is_expected(tmp_path, form, manual):
@@ -222,6 +224,7 @@ def test_a_wrong_form_is_an_error_that_says_what_is_expected(tmp_path, form, man
     assert ours.events in ([("raised", "MisconfigurationException")], [("raised", "TypeError")])
 
 
+@pytest.mark.lightning_raises("IndexError")
 def test_no_optimizers_are_right_in_manual_optimization_alone(tmp_path):
     trace.same(lambda seen: code(seen, "empty_list", True), tmp_path)
     theirs, ours = trace.on_both(lambda seen: code(seen, "empty_list", False), tmp_path)
@@ -230,18 +233,21 @@ def test_no_optimizers_are_right_in_manual_optimization_alone(tmp_path):
     assert ours.events == [("raised", "MisconfigurationException")]
 
 
+@pytest.mark.lightning_raises("AttributeError")
 def test_lr_scheduler_none_is_no_scheduler(tmp_path):
     theirs, ours = trace.on_both(lambda seen: code(seen, "dict_with_none", False), tmp_path)
     assert theirs.events == [("raised", "AttributeError")]
     assert ours.events[-1] == ("returned", None)
 
 
+@pytest.mark.lightning_raises("ZeroDivisionError")
 def test_a_frequency_below_one_is_an_error_before_the_run(tmp_path):
     theirs, ours = trace.on_both(lambda seen: code(seen, "frequency_zero", False), tmp_path)
     assert theirs.events[-1] == ("raised", "ZeroDivisionError")  # at the end of the first epoch
     assert ours.events == [("raised", "MisconfigurationException")]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_a_monitor_beside_the_scheduler_dict_counts_for_it(tmp_path):
     theirs, ours = trace.on_both(lambda seen: code(seen, "plateau_dict_monitor_beside", False), tmp_path)
     assert theirs.events == [("raised", "MisconfigurationException")]  # wants it inside the scheduler dict
@@ -249,6 +255,7 @@ def test_a_monitor_beside_the_scheduler_dict_counts_for_it(tmp_path):
     assert ours.events[-1] == ("returned", None)
 
 
+@pytest.mark.lightning_raises("TypeError")
 def test_an_unknown_scheduler_key_is_warned_about_and_dropped(tmp_path):
     ours = trace.same(lambda seen: code(seen, "unknown_scheduler_key", False), tmp_path)
     assert trace.warned(ours, "foo", "ignored")

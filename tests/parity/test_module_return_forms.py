@@ -54,12 +54,14 @@ def training_code(seen: trace.Trace, form: str, manual: bool) -> None:
     seen.note(trainer.global_step, trainer.state.status.value)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException", "RuntimeError")
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("form", TRAINING)
 def test_training_step_returns(tmp_path, form, manual):
     trace.same(lambda seen: training_code(seen, form, manual), tmp_path)
 
 
+@pytest.mark.lightning_raises("AttributeError", "MisconfigurationException")
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
 @pytest.mark.parametrize("loss", [None, 1.5], ids=str)
 def test_a_dict_whose_loss_is_no_tensor_is_an_error(tmp_path, loss, manual):

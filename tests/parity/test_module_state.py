@@ -44,6 +44,7 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_attributes_before_a_run(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen)
@@ -83,6 +84,7 @@ def test_attributes_during_and_after_a_run(tmp_path):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_children_share_the_trainer(tmp_path):
     def code(seen: trace.Trace) -> None:
         def start(self):
@@ -96,6 +98,7 @@ def test_children_share_the_trainer(tmp_path):
     assert ours.events == [("returned", True), ("returned", True), ("raised", "RuntimeError"), ("returned", None)]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 def test_children_may_log(tmp_path):
     def code(seen: trace.Trace) -> None:
         def step(self, batch, batch_idx):
@@ -191,6 +194,7 @@ def test_example_input_array_in_the_summary(tmp_path, example):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_pickling_forgets_the_trainer(tmp_path):
     model = None
 
@@ -222,6 +226,7 @@ def test_device_and_dtype_follow_the_module(tmp_path, cast):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "missing",
     ["training_step", "configure_optimizers", "train_dataloader", "validation_step", "test_step", "predict_step"],
@@ -249,6 +254,7 @@ def test_a_missing_hook_is_named(tmp_path, missing):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("NotImplementedError")
 @pytest.mark.parametrize("old", ["training_epoch_end", "validation_epoch_end", "test_epoch_end", "on_epoch_start", "on_epoch_end", "on_batch_start",
                                  "on_pretrain_routine_start", "training_step_end", "configure_sharded_model"])  # fmt: skip
 def test_hooks_of_the_first_version(tmp_path, old):
@@ -260,6 +266,7 @@ def test_hooks_of_the_first_version(tmp_path, old):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("RuntimeError")
 def test_both_ways_to_make_the_layers_late_are_an_error(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen, configure_model=lambda self: None, configure_sharded_model=lambda self: None)

@@ -60,6 +60,7 @@ def step_code(seen: trace.Trace, method: str, signature: str, num_loaders: int) 
     seen.attempt(getattr(trainer, method), Model(), loaders[0] if num_loaders == 1 else loaders)
 
 
+@pytest.mark.lightning_raises("RuntimeError", "TypeError")
 @pytest.mark.parametrize("num_loaders", [1, 2])
 @pytest.mark.parametrize("signature", SIGNATURES)
 @pytest.mark.parametrize("method", METHODS)

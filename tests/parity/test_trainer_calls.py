@@ -27,6 +27,7 @@ def attempt(function):
         try:
             result = function()
         except Exception as error:
+            both.caught(error)
             kind = "ValueError" if isinstance(error, ValueError) else type(error).__name__
             # There a MisconfigurationException is no ValueError, here it is one.
             return {"MisconfigurationException": "ValueError"}.get(kind, kind)
@@ -62,6 +63,7 @@ HOWS = [
 ]  # fmt: skip
 
 
+@pytest.mark.lightning_raises("MisconfigurationException", "RuntimeError", "TypeError")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("how", HOWS)
 def test_what_may_be_passed_where(tmp_path, method, how):
@@ -153,6 +155,7 @@ class Endless(IterableDataset):
             yield torch.ones(4)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("limit", [3, 0.5, 0, 1.0])
 @pytest.mark.parametrize("which", ["train", "val", "test", "predict"])
 def test_limits_of_data_without_length(tmp_path, which, limit):
@@ -331,6 +334,7 @@ def test_stages_keep_their_own_progress(tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "missing", ["training_step", "configure_optimizers", "validation_step", "test_step", "predict_step"]
 )
@@ -359,11 +363,13 @@ def test_a_missing_hook(tmp_path, method, missing):
                 getattr(trainer, method)(module, *loaders)
                 error = None
             except Exception as caught:
+                both.caught(caught)
                 error = type(caught).__name__
         outcomes.append((error, sum("Skipping val" in line for line in [*heard["warnings"], *heard["lines"]])))
     assert outcomes[0] == outcomes[1]
 
 
+@pytest.mark.lightning_raises("NotImplementedError")
 @pytest.mark.parametrize("old", ["training_epoch_end", "validation_epoch_end", "test_epoch_end"])
 @pytest.mark.parametrize("method", METHODS)
 def test_hooks_of_old_are_refused(tmp_path, method, old):

@@ -103,6 +103,7 @@ def outcome(trainer, function, root):
         try:
             result = plain(function())
         except Exception as error:
+            both.caught(error)
             name = type(error).__name__
             result = "ValueError" if name in ("MisconfigurationException", "ValueError") else name
     said = [line.replace(str(root), "") for line in heard["lines"] if line.startswith(("Restor", "Loaded"))]
@@ -131,6 +132,7 @@ KEEPERS = {
 }
 
 
+@pytest.mark.lightning_raises("ValueError")
 @pytest.mark.parametrize(
     ("keeper", "method"),
     [
@@ -226,6 +228,7 @@ def test_what_a_restore_calls(tmp_path, method):
     assert results[0] == results[1]
 
 
+@pytest.mark.lightning_raises("KeyError")
 @pytest.mark.parametrize("weights_only", [None, False, True])
 def test_save_checkpoint_with_weights_alone(tmp_path, weights_only):
     results = []
@@ -242,6 +245,7 @@ def test_save_checkpoint_with_weights_alone(tmp_path, weights_only):
                 fresh.fit(small(framework)[0], both.loader(1), ckpt_path=saved)
                 error = None
             except Exception as caught:
+                both.caught(caught)
                 error = type(caught).__name__
         results.append((without_own_key(calls), [key for key in keys if key != "levin"], error))
     assert results[0] == results[1]
@@ -260,6 +264,7 @@ def test_storage_options_need_an_io_that_takes_them(tmp_path):
             trainer.save_checkpoint(tmp_path / "a.ckpt", storage_options={"mode": "fast"})
 
 
+@pytest.mark.lightning_raises("UnpicklingError")
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("weights_only", [None, True, False])
 def test_weights_only_reaches_the_reader_in_all_four_calls(tmp_path, method, weights_only):
@@ -283,6 +288,7 @@ def test_weights_only_reaches_the_reader_in_all_four_calls(tmp_path, method, wei
                 getattr(trainer, method)(module, both.loader(1), ckpt_path=saved, weights_only=weights_only)
                 results.append("read")
             except Exception as error:
+                both.caught(error)
                 results.append(type(error).__name__)
     assert results[0] == results[1]
     assert (results[1] == "read") is (weights_only is False)

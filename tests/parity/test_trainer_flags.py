@@ -64,16 +64,19 @@ def compare(tmp_path, seed, then=None):
         assert ours_now == theirs_now, call
 
 
+@pytest.mark.lightning_raises("MisconfigurationException", "ValueError")
 @pytest.mark.parametrize("seed", range(40))
 def test_combinations_of_flags_give_the_same_run(tmp_path, seed):
     compare(tmp_path, seed)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("seed", range(100, 130))
 def test_should_stop_set_in_any_hook_gives_the_same_run(tmp_path, seed):
     compare(tmp_path, seed, stop_at(random.Random(seed).randint(0, 120)))
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("seed", range(200, 220))
 def test_an_exception_in_any_hook_gives_the_same_run(tmp_path, seed):
     compare(tmp_path, seed, raise_at(random.Random(seed).randint(0, 120), ValueError("meant")))

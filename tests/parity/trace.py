@@ -74,6 +74,7 @@ class Trace:
         try:
             result = function(*args, **kwargs)
         except Exception as error:
+            both.caught(error)
             self.note("raised", type(error).__name__)
             return None
         self.note("returned", result)

@@ -183,6 +183,7 @@ def fit(
         try:
             trainer.fit(module, datamodule=recording_data(framework, calls, train, val), ckpt_path=ckpt_path)
         except BaseException as caught:
+            both.caught(caught)
             error = caught
     return SimpleNamespace(
         calls=list(calls), lines=list(lines), heard=heard, trainer=trainer, module=module, error=error,

@@ -44,7 +44,7 @@ class SpikeDetection(Callback):
     Args:
         mode: ``"min"`` if a larger loss is worse, ``"max"`` if a smaller one is.
         window: Number of batches of the running mean.
-        warmup: Number of batches before the first look.
+        warmup: Number of batches of each epoch before the first look.
         atol: Least distance from the mean, in units of the loss.
         rtol: Least distance from the mean, as a share of it. With both, both must be exceeded.
         exclude_batches_path: JSON file for the list of batch indices, or a folder for ``skip_batches.json``; by default
@@ -97,7 +97,7 @@ class SpikeDetection(Callback):
         if loss is None:
             return
         value = float(torch.as_tensor(loss).detach())
-        is_looking = trainer.fit_loop.total_batch_idx >= self.warmup
+        is_looking = batch_idx >= self.warmup
         is_spike = is_looking and self.is_spike(value)
         if is_looking and trainer.strategy.reduce_boolean_decision(is_spike, all=False):
             self.bad_batches.extend(index for index in (batch_idx - 1, batch_idx) if index >= 0)

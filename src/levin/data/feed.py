@@ -195,12 +195,17 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
     """
 
     def __init__(self, item: tuple[Any, int, int], following: Iterator[tuple[Any, int, int]]) -> None:
+        self.batch: Any = item[0]
+        """The batch that was taken last; before the step, the one that comes."""
         self._item: Optional[tuple[Any, int, int]] = item
         self._following = following
 
     def __next__(self) -> tuple[Any, int, int]:
         item, self._item = self._item, None
-        return next(self._following) if item is None else item
+        if item is None:
+            item = next(self._following)
+        self.batch = item[0]
+        return item
 
 
 def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) -> Iterator[Any]:

@@ -75,7 +75,8 @@ class ExperimentWriter:
         if is_used:
             rank_zero_warn(
                 f"Experiment logs directory {log_dir} exists and is not empty."
-                " Previous log files in this directory will be deleted when the new ones are saved!"
+                " Previous log files in this directory will be deleted when the new ones are saved, but for the rows of the"
+                " steps before the one that a run goes on from."
             )
 
     def log_hparams(self, params: Mapping[str, Any]) -> None:
@@ -94,6 +95,24 @@ class ExperimentWriter:
         row["step"] = self._num_rows if step is None else step
         self._num_rows += 1
         self.metrics.append(row)
+
+    def continue_from(self, step: int) -> None:
+        """Keep the rows of an earlier process that come before ``step``.
+
+        Args:
+            step: The first step that runs again.
+        """
+        if self._num_rows or not self._file_exists():
+            return
+        with get_filesystem(self.metrics_file_path).open(
+            self.metrics_file_path, "r", encoding="utf-8", newline=""
+        ) as file:
+            rows = [row for row in csv.DictReader(file) if _is_before(row.get("step"), step)]
+        self.metrics = [{name: cell for name, cell in row.items() if name and cell} for row in rows]
+        self._num_rows = len(self.metrics)
+
+    def _file_exists(self) -> bool:
+        return bool(get_filesystem(self.metrics_file_path).exists(self.metrics_file_path))
 
     def save(self, force: bool = True) -> None:
         """Write what has come since the last time.
@@ -269,6 +288,11 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     @override
+    def continue_from(self, step: int) -> None:
+        self.experiment.continue_from(step)
+
+    @rank_zero_only
+    @override
     def save(self) -> None:
         self.experiment.save(force=False)
 
@@ -305,6 +329,14 @@ class _AppendFile:
 
     def close(self) -> None:
         self._close()
+
+
+def _is_before(text: Optional[str], step: int) -> bool:
+    """Return whether a cell of the column ``step`` comes before ``step``; a damaged one does not."""
+    try:
+        return float(text or "nan") < step
+    except ValueError:
+        return False
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

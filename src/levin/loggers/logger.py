@@ -108,6 +108,13 @@ class Logger(ABC):
         """
         self.save()
 
+    def continue_from(self, step: int) -> None:
+        """Prepare for a fit that goes on from a checkpoint; by default nothing happens. Called before its first values.
+
+        Args:
+            step: The first place on the x-axis that comes again.
+        """
+
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
         """Do something with the checkpoint that ``checkpoint_callback`` just saved.
 

@@ -51,6 +51,8 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
     step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
     on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
+    if on_demand:
+        run.hooks.show_batches({"val": "validation"}.get(loaders.stage, loaders.stage))
     arguments = (
         loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
         run.strategy.root_device, convert, run.transfer, on_demand,

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 
+from levin.data.feed import OnDemand
 from levin.hooks import Callback, CheckpointHooks, DataHooks, LightningModule, ModelHooks, Trainer
 from levin.profilers.profiler import Timed
 from levin.strategies.strategy import Strategy
@@ -65,9 +66,10 @@ class HookTable:
         strategy: Optional[Strategy] = None,
     ) -> None:
         self._table: dict[str, Hooks] = {}
+        self._showing: set[str] = set()
         for name in RUN_HOOKS:
             hooks = [
-                (callback.is_monitor, _callback_hook(callback, name, profile, trainer, module))
+                (getattr(type(callback), "is_monitor", False), _callback_hook(callback, name, profile, trainer, module))
                 for callback in callbacks
             ]
             own = _timed_hook(module, name, profile, has_hook(module, name))
@@ -82,8 +84,19 @@ class HookTable:
                 ordered.insert(last, _timed_hook(strategy, name, profile, is_own))
             self._table[name] = tuple(hook for hook in ordered if hook is not None)
 
+    def show_batches(self, stage: str) -> None:
+        """Let the batch hooks of a stage get the batch itself where its step takes ``dataloader_iter``."""
+        for name in (f"on_{stage}_batch_start", f"on_{stage}_batch_end"):
+            if name not in self._showing:
+                self._showing.add(name)
+                self._table[name] = tuple(functools.partial(_call_with_batch, hook) for hook in self._table[name])
+
     def __getitem__(self, name: str) -> Hooks:
         return self._table[name]
+
+
+def _call_with_batch(hook: Callable[..., Any], *args: Any) -> Any:
+    return hook(*(arg.batch if isinstance(arg, OnDemand) else arg for arg in args))
 
 
 def _callback_hook(callback: Callback, name: str, profile: Optional[Timed], *args: Any) -> Optional[Callable[..., Any]]:

@@ -170,7 +170,7 @@ class Run:
     @property
     def checkpoint_callbacks(self) -> list[Any]:
         """All callbacks that save checkpoints."""
-        return [callback for callback in self.callbacks if getattr(callback, "saves_checkpoints", False)]
+        return [callback for callback in self.callbacks if getattr(type(callback), "saves_checkpoints", False)]
 
     @property
     def enable_validation(self) -> bool:

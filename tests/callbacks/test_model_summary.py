@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from levin import LightningModule, Trainer
+from levin.callbacks import ModelSummary, RichModelSummary
+from levin.utilities.model_summary import summarize
+
+# One layer is frozen on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        self.head = torch.nn.Linear(2, 1)
+        self.head.requires_grad_(False)
+        self.body[0].eval()
+        self.example_input_array = torch.zeros(5, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.body.parameters(), lr=0.1)
+
+
+def fit(callback) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, callbacks=[callback])  # fmt: skip
+    trainer.fit(Net(), torch.zeros(1, 1, 4))
+
+
+def test_totals_and_rows():
+    summary = summarize(Net(), max_depth=2)
+    assert (summary.total_parameters, summary.trainable_parameters) == (26, 23)
+    assert summary.model_size == pytest.approx(26 * 4 / 1e6)
+    assert summary.total_training_modes == {"train": 3, "eval": 1}
+    assert summary.total_flops == 2 * 5 * (4 * 3 + 3 * 2 + 2 * 1)
+    assert summary.layer_names == ["body", "body.0", "body.1", "head"]
+    assert summary.param_nums == [23, 15, 8, 3]
+    assert summary.in_sizes == [[5, 4], [5, 4], [5, 3], [5, 2]] and summary.out_sizes[-1] == [5, 1]
+
+
+def test_the_text_of_a_run(caplog):
+    with caplog.at_level(logging.INFO):
+        fit(ModelSummary(max_depth=2))
+    (table,) = [record.message for record in caplog.records if "Trainable params" in record.message]
+    assert "body.0" in table and "23 " in table and "Non-trainable params" in table
+
+
+def test_rich_prints_the_table_and_the_totals(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    fit(RichModelSummary(max_depth=2))
+    printed = capsys.readouterr().out
+    assert "body.0" in printed and "Linear" in printed
+    for line in ("Trainable params: 23", "Non-trainable params: 3", "Total params: 26", "Modules in train mode: 3",
+                 "Modules in eval mode: 1", "Total FLOPs: 200"):  # fmt: skip
+        assert line in printed, line
+
+
+def test_no_depth_prints_nothing(capsys):
+    fit(RichModelSummary(max_depth=0))
+    assert "Total params" not in capsys.readouterr().out

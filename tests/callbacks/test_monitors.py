@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from levin import Trainer
+from levin.callbacks import DeviceStatsMonitor, ThroughputMonitor, throughput_monitor
+from levin.demos.boring_classes import BoringModel, RandomDataset
+from tests.loggers.test_logger import ListLogger
+
+
+def fit(callback, model=None, **settings):
+    logger = ListLogger()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=logger, callbacks=[callback], log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, **settings,
+    )  # fmt: skip
+    trainer.fit(model or BoringModel(), DataLoader(RandomDataset(32, 12), batch_size=2))
+    return [(step, values) for step, values in (line for line in logger.lines if isinstance(line, tuple))]
+
+
+def test_rates_are_counts_over_the_time_that_passed(monkeypatch):
+    now = [0.0]
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            now[0] += 0.25
+            return now[0]
+
+    monkeypatch.setattr(throughput_monitor, "time", Clock)
+    model = BoringModel()
+    model.flops_per_batch = 100
+    monitor = ThroughputMonitor(len, length_fn=lambda batch: batch.numel(), window_size=3, available_flops=1000.0)
+    lines = [values for _, values in fit(monitor, model) if "train/time" in values]
+    assert [values["train/batches"] for values in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[1].keys() == {"train/time", "train/batches", "train/samples", "train/lengths", "epoch"}
+    last = lines[-1]
+    assert (last["train/samples"], last["train/lengths"]) == (12, 6 * 64)
+    rate = last["train/device/batches_per_sec"]
+    assert rate == pytest.approx(2 / (last["train/time"] - lines[-3]["train/time"]))
+    assert last["train/device/samples_per_sec"] == pytest.approx(2 * rate)
+    assert last["train/device/items_per_sec"] == pytest.approx(64 * rate)
+    assert last["train/device/flops_per_sec"] == pytest.approx(100 * rate)
+    assert last["train/device/mfu"] == pytest.approx(100 * rate / 1000)
+
+
+def test_only_the_stats_that_are_asked_for():
+    pytest.importorskip("psutil")
+    lines = fit(DeviceStatsMonitor(filter_keys={"cpu_percent"}))
+    names = {name for _, values in lines for name in values if "cpu" in name}
+    assert names == {f"DeviceStatsMonitor.on_train_batch_{moment}/cpu_percent" for moment in ("start", "end")}
+    more = {name for _, values in fit(DeviceStatsMonitor()) for name in values}
+    assert "DeviceStatsMonitor.on_train_batch_end/cpu_vm_percent" in more
+
+
+def test_a_clock_per_stage_counts_evaluation_batches():
+    logger = ListLogger()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=logger, callbacks=[ThroughputMonitor(len, window_size=2)],
+        log_every_n_steps=2, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.test(BoringModel(), DataLoader(torch.zeros(6, 32), batch_size=1), verbose=False)
+    lines = [line for line in logger.lines if isinstance(line, tuple) and "test/samples" in line[1]]
+    assert [(step, values["test/samples"]) for step, values in lines] == [(2, 2), (4, 4), (6, 6)]
+    assert all(values["test/device/batches_per_sec"] > 0 for _, values in lines)

@@ -1,0 +1,90 @@
+"""Objects that are not quite what a framework asks for: mocks of callbacks, schedulers without torch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from tests.parity import both
+
+
+class WithState:
+    """A scheduler that only its user steps."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {"n": 1}
+
+
+class WithoutState:
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def step(self) -> None:
+        pass
+
+
+@pytest.mark.lightning_raises("TypeError")
+@pytest.mark.parametrize("kind", [WithState, WithoutState])
+@pytest.mark.parametrize("form", ["lists", "dict", "config"])
+def test_schedulers_of_manual_optimization(tmp_path, kind, form):
+    def run(framework):
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+                self.automatic_optimization = False
+                self.found = []
+
+            def training_step(self, batch, batch_idx):
+                self.found.append(type(self.lr_schedulers()).__name__)
+
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+                scheduler = kind(optimizer)
+                if form == "lists":
+                    return [optimizer], [scheduler]
+                scheduler = {"scheduler": scheduler} if form == "config" else scheduler
+                return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+        model = Model()
+        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        try:
+            trainer.fit(model, both.loader(1))
+        except Exception as error:
+            both.caught(error)
+            return type(error).__name__
+        trainer.save_checkpoint(tmp_path / f"{framework.name}.ckpt")
+        both.quiet(framework, tmp_path, max_epochs=2).fit(
+            Model(), both.loader(1), ckpt_path=tmp_path / f"{framework.name}.ckpt"
+        )
+        return model.found
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert run(both.levin()) == run(both.lightning())
+
+
+def test_a_mock_of_a_callback_is_called(tmp_path):
+    seen = []
+    for framework in (both.lightning(), both.levin()):
+        callback = Mock(spec=framework.Callback)
+        callback.state_key = "mock"
+        callback.state_dict.return_value = {"a": 1}
+        module, _ = both.recording_module(framework, [])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = both.quiet(framework, tmp_path, max_epochs=1, callbacks=[callback])
+            trainer.fit(module, both.loader(2), both.loader(1))
+            trainer.save_checkpoint(tmp_path / "mock.ckpt")
+        seen.append([name for name, *_ in callback.method_calls if name != "_parse_item"])
+    assert seen[1] == seen[0] and "on_train_batch_end" in seen[1] and "state_dict" in seen[1]
