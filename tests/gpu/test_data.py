@@ -182,11 +182,18 @@ def test_nested_batches_and_objects_that_move_by_themselves():
 def test_logged_values_stay_on_the_device():
     class Looking(Validated):
         def on_train_batch_end(self, outputs, batch, batch_idx):
-            self.places = {name: value.device.type for name, value in self.trainer.callback_metrics.items()}
+            self.places = self.look()
+
+        def on_train_end(self):
+            self.places_after = self.look()
+
+        def look(self):
+            return {name: value.device.type for name, value in self.trainer.callback_metrics.items()}
 
     module = Looking()
     runner = trainer()
     runner.fit(module, loader(), loader(8))
     assert module.places["loss"] == module.places["both"] == "cuda"
-    assert {name: value.device.type for name, value in runner.callback_metrics.items()}["val_loss"] == "cuda"
+    assert module.places_after["val_loss"] == "cuda"
+    assert runner.callback_metrics["val_loss"].device.type == "cpu"
     assert runner.callback_metrics["both"].item() == pytest.approx(torch.stack(module.losses).mean().item())

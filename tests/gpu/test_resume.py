@@ -112,7 +112,7 @@ def test_a_background_checkpoint_is_that_of_its_moment_though_training_goes_on(t
 def test_a_snapshot_is_taken_into_pinned_memory_without_waiting_for_the_device():
     weight = torch.ones(2**24, device=DEVICE)
     stager = Stager()
-    stager.stage({"weight": weight}).pack()  # takes the memory
+    stager.stage({"weight": weight}).realize()  # takes the memory
     assert stager._block.is_pinned
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

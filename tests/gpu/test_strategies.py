@@ -21,7 +21,8 @@ def test_ddp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run():
     for strategy in ("auto", DDPStrategy()):
         torch.manual_seed(0)
         module = (Validated if strategy == "auto" else Looking)(dropout=0.0)
-        runner = trainer(strategy=strategy, max_epochs=2)
+        # The sampler of several processes would shuffle, as in Lightning.
+        runner = trainer(strategy=strategy, max_epochs=2, use_distributed_sampler=False)
         runner.fit(module, loader(), loader(8))
         runs.append((values(module), runner.callback_metrics["val_loss"].item()))
     assert backends == ["nccl"]
@@ -42,7 +43,12 @@ def test_ddp_of_one_process_resumes_exactly(tmp_path):
 
 def test_evaluation_and_prediction_run_on_the_device():
     class Predicting(Validated):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.places = set()
+
         def predict_step(self, batch, batch_idx):
+            self.places.add(batch.device)
             return self.net(batch)
 
         test_step = Validated.validation_step
@@ -54,4 +60,5 @@ def test_evaluation_and_prediction_run_on_the_device():
     assert tested["val_loss"] == pytest.approx(result["val_loss"])
     predictions = runner.predict(module, loader())
     assert len(predictions) == 8
-    assert predictions[0].device == DEVICE
+    assert predictions[0].device.type == "cpu"
+    assert module.places == {DEVICE}
