@@ -99,6 +99,9 @@ class PyTorchProfiler(Profiler):
         for key in profiler_kwargs:
             if key not in options:
                 raise TypeError(f"profiler_kwargs must hold keys of {sorted(options)}, received {key!r}.")
+        if profiler_kwargs.get("schedule") is None and "acc_events" in options:
+            # With one cycle nothing is lost between cycles, of which torch would warn.
+            profiler_kwargs.setdefault("acc_events", True)
         activities = profiler_kwargs.setdefault("activities", _default_activities())
         default = "device_time_total" if ProfilerActivity.CUDA in activities else "cpu_time_total"
         self._group_by_input_shapes: bool = group_by_input_shapes
