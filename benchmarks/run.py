@@ -182,9 +182,11 @@ class PairedCase:
         net: Callable[[], nn.Module] = tiny,
         data: Callable[[int], Any] = loader,
         log: str = "",
+        run: Callable[[Any, PairedCase, Interleaved], None] | None = None,
     ) -> None:
         self.name, self.budget, self.count = name, budget, count
         self.net, self.data, self.log = net, data, log
+        self.run = run or with_trainer
 
     def measure(self, frameworks: dict[str, Any], turns: int) -> dict[str, Any]:
         batches = list(self.data(self.count))
@@ -202,8 +204,7 @@ class PairedCase:
                     optimizer.step()
 
                 pairs = Interleaved(batches, bare_step)
-                runner = trainer(lib, max_epochs=1)
-                cpu_time(lambda: runner.fit(module_for(lib, self.net, self.log), pairs))
+                self.run(lib, self, pairs)
                 warm = len(batches) // 10
                 bare += pairs.bare[warm:]
                 ratios[name] += [ours / theirs for ours, theirs in zip(pairs.framework[warm:], pairs.bare[warm:])]
@@ -212,6 +213,30 @@ class PairedCase:
             row[name] = statistics.median(values)
             row[f"{name}_quartiles"] = tuple(statistics.quantiles(values, n=4)[::2])
         return row
+
+
+def with_trainer(framework: Any, case: PairedCase, pairs: Interleaved) -> None:
+    runner = trainer(framework, max_epochs=1)
+    cpu_time(lambda: runner.fit(module_for(framework, case.net, case.log), pairs))
+
+
+def with_fabric(framework: Any, case: PairedCase, pairs: Interleaved) -> None:
+    is_levin = framework.__name__ == "levin"
+    fabric = importlib.import_module("levin" if is_levin else "lightning.fabric").Fabric(accelerator="cpu", devices=1)
+    wrappers = importlib.import_module("levin.fabric.wrappers" if is_levin else "lightning.fabric.wrappers")
+    # What `setup_dataloaders` makes; it takes torch's loaders only, whose own time would count.
+    loader_of: Any = wrappers.FabricDataLoader if is_levin else wrappers._FabricDataLoader
+    net = case.net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1e-4))
+
+    def loop() -> None:
+        for batch in loader_of(pairs, fabric.device):
+            loss = model(batch[0]).sum()
+            optimizer.zero_grad()
+            fabric.backward(loss)
+            optimizer.step()
+
+    cpu_time(loop)
 
 
 def trainer(framework: Any, **settings: Any) -> Any:
@@ -262,6 +287,7 @@ def cases(quick: bool) -> list[Case | PairedCase]:
         PairedCase("tiny linear step, nothing logged", 1.10, n),
         PairedCase("+ three self.log, on_step", 1.25, n, log="step"),
         PairedCase("+ three self.log with on_epoch and progress bar value", 1.30, n, log="epoch"),
+        PairedCase("tiny linear step under Fabric", 1.03, n, run=with_fabric),
         extras_case("+ TensorBoard, progress bar, checkpointing", 1.50, n),
         validation_case(n),
         epoch_case(30 if quick else 100),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
@@ -83,6 +84,7 @@ class Fabric(Processes):
             dict(accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision),
             plugins,
         )
+        self._modules: list[weakref.ref[nn.Module]] = []
         self._loggers: list[Any] = _as_list(loggers)
         self._callbacks: list[Any] = _as_list(callbacks)
         for entry in entry_points(group=ENTRY_POINTS):
@@ -137,6 +139,7 @@ class Fabric(Processes):
         _check_new(module, *optimizers)
         original, compiler = split_compiled(module) if _reapply_compile else (module, None)
         set_up = self._strategy.setup_module(original, move_to_device=move_to_device)
+        self._modules.append(weakref.ref(set_up))
         wrapped = FabricModule(set_up, self._strategy, self._guard, compiler)
         steppers = [self._setup_optimizer(optimizer, set_up) for optimizer in optimizers]
         if isinstance(original, LightningModule):
@@ -165,10 +168,17 @@ class Fabric(Processes):
         if not optimizers:
             raise ValueError("setup_optimizers needs at least one optimizer, received none.")
         _check_new(*optimizers)
-        steppers = tuple(self._setup_optimizer(optimizer) for optimizer in optimizers)
+        steppers = tuple(self._setup_optimizer(optimizer, self._module_of(optimizer)) for optimizer in optimizers)
         return steppers if len(steppers) > 1 else steppers[0]
 
-    def _setup_optimizer(self, optimizer: Optimizer, module: nn.Module | None = None) -> FabricOptimizer:
+    def _module_of(self, optimizer: Optimizer) -> nn.Module | None:
+        """Return the module that holds the optimizer's first parameter; None where it was not set up here."""
+        first = next((parameter for group in optimizer.param_groups for parameter in group["params"]), None)
+        modules = (reference() for reference in self._modules)
+        found = (module for module in modules if module and any(first is own for own in module.parameters()))
+        return next(found, None)
+
+    def _setup_optimizer(self, optimizer: Optimizer, module: nn.Module | None) -> FabricOptimizer:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"setup takes optimizers after the module, received {optimizer!r}.")
         has_hook = any(hasattr(callback, "on_after_optimizer_step") for callback in self._callbacks)

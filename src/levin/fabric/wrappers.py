@@ -85,17 +85,14 @@ class FabricModule(nn.Module):
             _compiler=compiler,
             _forward_methods=set(),
         )
-        vars(self)["_run"] = self._compose(in_forward_context(compiled, strategy.precision, "forward"))
+        # Inputs and outputs are converted as the precision says; where it does not, this is the module itself.
+        vars(self)["forward"] = self._compose(in_forward_context(compiled, strategy.precision, "forward"))
 
     @property
     def module(self) -> nn.Module:
         """The original module."""
         original: nn.Module = vars(self)["_original_module"]
         return original
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the original's ``forward``, its inputs and outputs converted as the precision says."""
-        return self._run(*args, **kwargs)
 
     def mark_forward_method(self, method: Callable[..., Any] | str) -> None:
         """Let a method of the original run through the strategy, as ``forward`` does.

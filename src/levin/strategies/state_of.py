@@ -74,6 +74,10 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | Sh
             f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {len(names)}. "
             "Make the optimizer of the same parameters as before."
         )
+    if not state["state"]:
+        # Nothing is cut over processes; torch looks for the device of a tensor that is not there.
+        optimizer.load_state_dict(state)
+        return
     of_number = dict(zip(numbers, names))
     named: Any = {
         "state": {of_number[number]: values for number, values in state["state"].items()},

@@ -1,0 +1,215 @@
+"""What levin's Fabric adds to what tests/parity/test_fabric.py compares, and its command."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+import levin
+from levin import Fabric
+from levin.fabric.command import count_processes, main
+from levin.fabric.throughput import ThroughputMonitor
+from levin.precision import MixedPrecision
+from levin.strategies import SingleDeviceCollective, TorchCollective
+from tests.distributed import world_size
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def generate(self, x):
+        return self.layer(x)
+
+
+def test_a_copy_of_a_wrapped_module_runs_its_own_weights():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    model = fabric.setup(Net())
+    model.mark_forward_method("generate")
+    x = torch.ones(1, 2)
+    before = model(x)
+    copied = copy.deepcopy(model)
+    nn.init.zeros_(copied.layer.weight)
+    nn.init.zeros_(copied.layer.bias)
+    assert copied(x).item() == copied.generate(x).item() == 0
+    assert torch.equal(model(x), before)
+
+
+def test_gradients_are_unscaled_once_whoever_clips_them():
+    fabric = Fabric(
+        accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=1024.0))
+    )
+    net = Net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    before = net.layer.weight.detach().clone()
+    for clips in (True, False):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(1, 2)).sum())
+        if clips:
+            assert fabric.clip_gradients(model, optimizer, max_norm=100.0).item() == pytest.approx(3**0.5, rel=1e-3)
+        optimizer.step()
+    assert torch.allclose(net.layer.weight, before - 2, atol=1e-3)
+
+
+def test_an_optimizer_and_its_scheduler_can_be_made_before_or_after_setup():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    earlier = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    _, stepper = fabric.setup(net, optimizer)
+    later = torch.optim.lr_scheduler.StepLR(stepper, 1, gamma=0.5)
+    stepper.step()
+    earlier.step()
+    later.step()
+    assert stepper.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.25
+    stepper.load_state_dict(stepper.state_dict())
+    assert stepper.param_groups is optimizer.param_groups
+    assert stepper.state is optimizer.state
+
+
+def worker(fabric: Fabric, offset: int) -> int:
+    return fabric.all_reduce(torch.tensor(float(fabric.global_rank))).item() + offset
+
+
+class Counting(Fabric):
+    def run(self, offset):
+        return worker(self, offset)
+
+
+def test_functions_and_run_are_launched_in_new_processes():
+    assert Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(worker, 7) == 7.5
+    assert Counting(accelerator="cpu", devices=2, strategy="ddp_fork").run(8) == 8.5
+
+
+class Module(levin.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).sum()
+
+
+@world_size(2, timeout_s=120)
+def test_steps_of_a_module_exchange_gradients_and_cut_weights_are_saved_whole(tmp_path):
+    for strategy in ("ddp", "fsdp"):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+        module = Module()
+        model = fabric.setup_module(module)
+        optimizer = fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=1.0))
+        loss = model.training_step(torch.ones(1, 2) * (1 + fabric.global_rank), 0)
+        module.manual_backward(loss)
+        optimizer.step()
+        fabric.save(tmp_path / "run.ckpt", {"model": model, "optimizer": optimizer})
+        fabric.load(tmp_path / "run.ckpt", {"model": model, "optimizer": optimizer})
+        weight = fabric.all_gather(
+            module.layer.weight.sum().full_tensor() if strategy == "fsdp" else module.layer.weight.sum()
+        )
+        torch.manual_seed(0)
+        assert torch.allclose(weight, nn.Linear(2, 1).weight.sum() - 3.0)
+        assert fabric.received_sigterm is False
+
+
+@world_size(2, connect=False)
+def test_collectives_over_a_group():
+    collective = TorchCollective()
+    with pytest.raises(RuntimeError, match="create_group"):
+        collective.all_reduce(torch.ones(1))
+    collective.setup(backend="gloo").create_group()
+    rank = collective.rank
+    one = torch.ones(1) * rank
+    assert collective.all_reduce(one.clone()).item() == 1
+    assert collective.all_reduce(one.clone(), op="mean").item() == 0.5
+    assert [int(part) for part in collective.all_gather([torch.zeros(1), torch.zeros(1)], one)] == [0, 1]
+    assert collective.broadcast(one.clone(), src=1).item() == 1
+    assert collective.all_gather_object([None, None], rank) == [0, 1]
+    assert collective.broadcast_object_list([rank], src=1) == [1]
+    assert (
+        collective.scatter(torch.zeros(1), [torch.ones(1), torch.ones(1) * 2] if rank == 0 else []).item() == rank + 1
+    )
+    gathered = collective.gather(one, [torch.zeros(1), torch.zeros(1)] if rank == 0 else [])
+    assert [int(part) for part in gathered] == ([0, 1] if rank == 0 else [])
+    if rank == 0:
+        collective.send(torch.ones(1) * 5, dst=1)
+    else:
+        assert collective.recv(torch.zeros(1), src=0).item() == 5
+    with pytest.raises(ValueError, match="reduce_op"):
+        collective.all_reduce(one, op="foo")
+    with pytest.raises(RuntimeError, match="has a group already"):
+        collective.create_group()
+    collective.barrier()
+    collective.teardown()
+    assert not torch.distributed.is_initialized()
+    alone = SingleDeviceCollective().create_group()
+    assert alone.all_gather([torch.zeros(1)], torch.ones(1)) == [torch.ones(1)]
+
+
+def test_the_monitor_gives_rates_to_the_loggers():
+    class Logger:
+        seen: list = []
+
+        def log_metrics(self, metrics, step=None):
+            self.seen.append((metrics["samples"], step))
+
+    monitor = ThroughputMonitor(Fabric(accelerator="cpu", devices=1, loggers=Logger()), window_size=2)
+    for number in (1, 2):
+        monitor.update(time=float(number), batches=number, samples=number * 4)
+        metrics = monitor.compute_and_log()
+    assert metrics["device/samples_per_sec"] == 4
+    assert Logger.seen == [(4, 0), (8, 1)]
+
+
+SCRIPT = """
+import sys
+from levin import Fabric
+fabric = Fabric()
+print(sys.argv[1], fabric.world_size, fabric.global_rank, fabric.strategy.precision.precision, flush=True)
+fabric.barrier()
+"""
+
+
+def test_the_command_sets_what_the_script_left_open(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    words = [
+        "--accelerator",
+        "cpu",
+        "--devices",
+        "2",
+        "--strategy",
+        "ddp",
+        "--precision",
+        "64-true",
+        "--main-port",
+        "29731",
+    ]
+    command = [sys.executable, "-m", "levin", "fabric", "run", *words, "script.py", "word"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "word 2 0 64-true" in done.stdout
+
+
+def test_the_command_counts_processes_and_refuses_what_it_cannot_start(capsys):
+    assert [count_processes("cpu", devices) for devices in ("1", "3", "auto")] == [1, 3, 1]
+    assert count_processes("cpu", "4", "dp") == 1
+    with pytest.raises(ValueError, match="tpu"):
+        count_processes("tpu", "1")
+    for words in (["run", "--strategy", "ddp_spawn", "x.py"], ["run"], ["run", "--precision", "8", "x.py"]):
+        with pytest.raises(SystemExit):
+            main(words)
+    assert main(["consolidate", "nowhere"]) == 1
