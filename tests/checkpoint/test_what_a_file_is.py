@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 
+from levin import Callback
 from levin.checkpoint import atomic_save, load
 from levin.checkpoint.verify import verify
 from levin.utilities.exceptions import DamagedCheckpointError
@@ -114,6 +115,42 @@ def test_another_rate_or_a_kind_of_the_same_settings_goes_on(tmp_path):
     second = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=2)
     second.fit(Faster(), loader(), ckpt_path=str(tmp_path / "first.ckpt"))
     assert second.global_step == 8
+
+
+class Manual(TrainOnly):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(self.layer(batch[0]).pow(2).mean())
+        if batch_idx % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class SaveAfterTwo(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_optimization_may_become_automatic_or_manual(tmp_path, accumulate):
+    arguments = {"enable_checkpointing": False, "max_epochs": 1}
+    automatic = {**arguments, "accumulate_grad_batches": accumulate}
+    path = tmp_path / "two.ckpt"
+    trainer(tmp_path, [SaveAfterTwo(path)], **automatic).fit(TrainOnly(), loader(6))
+    manual = trainer(tmp_path, [], **arguments)
+    manual.fit(Manual(), loader(6), ckpt_path=path)
+    assert manual.global_step == (4 if accumulate == 1 else 2)
+    trainer(tmp_path, [SaveAfterTwo(path)], **arguments).fit(Manual(), loader(6))
+    again = trainer(tmp_path, [], **automatic)
+    with pytest.warns(UserWarning, match="saved with manual optimization while gradients were accumulated"):
+        again.fit(TrainOnly(), loader(6), ckpt_path=path)
+    assert again.global_step == (4 if accumulate == 1 else 2)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -125,6 +125,12 @@ class AutomaticStep:
         """Take up :meth:`state_dict`."""
         if not state:
             return
+        if "window" not in state:
+            rank_zero_warn(
+                "The checkpoint was saved with manual optimization while gradients were accumulated, and the module now has "
+                "automatic optimization, which cannot tell of how many batches they are: they are left out."
+            )
+            return
         self.window, self.held = state["window"], state["held"]
         self.weight, self.is_weighted = state["weight"], state["is_weighted"]
         self.lacks = state.get("lacks", 0)
