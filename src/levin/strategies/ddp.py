@@ -155,7 +155,12 @@ class DDPStrategy(ParallelStrategy):
         if self._comm_hook is not None:  # which may let them drift apart on purpose
             return []
         ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-        return [parameter for name, parameter in module.named_parameters() if name not in ignored]
+        # A user's strategy may spread parameters over the processes: those with `to_local` are parts and no copies.
+        return [
+            parameter
+            for name, parameter in module.named_parameters()
+            if name not in ignored and not hasattr(parameter, "to_local")
+        ]
 
     def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
         """Return the optimizer, and let it average the weights after its steps where that is asked for."""
