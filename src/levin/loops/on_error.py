@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from levin.loops.out_of_memory import annotate_out_of_memory
 from levin.loops.run import Run, detach_log_store
 from levin.ranks.signals import save_for_restart
 from levin.utilities.exceptions import SIGTERMException
@@ -22,6 +23,7 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         run.state.stage = None
         return
     module = run.module
+    annotate_out_of_memory(run, error)
     if run.watchdog is not None:
         run.watchdog.annotate_error(error)
     is_agreed = _is_agreed(run, error)
