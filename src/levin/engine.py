@@ -32,6 +32,7 @@ from levin.launchers import MultiProcessingLauncher
 from levin.precision import Precision
 from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
+from levin.strategies.parallel import is_connected
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.interactive import is_interactive
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -446,5 +447,7 @@ def _check_processes(
             f"number {chosen.global_rank}: it is on machine {chosen.node_rank}, counted from 0 (NODE_RANK or GROUP_RANK). "
             "Set num_nodes to the number of machines, or unset these variables."
         )
+    if isinstance(chosen, SingleDeviceStrategy) and (asked is chosen or asked == "single_device" or is_connected()):
+        return  # one of several processes, for itself: a test, an export, a search on one rank
     # Also on one device: processes that something outside started would otherwise all do the same work unnoticed.
     environment.validate_settings(num_devices=num_devices, num_nodes=num_nodes)

@@ -294,3 +294,21 @@ def test_values_that_are_synced_are_matched_by_name():
         trainer.fit(Logs([["even", "odd"], ["odd", "even"]], hook))
         metrics = trainer.callback_metrics
         assert (float(metrics["even"]), float(metrics["odd"])) == (2.5, 5.5)
+
+
+@world_size(2, connect=False)
+def test_one_rank_may_have_a_trainer_for_itself():
+    os.environ["TORCHELASTIC_RUN_ID"] = "started by torchrun"
+    with pytest.raises(ValueError, match="must be the 2 processes that torchrun started"):
+        alone()
+    assert alone(strategy="single_device").world_size == 1
+    module, trainer = Small(batch_size=4), in_rank(max_epochs=1)
+    trainer.fit(module)
+    if dist.get_rank() == 0:
+        side = alone()
+        (result,) = side.test(module, loader(4), verbose=False)
+        assert side.world_size == 1 and "val_loss" in result
+        alone(max_epochs=1).fit(Small(batch_size=4))
+    dist.barrier()
+    (result,) = trainer.test(module, loader(4), verbose=False)
+    assert "val_loss" in result
