@@ -198,3 +198,22 @@ def test_the_start_of_a_process_loads_no_torch(tmp_path):
         "import sys\nprint(sorted({name.partition('.')[0] for name in sys.modules} & {'torch', 'numpy', 'email', 'inspect'}))\n"
     )
     assert output(["-m", "levin", str(script)]) == "[]\n"
+
+
+def test_the_logger_of_lightning_stands_above_that_of_levin(tmp_path):
+    script = tmp_path / "log.py"
+    script.write_text(
+        """
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+rank_zero_info("heard")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+rank_zero_info("silenced")
+logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+logging.getLogger("lightning.pytorch").addHandler(logging.StreamHandler(sys.stdout))
+rank_zero_info("heard twice")
+"""
+    )
+    assert output(["-m", "levin", str(script)]).splitlines() == ["heard", "heard twice", "heard twice"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.machinery import ModuleSpec
@@ -136,6 +137,16 @@ def install_finder() -> None:
             "already. Call it at the top of the program, or run the program with `python -m levin SCRIPT`."
         )
     sys.meta_path.insert(0, AliasFinder())
+    _place_logger()
+
+
+def _place_logger() -> None:
+    """Put levin's logger below the one that programs silence, listen to and find at level INFO: Lightning's."""
+    theirs, ours = logging.getLogger("lightning.pytorch"), logging.getLogger("levin")
+    if theirs.level == logging.NOTSET:
+        theirs.setLevel(logging.INFO)
+    ours.parent = theirs
+    ours.setLevel(logging.NOTSET)
 
 
 def _describe_missing(fullname: str) -> str:

@@ -14,7 +14,9 @@ log = logging.getLogger("levin")
 if not log.handlers and not logging.root.handlers:
     # Nobody configured logging, so the messages of a run are shown as they are.
     log.addHandler(logging.StreamHandler())
-    log.setLevel(logging.INFO)
+    if log.parent is logging.root:
+        # Below another logger, as with the names of Lightning, it is that one's level which counts.
+        log.setLevel(logging.INFO)
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
