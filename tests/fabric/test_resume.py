@@ -241,11 +241,11 @@ def test_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("name", ["five_lines.py", "gan.py"])
-def test_the_other_examples_run(name, tmp_path):
+@pytest.mark.parametrize("name, devices", [("five_lines.py", "1"), ("gan.py", "1"), ("gan.py", "2")])
+def test_the_other_examples_run(name, devices, tmp_path):
     pytest.importorskip("sklearn")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / name), "--epochs", "1"]
+    command = [sys.executable, str(EXAMPLES / name), "--epochs", "1", "--devices", devices]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     if name == "five_lines.py":
