@@ -29,6 +29,28 @@ def test_ddp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run():
     assert runs[0] == runs[1]
 
 
+def test_fsdp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run(tmp_path):
+    seen = []
+
+    class Looking(Validated):
+        def on_train_start(self):
+            seen.append((dist.get_backend(), {type(p).__name__ for p in self.parameters()}))
+
+    runs = []
+    for strategy in ("auto", "fsdp"):
+        torch.manual_seed(0)
+        module = (Validated if strategy == "auto" else Looking)(dropout=0.0)
+        runner = trainer(
+            strategy=strategy, max_epochs=2, use_distributed_sampler=False,
+            callbacks=SaveAt(8, tmp_path / f"{strategy}.ckpt"),
+        )  # fmt: skip
+        runner.fit(module, loader(), loader(8))
+        runs.append([*values(module), runner.callback_metrics["val_loss"].item()])
+    assert seen == [("nccl", {"DTensor"})]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+    assert (tmp_path / "fsdp.ckpt").exists()
+
+
 def test_ddp_of_one_process_resumes_exactly(tmp_path):
     def run(path=None, **kwargs):
         torch.manual_seed(0)
