@@ -495,8 +495,8 @@ ROOTS = {"lightning": "", "pytorch_lightning": "pytorch", "lightning_fabric": "f
 """Top-level packages that the alias answers for, and the path that each is."""
 
 PROGRAMS = {
-    "pytorch.utilities.upgrade_checkpoint": "levin.checkpoint.upgrade",
-    "pytorch.utilities.consolidate_checkpoint": "levin.checkpoint.consolidate",
-    "fabric.utilities.consolidate_checkpoint": "levin.checkpoint.consolidate",
+    "pytorch.utilities.upgrade_checkpoint": "levin.checkpoint.upgrade_file",
+    "pytorch.utilities.consolidate_checkpoint": "levin.checkpoint.folder",
+    "fabric.utilities.consolidate_checkpoint": "levin.checkpoint.folder",
 }
 """Modules that people run with ``python -m``, and the module whose ``main(words)`` does it here."""
