@@ -47,6 +47,9 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         ...         return DataLoader(self.numbers, batch_size=4)
     """
 
+    CHECKPOINT_HYPER_PARAMS_KEY: str = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME: str = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE: str = "datamodule_hparams_type"
     name: str | None = None
 
     def __init__(self) -> None:

@@ -227,3 +227,37 @@ def test_programs_run_by_their_module(tmp_path: Path, name):
         timeout=100,
     )
     assert done.returncode == 0 and "checkpoint" in done.stdout, done.stderr
+
+
+def test_keys_of_the_hyper_parameters_of_a_data_module():
+    names = [f"CHECKPOINT_HYPER_PARAMS_{part}" for part in ("KEY", "NAME", "TYPE")]
+    theirs, ours = both("pytorch", "LightningDataModule")
+    assert [getattr(ours, name) for name in names] == [getattr(theirs, name) for name in names]
+
+
+@pytest.mark.parametrize("hparams", [Namespace(lr=1), {"lr": 1}])
+def test_hyper_parameters_are_found_in_a_namespace_too(hparams):
+    class Holder:
+        _trainer = None
+
+    holder = Holder()
+    holder.hparams = hparams
+    for side in (0, 1):
+        has, get, change = (
+            both("pytorch.utilities.parsing", f"lightning_{verb}attr")[side] for verb in ("has", "get", "set")
+        )
+        assert has(holder, "lr") and not has(holder, "other")
+        change(holder, "lr", side + 5)
+        assert get(holder, "lr") == side + 5
+
+
+def test_a_missing_attribute_is_the_error_that_programs_catch():
+    for values in (made(k=1) for made in both("pytorch.utilities", "AttributeDict")):
+        with pytest.raises(KeyError):
+            del values.nope
+        with pytest.raises(AttributeError):
+            _ = values.nope
+        with pytest.raises(KeyError):
+            _ = values["nope"]
+        del values.k
+        assert values == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from levin.accelerators.devices import parse_device_indices
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.interactive import is_interactive
 from levin.utilities.rank_zero import rank_zero_info
+
+# Asking for devices through NVML makes no CUDA context, so that processes can still be forked afterwards.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 
 class CUDAAccelerator(Accelerator):

@@ -127,7 +127,7 @@ def _holders(model: Any, attribute: str) -> Iterator[Any]:
     if hasattr(model, attribute):
         yield model
     hparams = getattr(model, "hparams", None)
-    if isinstance(hparams, dict) and attribute in hparams:
+    if attribute in (hparams if isinstance(hparams, dict) else vars(hparams or Namespace())):
         yield hparams
     datamodule = getattr(getattr(model, "_trainer", None), "datamodule", None)
     if datamodule is not None and hasattr(datamodule, attribute):

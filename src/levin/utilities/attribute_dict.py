@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
+class MissingAttributeError(AttributeError, KeyError):
+    """An attribute that is to be deleted is not there; some programs catch it as the KeyError of a dict."""
+
+    __str__ = AttributeError.__str__
+
+
 class AttributeDict(dict[str, Any]):
     """A dict with attribute access; a missing name raises AttributeError.
 
@@ -25,10 +31,9 @@ class AttributeDict(dict[str, Any]):
         self[name] = value
 
     def __delattr__(self, name: str) -> None:
-        try:
-            del self[name]
-        except KeyError:
-            raise AttributeError(f"Missing attribute {name!r}. Present: {sorted(self)}.") from None
+        if name not in self:
+            raise MissingAttributeError(f"Missing attribute {name!r}. Present: {sorted(self)}.")
+        del self[name]
 
     def __repr__(self) -> str:
         width = max((len(str(key)) for key in self), default=0) + 2
