@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -246,6 +247,63 @@ def test_a_second_request_ends_the_process_at_once(tmp_path):
     process.communicate(timeout=20)
     assert process.returncode == 143
     assert list(tmp_path.rglob("*.ckpt")) == []
+
+
+INTERRUPTED = """
+import os, sys, time, warnings
+warnings.simplefilter("ignore")
+import torch
+from torch.utils.data import DataLoader
+from levin import Callback, LightningModule, Trainer
+
+class Stuck(Callback):
+    def on_exception(self, trainer, pl_module, exception):
+        print("stuck", os.getpid(), flush=True)
+        torch.distributed.HashStore().wait(["never"])  # in C, where no handler runs
+
+class Model(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            print("step", os.getpid(), flush=True)
+        time.sleep(0.1)
+        return self.layer(batch).sum()
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
+    enable_model_summary=False, enable_checkpointing=False, callbacks=[Stuck()]).fit(Model(), DataLoader(torch.ones(9000, 2)))
+"""
+
+
+def test_ctrl_c_pressed_again_ends_a_shutdown_that_waits_for_another_process(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        for word in ("step", "stuck"):
+            while not (line := process.stdout.readline()).startswith(word):
+                assert line, f"ended before {word}"
+            if word == "step":
+                os.killpg(process.pid, signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None
+        told_s = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        # By itself or by the signal: a shell says 130 either way.
+        assert process.wait(timeout=60) in (130, -signal.SIGINT)
+        assert time.monotonic() - told_s < 20
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize("is_found", [False, True], ids=["given as a plugin", "found by itself"])

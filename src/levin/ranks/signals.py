@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import Any, Optional
 
 from levin.checkpoint.select import hpc_checkpoints
 from levin.environments.slurm import SLURMEnvironment
-from levin.launchers.launcher import SIGTERM_STATUS
+from levin.launchers.launcher import SIGTERM_STATUS, Launcher
 from levin.protocols import Run
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log, rank_zero_info
@@ -28,6 +29,7 @@ FILE_NAME = "sigterm.ckpt"
 
 # Launchers forward what a scheduler sends to every process as well, so that one request may come twice.
 _SAME_REQUEST_S = 1.0
+_INTERRUPT_STATUS = 128 + 2
 
 
 class Signals:
@@ -77,6 +79,44 @@ def signal_handlers(run: Run) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def second_interrupt_ends(launcher: Launcher | None) -> Iterator[None]:
+    """Let a shutdown after Ctrl-C end in peace, unless it is pressed again: then this process and those it started end.
+
+    Afterwards Ctrl-C works as before, for those who catch the exit (notebooks).
+
+    Args:
+        launcher: What started other processes; None where there are none.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began_s = time.monotonic()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        # A thread, since the main one may wait for ever for another process, and then runs no handler.
+        while received := reader.recv(64):
+            if signal.SIGINT in received and time.monotonic() - began_s > _SAME_REQUEST_S:
+                if launcher is not None:
+                    launcher.kill(signal.SIGKILL)
+                os._exit(_INTERRUPT_STATUS)
+        reader.close()
+
+    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, name="levin-interrupt", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_fd)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+        writer.close()
+        thread.join()
 
 
 class _SigtermHandler:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Optional, Protocol
 
 import torch
@@ -23,7 +20,7 @@ from levin.loops.run import Run
 from levin.loops.stage_loaders import Loaders
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.ranks.signals import as_ended, signal_handlers
+from levin.ranks.signals import as_ended, second_interrupt_ends, signal_handlers
 from levin.strategies.ddp import DDPStrategy
 from levin.strategies.single_device import SingleDeviceStrategy
 from levin.strategies.strategy import Strategy
@@ -156,7 +153,7 @@ def _execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[b
             result = run_call.run_sequence(run, weights_only)
     except KeyboardInterrupt as error:
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-        with _no_further_interrupt():
+        with second_interrupt_ends(launcher):
             fail(run, error, runs_elsewhere)
             if launcher is not None and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGTERM)
@@ -182,19 +179,6 @@ def _chosen_path(trainer: Caller, given: Any) -> Any:
         rank_zero_warn(f"`trainer.ckpt_path = {preset!r}` was set, but {given!r} was passed, which is used.")
         trainer._given_ckpt_path = preset = None
     return given if given is not None else preset or None
-
-
-@contextmanager
-def _no_further_interrupt() -> Iterator[None]:
-    """Let the shutdown end in peace; afterwards Ctrl-C works as before, for those who catch the exit (notebooks)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
 
 
 def show_results(run: Run, results: list[dict[str, float]], verbose: bool) -> list[dict[str, float]]:
