@@ -103,12 +103,13 @@ class EvaluationLoop:
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False
-        # The loaders of the stage once they are loaded: extensions read their lengths here.
+        # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
+        self._data_source: Any = None
         self._combined_loader: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the data where they are."""
-        return {**self.__dict__, "_combined_loader": None}
+        return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the loop's part of a checkpoint."""
@@ -218,12 +219,13 @@ class FitLoop:
         self.val_check_batch: Optional[int | float] = None
         self.restarting: bool = False
         self.restarted_mid_epoch: bool = False
-        # The training loaders once they are loaded: extensions read their lengths here.
+        # The training loaders, and these once they are loaded: as in EvaluationLoop.
+        self._data_source: Any = None
         self._combined_loader: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the data where they are."""
-        return {**self.__dict__, "_combined_loader": None}
+        return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
     @property
     def min_steps(self) -> Optional[int]:

@@ -132,7 +132,7 @@ KEEPERS = {
 }
 
 
-@pytest.mark.lightning_raises("ValueError")
+@pytest.mark.lightning_raises("ValueError", "FileNotFoundError")
 @pytest.mark.parametrize(
     ("keeper", "method"),
     [

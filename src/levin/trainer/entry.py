@@ -94,6 +94,10 @@ def begin(
     loaders = Loaders()
     for stage, value in given.items():
         getattr(loaders, stage).attach(value, datamodule, model)
+    loops = trainer.loops
+    loops.fit._data_source = loaders.train
+    loops.fit.epoch_loop.val_loop._data_source = loops.validate._data_source = loaders.val
+    loops.test._data_source, loops.predict._data_source = loaders.test, loaders.predict
     run = Run(
         trainer, trainer.settings, trainer._engine, trainer.profiler, trainer.callbacks, trainer.loggers, trainer.loops,
         state, told, model, datamodule, loaders,
