@@ -125,12 +125,12 @@ def test_configurations():
     before = (
         "model: # lightning.pytorch.Trainer\n  class_path: pytorch_lightning.callbacks.early_stopping.EarlyStopping\n"
         '  name: lightning.pytorch.callbacks.Timer\ncallbacks:\n  - class_path: "lightning.pytorch.callbacks.Timer"  # clock\n'
-        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.tuner.Tuner\n"
+        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.strategies.DeepSpeedStrategy\n"
     )
     after = (
         "model: # lightning.pytorch.Trainer\n  class_path: levin.callbacks.EarlyStopping\n"
         '  name: lightning.pytorch.callbacks.Timer\ncallbacks:\n  - class_path: "levin.callbacks.Timer"  # clock\n'
-        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.tuner.Tuner\n"
+        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.strategies.DeepSpeedStrategy\n"
     )
     rewritten = rewrite_yaml(before)
     assert rewritten.text == after

@@ -226,6 +226,7 @@ PREDICT_LOADERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("source", ["given", "hook"])
 @pytest.mark.parametrize("loader", PREDICT_LOADERS)
 def test_predict_sees_every_sample_and_knows_its_index(tmp_path, loader, source):
@@ -375,6 +376,7 @@ def test_the_default_transfer_moves_what_can_be_moved(tmp_path, kind):
     trace.same(code, tmp_path)
 
 
+@pytest.mark.lightning_raises("TypeError")
 @pytest.mark.parametrize("wrong", ["returns_none", "raises", "wrong_signature"])
 @pytest.mark.parametrize("hook", trace.TRANSFER)
 def test_transfer_hooks_gone_wrong(tmp_path, hook, wrong):

@@ -120,7 +120,7 @@ def combinations() -> list[dict[str, Any]]:
     return alone + devices_and_strategies + random.Random(0).sample(everything, 400)
 
 
-@pytest.mark.lightning_raises("MisconfigurationException")
+@pytest.mark.lightning_raises("MisconfigurationException", "ValueError", "TypeError")
 def test_every_combination_is_chosen_or_refused_alike():
     different = []
     cases = combinations()
@@ -165,7 +165,7 @@ def lightning_parts() -> dict[str, Any]:
     }
 
 
-@pytest.mark.lightning_raises("ValueError")
+@pytest.mark.lightning_raises("ValueError", "MisconfigurationException")
 def test_plugins_are_accepted_or_refused_alike(monkeypatch):
     for name, value in (("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1234"), ("WORLD_SIZE", "2"), ("RANK", "0")):
         monkeypatch.setenv(name, value)
