@@ -283,9 +283,9 @@ def test_a_process_without_a_script_cannot_be_started_again(monkeypatch, argumen
     monkeypatch.setattr(sys, "argv", [argument])
     monkeypatch.setattr("__main__.__spec__", None)
     if argument.endswith(".py"):
-        monkeypatch.setattr("__main__.__file__", argument)
+        monkeypatch.setattr("__main__.__file__", argument, raising=False)
     else:
-        monkeypatch.delattr("__main__.__file__")
+        monkeypatch.delattr("__main__.__file__", raising=False)
     with pytest.raises(ValueError, match=r"cannot be started again: .* Write the program into a file"):
         script_command(1)
 

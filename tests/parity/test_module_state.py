@@ -44,7 +44,7 @@ ATTRIBUTES = (
 )  # fmt: skip
 
 
-@pytest.mark.lightning_raises("RuntimeError")
+@pytest.mark.lightning_raises("RuntimeError", "AttributeError")
 def test_attributes_before_a_run(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen)
