@@ -102,6 +102,7 @@ def training_code(seen: trace.Trace, loader: str, limit: float) -> None:
     seen.note(trainer.global_step, trainer.current_epoch)
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     ("loader", "limit"),
     [
@@ -123,6 +124,7 @@ def test_a_limit_beyond_the_end_of_a_stream_changes_nothing(tmp_path, loader):
     assert limited.events == whole.events
 
 
+@pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize("limit", [1.0, 2, 0.5])
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("method", ["validate", "predict"])
