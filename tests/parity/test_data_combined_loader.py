@@ -165,7 +165,7 @@ def test_an_unknown_mode_is_an_error(tmp_path, mode):
     trace.same(code, tmp_path)
 
 
-@pytest.mark.lightning_raises("ValueError")
+@pytest.mark.lightning_raises("ValueError", "AssertionError")
 def test_flattened_and_limits_must_fit(tmp_path):
     def code(seen: trace.Trace) -> None:
         loader = combined(seen.framework)({"a": range(2), "b": [range(3)]}, "min_size")

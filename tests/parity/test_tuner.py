@@ -110,7 +110,6 @@ def test_where_the_rate_is_written_to(tmp_path, attributes, attr_name):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(accumulate_grad_batches=3),
         dict(fast_dev_run=True),
         dict(gradient_clip_val=0.1),
         dict(limit_train_batches=0.5),

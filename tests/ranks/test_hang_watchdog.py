@@ -43,7 +43,7 @@ class Faulty(Small):
             elif self.fault == "raises":
                 raise KeyError("broken in the step")
             else:
-                time.sleep(2.5 * self.trainer._watchdog.beat_s)  # so that it has said where it is
+                time.sleep(2.5 * self.trainer.run.watchdog.beat_s)  # so that it has said where it is
                 os.kill(os.getpid(), {"stopped": signal.SIGSTOP, "killed": signal.SIGKILL}[self.fault])
         if self.fault == "ends the epoch alone":
             return self.net(batch[0]).mean()  # nothing is logged: the ranks next meet in groups that differ
