@@ -140,7 +140,7 @@ def test_exchanges_follow_the_clock(monkeypatch):
 
     def exchange(numbers):
         moments.append(now[0])
-        return [numbers, [0.0, 0.0, 0.0, now[0] + 5.0]]
+        return [numbers, [0.0, 0.0, 0.0, now[0] + 5.0, 0.0]]
 
     trainer = SimpleNamespace(should_stop=False, received_sigterm=False)
     own = Agreement(trainer, exchange, lambda: None)

@@ -29,7 +29,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[s
             f"{len(optimizers)}: {[type(optimizer).__name__ for optimizer in optimizers]}. {_WAY_OUT}"
         )
     for number, (optimizer, state) in enumerate(zip(optimizers, states)):
-        problem = _difference(optimizer, state.get("param_groups"))
+        # A state that is read in parts says by itself what does not fit.
+        problem = _difference(optimizer, state.get("param_groups") if isinstance(state, Mapping) else None)
         if problem:
             raise ValueError(f"The state of optimizer {number} in the checkpoint {problem}. {_WAY_OUT}")
 
