@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from levin.compat.finder import VERSION
-from levin.compat.table import ABSENT, EQUIVALENTS, ROOMS, ROOTS, TABLE, names_in, path_of
+from levin.compat.paths import ABSENT, EQUIVALENTS, TABLE
+from levin.compat.table import ROOMS, ROOTS, names_in, path_of
 
 # Paths of earlier versions, which packages still try first.
 EARLIER = {"pytorch.utilities.cloud_io", "pytorch.loggers.NeptuneLogger"}
@@ -30,7 +31,8 @@ def test_every_row_resolves_to_the_named_object_of_levin():
     code = """
 import importlib, json, sys
 from levin.compat import install
-from levin.compat.table import ROOTS, TABLE, names_in
+from levin.compat.paths import TABLE
+from levin.compat.table import ROOTS, names_in
 install()
 wrong = []
 for root, start in ROOTS.items():

@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from levin.compat.finder import AliasFinder
-from levin.compat.table import ABSENT, TABLE, names_in, path_of
+from levin.compat.paths import ABSENT, TABLE
+from levin.compat.table import names_in, path_of
 
 _DOTTED = r"(?<![\w./-])(?:{})(?:\.\w+)+(?![\w/-])"
 _THEIRS = re.compile(_DOTTED.format("lightning|pytorch_lightning|lightning_fabric"))

@@ -13,7 +13,8 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from levin.compat.table import ABSENT, ROOMS, TABLE, names_in, path_of
+from levin.compat.paths import ABSENT, TABLE
+from levin.compat.table import ROOMS, names_in, path_of
 
 _CONFIG_LINE = re.compile(
     r"""^(?P<key>\s*(?:-\s+)*["']?(?:class_path|_target_)["']?\s*:\s*)(?P<quote>["']?)"""

@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Optional
 
-from levin.compat.table import ABSENT, PROGRAMS, ROOTS, TABLE, names_in, path_of
+from levin.compat.paths import ABSENT, TABLE
+from levin.compat.table import PROGRAMS, ROOTS, names_in, path_of
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution

@@ -1,0 +1,433 @@
+"""What each module of Lightning's holds, and where that is in levin: the data of :mod:`levin.compat.table`.
+
+A key is a path below ``lightning``; ``pytorch`` is also spelled ``pytorch_lightning``, ``fabric`` also
+``lightning_fabric``. Below it stand the modules that hold the names, and the names themselves. ``theirs:ours`` is a name
+that is another one here. Rooms come first: where a name has a room (``levin.callbacks``), that is its module.
+"""
+
+from __future__ import annotations
+
+ABSENT = "levin.compat.absent"
+"""Names of features that are not there: they can be imported and mentioned; using one says what to use instead."""
+
+EQUIVALENT_LOGGERS = "levin.compat.fabric_loggers"
+"""The loggers of Fabric, which name their folder in another way."""
+
+EQUIVALENTS = "levin.compat.equivalents"
+"""Small functions and classes that nothing of levin's own needs, and packages do."""
+
+HPARAMS = "levin.compat.hparams"
+"""Helpers for hyper-parameters."""
+
+_DEMOS = "levin.demos"
+_ACCELERATORS, _CALLBACKS, _ENVIRONMENTS = "levin.accelerators", "levin.callbacks", "levin.environments"
+_CHECKPOINT, _LAUNCHERS, _LOGGERS, _COUNTERS = "levin.checkpoint", "levin.launchers", "levin.loggers", "levin.counters"
+_CLI, _TUNER, _PRECISION, _PROFILERS, _STRATEGIES, _TYPES = (
+    "levin.cli", "levin.tuner", "levin.precision", "levin.profilers", "levin.strategies", "levin.utilities.types",
+)  # fmt: skip
+_FABRIC = "levin.fabric"
+_RANK_ZERO, _SUMMARY, _BARS = "levin.utilities.rank_zero", "levin.utilities.model_summary", "levin.callbacks.progress"
+_ROOT = "Callback LightningDataModule LightningModule Trainer seed_everything"
+_ALL_ENVIRONMENTS = (
+    "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment "
+    "TorchElasticEnvironment XLAEnvironment"
+)
+_PLAIN_PRECISIONS = "DoublePrecision HalfPrecision MixedPrecision Precision"
+_EARLIER_PRECISIONS = (
+    "DoublePrecisionPlugin:DoublePrecision HalfPrecisionPlugin:HalfPrecision MixedPrecisionPlugin:MixedPrecision "
+    "PrecisionPlugin:Precision"
+)
+_OTHER_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
+_OTHER_STRATEGIES = "DeepSpeedStrategy SingleDeviceXLAStrategy XLAStrategy"
+_RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
+_RANK_ZERO_MODULE = {
+    _RANK_ZERO: f"rank_prefixed_message rank_zero_debug {_RANK_ZERO_NAMES}",
+    "lightning_utilities.core.rank_zero": "WarningCache",
+    EQUIVALENTS: "LightningDeprecationWarning",
+}
+_SUMMARY_NAMES = (
+    "LayerSummary ModelSummary get_formatted_model_size get_human_readable_count parse_batch_shape summarize"
+)
+
+TABLE: dict[str, dict[str, str]] = {
+    "": {"levin": f"{_ROOT} Fabric"},
+    # ------------------------------------------------------------------ lightning.pytorch, pytorch_lightning
+    "pytorch": {"levin": _ROOT, "levin.utilities.warnings": "disable_possible_user_warnings"},
+    "pytorch.accelerators": {
+        _ACCELERATORS: "Accelerator AcceleratorRegistry CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
+        "find_usable_cuda_devices",
+    },
+    "pytorch.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
+    "pytorch.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator", EQUIVALENTS: "get_cpu_stats"},
+    "pytorch.accelerators.cuda": {_ACCELERATORS: "CUDAAccelerator", "levin.accelerators.cuda": "num_cuda_devices"},
+    "pytorch.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
+    "pytorch.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
+    "pytorch.callbacks": {
+        _CALLBACKS: "BackboneFinetuning BaseFinetuning BasePredictionWriter Callback Checkpoint DeviceStatsMonitor "
+        "EMAWeightAveraging EarlyStopping GradientAccumulationScheduler LambdaCallback LearningRateMonitor "
+        "ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar "
+        "SpikeDetection StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
+        _TUNER: "BatchSizeFinder LearningRateFinder", ABSENT: "ModelPruning",
+    },
+    "pytorch.callbacks.batch_size_finder": {_TUNER: "BatchSizeFinder"},
+    "pytorch.callbacks.callback": {_CALLBACKS: "Callback"},
+    "pytorch.callbacks.checkpoint": {_CALLBACKS: "Checkpoint"},
+    "pytorch.callbacks.device_stats_monitor": {_CALLBACKS: "DeviceStatsMonitor"},
+    "pytorch.callbacks.early_stopping": {
+        _CALLBACKS: "Callback EarlyStopping", "levin.callbacks.early_stopping": "EarlyStoppingReason",
+    },
+    "pytorch.callbacks.finetuning": {
+        _CALLBACKS: "BackboneFinetuning BaseFinetuning", "levin.callbacks.finetuning": "multiplicative",
+    },
+    "pytorch.callbacks.gradient_accumulation_scheduler": {_CALLBACKS: "GradientAccumulationScheduler"},
+    "pytorch.callbacks.lambda_function": {_CALLBACKS: "LambdaCallback"},
+    "pytorch.callbacks.lr_finder": {_TUNER: "LearningRateFinder"},
+    "pytorch.callbacks.lr_monitor": {_CALLBACKS: "LearningRateMonitor"},
+    "pytorch.callbacks.model_checkpoint": {_CALLBACKS: "ModelCheckpoint"},
+    "pytorch.callbacks.model_summary": {_CALLBACKS: "ModelSummary"},
+    "pytorch.callbacks.on_exception_checkpoint": {_CALLBACKS: "OnExceptionCheckpoint"},
+    "pytorch.callbacks.prediction_writer": {_CALLBACKS: "BasePredictionWriter", "levin.callbacks.prediction_writer": "WriteInterval"},
+    "pytorch.callbacks.progress": {_CALLBACKS: "ProgressBar RichProgressBar TQDMProgressBar"},
+    "pytorch.callbacks.progress.progress_bar": {
+        _CALLBACKS: "ProgressBar", f"{_BARS}.progress_bar": "get_standard_metrics",
+    },
+    "pytorch.callbacks.progress.rich_progress": {
+        _CALLBACKS: "RichProgressBar RichProgressBarTheme",
+        f"{_BARS}.rich_columns": "BatchesProcessedColumn CustomBarColumn CustomTimeColumn MetricsTextColumn "
+        "ProcessingSpeedColumn",
+    },
+    "pytorch.callbacks.progress.tqdm_progress": {
+        _CALLBACKS: "TQDMProgressBar",
+        f"{_BARS}.tqdm_progress": "Tqdm",
+        f"{_BARS}.progress_bar": "convert_inf",
+    },
+    "pytorch.callbacks.pruning": {ABSENT: "ModelPruning"},
+    "pytorch.callbacks.rich_model_summary": {_CALLBACKS: "RichModelSummary"},
+    "pytorch.callbacks.spike": {_CALLBACKS: "SpikeDetection"},
+    "pytorch.callbacks.stochastic_weight_avg": {_CALLBACKS: "StochasticWeightAveraging"},
+    "pytorch.callbacks.throughput_monitor": {_CALLBACKS: "ThroughputMonitor"},
+    "pytorch.callbacks.timer": {_CALLBACKS: "Timer", EQUIVALENTS: "Interval"},
+    "pytorch.callbacks.weight_averaging": {_CALLBACKS: "EMAWeightAveraging WeightAveraging"},
+    "pytorch.cli": {
+        _CLI: "ArgsType LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion "
+        "LightningArgumentParser LightningCLI OptimizerCallable ReduceLROnPlateau SaveConfigCallback instantiate_class "
+        "instantiate_module",
+    },
+    "pytorch.core": {"levin": "LightningDataModule LightningModule"},
+    "pytorch.core.datamodule": {"levin": "LightningDataModule"},
+    "pytorch.core.hooks": {"levin.hooks": "CheckpointHooks DataHooks ModelHooks"},
+    "pytorch.core.mixins": {"levin.hparams": "HyperparametersMixin"},
+    "pytorch.core.mixins.hparams_mixin": {"levin.hparams": "HyperparametersMixin"},
+    "pytorch.core.module": {"levin": "LightningModule"},
+    "pytorch.core.optimizer": {
+        "levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer", EQUIVALENTS: "do_nothing_closure",
+    },
+    "pytorch.demos": {
+        _DEMOS: "BoringDataModule BoringModel DemoModel LightningLSTM LightningTransformer SequenceSampler SimpleLSTM "
+        "Transformer WikiText2",
+    },
+    "pytorch.demos.boring_classes": {
+        f"{_DEMOS}.boring_classes": "BoringDataModule BoringDataModuleNoLen BoringModel DemoModel "
+        "IterableBoringDataModule ManualOptimBoringModel Net RandomDataset RandomDictDataset RandomIterableDataset "
+        "RandomIterableDatasetWithLen",
+    },
+    "pytorch.demos.lstm": {f"{_DEMOS}.lstm": "LightningLSTM SequenceSampler SimpleLSTM"},
+    "pytorch.demos.mnist_datamodule": {f"{_DEMOS}.mnist_datamodule": "MNIST MNISTDataModule _MNIST:MNIST"},
+    "pytorch.demos.transformer": {
+        f"{_DEMOS}.transformer": "Dictionary LightningTransformer PositionalEncoding Transformer WikiText2 tokenize",
+    },
+    "pytorch.core.saving": {
+        "levin.loading": "_load_from_checkpoint:load_from_checkpoint _default_map_location:default_map_location",
+        "levin.utilities.filesystem": "get_filesystem",
+        HPARAMS: "convert load_hparams_from_tags_csv load_hparams_from_yaml save_hparams_to_tags_csv save_hparams_to_yaml "
+        "update_hparams",
+    },
+    "pytorch.loggers": {
+        _LOGGERS: "CSVLogger Logger TensorBoardLogger",
+        "levin.loggers.comet": "CometLogger",
+        "levin.loggers.mlflow": "MLFlowLogger",
+        "levin.loggers.wandb": "WandbLogger",
+        ABSENT: "LitLogger NeptuneLogger",
+    },
+    "pytorch.loggers.comet": {"levin.loggers.comet": "CometLogger"},
+    "pytorch.loggers.csv_logs": {_LOGGERS: "CSVLogger", "levin.loggers.csv_logs": "ExperimentWriter"},
+    "pytorch.loggers.litlogger": {ABSENT: "LitLogger"},
+    "pytorch.loggers.logger": {
+        _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
+        EQUIVALENTS: "merge_dicts",
+    },
+    "pytorch.loggers.mlflow": {"levin.loggers.mlflow": "MLFlowLogger"},
+    "pytorch.loggers.neptune": {ABSENT: "NeptuneLogger"},
+    "pytorch.loggers.tensorboard": {_LOGGERS: "TensorBoardLogger"},
+    "pytorch.loggers.wandb": {"levin.loggers.wandb": "WandbLogger"},
+    "pytorch.loops": {
+        _COUNTERS: "_FitLoop:FitLoop _TrainingEpochLoop:EpochLoop _EvaluationLoop:EvaluationLoop "
+        "_PredictionLoop:EvaluationLoop",
+    },
+    "pytorch.loops.evaluation_loop": {_COUNTERS: "_EvaluationLoop:EvaluationLoop"},
+    "pytorch.loops.fit_loop": {_COUNTERS: "_FitLoop:FitLoop"},
+    "pytorch.loops.prediction_loop": {_COUNTERS: "_PredictionLoop:EvaluationLoop"},
+    "pytorch.loops.training_epoch_loop": {_COUNTERS: "_TrainingEpochLoop:EpochLoop"},
+    "pytorch.overrides": {},
+    "pytorch.overrides.distributed": {"levin.data.samplers": "UnrepeatedDistributedSampler"},
+    "pytorch.plugins": {
+        _CHECKPOINT: "AsyncCheckpointIO CheckpointIO TorchCheckpointIO",
+        _ENVIRONMENTS: "ClusterEnvironment",
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS}",
+        _STRATEGIES: "LayerSync TorchSyncBatchNorm",
+        ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
+    },
+    "pytorch.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
+    "pytorch.plugins.io": {
+        _CHECKPOINT: "AsyncCheckpointIO CheckpointIO TorchCheckpointIO", ABSENT: "XLACheckpointIO",
+    },
+    "pytorch.plugins.io.async_plugin": {_CHECKPOINT: "AsyncCheckpointIO"},
+    "pytorch.plugins.io.checkpoint_plugin": {_CHECKPOINT: "CheckpointIO"},
+    "pytorch.plugins.io.torch_plugin": {_CHECKPOINT: "TorchCheckpointIO"},
+    "pytorch.plugins.layer_sync": {_STRATEGIES: "LayerSync TorchSyncBatchNorm"},
+    "pytorch.plugins.precision": {
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
+    },
+    "pytorch.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
+    "pytorch.plugins.precision.bitsandbytes": {ABSENT: "BitsandbytesPrecision"},
+    "pytorch.plugins.precision.deepspeed": {ABSENT: "DeepSpeedPrecision"},
+    "pytorch.plugins.precision.double": {
+        _PRECISION: "DoublePrecision", EQUIVALENTS: "LightningDoublePrecisionModule",
+    },
+    "pytorch.plugins.precision.fsdp": {ABSENT: "FSDPPrecision"},
+    "pytorch.plugins.precision.half": {_PRECISION: "HalfPrecision"},
+    "pytorch.plugins.precision.precision": {_PRECISION: "Precision"},
+    "pytorch.plugins.precision.transformer_engine": {ABSENT: "TransformerEnginePrecision"},
+    "pytorch.plugins.precision.xla": {ABSENT: "XLAPrecision"},
+    "pytorch.profilers": {
+        _PROFILERS: "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler",
+    },
+    "pytorch.profilers.advanced": {_PROFILERS: "AdvancedProfiler"},
+    "pytorch.profilers.base": {_PROFILERS: "PassThroughProfiler"},
+    "pytorch.profilers.profiler": {_PROFILERS: "Profiler"},
+    "pytorch.profilers.pytorch": {_PROFILERS: "PyTorchProfiler", EQUIVALENTS: "_KINETO_AVAILABLE"},
+    "pytorch.profilers.simple": {_PROFILERS: "SimpleProfiler"},
+    "pytorch.profilers.xla": {_PROFILERS: "XLAProfiler"},
+    "pytorch.serve": {ABSENT: "ServableModule ServableModuleValidator"},
+    "pytorch.serve.servable_module": {ABSENT: "ServableModule"},
+    "pytorch.serve.servable_module_validator": {ABSENT: "ServableModuleValidator"},
+    "pytorch.strategies": {
+        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy "
+        "StrategyRegistry",
+        ABSENT: _OTHER_STRATEGIES,
+    },
+    "pytorch.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
+    "pytorch.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
+    "pytorch.strategies.fsdp": {_STRATEGIES: "FSDPStrategy"},
+    "pytorch.strategies.launchers": {
+        _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
+    },
+    "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
+    "pytorch.strategies.launchers.multiprocessing": {_LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher"},
+    "pytorch.strategies.launchers.subprocess_script": {_LAUNCHERS: "_SubprocessScriptLauncher:SubprocessLauncher"},
+    "pytorch.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
+    "pytorch.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
+    "pytorch.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
+    "pytorch.strategies.single_xla": {ABSENT: "SingleDeviceXLAStrategy"},
+    "pytorch.strategies.strategy": {_STRATEGIES: "Strategy"},
+    "pytorch.strategies.xla": {ABSENT: "XLAStrategy"},
+    "pytorch.trainer": {"levin": "Trainer seed_everything"},
+    "pytorch.trainer.connectors": {},
+    "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector"},
+    "pytorch.trainer.connectors.checkpoint_connector": {ABSENT: "_CheckpointConnector"},
+    "pytorch.trainer.connectors.logger_connector": {},
+    "pytorch.trainer.connectors.logger_connector.result": {ABSENT: "_ResultCollection _ResultMetric"},
+    "pytorch.trainer.states": {"levin.utilities.states": "RunningStage TrainerFn TrainerState TrainerStatus"},
+    "pytorch.trainer.trainer": {"levin": "Trainer"},
+    "pytorch.tuner": {_TUNER: "Tuner"},
+    "pytorch.tuner.lr_finder": {"levin.tuner": "_LRFinder:LRFinder"},
+    "pytorch.tuner.tuning": {_TUNER: "Tuner"},
+    "pytorch.utilities": {
+        _RANK_ZERO: _RANK_ZERO_NAMES,
+        "levin.utilities.attribute_dict": "AttributeDict",
+        "levin.utilities.move": "move_data_to_device",
+        "levin.utilities.throughput": "measure_flops",
+        "levin.utilities.warnings": "disable_possible_user_warnings",
+        "levin.utilities.parameters": "find_shared_parameters grad_norm set_shared_parameters",
+        "levin.data.combined": "CombinedLoader",
+        "levin.utilities.states": "GradClipAlgorithmType",
+        EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON LightningEnum is_picklable "
+        "suggested_max_num_workers",
+    },
+    "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
+    "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
+    "pytorch.utilities.compile": {"levin.compat.compiled": "from_compiled to_uncompiled"},
+    "pytorch.utilities.consolidate_checkpoint": {},
+    "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
+    "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},
+    "pytorch.utilities.exceptions": {
+        "levin.utilities.exceptions": "MisconfigurationException SIGTERMException",
+        EQUIVALENTS: "_TunerExitException",
+    },
+    "pytorch.utilities.grads": {"levin.utilities.parameters": "grad_norm"},
+    "pytorch.utilities.imports": {
+        "lightning_utilities.core.imports": "RequirementCache compare_version package_available",
+        EQUIVALENTS: "_OMEGACONF_AVAILABLE",
+    },
+    "pytorch.utilities.memory": {
+        "levin.tuner.batch_size": "is_oom_error",
+        EQUIVALENTS: "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
+        "recursive_detach",
+    },
+    "pytorch.utilities.model_helpers": {
+        "levin.utilities.overrides": "is_overridden", EQUIVALENTS: "get_torchvision_model",
+    },
+    "pytorch.utilities.model_summary": {_SUMMARY: _SUMMARY_NAMES},
+    "pytorch.utilities.model_summary.model_summary": {_SUMMARY: f"{_SUMMARY_NAMES} NOT_APPLICABLE UNKNOWN_SIZE"},
+    "pytorch.utilities.parameter_tying": {
+        "levin.utilities.parameters": "find_shared_parameters set_shared_parameters",
+    },
+    "pytorch.utilities.parsing": {
+        "levin.utilities.attribute_dict": "AttributeDict",
+        HPARAMS: "clean_namespace collect_init_args get_init_args lightning_getattr lightning_hasattr lightning_setattr "
+        "parse_class_init_keys",
+        EQUIVALENTS: "is_picklable",
+    },
+    "pytorch.utilities.rank_zero": _RANK_ZERO_MODULE,
+    "pytorch.utilities.seed": {"levin.utilities.seed": "isolate_rng"},
+    "pytorch.utilities.types": {
+        _TYPES: "EVAL_DATALOADERS LRSchedulerConfig LRSchedulerConfigType LRSchedulerTypeUnion:LRSchedulerType "
+        "OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig STEP_OUTPUT TRAIN_DATALOADERS",
+        "torch.optim.lr_scheduler": "LRScheduler ReduceLROnPlateau",
+        EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT",
+    },
+    "pytorch.utilities.upgrade_checkpoint": {},
+    "pytorch.utilities.warnings": {"levin.utilities.warnings": "PossibleUserWarning"},
+    # ------------------------------------------------------------------ lightning.fabric, lightning_fabric
+    "fabric": {
+        "levin": "seed_everything",
+        "levin.utilities.warnings": "disable_possible_user_warnings",
+        _FABRIC: "Fabric is_wrapped",
+    },
+    "fabric.accelerators": {
+        _ACCELERATORS: "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
+        "find_usable_cuda_devices",
+        f"{_ACCELERATORS}.registry": "ACCELERATOR_REGISTRY:AcceleratorRegistry",
+    },
+    "fabric.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
+    "fabric.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator"},
+    "fabric.accelerators.cuda": {
+        _ACCELERATORS: "CUDAAccelerator find_usable_cuda_devices",
+        "levin.accelerators.cuda": "num_cuda_devices",
+        EQUIVALENTS: "is_cuda_available",
+    },
+    "fabric.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
+    "fabric.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
+    "fabric.fabric": {_FABRIC: "Fabric"},
+    "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
+    "fabric.loggers.csv_logs": {EQUIVALENT_LOGGERS: "CSVLogger"},
+    "fabric.loggers.logger": {_LOGGERS: "Logger rank_zero_experiment"},
+    "fabric.loggers.tensorboard": {EQUIVALENT_LOGGERS: "TensorBoardLogger"},
+    "fabric.plugins": {
+        _CHECKPOINT: "CheckpointIO TorchCheckpointIO",
+        _ENVIRONMENTS: "ClusterEnvironment",
+        _PRECISION: _PLAIN_PRECISIONS,
+        ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
+    },
+    "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
+    "fabric.plugins.collectives.collective": {_STRATEGIES: "Collective"},
+    "fabric.plugins.collectives.single_device": {_STRATEGIES: "SingleDeviceCollective"},
+    "fabric.plugins.collectives.torch_collective": {_STRATEGIES: "TorchCollective"},
+    "fabric.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
+    "fabric.plugins.environments.cluster_environment": {_ENVIRONMENTS: "ClusterEnvironment"},
+    "fabric.plugins.environments.kubeflow": {_ENVIRONMENTS: "KubeflowEnvironment"},
+    "fabric.plugins.environments.lightning": {
+        _ENVIRONMENTS: "LightningEnvironment",
+        "levin.environments.local": "find_free_network_port:find_free_port",
+    },
+    "fabric.plugins.environments.lsf": {_ENVIRONMENTS: "LSFEnvironment"},
+    "fabric.plugins.environments.mpi": {_ENVIRONMENTS: "MPIEnvironment"},
+    "fabric.plugins.environments.slurm": {_ENVIRONMENTS: "SLURMEnvironment"},
+    "fabric.plugins.environments.torchelastic": {_ENVIRONMENTS: "TorchElasticEnvironment"},
+    "fabric.plugins.environments.xla": {_ENVIRONMENTS: "XLAEnvironment"},
+    "fabric.plugins.io": {_CHECKPOINT: "CheckpointIO TorchCheckpointIO", ABSENT: "XLACheckpointIO"},
+    "fabric.plugins.io.checkpoint_io": {_CHECKPOINT: "CheckpointIO"},
+    "fabric.plugins.io.torch_io": {_CHECKPOINT: "TorchCheckpointIO"},
+    "fabric.plugins.precision": {_PRECISION: _PLAIN_PRECISIONS, ABSENT: _OTHER_PRECISIONS},
+    "fabric.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
+    "fabric.plugins.precision.double": {_PRECISION: "DoublePrecision"},
+    "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
+    "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
+    "fabric.strategies": {
+        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
+        f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
+    },
+    "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
+    "fabric.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
+    "fabric.strategies.dp": {ABSENT: "DataParallelStrategy"},
+    "fabric.strategies.fsdp": {
+        _STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
+    },
+    "fabric.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
+    "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
+    "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
+    "fabric.strategies.strategy": {_STRATEGIES: "Strategy"},
+    "fabric.strategies.xla": {ABSENT: "XLAStrategy"},
+    "fabric.strategies.xla_fsdp": {ABSENT: "XLAFSDPStrategy"},
+    "fabric.utilities": {
+        _RANK_ZERO: _RANK_ZERO_NAMES,
+        "levin.utilities.attribute_dict": "AttributeDict",
+        "levin.utilities.move": "move_data_to_device",
+        "levin.fabric.throughput": "ThroughputMonitor",
+        "levin.utilities.throughput": "Throughput measure_flops",
+        "levin.utilities.warnings": "disable_possible_user_warnings",
+        EQUIVALENTS: "LightningEnum suggested_max_num_workers",
+    },
+    "fabric.utilities.apply_func": {
+        "levin.utilities.move": "move_data_to_device",
+        "levin.utilities.collections": "apply_to_collection",
+        EQUIVALENTS: "convert_tensors_to_scalars",
+    },
+    "fabric.utilities.consolidate_checkpoint": {},
+    "fabric.utilities.cloud_io": {
+        "levin.utilities.filesystem": "get_filesystem",
+        "levin.checkpoint": "_load:load _atomic_save:atomic_save",
+    },
+    "fabric.utilities.data": {
+        "levin.utilities.attribute_dict": "AttributeDict",
+        "levin.data.loaders": "has_len",
+        EQUIVALENTS: "has_iterable_dataset sized_len suggested_max_num_workers",
+    },
+    "fabric.utilities.distributed": {
+        "levin.data.samplers": "DistributedSamplerWrapper",
+        "torch.distributed": "ReduceOp group",
+        EQUIVALENTS: "_distributed_is_initialized is_shared_filesystem",
+    },
+    "fabric.utilities.enums": {EQUIVALENTS: "LightningEnum"},
+    "fabric.utilities.exceptions": {"levin.utilities.exceptions": "MisconfigurationException"},
+    "fabric.utilities.imports": {
+        "lightning_utilities.core.imports": "RequirementCache compare_version", EQUIVALENTS: "_IS_WINDOWS",
+    },
+    "fabric.utilities.rank_zero": {
+        **_RANK_ZERO_MODULE,
+        _RANK_ZERO: f"{_RANK_ZERO_MODULE[_RANK_ZERO]} _get_rank:rank_from_environment",
+    },
+    "fabric.utilities.seed": {
+        "levin": "seed_everything",
+        "levin.utilities.seed": "pl_worker_init_function reset_seed max_seed_value:MAX_SEED",
+    },
+    "fabric.utilities.spike": {_CALLBACKS: "SpikeDetection TrainingSpikeException"},
+    "fabric.utilities.throughput": {
+        "levin.fabric.throughput": "ThroughputMonitor",
+        "levin.utilities.throughput": "Throughput get_available_flops measure_flops",
+    },
+    "fabric.utilities.types": {
+        _TYPES: "_DEVICE _MAP_LOCATION_TYPE _PATH",
+        EQUIVALENTS: "Optimizable Steppable",
+        "torch.distributed": "ReduceOp",
+    },
+    "fabric.utilities.warnings": {
+        "levin.utilities.warnings": "PossibleUserWarning disable_possible_user_warnings",
+    },
+    "fabric.wrappers": {
+        _FABRIC: "is_wrapped",
+        "levin.fabric.wrappers": "_FabricDataLoader:FabricDataLoader _FabricModule:FabricModule "
+        "_FabricOptimizer:FabricOptimizer",
+    },
+}  # fmt: skip
