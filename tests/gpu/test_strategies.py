@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from levin.strategies import DDPStrategy
+from levin.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from tests.gpu.small import DEVICE, Net, SaveAt, Validated, loader, trainer, values
 
 
@@ -29,26 +29,52 @@ def test_ddp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run():
     assert runs[0] == runs[1]
 
 
-def test_fsdp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run(tmp_path):
-    seen = []
+def transport():
+    """Return what carries CUDA tensors between processes."""
+    return dict(part.split(":") for part in dist.get_backend_config().split(","))["cuda"]
 
-    class Looking(Validated):
-        def on_train_start(self):
-            seen.append((dist.get_backend(), {type(p).__name__ for p in self.parameters()}))
 
-    runs = []
-    for strategy in ("auto", "fsdp"):
+class Noting(Validated):
+    """Notes the transport and the kinds of its parameters."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = []
+
+    def on_train_start(self):
+        self.seen.append((transport(), {type(p).__name__ for p in self.parameters()}))
+
+
+SHARDED = {
+    "fsdp": lambda: FSDPStrategy(),
+    "folder": lambda: FSDPStrategy(state_dict_type="sharded"),
+    "offload": lambda: FSDPStrategy(cpu_offload=True),
+    "plan": lambda: ModelParallelStrategy(plan={"net.0": "column", "net.3": "row"}),
+}
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_sharding_over_one_process_talks_over_nccl_trains_as_the_plain_run_and_resumes(kind, tmp_path):
+    def run(strategy, path=None, **kwargs):
         torch.manual_seed(0)
-        module = (Validated if strategy == "auto" else Looking)(dropout=0.0)
+        module = Noting(dropout=0.0)
         runner = trainer(
-            strategy=strategy, max_epochs=2, use_distributed_sampler=False,
-            callbacks=SaveAt(8, tmp_path / f"{strategy}.ckpt"),
+            strategy=strategy, max_epochs=2, use_distributed_sampler=False, gradient_clip_val=0.5,
+            accumulate_grad_batches=2, **kwargs,
         )  # fmt: skip
-        runner.fit(module, loader(), loader(8))
-        runs.append([*values(module), runner.callback_metrics["val_loss"].item()])
+        runner.fit(module, loader(), loader(8), ckpt_path=path)
+        return module.seen, [*values(module), runner.callback_metrics["val_loss"].item()]
+
+    _, plain = run("auto")
+    seen, sharded = run(SHARDED[kind](), callbacks=SaveAt(5, tmp_path / "a.ckpt"))
     assert seen == [("nccl", {"DTensor"})]
-    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
-    assert (tmp_path / "fsdp.ckpt").exists()
+    assert sharded == pytest.approx(plain, rel=1e-4)
+    _, resumed = run(SHARDED[kind](), tmp_path / "a.ckpt")
+    assert resumed == sharded[5:]
+    if kind != "folder":
+        # A file holds the weights whole, for a run on one device.
+        _, on_one = run("auto", tmp_path / "a.ckpt")
+        assert on_one == pytest.approx(sharded[5:], rel=1e-4)
 
 
 def test_ddp_of_one_process_resumes_exactly(tmp_path):

@@ -373,3 +373,30 @@ def test_an_open_window_goes_on_exactly(tmp_path):
     path = str(tmp_path / "open.ckpt")
     unbroken = run(path)
     torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+@world_size(2, connect=False)
+def test_a_parameter_that_was_never_stepped_has_no_optimizer_state_after_resuming(tmp_path, kind):
+    class Late(Deep):
+        def __init__(self):
+            super().__init__(4)
+            self.late = nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            out = self.net(batch[0])
+            return (self.late(out) if self.current_epoch == 1 else out).pow(2).mean()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.path and self.current_epoch == 0 and batch_idx == 0:
+                self.trainer.save_checkpoint(self.path)
+
+    def run(path, ckpt_path=None):
+        module = Late()
+        module.path = path
+        in_rank(FSDPStrategy(state_dict_type=kind)).fit(module, ckpt_path=ckpt_path)
+        return whole(module)
+
+    path = str(tmp_path / "saved.ckpt")
+    unbroken = run(path)
+    torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)

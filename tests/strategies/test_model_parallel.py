@@ -91,6 +91,27 @@ def test_tensor_parallel_alone_saves_one_file_that_one_device_goes_on_from(tmp_p
     torch.testing.assert_close(whole(resumed), whole(reference))
 
 
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 4)], ids=str)
+@world_size(4, connect=False, timeout_s=120)
+def test_an_open_window_goes_on_exactly(tmp_path, sizes):
+    class Stopping(Wide):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 0 and self.path:
+                self.trainer.save_checkpoint(self.path)
+
+    def run(path, ckpt_path=None):
+        module = Stopping(2)
+        module.path = path
+        strategy = ModelParallelStrategy(*sizes, plan=PLAN)
+        in_rank(strategy, 4, accumulate_grad_batches=2, max_epochs=1).fit(module, ckpt_path=ckpt_path)
+        return whole(module)
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    path = str(tmp_path / "open.ckpt")
+    unbroken = run(path)
+    torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)
+
+
 def test_sizes_that_do_not_multiply_are_refused_before_a_process_starts():
     with pytest.raises(
         ValueError, match="data_parallel_size=2 times tensor_parallel_size=3 must be the number of processes"

@@ -45,6 +45,10 @@ class ShardedEntry:
     folder: str
     key: str
 
+    def names(self) -> set[str]:
+        """Return the names of all that the folder holds, nested keys joined by dots."""
+        return _names_of(self.folder)
+
     def load_into(self, state: State, group: Any = None) -> State:
         """Read the parts that are in ``state`` here, in place. All processes call this.
 
@@ -151,7 +155,7 @@ def load_folder(path: PathLike, weights_only: bool | None = None) -> State:
     folder = _local_folder(path)
     verify(folder)
     checkpoint: State = load(os.path.join(folder, META_FILE), "cpu", weights_only)
-    keys = _keys_of(folder)
+    keys = {name.split(".", 1)[0] for name in _names_of(folder)}
     checkpoint["state_dict"] = ShardedEntry(folder, "model" if "model" in keys else "state_dict")
     optimizers = sorted((key for key in keys if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     if optimizers:
@@ -178,9 +182,8 @@ def _put_in_place(unfinished: str, folder: str) -> None:
     remove(before)
 
 
-def _keys_of(folder: str) -> set[str]:
-    index = _Reader(folder).read_metadata()
-    return {str(key).split(".", 1)[0] for key in index.state_dict_metadata}
+def _names_of(folder: str) -> set[str]:
+    return {str(name) for name in _Reader(folder).read_metadata().state_dict_metadata}
 
 
 class _Reader(FileSystemReader):

@@ -241,7 +241,7 @@ class Watchdog(threading.Thread):
         return self._waits() and any(r.counts.get(name, 0) < count for r in others for name, count in counts.items())
 
     def _waits(self) -> bool:
-        return dist.get_backend() == "nccl" or self._is_in_collective()
+        return "nccl" in dist.get_backend_config() or self._is_in_collective()
 
     def _is_in_collective(self) -> bool:
         frame = sys._current_frames().get(self._main)

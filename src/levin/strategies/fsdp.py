@@ -48,7 +48,7 @@ class FSDPStrategy(ShardedStrategy):
         parallel_devices: One device per process of this machine.
         cluster_environment: Who starts the processes.
         precision: The number format.
-        process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
+        process_group_backend: torch.distributed's transport; on CUDA NCCL with Gloo for the CPU, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up, until its first batch is done.
         cpu_offload: Whether the parts lie in the memory of the host, and the optimizer steps there.
         mixed_precision: Number formats of gathered weights and of the reduction of gradients, as torch's

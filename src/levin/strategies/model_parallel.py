@@ -46,7 +46,7 @@ class ModelParallelStrategy(ShardedStrategy):
         data_parallel_size: Processes that see different data; ``"auto"`` for the number of machines.
         tensor_parallel_size: Processes that share each layer; ``"auto"`` for the processes of a machine.
         save_distributed_checkpoint: Whether every process writes its part into a folder; otherwise rank 0 writes one file.
-        process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
+        process_group_backend: torch.distributed's transport; on CUDA NCCL with Gloo for the CPU, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up, until its first batch is done.
         plan: Pattern of a submodule's name -> ``"column"``, ``"row"``, ``"sequence"`` or a ``ParallelStyle``.
 

@@ -32,6 +32,8 @@ class ShardedStrategy(ParallelStrategy, ABC):
     """
 
     restore_checkpoint_after_setup = True
+    # What is gathered under inference mode for a validation could not be used for training after it.
+    supports_inference_mode = False
 
     saves_folders: bool
     """Whether every process writes its part into a folder; otherwise rank 0 writes one file."""
@@ -45,6 +47,13 @@ class ShardedStrategy(ParallelStrategy, ABC):
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
         self.check_mesh(self.num_nodes * self.num_processes)
+
+    @property
+    def process_group_backend(self) -> str:
+        """torch.distributed's transport: on CUDA also one for weights that wait on the CPU, or stay there."""
+        if self._process_group_backend is None and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"
+        return super().process_group_backend
 
     def check_mesh(self, world_size: int) -> None:
         """Raise before a process starts when the layout does not fit the number of processes."""

@@ -64,8 +64,15 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | Sh
         MisconfigurationException: The optimizer steps a parameter that is not the module's, or other ones than before.
     """
     if isinstance(state, ShardedEntry):
-        parts = state.load_into(dict(get_optimizer_state_dict(module, optimizer)))
-        set_optimizer_state_dict(module, optimizer, parts)
+        parts: Any = get_optimizer_state_dict(module, optimizer)
+        saved = state.names()
+        # torch makes the state of every parameter by a step of length zero; one that was never stepped has none.
+        parts["state"] = {
+            name: values
+            for name, values in parts["state"].items()
+            if any(f"{state.key}.state.{name}.{key}" in saved for key in values)
+        }
+        _take_up(module, optimizer, state.load_into(dict(parts)), is_full=False)
         return
     names = parameter_names(module, optimizer)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -74,10 +81,6 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | Sh
             f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {len(names)}. "
             "Make the optimizer of the same parameters as before."
         )
-    if not state["state"]:
-        # Nothing is cut over processes; torch looks for the device of a tensor that is not there.
-        optimizer.load_state_dict(state)
-        return
     of_number = dict(zip(numbers, names))
     named: Any = {
         "state": {of_number[number]: values for number, values in state["state"].items()},
@@ -85,7 +88,24 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | Sh
             {**group, "params": [of_number[number] for number in group["params"]]} for group in state["param_groups"]
         ],
     }
-    set_optimizer_state_dict(module, optimizer, named, options=StateDictOptions(full_state_dict=True))
+    _take_up(module, optimizer, named, is_full=True)
+
+
+def _take_up(module: Module, optimizer: Optimizer, state: Any, is_full: bool) -> None:
+    """Load a state by names, and leave parameters that it does not speak of without one."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    if state["state"]:
+        options = StateDictOptions(full_state_dict=is_full, strict=False)
+        set_optimizer_state_dict(module, optimizer, state, options=options)
+    else:
+        # Nothing is cut over processes; torch would look for the device of a tensor that is not there.
+        numbers = {name: number for number, name in enumerate(names)}
+        groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+        optimizer.load_state_dict({"state": {}, "param_groups": groups})
+    for name, parameter in zip(names, parameters, strict=True):
+        if name not in state["state"]:
+            optimizer.state.pop(parameter, None)
 
 
 def parameter_names(module: Module, optimizer: Optimizer) -> list[str]:

@@ -10,13 +10,17 @@ from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
 
 
 def window_gradients(module: Module) -> list[Tensor | None]:
-    """Return a copy of the gradient of each of ``module.parameters()``, whole and not yet averaged; None for no gradient."""
+    """Return a copy of the gradient of each of ``module.parameters()``, whole and not yet averaged; None for no gradient.
+
+    All processes call this: where tensor parallelism cuts a gradient, they gather it.
+    """
     gathered = _gathered(module)
-    found = []
+    found: list[Tensor | None] = []
     for parameter in module.parameters():
         inner = gathered.get(id(parameter))
         if inner is None:
@@ -25,7 +29,7 @@ def window_gradients(module: Module) -> list[Tensor | None]:
             gradient = inner.unsharded_accumulated_grad
             if gradient is None:
                 gradient = getattr(getattr(inner, "_unsharded_param", None), "grad", None)
-        found.append(None if gradient is None else gradient.detach().clone())
+        found.append(None if gradient is None else _whole(gradient.detach()))
     return found
 
 
@@ -40,14 +44,25 @@ def load_window_gradients(module: Module, gradients: list[Tensor | None]) -> Non
     for parameter, gradient in zip(module.parameters(), gradients, strict=True):
         inner = gathered.get(id(parameter))
         if inner is None:
-            parameter.grad = None if gradient is None else gradient.to(parameter.device, parameter.dtype)
+            parameter.grad = None if gradient is None else _cut_as(parameter, gradient.to(parameter.dtype))
         elif gradient is not None:
             own = inner._unsharded_param
-            gradient = gradient.to(own.device)
             if gradient.dtype == own.dtype and inner.reduce_dtype in (None, own.dtype):
-                own.grad = gradient
+                own.grad = _cut_as(own, gradient)
             else:
-                inner.unsharded_accumulated_grad = gradient.to(inner.reduce_dtype or own.dtype)
+                inner.unsharded_accumulated_grad = _cut_as(own, gradient.to(inner.reduce_dtype or own.dtype))
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def _cut_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of a parameter that may be cut, out of the whole one, which all processes have."""
+    gradient = gradient.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return gradient
+    return distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def _gathered(module: Module) -> dict[int, Any]:
