@@ -130,11 +130,11 @@ def load_from_checkpoint(
     Example:
         >>> net = load_from_checkpoint(Net, "best.ckpt", width=16)  # doctest: +SKIP
     """
-    import levin.checkpoint.io
     import levin.checkpoint.migrate
+    import levin.checkpoint.reading
 
     location = default_map_location if map_location is None else map_location
-    checkpoint: Any = levin.checkpoint.io.load(checkpoint_path, map_location=location, weights_only=weights_only)
+    checkpoint: Any = levin.checkpoint.reading.load(checkpoint_path, map_location=location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{checkpoint_path!s} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}. "

@@ -51,6 +51,7 @@ class Run(Protocol):
     settings: Settings
     engine: Engine
     profiler: Profiler
+    is_profiled: bool
     callbacks: list[Callback]
     loggers: list[Logger]
     loops: Loops

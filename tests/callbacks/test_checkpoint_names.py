@@ -5,10 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from levin.callbacks.checkpoint_names import check_template, fill_template, first_free_name, template_pattern
-from levin.callbacks.checkpoint_ranking import comparable, improves, ranked
-from levin.utilities.atomic import replace_link
-from levin.utilities.filesystem import exists, is_inside, list_folder
+from levin.callbacks.checkpoint_files import (
+    check_template,
+    comparable,
+    fill_template,
+    first_free_name,
+    improves,
+    ranked,
+    template_pattern,
+)
+from levin.utilities.filesystem import exists, is_inside, list_folder, replace_link
 
 METRICS = {"epoch": torch.tensor(3), "step": 7, "val": torch.tensor(0.123), "a/b": 1.5, "acc@1": 2.0}
 

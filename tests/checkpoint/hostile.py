@@ -23,7 +23,7 @@ from pathlib import PurePosixPath
 import numpy
 import torch
 
-from levin.checkpoint.io import load
+from levin.checkpoint.reading import load
 
 LIMIT_BYTES = 16 * 2**30
 ALLOWED = (ValueError, pickle.UnpicklingError, MemoryError)

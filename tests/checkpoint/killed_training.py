@@ -25,7 +25,7 @@ from levin import Callback, LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO, find_newest_intact, load
 from levin.checkpoint.verify import verify
-from levin.utilities.atomic import TEMPORARY_PREFIX
+from levin.utilities.filesystem import TEMPORARY_PREFIX
 
 MIN_STEPS = 20
 

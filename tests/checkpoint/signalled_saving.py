@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from levin.checkpoint import AsyncCheckpointIO
-from levin.utilities import atomic
-from levin.utilities.atomic import SyncedFile
+from levin.utilities import filesystem
+from levin.utilities.filesystem import SyncedFile
 
 is_writing = threading.Event()
 
@@ -78,5 +78,5 @@ def train(folder: Path, way: str, write_s: float = 0.0) -> Trainer:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    atomic.SyncedFile = slow_file(float(sys.argv[3]))
+    filesystem.SyncedFile = slow_file(float(sys.argv[3]))
     train(Path(sys.argv[1]), sys.argv[2], float(sys.argv[3]))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO, load
-from levin.checkpoint.saver import save_tree
+from levin.checkpoint.io import save_tree
 from levin.strategies import DDPStrategy
 from tests.callbacks.small import loader
 from tests.distributed import world_size

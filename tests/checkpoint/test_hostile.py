@@ -96,7 +96,7 @@ def in_zip(path, pickled: bytes, storages=()):
 
 CALLS = ["os.system", "posix.system", "builtins.eval", "builtins.exec", "builtins.getattr", "builtins.__import__"]
 CALLS += ["subprocess.Popen", "torch.load", "torch.hub.load", "torch.jit.load", "pickle.loads", "runpy.run_path"]
-CALLS += ["builtins.open", "shutil.rmtree", "levin.checkpoint.io.load", "numpy.load", "functools.partial"]
+CALLS += ["builtins.open", "shutil.rmtree", "levin.checkpoint.reading.load", "numpy.load", "functools.partial"]
 CALLS += ["torch.serialization.load", "builtins.print", "operator.attrgetter", "importlib.import_module"]
 
 

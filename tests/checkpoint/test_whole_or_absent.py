@@ -16,7 +16,7 @@ from levin.__main__ import main
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO, atomic_save, find_newest_intact, load
 from levin.checkpoint.verify import verify
-from levin.utilities import atomic
+from levin.utilities import filesystem
 from tests.callbacks.small import TrainOnly, loader, names, trainer
 from tests.checkpoint import disks
 
@@ -195,7 +195,7 @@ def test_links_that_killed_writers_left_go_with_the_next_save(tmp_path):
 
 
 def test_temporary_files_are_no_checkpoints_to_resume_from(tmp_path):
-    (tmp_path / f"{atomic.TEMPORARY_PREFIX}1{atomic.TEMPORARY_SUFFIX}").write_text("half a file")
+    (tmp_path / f"{filesystem.TEMPORARY_PREFIX}1{filesystem.TEMPORARY_SUFFIX}").write_text("half a file")
     assert find_newest_intact(tmp_path) is None
 
 

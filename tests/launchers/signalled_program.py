@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO
-from levin.utilities import atomic
-from levin.utilities.atomic import SyncedFile
+from levin.utilities import filesystem
+from levin.utilities.filesystem import SyncedFile
 
 STEPS_PER_EPOCH, EPOCHS = 10, 2
 
@@ -72,7 +72,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = torch.randn(STEPS_PER_EPOCH * 4, 4, generator=torch.Generator().manual_seed(5))
     if moment == "saving":
-        atomic.SyncedFile = SlowFile
+        filesystem.SyncedFile = SlowFile
     trainer = Trainer(
         accelerator="cpu", devices=2, max_epochs=EPOCHS, logger=False, strategy=strategy, default_root_dir=str(folder),
         callbacks=[ModelCheckpoint(folder / "saved")], enable_progress_bar=False, enable_model_summary=False,

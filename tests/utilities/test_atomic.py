@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from levin.checkpoint import atomic_save, load
-from levin.utilities.atomic import atomic_open
+from levin.utilities.filesystem import atomic_open
 
 PIECES = [b"", b"a", os.urandom(70_000), memoryview(bytearray(os.urandom(100_001))), bytes(4096)]
 

@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 from typing import Any
 
-from levin.callbacks.checkpoint_names import check_template
+from levin.callbacks.checkpoint_files import check_template
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.filesystem import is_local, local_path
 

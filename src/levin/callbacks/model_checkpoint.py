@@ -16,14 +16,23 @@ from levin.callbacks.checkpoint_arguments import (
     check_triggers,
     resolved_folder,
 )
-from levin.callbacks.checkpoint_names import default_folder, fill_template, first_free_name, template_pattern
-from levin.callbacks.checkpoint_ranking import Mode, comparable, improves, ranked, worst_score, write_scores
+from levin.callbacks.checkpoint_files import (
+    Mode,
+    UnconfirmedSave,
+    comparable,
+    default_folder,
+    fill_template,
+    first_free_name,
+    improves,
+    ranked,
+    template_pattern,
+    worst_score,
+    write_scores,
+)
 from levin.callbacks.checkpoint_trigger import validates, validates_after_last_batch, validates_once_per_epoch
-from levin.callbacks.unconfirmed_save import UnconfirmedSave
 from levin.ranks.clock import AgreedClock
-from levin.utilities.atomic import replace_link
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.filesystem import absolute, exists, is_inside, list_folder
+from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, replace_link
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from levin.checkpoint.io import CheckpointIO as CheckpointIO
     from levin.checkpoint.io import TorchCheckpointIO as TorchCheckpointIO
     from levin.checkpoint.io import atomic_save as atomic_save
-    from levin.checkpoint.io import load as load
+    from levin.checkpoint.reading import load as load
     from levin.checkpoint.upgrade_file import upgrade as upgrade
     from levin.checkpoint.verify import find_newest_intact as find_newest_intact
 
@@ -23,7 +23,7 @@ _HOMES = {
     "atomic_save": "levin.checkpoint.io",
     "consolidate": "levin.checkpoint.folder",
     "find_newest_intact": "levin.checkpoint.verify",
-    "load": "levin.checkpoint.io",
+    "load": "levin.checkpoint.reading",
     "upgrade": "levin.checkpoint.upgrade_file",
 }
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from levin.checkpoint.io import CheckpointIO, TorchCheckpointIO, reject_storage_options
+from levin.checkpoint.io import CheckpointIO, Save, TorchCheckpointIO, reject_storage_options
 from levin.checkpoint.staging import Snapshot, Stager
-from levin.checkpoint.worker import Save, Worker
+from levin.checkpoint.worker import Worker
 from levin.utilities.filesystem import set_modified
 from levin.utilities.types import PathLike
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from levin.checkpoint.io import load
 from levin.checkpoint.layout import OWN_KEY
+from levin.checkpoint.reading import load
 
 Section = tuple[str, list[tuple[str, str]]]
 

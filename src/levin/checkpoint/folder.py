@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from levin.checkpoint.io import atomic_save, load
+from levin.checkpoint.io import atomic_save
 from levin.checkpoint.layout import META_FILE
+from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.types import PathLike

@@ -1,28 +1,53 @@
-"""Checkpoint files: whole or absent, and read without running what is in them."""
+"""The way of a tree to its file: made whole where one rank writes it, and there as a whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import pickle
-import shutil
-import tempfile
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import IO, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from levin.checkpoint.pickling import explained_pickling
-from levin.checkpoint.unpickling import allowed_globals, redirecting_pickle, refused_global
-from levin.checkpoint.verify import check_zip, is_zip, open_for_reading
-from levin.checkpoint.worker import Save
-from levin.utilities.atomic import atomic_open
-from levin.utilities.exceptions import DamagedCheckpointError
-from levin.utilities.filesystem import is_local, remove
+from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
+from levin.checkpoint.reading import load
+from levin.utilities.filesystem import atomic_open, remove
 from levin.utilities.types import PathLike
+
+if TYPE_CHECKING:
+    from levin.checkpoint.worker import Worker
+
+_PLAIN = frozenset((int, float, str, bool, bytes, complex, type(None)))
+
+
+def save_tree(
+    checkpoint_io: CheckpointIO,
+    checkpoint: dict[str, Any],
+    path: PathLike,
+    storage_options: Any = None,
+    is_writer: bool = True,
+    is_alone: bool = False,
+) -> None:
+    """Hand a tree to ``checkpoint_io``; all ranks call this.
+
+    Args:
+        checkpoint_io: On all ranks if it is collective, with each rank's own parts; else on rank 0 with the whole.
+        checkpoint: The tree. Tensors that are spread over ranks are gathered where one file holds them.
+        path: Where to.
+        storage_options: For ``checkpoint_io``.
+        is_writer: Whether this is the rank that writes what one rank writes.
+        is_alone: Whether the other ranks do not take part, because one has failed.
+
+    Raises:
+        RuntimeError: Tensors are spread over ranks that do not take part.
+    """
+    if not checkpoint_io.is_collective:
+        checkpoint = whole(checkpoint, is_kept=is_writer, is_alone=is_alone)
+        if not is_writer:
+            return
+    checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
 
 def atomic_save(obj: Any, path: PathLike) -> None:
@@ -43,9 +68,11 @@ def atomic_save(obj: Any, path: PathLike) -> None:
     Example:
         >>> atomic_save({"weight": torch.zeros(2)}, f"{tempfile.mkdtemp()}/weights.ckpt")
     """
-    with atomic_open(path) as file, explained_pickling(obj):
+    with atomic_open(path) as file:
         try:
             torch.save(obj, file)
+        except UNPICKLABLE as error:
+            raise_explained(error, obj)
         except RuntimeError as error:
             # The writer is in C++, and complains of its position in a file that has refused some bytes.
             cause: BaseException | None = error
@@ -54,96 +81,51 @@ def atomic_save(obj: Any, path: PathLike) -> None:
             raise cause or error from None
 
 
-def load(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """Load a checkpoint, after checking that it is intact.
+class Save:
+    """A save that was asked for: whether its file is there.
 
     Args:
-        path: Local path, URL that fsspec knows, http address (kept in torch's hub folder), or open binary file.
-        map_location: Where tensors go, as for ``torch.load``; by default to the device that they were saved from.
-        weights_only: False allows the file to run code while it is loaded, which is for files of trusted origin.
-            None is True: tensors, plain values and containers, and the classes in
-            ``torch.serialization.safe_globals``.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        DamagedCheckpointError: The file is damaged, or no checkpoint. It is a ValueError, EOFError, RuntimeError and
-            UnpicklingError.
-        pickle.UnpicklingError: The file holds objects of classes that are not allowed. The message names them.
-
-    Example:
-        >>> checkpoint = load("best.ckpt", map_location="cpu")  # doctest: +SKIP
+        path: Where to.
+        worker: What writes it in the background; None where the save is done when the call returns.
     """
-    if hasattr(path, "read"):
-        return _load_file(path, f"the file {getattr(path, 'name', '')}".rstrip(), map_location, weights_only)
-    name = os.fspath(path)
-    if name.startswith(("http://", "https://")):
-        path = _download(name)
-    with open_for_reading(path) as file:
-        if is_local(path):
-            return _load_file(file, name, map_location, weights_only)
-        # Reading starts at the end and goes to and fro, and every byte is needed twice.
-        with tempfile.TemporaryFile() as copy:
-            shutil.copyfileobj(file, copy, length=2**20)
-            copy.seek(0)
-            return _load_file(copy, name, map_location, weights_only)
 
+    def __init__(self, path: PathLike, worker: Worker | None = None) -> None:
+        self.path: PathLike = path
+        self.is_begun: bool = False
+        self.is_written: bool = False
+        self._worker = worker
 
-def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool | None) -> Any:
-    if is_zip(file):
-        check_zip(file, name)
-    elif not _is_legacy(file):
-        raise DamagedCheckpointError(f"{name} is no checkpoint, or its first bytes are damaged.")
-    if weights_only is False:
-        return torch.load(file, map_location, pickle_module=redirecting_pickle(), weights_only=False)
-    with allowed_globals() as finish:
-        try:
-            return finish(torch.load(file, map_location, weights_only=True))
-        except Exception as error:
-            # What torch raises depends on where in the file it comes upon something odd; all of it has one meaning.
-            refusal = _refusal(error, name)
-            if refusal is error:
-                raise
-            raise refusal from error
+    def begin(self, write: Callable[[], None]) -> None:
+        """Let ``write``, which takes no arguments, make the file in the background."""
 
+        def job() -> None:
+            write()
+            self.is_written = True
 
-def _is_legacy(file: IO[bytes]) -> bool:
-    """Return whether a file may come from torch before version 1.6, which wrote a row of pickles."""
-    position = file.tell()
-    first = file.read(1)
-    file.seek(position)
-    return first == pickle.PROTO
+        assert self._worker is not None
+        self.is_begun = True
+        self._worker.submit(job, f"Saving {self.path}")
 
+    def end(self) -> None:
+        """Note that the call is over; what was not begun in the background is complete, or not this process's to write."""
+        self.is_written = self.is_written or not self.is_begun
 
-def _refusal(error: Exception, name: str) -> Exception:
-    # torch puts a page of advice in place of what its unpickler said.
-    said = str(error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error).strip()
-    reason = said.splitlines()[0] if said else type(error).__name__
-    refused = refused_global(said)
-    if refused is not None:
-        return pickle.UnpicklingError(
-            f"{name} refers to {refused}, which is not loaded, since that could run code. If you trust where the file "
-            "comes from, pass weights_only=False; torch.serialization.add_safe_globals allows single classes."
-        )
-    if isinstance(error, pickle.UnpicklingError):
-        return pickle.UnpicklingError(
-            f"{name} cannot be loaded without running code: {reason}. If you trust where the file comes from, pass "
-            "weights_only=False."
-        )
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "deserialize object on" in said:
-        return error  # the file may be fine, the machine lacks memory or the device
-    return DamagedCheckpointError(f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {reason}")
+    def then(self, function: Callable[[], None], name: str) -> None:
+        """Call ``function`` once the file is there; in the background, if that is where it is written.
 
+        Args:
+            function: Takes no arguments; its error is raised like that of the save.
+            name: What it does, for messages.
+        """
+        if self._worker is None:
+            function()
+        else:
+            self._worker.submit(function, name)
 
-def _download(url: str) -> str:
-    """Return the path of the file at ``url`` in torch's hub folder, fetching it when it is not there."""
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    # Many addresses end in the same name.
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
-    path = os.path.join(folder, f"{digest}-{os.path.basename(urlsplit(url).path)}")
-    if not os.path.exists(path):
-        os.makedirs(folder, exist_ok=True)
-        torch.hub.download_url_to_file(url, path, progress=False)
-    return path
+    def wait(self) -> None:
+        """Wait until the file is there, or writing it has failed, which the CheckpointIO will tell."""
+        if self._worker is not None:
+            self._worker.wait()
 
 
 class CheckpointIO(ABC):
@@ -253,3 +235,64 @@ def reject_storage_options(storage_options: Any | None, checkpoint_io: Checkpoin
             f"storage_options must be None for {type(checkpoint_io).__name__}, received {storage_options!r}. Write a "
             "CheckpointIO of your own that uses them, and pass it as Trainer(plugins=...)."
         )
+
+
+def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
+    """Return ``tree`` with whole tensors, on the CPU, in the place of those that are spread over ranks.
+
+    All ranks call this with trees of one form; one tensor is gathered after the other.
+
+    Args:
+        tree: Dicts, lists and tuples of anything. It stays as it is.
+        is_kept: Whether this rank wants them; the others are left with what they had.
+        is_alone: Whether the other ranks do not take part.
+
+    Raises:
+        RuntimeError: There are such tensors, and the other ranks do not take part.
+    """
+
+    def gather(tensor: Any) -> Any:
+        if is_alone:
+            raise RuntimeError(
+                "A tensor whose parts are on several ranks cannot be saved by one of them, and the others do not answer "
+                "since a rank has failed. Go on from an older checkpoint."
+            )
+        found = tensor.detach().full_tensor()
+        return found.cpu() if is_kept else tensor
+
+    return _replaced(tree, gather)
+
+
+def own_parts(tree: Any) -> Any:
+    """Return ``tree`` with this rank's parts in the place of tensors that are spread over ranks."""
+    return _replaced(tree, lambda tensor: tensor.to_local())
+
+
+def _replaced(tree: Any, function: Callable[[Any], Any]) -> Any:
+    # Without this module nobody can have made one.
+    module = sys.modules.get("torch.distributed.tensor")
+    return tree if module is None else _walk(tree, module.DTensor, function)
+
+
+def _walk(value: Any, spread: type, function: Callable[[Any], Any]) -> Any:
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        # Called for each tensor of a model: most entries need no call of their own.
+        changed = {
+            key: new
+            for key, item in value.items()
+            if type(item) not in _PLAIN and (new := _walk(item, spread, function)) is not item
+        }
+        if not changed:
+            return value
+        result = kind(value)
+        vars(result).update(vars(value)) if kind is OrderedDict else None
+        result.update(changed)
+        return result
+    if kind in (list, tuple):
+        # The state of python's random numbers is a tuple of 625 numbers.
+        if _PLAIN.issuperset(map(type, value)):
+            return value
+        row = [_walk(item, spread, function) for item in value]
+        return value if all(new is old for new, old in zip(row, value, strict=True)) else kind(row)
+    return function(value) if isinstance(value, spread) else value

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 
+UNPICKLABLE = (TypeError, AttributeError, pickle.PicklingError)
+"""What pickling raises when it comes upon something that it has no way for."""
 
-@contextlib.contextmanager
-def explained_pickling(obj: object) -> Iterator[None]:
-    """Say in the message of an error from pickling ``obj`` which part of it is at fault."""
-    try:
-        yield
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
-        where = _find_unpicklable(obj)
-        if not where:
-            raise
-        message = f"{where} cannot be saved: {error}. Remove it, or replace it by something that can be pickled."
-        raise type(error)(message) from error
+
+def raise_explained(error: Exception, obj: object) -> NoReturn:
+    """Raise ``error``, that pickling ``obj`` has met with, with a message that says which part is at fault."""
+    where = _find_unpicklable(obj)
+    if not where:
+        raise error
+    message = f"{where} cannot be saved: {error}. Remove it, or replace it by something that can be pickled."
+    raise type(error)(message) from error
 
 
 def _find_unpicklable(obj: object) -> str:
@@ -35,7 +33,7 @@ def _find_unpicklable(obj: object) -> str:
     for key, value in items:
         try:
             _Pickler(io.BytesIO(), protocol=2).dump(value)
-        except (TypeError, AttributeError, pickle.PicklingError):
+        except UNPICKLABLE:
             return f"[{key!r}]{_find_unpicklable(value)}"
     return ""
 

@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 from levin.checkpoint.folder import IndexUnpickler, consolidate
-from levin.checkpoint.io import CheckpointIO, atomic_save, load, reject_storage_options
+from levin.checkpoint.io import CheckpointIO, atomic_save, reject_storage_options
 from levin.checkpoint.layout import META_FILE, is_sharded
+from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.utilities.filesystem import is_local, local_path, remove
 from levin.utilities.types import PathLike

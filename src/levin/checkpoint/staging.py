@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from levin.checkpoint.pickling import explained_pickling
+from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
 
 _ALIGNMENT = 64
 # Below this, handing a copy to another thread costs more than it gains.
@@ -104,8 +104,10 @@ class Stager:
             TypeError, AttributeError or pickle.PicklingError: Something in ``obj`` cannot be pickled.
         """
         copier = _Copier()
-        with explained_pickling(obj):
+        try:
             tree = copier.copy(obj)
+        except UNPICKLABLE as error:
+            raise_explained(error, obj)
         storages = list(copier.storages.values())
         total, is_pinned = 0, False
         for storage in storages:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from packaging.version import Version
 
-from levin.checkpoint.io import atomic_save, load
+from levin.checkpoint.io import atomic_save
 from levin.checkpoint.layout import COMPATIBLE_VERSION
 from levin.checkpoint.migrate import migrate
+from levin.checkpoint.reading import load
 from levin.utilities.types import PathLike
 
 _VERSION_KEY = "pytorch-lightning_version"

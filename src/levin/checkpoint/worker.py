@@ -1,4 +1,4 @@
-"""A save that may go on in the background, and the thread that does it."""
+"""The thread that saves in the background."""
 
 from __future__ import annotations
 
@@ -8,54 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from levin.utilities.rank_zero import log
-from levin.utilities.types import PathLike
-
-
-class Save:
-    """A save that was asked for: whether its file is there.
-
-    Args:
-        path: Where to.
-        worker: What writes it in the background; None where the save is done when the call returns.
-    """
-
-    def __init__(self, path: PathLike, worker: Worker | None = None) -> None:
-        self.path: PathLike = path
-        self.is_begun: bool = False
-        self.is_written: bool = False
-        self._worker = worker
-
-    def begin(self, write: Callable[[], None]) -> None:
-        """Let ``write``, which takes no arguments, make the file in the background."""
-
-        def job() -> None:
-            write()
-            self.is_written = True
-
-        assert self._worker is not None
-        self.is_begun = True
-        self._worker.submit(job, f"Saving {self.path}")
-
-    def end(self) -> None:
-        """Note that the call is over; what was not begun in the background is complete, or not this process's to write."""
-        self.is_written = self.is_written or not self.is_begun
-
-    def then(self, function: Callable[[], None], name: str) -> None:
-        """Call ``function`` once the file is there; in the background, if that is where it is written.
-
-        Args:
-            function: Takes no arguments; its error is raised like that of the save.
-            name: What it does, for messages.
-        """
-        if self._worker is None:
-            function()
-        else:
-            self._worker.submit(function, name)
-
-    def wait(self) -> None:
-        """Wait until the file is there, or writing it has failed, which the CheckpointIO will tell."""
-        if self._worker is not None:
-            self._worker.wait()
 
 
 class Worker:

@@ -14,7 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from torch.optim import Optimizer
 
-from levin.checkpoint.io import load
+from levin.checkpoint.reading import load
 from levin.cli.callables import ArgsType, LRSchedulerTypeUnion, ReduceLROnPlateau
 from levin.cli.instantiate import class_config, instantiate_class, saving_instantiator
 from levin.cli.parser import ActionConfigFile, LightningArgumentParser, class_from_function

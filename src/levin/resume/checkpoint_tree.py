@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -77,7 +78,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
 
 def save_checkpoint(run: Run, path: PathLike, weights_only: Optional[bool] = None, storage_options: Any = None) -> None:
     """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
-    with run.profiler.profile("save_checkpoint"):
+    with run.profiler.profile("save_checkpoint") if run.is_profiled else nullcontext():
         checkpoint = collect(run, weights_only=bool(weights_only))
         run.strategy.save_checkpoint(checkpoint, path, storage_options=storage_options)
         run.strategy.barrier("Trainer.save_checkpoint")

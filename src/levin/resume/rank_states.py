@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from levin.checkpoint.dtensors import own_parts
+from levin.checkpoint.io import own_parts
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -81,7 +81,7 @@ def _packed(state: State) -> Tensor:
 
 
 def _unpacked(data: Tensor, weights_only: bool | None) -> State:
-    from levin.checkpoint.io import load
+    from levin.checkpoint.reading import load
 
     state: State = load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only)
     return state

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from levin.checkpoint.saver import save_tree
+from levin.checkpoint.io import save_tree
 from levin.strategies import collectives
 from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from levin.checkpoint.io import CheckpointIO, TorchCheckpointIO
 from levin.precision.precision import Precision
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
-    from levin.checkpoint.io import CheckpointIO
     from levin.environments.environment import ClusterEnvironment
     from levin.launchers.launcher import Launcher
     from levin.strategies.layer_sync import LayerSync
@@ -48,7 +48,7 @@ class StrategyParts:
             accelerator=accelerator, precision=precision or precision_plugin, checkpoint_io=checkpoint_io
         )
         self._accelerator: Accelerator | None = accelerator
-        self._checkpoint_io: CheckpointIO | None = checkpoint_io
+        self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
         self.precision: Precision = self.user_parts.precision or Precision()
         self.environment: ClusterEnvironment | None = None
         self.launcher: Launcher | None = None
@@ -72,18 +72,9 @@ class StrategyParts:
     def accelerator(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
 
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads checkpoints."""
-        if self._checkpoint_io is None:
-            from levin.checkpoint.io import TorchCheckpointIO
-
-            self._checkpoint_io = TorchCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
-        self._checkpoint_io = checkpoint_io
+    def default_checkpoint_io(self) -> CheckpointIO:
+        """Return what writes and reads checkpoints where the user gave nothing for it."""
+        return TorchCheckpointIO()
 
     def assemble(
         self,
@@ -111,5 +102,5 @@ class StrategyParts:
         self.precision = precision
         self.num_nodes = num_nodes
         self.environment = environment
-        self._checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io
+        self.checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io or self.default_checkpoint_io()
         self.layer_sync = layer_sync

@@ -62,16 +62,9 @@ class ShardedStrategy(ParallelStrategy, ABC):
         """Return the layout of the processes, which are connected."""
         raise NotImplementedError
 
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        """What writes and reads checkpoints."""
-        if self._checkpoint_io is None and self.saves_folders:
-            self._checkpoint_io = ShardedCheckpointIO()
-        return super().checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, checkpoint_io: CheckpointIO) -> None:
-        self._checkpoint_io = checkpoint_io
+    def default_checkpoint_io(self) -> CheckpointIO:
+        """Return what writes folders, or one file."""
+        return ShardedCheckpointIO() if self.saves_folders else super().default_checkpoint_io()
 
     def setup_environment(self) -> None:
         """Connect the processes and lay them out; see :meth:`Strategy.setup_environment`."""

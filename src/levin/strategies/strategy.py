@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
+from levin.checkpoint.io import save_tree
 from levin.checkpoint.layout import is_sharded
-from levin.checkpoint.saver import save_tree
 from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
 from levin.strategies.contexts import in_forward_context
@@ -197,8 +197,7 @@ class Strategy(ExtensionPoints, StrategyParts, ABC):
 
     def on_exception(self, exception: BaseException) -> None:
         """Run when the run fails."""
-        if self._checkpoint_io is not None:
-            self._checkpoint_io.on_exception(exception)
+        self.checkpoint_io.on_exception(exception)
 
     def teardown(self) -> None:
         """Move the Trainer's module and the states of its optimizers to the CPU and free the device."""
@@ -212,8 +211,7 @@ class Strategy(ExtensionPoints, StrategyParts, ABC):
         self.precision.teardown()
         if self._accelerator is not None:
             self._accelerator.teardown()
-        if self._checkpoint_io is not None:
-            self._checkpoint_io.teardown()
+        self.checkpoint_io.teardown()
 
     # The step
 

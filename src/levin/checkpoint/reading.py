@@ -1,0 +1,110 @@
+"""Checkpoint files read: only what is intact, and without running what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import torch
+
+from levin.checkpoint.unpickling import allowed_globals, redirecting_pickle, refused_global
+from levin.checkpoint.verify import check_zip, is_zip, open_for_reading
+from levin.utilities.exceptions import DamagedCheckpointError
+from levin.utilities.filesystem import is_local
+
+
+def load(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """Load a checkpoint, after checking that it is intact.
+
+    Args:
+        path: Local path, URL that fsspec knows, http address (kept in torch's hub folder), or open binary file.
+        map_location: Where tensors go, as for ``torch.load``; by default to the device that they were saved from.
+        weights_only: False allows the file to run code while it is loaded, which is for files of trusted origin.
+            None is True: tensors, plain values and containers, and the classes in
+            ``torch.serialization.safe_globals``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedCheckpointError: The file is damaged, or no checkpoint. It is a ValueError, EOFError, RuntimeError and
+            UnpicklingError.
+        pickle.UnpicklingError: The file holds objects of classes that are not allowed. The message names them.
+
+    Example:
+        >>> checkpoint = load("best.ckpt", map_location="cpu")  # doctest: +SKIP
+    """
+    if hasattr(path, "read"):
+        return _load_file(path, f"the file {getattr(path, 'name', '')}".rstrip(), map_location, weights_only)
+    name = os.fspath(path)
+    if name.startswith(("http://", "https://")):
+        path = _download(name)
+    with open_for_reading(path) as file:
+        if is_local(path):
+            return _load_file(file, name, map_location, weights_only)
+        # Reading starts at the end and goes to and fro, and every byte is needed twice.
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy, length=2**20)
+            copy.seek(0)
+            return _load_file(copy, name, map_location, weights_only)
+
+
+def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool | None) -> Any:
+    if is_zip(file):
+        check_zip(file, name)
+    elif not _is_legacy(file):
+        raise DamagedCheckpointError(f"{name} is no checkpoint, or its first bytes are damaged.")
+    if weights_only is False:
+        return torch.load(file, map_location, pickle_module=redirecting_pickle(), weights_only=False)
+    with allowed_globals() as finish:
+        try:
+            return finish(torch.load(file, map_location, weights_only=True))
+        except Exception as error:
+            # What torch raises depends on where in the file it comes upon something odd; all of it has one meaning.
+            refusal = _refusal(error, name)
+            if refusal is error:
+                raise
+            raise refusal from error
+
+
+def _is_legacy(file: IO[bytes]) -> bool:
+    """Return whether a file may come from torch before version 1.6, which wrote a row of pickles."""
+    position = file.tell()
+    first = file.read(1)
+    file.seek(position)
+    return first == pickle.PROTO
+
+
+def _refusal(error: Exception, name: str) -> Exception:
+    # torch puts a page of advice in place of what its unpickler said.
+    said = str(error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error).strip()
+    reason = said.splitlines()[0] if said else type(error).__name__
+    refused = refused_global(said)
+    if refused is not None:
+        return pickle.UnpicklingError(
+            f"{name} refers to {refused}, which is not loaded, since that could run code. If you trust where the file "
+            "comes from, pass weights_only=False; torch.serialization.add_safe_globals allows single classes."
+        )
+    if isinstance(error, pickle.UnpicklingError):
+        return pickle.UnpicklingError(
+            f"{name} cannot be loaded without running code: {reason}. If you trust where the file comes from, pass "
+            "weights_only=False."
+        )
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "deserialize object on" in said:
+        return error  # the file may be fine, the machine lacks memory or the device
+    return DamagedCheckpointError(f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {reason}")
+
+
+def _download(url: str) -> str:
+    """Return the path of the file at ``url`` in torch's hub folder, fetching it when it is not there."""
+    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
+    # Many addresses end in the same name.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = os.path.join(folder, f"{digest}-{os.path.basename(urlsplit(url).path)}")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=False)
+    return path
