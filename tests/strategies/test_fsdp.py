@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
-from levin.callbacks import ModelCheckpoint
+from levin.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from levin.checkpoint import consolidate
+from levin.strategies import DDPStrategy
 from levin.strategies.fsdp import FSDPStrategy
+from levin.utilities.exceptions import MisconfigurationException
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, dataset, ordered_loader
 
@@ -400,3 +403,43 @@ def test_a_parameter_that_was_never_stepped_has_no_optimizer_state_after_resumin
     path = str(tmp_path / "saved.ckpt")
     unbroken = run(path)
     torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "callback", [WeightAveraging, partial(StochasticWeightAveraging, 0.1)], ids=["every step", "stochastic"]
+)
+@world_size(2, connect=False)
+def test_averages_of_sharded_weights_are_refused(callback):
+    with pytest.raises(MisconfigurationException, match="does not work with weights that are sharded"):
+        in_rank(callbacks=[callback()]).fit(Deep(4))
+
+
+class Normed(Deep):
+    def __init__(self, batch_size):
+        super().__init__(batch_size)
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@world_size(2, connect=False)
+def test_norms_with_running_statistics(precision):
+    module = Normed(4)
+    in_rank(precision=precision, max_epochs=1).fit(module)
+    # Each process normalizes its own half of a batch, as under DDP.
+    reference = Normed(4)
+    in_rank(DDPStrategy(), precision=precision, max_epochs=1).fit(reference)
+    torch.testing.assert_close(module.losses, reference.losses, rtol=0.02, atol=0.02)
+    for name, parameter in reference.named_parameters():
+        assert whole(module)[name].dtype == parameter.dtype
+
+
+@world_size(2, connect=False)
+def test_an_error_in_a_forward_is_the_one_that_is_raised():
+    class Failing(Deep):
+        def training_step(self, batch, batch_idx):
+            self.net.embed(batch[0])
+            raise RuntimeError("in the middle of a forward")
+
+    with pytest.raises(RuntimeError, match="in the middle of a forward"):
+        in_rank().fit(Failing(4))

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import SWALR
 from typing_extensions import override
 
+from levin.callbacks.weight_averaging import require_whole_weights
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -123,11 +124,7 @@ class StochasticWeightAveraging(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-        if "FSDPStrategy" in kinds or "DeepSpeedStrategy" in kinds:
-            raise MisconfigurationException(
-                f"StochasticWeightAveraging does not work with weights that are sharded, received {kinds[0]}. Use DDP."
-            )
+        require_whole_weights(self, trainer)
         if len(trainer.optimizers) != 1 or len(trainer.lr_scheduler_configs) > 1:
             raise MisconfigurationException(
                 f"StochasticWeightAveraging needs one optimizer and at most one scheduler, received "

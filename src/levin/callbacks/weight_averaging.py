@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from levin.utilities.types import STEP_OUTPUT
 
 _PREFIX = "module."
+
+
+def require_whole_weights(callback: Callback, trainer: Trainer) -> None:
+    """Raise if the strategy leaves no process with all weights, of which ``callback`` keeps a copy.
+
+    Raises:
+        MisconfigurationException: It does.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} does not work with weights that are sharded, received "
+            f"{type(trainer.strategy).__name__}. Use DDP."
+        )
 
 
 class WeightAveraging(Callback):
@@ -72,6 +86,7 @@ class WeightAveraging(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        require_whole_weights(self, trainer)
         device = torch.device(pl_module.device if self._device is None else self._device)
         self._average_model = AveragedModel(pl_module, device=device, use_buffers=self._use_buffers, **self._kwargs)
         self._take_restored()

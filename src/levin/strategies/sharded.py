@@ -20,8 +20,8 @@ from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
 from levin.launchers import SubprocessLauncher
 from levin.strategies import state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
+from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
-from levin.strategies.window_gradients import load_window_gradients, window_gradients
 from levin.utilities.exceptions import MisconfigurationException
 
 
@@ -81,6 +81,12 @@ class ShardedStrategy(ParallelStrategy, ABC):
         inner = getattr(self.checkpoint_io, "checkpoint_io", self.checkpoint_io)
         if isinstance(inner, ShardedCheckpointIO):
             inner.connect()
+
+    def teardown(self) -> None:
+        """Let go of what a forward that failed had gathered, and free the device."""
+        if self.lightning_module is not None:
+            let_go(self.lightning_module)
+        super().teardown()
 
     # The step
 

@@ -20,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn import Module, ModuleDict, ModuleList, Parameter, Sequential
+from torch.nn.modules.batchnorm import _NormBase
 
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -156,13 +157,18 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
     if plan.ignored:
         kwargs["ignored_params"] = set(plan.ignored)
     device = torch.device(plan.mesh.device_type)
+    # Normalizations that keep running statistics want weights in the format of these.
+    norms = {part for part in module.modules() if isinstance(part, _NormBase) and _has_parameters(part)}
+    if plan.mixed_precision is not None:
+        units |= norms
 
     def cut(part: Module) -> None:
         make_weights(part, device)
         for child in part.children():
             cut(child)
         if part in units and not isinstance(part, FSDPModule):
-            fully_shard(part, reshard_after_forward=plan.reshard_after_forward, **kwargs)
+            formats = {"mp_policy": MixedPrecisionPolicy()} if part in norms else {}
+            fully_shard(part, reshard_after_forward=plan.reshard_after_forward, **{**kwargs, **formats})
 
     cut(module)
     # By default torch keeps the root's own weights until backward, where they are needed at once.

@@ -1,11 +1,12 @@
-"""The gradients of an accumulation window that is still open, where ``fully_shard`` keeps them whole and out of sight.
+"""What ``fully_shard`` has gathered in a process: weights, and the gradients of an accumulation window that is still open.
 
-Without a reduction torch leaves them on the gathered parameters, or beside these in the format of the reduction, and the
+Without a reduction torch leaves gradients on the gathered parameters, or beside these in the format of the reduction, and the
 parameters that a module shows have none. There is no public way to them, so this file alone reaches into torch (2.6 to 2.13).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -65,14 +66,21 @@ def _cut_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     return distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def _gathered(module: Module) -> dict[int, Any]:
-    """Return torch's record of each parameter that is cut, by the parameter's id."""
-    found = {}
+def let_go(module: Module) -> None:
+    """Leave every process with its parts alone, also after a forward that has failed half-way."""
+    for group in _groups(module):
+        group._to_sharded()
+
+
+def _groups(module: Module) -> Iterator[Any]:
+    """Yield torch's record of the parameters that are gathered at once, for each part that has some."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             state: Any = part._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            for group in groups:
-                for inner in group.fsdp_params if group is not None else ():
-                    found[id(inner.sharded_param)] = inner
-    return found
+            yield from (group for group in groups if group is not None)
+
+
+def _gathered(module: Module) -> dict[int, Any]:
+    """Return torch's record of each parameter that is cut, by the parameter's id."""
+    return {id(inner.sharded_param): inner for group in _groups(module) for inner in group.fsdp_params}
