@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 from levin.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from levin.strategies.parallel import disconnect_processes
+from levin.utilities.exceptions import MisconfigurationException
 from tests.gpu.small import DEVICE, Net, SaveAt, Validated, loader, trainer, values
 
 
@@ -29,6 +31,12 @@ def test_ddp_of_one_process_talks_over_nccl_and_trains_as_the_plain_run():
     assert runs[0] == runs[1]
 
 
+@pytest.fixture(autouse=True)
+def no_process_group():
+    yield
+    disconnect_processes()
+
+
 def transport():
     """Return what carries CUDA tensors between processes."""
     return dict(part.split(":") for part in dist.get_backend_config().split(","))["cuda"]
@@ -42,7 +50,8 @@ class Noting(Validated):
         self.seen = []
 
     def on_train_start(self):
-        self.seen.append((transport(), {type(p).__name__ for p in self.parameters()}))
+        if dist.is_initialized():
+            self.seen.append((transport(), {type(p).__name__ for p in self.parameters()}))
 
 
 SHARDED = {
@@ -75,6 +84,18 @@ def test_sharding_over_one_process_talks_over_nccl_trains_as_the_plain_run_and_r
         # A file holds the weights whole, for a run on one device.
         _, on_one = run("auto", tmp_path / "a.ckpt")
         assert on_one == pytest.approx(sharded[5:], rel=1e-4)
+
+
+def test_fsdp_runs_in_the_process_group_of_ddp():
+    trainer(strategy=DDPStrategy()).fit(Net(), loader())
+    trainer(strategy="fsdp").fit(Net(), loader())
+    assert dist.get_backend() == "nccl"
+
+
+def test_weights_on_the_cpu_are_told_that_nothing_carries_them():
+    trainer(strategy=DDPStrategy()).fit(Net(), loader())
+    with pytest.raises(MisconfigurationException, match="process_group_backend"):
+        trainer(strategy=FSDPStrategy(cpu_offload=True)).fit(Net(), loader())
 
 
 def test_ddp_of_one_process_resumes_exactly(tmp_path):

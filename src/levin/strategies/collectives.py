@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from levin.utilities.exceptions import MisconfigurationException
 T = TypeVar("T")
 _NUMBERS = (Tensor, bool, int, float)
 _MEAN_NAMES = ("mean", "avg")
+# How many tensors that were moved for it are on the way at once.
+_NUM_ON_THE_WAY = 8
 _OP_NAMES = ("sum", "min", "max", "product", "band", "bor", "bxor")
 
 
@@ -167,24 +170,33 @@ def num_collectives(group: Any = None) -> int:
     return count
 
 
-def sync_tensors(tensors: Iterable[Tensor], src: int = 0, group: Any = None) -> None:
+def sync_tensors(
+    tensors: Iterable[Tensor], src: int = 0, group: Any = None, device: torch.device | None = None
+) -> None:
     """Overwrite the tensors of every process by those of rank ``src``.
 
     Args:
         tensors: The same number of tensors, of the same shapes, in every process.
         src: The rank they come from.
         group: The processes that take part; all when None.
+        device: The device that the bytes travel over, a few tensors at a time; where they are when None.
     """
-    # Started all at once, so that the time on the way is paid once and not for each.
-    pending: list[tuple[Any, Tensor, Tensor]] = []
+    # Started together, so that the time on the way is paid once and not for each.
+    pending: deque[tuple[Any, Tensor, Tensor]] = deque()
     for tensor in tensors:
         plain = tensor.detach()
-        sent = plain.contiguous()
+        sent = plain.to(device or plain.device).contiguous()
         pending.append((dist.broadcast(sent, src=src, group=group, async_op=True), plain, sent))
-    for work, plain, sent in pending:
-        work.wait()
-        if sent is not plain and sent.data_ptr() != plain.data_ptr():
-            plain.copy_(sent)
+        if sent.device != plain.device and len(pending) > _NUM_ON_THE_WAY:
+            _receive(*pending.popleft())
+    while pending:
+        _receive(*pending.popleft())
+
+
+def _receive(work: Any, plain: Tensor, sent: Tensor) -> None:
+    work.wait()
+    if sent.device != plain.device or sent.data_ptr() != plain.data_ptr():
+        plain.copy_(sent)
 
 
 class _AllGather(torch.autograd.Function):

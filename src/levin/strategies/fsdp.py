@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn import Module
@@ -141,6 +142,15 @@ class FSDPStrategy(ShardedStrategy):
 
     # Modules and optimizers
 
+    def setup_environment(self) -> None:
+        """Connect the processes and lay them out; see :meth:`Strategy.setup_environment`."""
+        super().setup_environment()
+        if self.cpu_offload and self.root_device.type != "cpu" and "cpu:" not in dist.get_backend_config():
+            raise MisconfigurationException(
+                "cpu_offload=True keeps weights on the CPU, and the process group of this process carries "
+                f"{dist.get_backend_config()!r} alone. Leave process_group_backend out, and make no process group before."
+            )
+
     def make_mesh(self) -> DeviceMesh:
         """Return ``(shards,)``, or ``(replicas, shards)``."""
         if isinstance(self._given_mesh, DeviceMesh):
@@ -161,7 +171,7 @@ class FSDPStrategy(ShardedStrategy):
         assert self.device_mesh is not None
         on_meta = [tensor.is_meta for tensor in module.parameters()]
         if not any(on_meta):
-            collectives.sync_tensors([*module.parameters(), *module.buffers()])
+            collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
         is_on_gpu = self.root_device.type != "cpu"
         plan = ShardingPlan(
             mesh=self.device_mesh,

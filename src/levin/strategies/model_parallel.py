@@ -123,7 +123,7 @@ class ModelParallelStrategy(ShardedStrategy):
         parts = list(module.modules())
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if not is_cut and not any(parameter.is_meta for parameter in module.parameters()):
-            collectives.sync_tensors([*module.parameters(), *module.buffers()])
+            collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
         if self.plan:
             apply_plan(module, self.device_mesh[TENSOR], self.plan)
         if not any(isinstance(part, FSDPModule) for part in parts) and self.device_mesh[DATA].size() > 1:
