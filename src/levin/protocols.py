@@ -64,6 +64,7 @@ class Run(Protocol):
     strategy: Strategy
     store: LogStore
     optimizers: list[Any]
+    configured_groups: list[list[list[str]]]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int]
     unequal_values: set[str]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import pickle
 import random
@@ -413,17 +414,88 @@ def test_the_sanity_check_leaves_nothing_behind(tmp_path, steps):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_module_is_unwrapped_and_runs_compiled(tmp_path):
-    import levin
+class Batches:
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __iter__(self):
+        return iter([torch.ones(size, 4) for size in self.sizes])
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic": False}, {"dynamic": True}, {"fullgraph": True}], ids=str)
+def test_a_compiled_module_runs_compiled_as_the_user_asked(tmp_path, options):
+    seen = []
+    for framework in frameworks():
+
+        class Compiled(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).sum()
+
+            def validation_step(self, batch, batch_idx):
+                self.layer(batch).sum()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.1)
+
+        graphs = []
+
+        def backend(graph, inputs, graphs=graphs):
+            graphs.append([tuple(each.shape) if isinstance(each, torch.Tensor) else "any size" for each in inputs])
+            return graph.forward
+
+        torch._dynamo.reset()
+        module = Compiled()
+        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        with listening():
+            trainer.fit(torch.compile(module, backend=backend, **options), Batches(4, 4, 2), Batches(4, 3))
+        assert trainer.lightning_module is module
+        assert trainer.global_step == 3
+        seen.append(graphs)
+    assert seen[0] == seen[1] and seen[0]
+    assert ("any size" in sum(seen[1], [])) is (options.get("dynamic") is not False)
+
+
+def test_a_full_graph_that_cannot_be_is_an_error(tmp_path):
+    class Broken(both.levin().LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch, batch_idx):
+            torch._dynamo.graph_break()
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    for options in ({}, {"fullgraph": True}):
+        torch._dynamo.reset()
+        problem = pytest.raises(torch._dynamo.exc.Unsupported) if options else contextlib.nullcontext()
+        with listening(), problem:
+            compiled = torch.compile(Broken(), backend="eager", **options)
+            both.quiet(both.levin(), tmp_path, max_epochs=1).fit(compiled, Batches(2))
+
+
+def test_a_step_that_was_set_on_a_compiled_module_is_there_afterwards(tmp_path):
+    from levin.trainer.compiled import to_uncompiled
 
     module = Plain()
-    compiled = torch.compile(module, backend="eager")
-    trainer = both.quiet(both.levin(), tmp_path, max_epochs=1)
+    module.validation_step = own = lambda batch, batch_idx: None
     with listening():
+        compiled = torch.compile(module, backend="eager")
+        trainer = both.quiet(both.levin(), tmp_path, max_epochs=1)
         trainer.fit(compiled, both.loader(2))
-    assert trainer.lightning_module is module
-    assert trainer.global_step == 2
-    assert isinstance(trainer.lightning_module, levin.LightningModule)
+        trainer.fit(compiled, both.loader(2))
+    assert vars(module)["validation_step"] is not own
+    assert to_uncompiled(module) is module
+    assert vars(module)["validation_step"] is own and "training_step" not in vars(module)
 
 
 def test_a_compiled_module_needs_a_strategy_that_knows_how():

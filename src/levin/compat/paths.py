@@ -256,7 +256,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
-    "pytorch.utilities.compile": {"levin.compat.compiled": "from_compiled to_uncompiled"},
+    "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
     "pytorch.utilities.consolidate_checkpoint": {},
     "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
     "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},

@@ -111,6 +111,8 @@ class Run:
         self.is_profiled: bool = False
         self.store: LogStore = new_store(self, training=False)
         self.optimizers: list[Any] = []
+        # What `configure_optimizers` gave to each of them, by the names of the parameters.
+        self.configured_groups: list[list[list[str]]] = []
         self.lightning_optimizers: list[LightningOptimizer] = []
         self.schedulers: list[LRSchedulerConfig] = []
         self.watchdog: Optional[Watchdog] = None

@@ -38,6 +38,7 @@ from levin.ranks.location import locate
 from levin.ranks.same_everywhere import check_same_settings
 from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
+from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
@@ -255,6 +256,7 @@ def compose_run(run: Run) -> None:
         run.is_profiled = True
     if fits:
         run.optimizers, run.schedulers = strategy.optimizers, strategy.lr_scheduler_configs
+        run.configured_groups = groups_by_name(run.optimizers, module)
         run.lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in run.optimizers]
         for optimizer in run.lightning_optimizers:
             optimizer._module = module

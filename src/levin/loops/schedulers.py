@@ -7,6 +7,7 @@ from typing import Any
 from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.ranks.agreement import agreed_value
+from levin.resume.optimizer_groups import schedule_new_groups
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
@@ -41,6 +42,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
                     raise MisconfigurationException(text)
                 rank_zero_warn(text, category=RuntimeWarning)
                 continue
+        schedule_new_groups(config.scheduler)
         epoch_loop.scheduler_progress.increment_ready()
         if own:
             run.call_own("lr_scheduler_step", run.module.lr_scheduler_step, config.scheduler, value)

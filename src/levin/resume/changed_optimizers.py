@@ -1,4 +1,4 @@
-"""Telling that a checkpoint was saved with other optimizers than there are now."""
+"""Telling that a checkpoint was saved with other optimizers or schedulers than there are now."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
+
+from levin.utilities.rank_zero import rank_zero_warn
 
 _WAY_OUT = "Go on with the optimizers of then, or load the weights with `load_from_checkpoint` and start a new fit."
 
@@ -33,6 +35,23 @@ def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[s
         problem = _difference(optimizer, state.get("param_groups") if isinstance(state, Mapping) else None)
         if problem:
             raise ValueError(f"The state of optimizer {number} in the checkpoint {problem}. {_WAY_OUT}")
+
+
+def check_schedulers(schedulers: Sequence[Any], states: Sequence[Any]) -> None:
+    """Warn if a checkpoint holds the states of more or fewer schedulers than there are.
+
+    Args:
+        schedulers: Those of the run.
+        states: The ``lr_schedulers`` of a checkpoint; they are loaded in their order.
+    """
+    if len(schedulers) != len(states):
+        names = [type(scheduler).__name__ for scheduler in schedulers]
+        common = min(len(schedulers), len(states))
+        what = f"the last {len(states) - common} are left out" if states[common:] else f"{names[common:]} begin anew"
+        rank_zero_warn(
+            f"The checkpoint holds the states of {len(states)} learning-rate schedulers, and `configure_optimizers` gives "
+            f"{len(schedulers)}: {names}. The first {common} go on in their order, and {what}."
+        )
 
 
 def _difference(optimizer: Optimizer, saved: Any) -> str:

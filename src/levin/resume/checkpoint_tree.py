@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
-from levin.resume.changed_optimizers import check_optimizers
+from levin.resume.changed_optimizers import check_optimizers, check_schedulers
+from levin.resume.optimizer_groups import restore_groups, schedule_new_groups
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
@@ -159,9 +160,14 @@ def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
     if run.strategy.lightning_restore_optimizer:
+        grown = (own_state(checkpoint) or {}).get("optimizer_groups")
+        if grown:
+            restore_groups(run.strategy.optimizers, run.module, *grown)
         check_optimizers(run.strategy.optimizers, checkpoint["optimizer_states"])
         run.strategy.load_optimizer_state_dict(checkpoint)
+    check_schedulers([config.scheduler for config in run.strategy.lr_scheduler_configs], checkpoint["lr_schedulers"])
     for config, state in zip(run.strategy.lr_scheduler_configs, checkpoint["lr_schedulers"]):
+        schedule_new_groups(config.scheduler)
         config.scheduler.load_state_dict(state)
 
 

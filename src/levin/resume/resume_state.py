@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from levin.log_store import LogStore
 from levin.resume import checkpoint_tree as tree
 from levin.resume.metric_states import collect_metric_states, load_metric_states
+from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.plain_values import copied, is_plain
 from levin.resume.position import Position
 from levin.utilities.move import move_data_to_device
@@ -97,6 +98,9 @@ class ResumeState:
                 callback.state_key: kept for callback in run.checkpoint_callbacks if (kept := callback.run_state())
             },
         }
+        groups = groups_by_name(run.optimizers, run.module)
+        if groups != run.configured_groups:
+            state["optimizer_groups"] = (run.configured_groups, groups)
         unfinished = self._find_unfinished(run)
         if unfinished is not None:
             state["unfinished"] = _as_dict(unfinished)

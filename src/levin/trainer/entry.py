@@ -6,8 +6,6 @@ import signal
 import sys
 from typing import Any, Optional, Protocol
 
-import torch
-
 from levin.callbacks.defaults import merge_model_callbacks
 from levin.callbacks.timer import Timer
 from levin.checkpoint.select import select_checkpoint
@@ -25,9 +23,9 @@ from levin.strategies.ddp import DDPStrategy
 from levin.strategies.single_device import SingleDeviceStrategy
 from levin.strategies.strategy import Strategy
 from levin.trainer import spawned_run
+from levin.trainer.compiled import from_compiled, is_compiled
 from levin.trainer.results_table import print_results
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.states import RunningStage, StopFlags, TrainerFn, TrainerStatus
 from levin.utilities.streams import lenient_streams
@@ -210,18 +208,11 @@ def keeps_predictions(strategy: Strategy, value: Optional[bool]) -> bool:
 
 def _uncompiled(model: Any, strategy: Strategy) -> Any:
     """Return the module inside of a compiled one, with its forward and its steps compiled."""
-    original = getattr(model, "_orig_mod", None)
-    if original is None or not isinstance(original, LightningModule):
+    if not is_compiled(model):
         return model
     if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise RuntimeError(
             "A compiled module runs with SingleDeviceStrategy and DDPStrategy, "
             f"received {type(strategy).__name__}. Pass the module as it is, and compile parts of it in `configure_model`."
         )
-    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-        if name == "forward" or is_overridden(name, original, LightningModule):
-            original.__dict__[name] = (
-                torch.compile(getattr(original, name)) if name != "forward" else model.dynamo_ctx(original.forward)
-            )
-    original._compiler_ctx = model.dynamo_ctx
-    return original
+    return from_compiled(model)
