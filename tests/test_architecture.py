@@ -17,6 +17,7 @@ STOREYS = {
         ["codemod"],
         ["compat"],
         ["trainer", "fabric"],
+        ["explain"],
     ],
     "what people plug in": [["callbacks"]],
     "the run": [["loops"], ["ranks"], ["resume"]],

@@ -11,12 +11,13 @@ from typing import Optional
 from levin import __version__
 
 COMMANDS = {
-    "fit": ("levin.cli.commands:fit", "train a module: --model CLASS --data CLASS, --config FILE"),
+    "fit": ("levin.cli.commands:fit", "train: --model CLASS --data CLASS, --config FILE"),
     "validate": ("levin.cli.commands:validate", "run one validation of it"),
     "test": ("levin.cli.commands:test", "run its test"),
     "predict": ("levin.cli.commands:predict", "predict on every batch"),
-    "env": ("levin.cli.env", "say what the machine offers, and what a Trainer would select"),
-    "inspect": ("levin.checkpoint.describe", "say what checkpoints hold, without running what is in them"),
+    "env": ("levin.cli.env", "say what the machine offers, what would be selected"),
+    "explain": ("levin.cli.explain", "say what a script's fit will call, and stop before it"),
+    "inspect": ("levin.checkpoint.describe", "say what checkpoints hold, and run nothing in them"),
     "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact"),
     "upgrade": (

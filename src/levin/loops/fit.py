@@ -103,14 +103,14 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                     progress.increment_processed()
                     progress.is_last_batch = True
                     if schedules:
-                        _step_schedulers(run, batch_idx, is_last=True)
+                        _step_due_schedulers(run, batch_idx, is_last=True)
                     break
                 progress.increment_started()
                 outputs = train(batch, batch_idx, is_last)
             progress.increment_processed()
             is_last = progress.is_last_batch = feed.is_last  # a step with a `dataloader_iter` may have taken more
             if schedules:
-                _step_schedulers(run, batch_idx, is_last)
+                _step_due_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             look()
@@ -134,15 +134,15 @@ def _end_short_epoch(run: Run, step: Step, validates: bool) -> None:
     """Do what belongs to the last batch of an epoch, after its data ended before the length of the loader said so."""
     loop = run.loops.fit.epoch_loop
     batch_idx = loop.batch_progress.current.ready - 1
-    is_open = _accumulates(run, batch_idx, is_last=False)
-    was_validated = _validates_now(run, batch_idx, is_last=False)
+    is_open = accumulates_after(run, batch_idx, is_last=False)
+    was_validated = validates_now(run, batch_idx, is_last=False)
     loop.batch_progress.is_last_batch = True
     if run.module.automatic_optimization:
         if is_open:
             step.close_window()
             step_schedulers(run, "step", plateau=False)
         step_schedulers(run, "epoch", plateau=False)
-    if validates and not was_validated and _validates_now(run, batch_idx, is_last=True):
+    if validates and not was_validated and validates_now(run, batch_idx, is_last=True):
         evaluate.validate_in_fit(run, accumulates=False)
         _exchange(run)
     if is_open:
@@ -151,15 +151,15 @@ def _end_short_epoch(run: Run, step: Step, validates: bool) -> None:
         loop._batches_that_stepped += 1
 
 
-def _step_schedulers(run: Run, batch_idx: int, is_last: bool) -> None:
+def _step_due_schedulers(run: Run, batch_idx: int, is_last: bool) -> None:
     """Step the schedulers that follow a batch and, after the last batch, those that follow an epoch."""
-    if not _accumulates(run, batch_idx, is_last):
+    if not accumulates_after(run, batch_idx, is_last):
         step_schedulers(run, "step", plateau=False)
     if is_last:
         step_schedulers(run, "epoch", plateau=False)
 
 
-def _accumulates(run: Run, batch_idx: int, is_last: bool) -> bool:
+def accumulates_after(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether the accumulation window is still open after this batch."""
     every = run.settings.accumulate_grad_batches
     return every != 1 and not is_last and (batch_idx + 1) % every != 0
@@ -170,13 +170,13 @@ def _after_batch(
 ) -> None:
     """Log the step, validate when due, count the batch; or do what is left of that."""
     loop = run.loops.fit.epoch_loop
-    accumulates = _accumulates(run, batch_idx, is_last)
+    accumulates = accumulates_after(run, batch_idx, is_last)
     if unfinished is None or unfinished.phase == Phase.BATCH_END:
         loop.batch_progress.increment_completed()
-        if not accumulates and run.loggers and _logs_step(run, loop._batches_that_stepped):
+        if not accumulates and run.loggers and logs_step(run, loop._batches_that_stepped):
             metrics = run.merge(run.store.read(on_step=True))
             send(run, metrics.logged)
-        if validates and _validates_now(run, batch_idx, is_last):
+        if validates and validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
             _exchange(run)
     elif unfinished.phase == Phase.VALIDATION_END:
@@ -207,14 +207,15 @@ def _end_unfinished_batch(run: Run, validates: bool) -> bool:
     return is_last or _stops_in_epoch(run)
 
 
-def _logs_step(run: Run, batches_that_stepped: int) -> bool:
+def logs_step(run: Run, batches_that_stepped: int) -> bool:
+    """Whether the values of a step go to the loggers, after so many batches that stepped before."""
     every = run.settings.log_every_n_steps
     if every == 0:
         return False
     return bool((batches_that_stepped + 1) % every == 0 or run.told.should_stop or run.settings.fast_dev_run)
 
 
-def _validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
+def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether validation follows this batch; the rules in the order of their precedence."""
     if not _validates_in_epoch(run):
         return False

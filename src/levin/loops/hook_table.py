@@ -123,6 +123,26 @@ def has_hook(module: Any, name: str) -> bool:
     return True
 
 
+def transfer_owners(owners: Sequence[Any], measures_all: bool = False) -> dict[str, Any]:
+    """Return whose batch-transfer hooks run, by their names.
+
+    Args:
+        owners: Who may override them, most important first (the data module, then the module).
+        measures_all: Whether a hook that nobody overrides counts as that of the last owner.
+    """
+    chosen: dict[str, Any] = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        having = [owner for owner in owners if has_own(name, owner, DataHooks)]
+        if having or measures_all:
+            chosen[name] = (having or owners[-1:])[0]
+        if len(having) > 1:
+            first, second = (type(owner).__name__ for owner in having)
+            rank_zero_warn(
+                f"`{name}` is defined by {first} and by {second}: that of {first} is used. Remove one of them."
+            )
+    return chosen
+
+
 def transfer_hooks(
     owners: Sequence[Any],
     profile: Optional[Timed] = None,
@@ -138,17 +158,9 @@ def transfer_hooks(
         move: What moves a batch where nobody overrides ``transfer_batch_to_device``, if not the default.
     """
     chosen: dict[str, Any] = {}
-    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
-        having = [owner for owner in owners if has_own(name, owner, DataHooks)]
-        if having or profile is not None:
-            owner = (having or owners[-1:])[0]
-            hook = getattr(owner, name)
-            chosen[name] = hook if profile is None else profile(action_name(owner, name), hook)
-        if len(having) > 1:
-            first, second = (type(owner).__name__ for owner in having)
-            rank_zero_warn(
-                f"`{name}` is defined by {first} and by {second}: that of {first} is used. Remove one of them."
-            )
+    for name, owner in transfer_owners(owners, measures_all=profile is not None).items():
+        hook = getattr(owner, name)
+        chosen[name] = hook if profile is None else profile(action_name(owner, name), hook)
     if not chosen and move is None:
         return None
     move = move or move_data_to_device

@@ -59,15 +59,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     """
     module, datamodule, strategy = run.module, run.datamodule, run.strategy
     fn = run.fn
-    verify(run)
-    for owner in (module, datamodule):
-        if owner is not None:
-            drop_unpicklable(owner.hparams)
-    run.is_setting_up = True
-    strategy.connect(module)
-    strategy.setup_environment()
-    run.watchdog = start_watchdog(strategy)
-    check_same_settings(run)
+    connect(run)
     ckpt_path = run.ckpt_path = agree(run, run.ckpt_path)
     local_rank = strategy.local_rank if strategy.world_size > 1 else None
     is_profiled = is_profiling(run.profiler)
@@ -76,25 +68,14 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     prepare_data(run)
     for logger in run.loggers:
         getattr(logger, "experiment", None)
-    if datamodule is not None:
-        run.call_of(datamodule, "setup", stage=fn)
-    for callback in run.callbacks:
-        run.call_of(callback, "setup", run.trainer, module, stage=fn)
-    run.call_of(module, "setup", stage=fn)
-    run.is_setting_up = False
-    configure_model(run)
+    set_up_owners(run)
     checkpoint: Optional[dict[str, Any]] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
         checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)
         if not strategy.restore_checkpoint_after_setup:
             tree.restore_module(run, checkpoint)
-    if fn == "fit":
-        strategy.configure_optimizers = functools.partial(configure_optimizers, run)
-    strategy.setup(run.trainer)
-    run.move_metrics(strategy.root_device)
-    run.profiler.attach(module)
-    compose_run(run)
+    attach(run)
     run.reset_metrics()
     if fn == "fit":
         run.call("on_fit_start")
@@ -132,6 +113,40 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     run.profiler.describe()
     run.profiler.teardown(fn)
     return result
+
+
+def connect(run: Run) -> None:
+    """Check the run, and take this process to where its part of it runs."""
+    verify(run)
+    for owner in (run.module, run.datamodule):
+        if owner is not None:
+            drop_unpicklable(owner.hparams)
+    run.is_setting_up = True
+    run.strategy.connect(run.module)
+    run.strategy.setup_environment()
+    run.watchdog = start_watchdog(run.strategy)
+    check_same_settings(run)
+
+
+def set_up_owners(run: Run) -> None:
+    """Call ``setup`` of all who have one, and let the module make its layers."""
+    if run.datamodule is not None:
+        run.call_of(run.datamodule, "setup", stage=run.fn)
+    for callback in run.callbacks:
+        run.call_of(callback, "setup", run.trainer, run.module, stage=run.fn)
+    run.call_of(run.module, "setup", stage=run.fn)
+    run.is_setting_up = False
+    configure_model(run)
+
+
+def attach(run: Run) -> None:
+    """Give the module to the strategy, which asks for its optimizers, and compose the run."""
+    if run.fn == "fit":
+        run.strategy.configure_optimizers = functools.partial(configure_optimizers, run)
+    run.strategy.setup(run.trainer)
+    run.move_metrics(run.strategy.root_device)
+    run.profiler.attach(run.module)
+    compose_run(run)
 
 
 def configure_model(run: Run) -> None:

@@ -11,6 +11,17 @@ from levin.resume.optimizer_groups import schedule_new_groups
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import LRSchedulerConfig
+
+
+def due_schedulers(run: Run, interval: str, plateau: bool) -> list[LRSchedulerConfig]:
+    """Return the schedulers that are stepped at the present batch or epoch; arguments as in :func:`step_schedulers`."""
+    index = run.loops.fit.epoch_loop.batch_idx if interval == "step" else run.current_epoch
+    return [
+        config
+        for config in run.schedulers
+        if config.interval == interval and config.reduce_on_plateau == plateau and not (index + 1) % config.frequency
+    ]
 
 
 def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
@@ -24,11 +35,8 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
         MisconfigurationException: The monitored value is missing and the scheduler is strict.
     """
     epoch_loop = run.loops.fit.epoch_loop
-    index = epoch_loop.batch_idx if interval == "step" else run.current_epoch
     own = run.is_profiled or is_overridden("lr_scheduler_step", run.module, LightningModule)
-    for config in run.schedulers:
-        if config.interval != interval or config.reduce_on_plateau != plateau or (index + 1) % config.frequency:
-            continue
+    for config in due_schedulers(run, interval, plateau):
         value: Any = None
         if config.reduce_on_plateau:
             metrics = run.read_metrics().callback

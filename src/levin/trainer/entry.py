@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from copy import copy, deepcopy
 from typing import Any, Optional, Protocol
 
 from levin.callbacks.defaults import merge_model_callbacks
@@ -12,11 +13,14 @@ from levin.checkpoint.select import select_checkpoint
 from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
+from levin.explain.explained_run import explain_sequence
+from levin.explain.text import Explanation
 from levin.loops import run_call
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.loops.stage_loaders import Loaders
 from levin.module import LightningModule
+from levin.profilers.profiler import PassThroughProfiler
 from levin.protocols import Trainer
 from levin.ranks.signals import as_ended, second_interrupt_ends, signal_handlers
 from levin.strategies.ddp import DDPStrategy
@@ -172,6 +176,31 @@ def _execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[b
     run.state.status = TrainerStatus.FINISHED
     run.state.stage = None
     return result
+
+
+def explain(
+    trainer: Caller, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
+) -> Explanation:
+    """Return what ``fit`` would do; afterwards the Trainer is as it was."""
+    kept = {name: getattr(trainer, name) for name in ("run", "loops", "callbacks", "datamodule")}
+    flags, state = copy(trainer._flags), copy(trainer.state)
+    trainer.loops = deepcopy(trainer.loops)
+    try:
+        run = begin(trainer, TrainerFn.FITTING, model, datamodule, given)
+        run.profiler = PassThroughProfiler()  # whatever measures the parts, they are the same
+        configured = run.call_of(run.module, "configure_callbacks")
+        trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
+        launcher = run.strategy.launcher
+        if launcher is None:
+            return explain_sequence(run)
+        explanation: Explanation = launcher.launch(explain_sequence, run, None, trainer=trainer)
+        return explanation
+    finally:
+        trainer.run = None  # what is set below counts for the Trainer alone
+        for name in ("loops", "callbacks", "datamodule", "run"):
+            setattr(trainer, name, kept[name])
+        vars(trainer._flags).update(vars(flags))
+        vars(trainer.state).update(vars(state))
 
 
 def _chosen_path(trainer: Caller, given: Any) -> Any:

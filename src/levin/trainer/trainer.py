@@ -18,6 +18,7 @@ from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.counters import EvaluationLoop, FitLoop, Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine, build_engine, describe_devices, use_deterministic
+from levin.explain.text import Explanation
 from levin.hooks import Callback
 from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
@@ -360,6 +361,29 @@ class Trainer:
         run.keeps_predictions = entry.keeps_predictions(self.strategy, return_predictions)
         result: Optional[list[Any]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
         return result
+
+    def explain(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+    ) -> Explanation:
+        """Say what ``fit`` with these arguments would do: its loop, flat, with file and line of all that it calls.
+
+        It is read out of the run that set-up composes, so the hooks of set-up (``prepare_data``, ``setup``,
+        ``configure_optimizers``) and those that give loaders are called. No batch is drawn, and nothing is logged or saved.
+
+        Args:
+            model: The module.
+            train_dataloaders: As in :meth:`fit`.
+            val_dataloaders: As in :meth:`fit`.
+            datamodule: As in :meth:`fit`.
+
+        Example:
+            >>> print(trainer.explain(model, loader))  # doctest: +SKIP
+        """
+        return entry.explain(self, model, datamodule, {"train": train_dataloaders, "val": val_dataloaders})
 
     @contextmanager
     def init_module(self, empty_init: Optional[bool] = None) -> Iterator[None]:

@@ -1,0 +1,69 @@
+"""One line of a laid open loop, with what stands under it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any, NamedTuple, Optional
+
+
+class Place(NamedTuple):
+    """A batch of training."""
+
+    epoch: int
+    batch_idx: int
+
+
+@dataclass
+class Node:
+    """One line, and the lines under it.
+
+    Args:
+        text: What it says.
+        function: What is called here, where it is the user's or a callback's.
+        due: Whether it happens after a batch; by default always. None in its place in ``when`` says that nobody can know.
+        when: ``due`` in words.
+        counts: For a loop: which axis it counts, and how often it goes round in an epoch.
+        body: What stands under it.
+    """
+
+    text: str
+    function: Optional[Callable[..., Any]] = None
+    due: Optional[Callable[[Place], bool]] = None
+    when: str = ""
+    counts: Optional[tuple[str, Callable[[int], int]]] = None
+    body: list[Node] = field(default_factory=list)
+
+    def walk(self) -> Iterator[Node]:
+        """Yield this line and all under it."""
+        yield self
+        for node in self.body:
+            yield from node.walk()
+
+
+def code_of(function: Callable[..., Any]) -> Optional[CodeType]:
+    """Return the code that runs when ``function`` is called, without what wraps it."""
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.args[0] if _shows_batch(function) else function.func
+        elif hasattr(function, "__func__"):
+            function = function.__func__
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            code: Optional[CodeType] = getattr(function, "__code__", None)
+            return code
+
+
+def _shows_batch(function: functools.partial[Any]) -> bool:
+    """Whether it is a hook that gets the batch of a step with a ``dataloader_iter``, see loops/hook_table.py."""
+    return function.func.__name__ == "_call_with_batch" if hasattr(function.func, "__name__") else False
+
+
+def owner_of(function: Callable[..., Any]) -> Any:
+    """Return the object whose method ``function`` is, or None."""
+    while isinstance(function, functools.partial):
+        function = function.args[0] if _shows_batch(function) else function.func
+    return getattr(function, "__self__", None)

@@ -1,0 +1,338 @@
+"""What trainer.explain says is what fit calls: held against traces of real runs."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+import levin
+from levin.callbacks import Callback, EarlyStopping
+from levin.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
+from levin.explain import explained_run
+from levin.explain.node import Place, code_of
+from levin.explain.plan import Plan
+from levin.explain.text import explain
+from levin.loggers import CSVLogger
+from levin.loops.hook_table import RUN_HOOKS
+
+MODULE_HOOKS = [
+    *(name for name in RUN_HOOKS if hasattr(levin.LightningModule, name) and "test" not in name and "predict" not in name),
+    "setup", "teardown", "prepare_data", "configure_model", "on_before_batch_transfer", "transfer_batch_to_device",
+    "on_after_batch_transfer", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "backward",
+    "lr_scheduler_step", "on_validation_model_eval", "on_validation_model_train", "on_validation_model_zero_grad",
+]  # fmt: skip
+CALLBACK_HOOKS = [name for name in MODULE_HOOKS if hasattr(Callback, name)]
+DATA_HOOKS = ["setup", "teardown", "prepare_data", "on_before_batch_transfer", "on_after_batch_transfer"]
+lines = itertools.count(1000)
+
+
+def passes_on(base, name):
+    """A method that does what the one of `base` does, with a code of its own."""
+    inner = getattr(base, name)
+
+    def method(self, *args, **kwargs):
+        return inner(self, *args, **kwargs)
+
+    code = method.__code__.replace(co_name=name, co_firstlineno=next(lines))
+    return types.FunctionType(code, method.__globals__, name, None, method.__closure__)
+
+
+def written(base, names, **more):
+    """A user's class that overrides some methods."""
+    return type(f"Users{base.__name__}", (base,), {**{name: passes_on(base, name) for name in names}, **more})
+
+
+class Net(BoringModel):
+    schedulers = ()
+
+    def __init__(self, automatic=True):
+        super().__init__()
+        self.automatic_optimization = automatic
+
+    def training_step(self, batch, batch_idx):
+        loss = self.step(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.step(batch))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        made = []
+        for interval, frequency, is_plateau in self.schedulers:
+            kind = torch.optim.lr_scheduler.ReduceLROnPlateau if is_plateau else torch.optim.lr_scheduler.StepLR
+            scheduler = kind(optimizer) if is_plateau else kind(optimizer, 1)
+            config = {"scheduler": scheduler, "interval": interval, "frequency": frequency, "strict": False}
+            made.append(config | ({"monitor": "loss"} if is_plateau else {}))
+        return [optimizer], made
+
+
+class Log(CSVLogger):
+    def log_metrics(self, metrics, step=None):
+        super().log_metrics(metrics, step)
+
+
+class Data(levin.LightningDataModule):
+    def __init__(self, num_train, num_val):
+        super().__init__()
+        self.num_train, self.num_val = num_train, num_val
+
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, self.num_train), batch_size=1)
+
+    def val_dataloader(self):
+        return [DataLoader(RandomDataset(32, self.num_val), batch_size=1)]
+
+
+def unrolled(nodes, place=Place(0, 0)):
+    """The functions that the lines say are called, one after the other."""
+    for node in nodes:
+        if node.due is not None and not node.due(place):
+            continue
+        if node.function is not None:
+            yield code_of(node.function)
+        if node.counts is None:
+            yield from unrolled(node.body, place)
+            continue
+        axis, count = node.counts
+        for index in range(count(place.epoch)):
+            inner = place
+            if axis == "epoch":
+                batches = next(each for each in node.body if each.counts)
+                inner = Place(index, max(0, batches.counts[1](index) - 1))
+            elif axis == "batch":
+                inner = place._replace(batch_idx=index)
+            yield from unrolled(node.body, inner)
+
+
+def traced(function, codes):
+    """The functions of users that `function` calls, one after the other."""
+    seen = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code in codes:
+            seen.append(frame.f_code)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+def compare(trainer, model, datamodule=None):
+    """Hold the explanation of a fit against a trace of it. Returns the explanation."""
+    said = []
+
+    def keep(run):
+        said.extend(unrolled(Plan(run).lines()))
+        return explain(run)
+
+    with mock.patch.object(explained_run, "explain", keep):
+        text = trainer.explain(model, datamodule=datamodule)
+    owners = [model, datamodule, *trainer.callbacks, *trainer.loggers]
+    known = {
+        "training_step",
+        "validation_step",
+        "train_dataloader",
+        "val_dataloader",
+        "configure_optimizers",
+        "log_metrics",
+    }
+    codes = {
+        method.__code__: f"{type(owner).__name__}.{name}"
+        for owner in owners if owner is not None
+        for kind in type(owner).__mro__ if not kind.__module__.startswith(("levin", "torch"))
+        for name, method in vars(kind).items() if inspect.isfunction(method) and (name in MODULE_HOOKS or name in known)
+    }  # fmt: skip
+    seen = [codes[code] for code in traced(lambda: trainer.fit(model, datamodule=datamodule), codes)]
+    assert [codes[code] for code in said if code in codes] == seen
+    for code, name in codes.items():
+        if name in seen:
+            assert re.search(rf"\S:{code.co_firstlineno}$", text, re.MULTILINE), f"{name} has no place in\n{text}"
+    return text
+
+
+def trainer_of(tmp_path, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return levin.Trainer(**{"logger": False, "default_root_dir": tmp_path} | quiet | options)
+
+
+schedulers = st.lists(st.tuples(st.sampled_from(["step", "epoch"]), st.integers(1, 3), st.booleans()), max_size=2)
+
+
+@settings(max_examples=25, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_lines_are_what_a_run_calls(data, tmp_path):
+    draw = data.draw
+    num_train, num_val = draw(st.integers(1, 6)), draw(st.integers(0, 2))
+    automatic = draw(st.booleans())
+    own = set(draw(st.lists(st.sampled_from(MODULE_HOOKS), max_size=12)))
+    if not automatic:
+        own -= {"backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping"}
+    model = written(Net, own, schedulers=draw(schedulers))(automatic)
+    datamodule = written(Data, set(draw(st.lists(st.sampled_from(DATA_HOOKS)))))(num_train, num_val)
+    callbacks = [
+        written(Callback, set(draw(st.lists(st.sampled_from(CALLBACK_HOOKS)))))()
+        for _ in range(draw(st.integers(0, 1)))
+    ]
+    by_run = draw(st.booleans())
+    options = {
+        "max_epochs": draw(st.integers(1, 4)),
+        "max_steps": draw(st.sampled_from([-1, -1, 1, 3, 7])) if automatic else -1,
+        "accumulate_grad_batches": draw(st.integers(1, 3)) if automatic else 1,
+        "gradient_clip_val": draw(st.sampled_from([None, 0.5])) if automatic else None,
+        "num_sanity_val_steps": draw(st.integers(0, 1)),
+        "log_every_n_steps": draw(st.integers(1, 5)),
+        "check_val_every_n_epoch": None if by_run else draw(st.integers(1, 3)),
+        "val_check_interval": draw(st.integers(1, num_train + 2)) if by_run else draw(st.sampled_from([1.0, 0.5, 1])),
+        "reload_dataloaders_every_n_epochs": draw(st.sampled_from([0, 0, 1, 2])),
+    }
+    logger = [Log(tmp_path)] if draw(st.booleans()) else False
+    trainer = trainer_of(tmp_path, callbacks=callbacks, logger=logger, enable_checkpointing=False, **options)
+    with mock.patch("warnings.warn"):
+        compare(trainer, model, datamodule)
+
+
+def test_the_words_say_when(tmp_path):
+    trainer = trainer_of(
+        tmp_path, max_epochs=4, accumulate_grad_batches=4, gradient_clip_val=0.5, check_val_every_n_epoch=2,
+        val_check_interval=0.25, num_sanity_val_steps=0, callbacks=[EarlyStopping("val")], logger=CSVLogger(tmp_path),
+        log_every_n_steps=5,
+    )  # fmt: skip
+    model = written(Net, ["on_train_epoch_end"])()
+    text = compare(trainer, model, Data(10, 3))
+    assert "for epoch in range(4):" in text and "for batch in train_dataloader:  # 10 batches" in text
+    assert "after every 4th batch and the last. After the others the closure alone" in text
+    assert "clip_grad_norm_(parameters, 0.5)  # after every 4th batch and the last" in text
+    assert "validation:  # after every 2nd batch of every 2nd epoch" in text
+    assert "log_metrics" in text.split("not called")[0] and re.search(
+        r"values of the step\)  # after batches .* of the run", text
+    )
+    assert re.search(r"EarlyStopping\.on_validation_end\(\) +levin/callbacks/early_stopping\.py:\d+", text)
+    assert "# logs 'loss' of the step and over the epoch" in text and "# logs 'val' over the epoch" in text
+    left_out = text.split("not called")[1]
+    assert "optimizer_step" in left_out and "on_train_epoch_end" not in left_out.replace("\n", " ").split(", ")
+
+
+def test_precision_accumulation_and_limits_are_said(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=3, precision="bf16-mixed", enable_checkpointing=False)
+    text = trainer.explain(BoringModel(), DataLoader(RandomDataset(32, 8)))
+    assert "max_steps=3" in text and "in the context of MixedPrecision (bf16-mixed)" in text
+    assert "written by nobody" in text and "a checkpoint holds" in text
+
+
+def test_nothing_is_left_of_it(tmp_path):
+    def weights(explains):
+        torch.manual_seed(1)
+        trainer = trainer_of(tmp_path / str(explains), max_epochs=2)
+        model, loader = BoringModel(), DataLoader(RandomDataset(32, 16), shuffle=True)
+        if explains:
+            before = {key: value.clone() for key, value in model.state_dict().items()}
+            trainer.explain(model, loader)
+            assert trainer.run is None and trainer.max_epochs == 2 and trainer.global_step == 0
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+            assert not list(tmp_path.joinpath("True").rglob("*"))
+        trainer.fit(model, loader)
+        assert trainer.current_epoch == 2
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True)))
+
+
+def test_a_trainer_that_has_trained_keeps_its_run(tmp_path):
+    trainer = trainer_of(tmp_path, max_epochs=1, enable_checkpointing=False)
+    trainer.fit(BoringModel())
+    run, step = trainer.run, trainer.global_step
+    trainer.explain(BoringModel())
+    assert trainer.run is run and trainer.global_step == step and trainer.state.finished
+
+
+def test_a_mistake_of_the_user_is_said_as_fit_says_it(tmp_path):
+    with pytest.raises(TypeError, match="LightningModule"):
+        trainer_of(tmp_path, max_epochs=1).explain(torch.nn.Linear(1, 1))
+    with pytest.raises(levin.utilities.exceptions.MisconfigurationException, match="training_step"):
+        trainer_of(tmp_path, max_epochs=1).explain(levin.LightningModule(), datamodule=BoringDataModule())
+
+
+def test_what_a_checkpoint_holds_is_what_is_saved(tmp_path):
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    model = Net()
+    text = trainer.explain(model, datamodule=Data(2, 1))
+    trainer.fit(model, datamodule=Data(2, 1))
+    (path,) = tmp_path.rglob("*.ckpt")
+    keys = set(torch.load(path, weights_only=False)) - {"pytorch-lightning_version"}
+    said = {
+        word
+        for line in text.split("a checkpoint holds:")[1].splitlines()
+        for word in re.split(r"[ ,]+", line.partition(":")[0])
+    }
+    assert keys <= said
+
+
+def test_several_processes(tmp_path):
+    trainer = trainer_of(tmp_path, max_epochs=1, devices=2, strategy="ddp_fork")
+    text = trainer.explain(Net(), datamodule=Data(8, 2))
+    assert "on 2 processes" in text and "inside of DistributedDataParallel" in text
+    assert "# 4 batches" in text and "averaged over the processes" in text
+
+
+SCRIPT = """
+import sys
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Net(BoringModel):
+    def on_train_start(self):
+        raise RuntimeError("this must not run")
+
+if __name__ == "__main__":
+    print("before")
+    Trainer(max_epochs=int(sys.argv[1]), logger=False, enable_progress_bar=False).fit(Net())
+    print("\\nafter")
+"""
+
+
+def command(*words, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(Path(levin.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, "-m", "levin", *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_command_stops_a_script_before_its_first_batch(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = command("explain", "train.py", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "before" in done.stdout and "\\nafter\\n" not in done.stdout
+    assert "for epoch in range(3):" in done.stdout and re.search(r"Net.on_train_start\(\) +train.py:7", done.stdout)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["train.py"]
+
+
+def test_the_command_says_where_nothing_trains(tmp_path):
+    (tmp_path / "nothing.py").write_text("print(1)")
+    done = command("explain", "nothing.py", cwd=tmp_path)
+    assert done.returncode == 1 and "never called `Trainer.fit`" in done.stderr
+    done = command("explain", "absent.py", cwd=tmp_path)
+    assert done.returncode != 0 and "absent.py" in done.stderr and "Traceback" not in done.stderr
+    assert "levin explain train.py" in command("explain", "--help", cwd=tmp_path).stdout
