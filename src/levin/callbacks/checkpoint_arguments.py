@@ -47,10 +47,10 @@ def resolved_folder(dirpath: str | os.PathLike[str], save_last: Any) -> str:
     return folder
 
 
-def check_triggers(
+def checked_triggers(
     every_n_train_steps: int | None, every_n_epochs: int | None, train_time_interval: timedelta | None
-) -> None:
-    """Raise if the triggers are out of range or exclude each other.
+) -> tuple[int, int]:
+    """Return steps and epochs between checkpoints, 0 for what is no trigger; each epoch is one if nothing is given.
 
     Raises:
         MisconfigurationException: A negative number, or more than one trigger.
@@ -70,3 +70,6 @@ def check_triggers(
             f"every_n_train_steps, every_n_epochs and train_time_interval exclude each other, received "
             f"{every_n_train_steps}, {every_n_epochs} and {train_time_interval}. Use one ModelCheckpoint for each."
         )
+    if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
+        return 0, 1
+    return every_n_train_steps or 0, every_n_epochs or 0

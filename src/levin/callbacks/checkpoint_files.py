@@ -1,4 +1,4 @@
-"""The files of a ModelCheckpoint: how they are called, which are the best, and which of them is not there yet."""
+"""The files of a ModelCheckpoint: their names, which are the best and by what, which is not there yet, what is kept."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from levin.callbacks.checkpoint import Checkpoint
 from levin.checkpoint.io import Save
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.filesystem import get_filesystem
+from levin.utilities.rank_zero import rank_zero_warn
+
+if TYPE_CHECKING:
+    from levin.protocols import Trainer
 
 Mode = Literal["min", "max"]
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
+# What is known about the files of one folder.
+_OF_ONE_FOLDER = (
+    "best_model_score", "current_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path",
+)  # fmt: skip
+# What becomes untrue when the save that it is about fails.
+_OF_NEWEST_SAVE = (*_OF_ONE_FOLDER, "best_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
+_RUN_STATE = {
+    "last_global_step_saved": "_last_global_step_saved",
+    "has_saved_last": "_has_saved_last",
+    "has_validated": "_has_validated",
+    "defers_save": "_defer_save_until_validation",
+}
 
 
 def check_template(template: str) -> None:
@@ -193,19 +211,17 @@ class UnconfirmedSave:
 
     Args:
         owner: The callback.
-        names: Its attributes that become untrue when the save that they are about fails.
     """
 
-    def __init__(self, owner: Any, names: Sequence[str]) -> None:
+    def __init__(self, owner: Checkpoint) -> None:
         self._owner = owner
-        self._names = names
         self._save: Save | None = None
         self._before: dict[str, Any] = {}
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
         """Put the attributes back to what they were when the block began, if the save in it fails, now or later."""
-        before = {name: getattr(self._owner, name) for name in self._names}
+        before = {name: getattr(self._owner, name) for name in _OF_NEWEST_SAVE}
         try:
             yield
         except BaseException:
@@ -243,3 +259,94 @@ class UnconfirmedSave:
             return ""
         vars(self._owner).update(self._before)
         return str(save.path)
+
+
+def run_state(callback: Checkpoint) -> dict[str, Any]:
+    """Return what was saved and decided in the present run.
+
+    Args:
+        callback: The ModelCheckpoint.
+    """
+    return {key: getattr(callback, name) for key, name in _RUN_STATE.items()}
+
+
+def run_from(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes that :func:`run_state` was made of."""
+    return {name: state[key] for key, name in _RUN_STATE.items()}
+
+
+def files_state(callback: Checkpoint) -> dict[str, Any]:
+    """Return the kept files and their scores.
+
+    Args:
+        callback: The ModelCheckpoint.
+    """
+    return {name: getattr(callback, name) for name in ("monitor", "best_model_path", "dirpath", *_OF_ONE_FOLDER)}
+
+
+def files_from(state: dict[str, Any], dirpath: str | None) -> dict[str, Any]:
+    """Return the attributes that :func:`files_state` was made of; only the best file's path if the folder is another.
+
+    Args:
+        state: From a checkpoint.
+        dirpath: The folder of now.
+    """
+    names = ["best_model_path", *_OF_ONE_FOLDER]
+    before = state.get("dirpath", dirpath)
+    if before != dirpath:
+        names = ["best_model_path"]
+        rank_zero_warn(
+            f"The dirpath has changed from {before!r} to {dirpath!r}, therefore `best_model_score`, "
+            "`kth_best_model_path`, `kth_value`, `last_model_path` and `best_k_models` won't be reloaded. "
+            "Only `best_model_path` will be reloaded."
+        )
+    return {name: state[name] for name in names if name in state}
+
+
+def logged_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """Return the logged metrics of this rank, with ``epoch`` and ``step`` as whole numbers."""
+    metrics: dict[str, Tensor] = dict(trainer.callback_metrics)
+    for name, number in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+        metrics[name] = torch.as_tensor(metrics.get(name, number)).long()
+    return metrics
+
+
+def take_from_first_rank(trainer: Trainer, metrics: dict[str, Tensor], monitor: str) -> str:
+    """Put the value of rank 0 in the place of this rank's own, so that all decide alike; all ranks call this.
+
+    Returns:
+        What to tell the user where the ranks have different values; empty where they agree.
+    """
+    own = float(metrics[monitor]) if monitor in metrics else None
+    first = trainer.strategy.broadcast(own)
+    is_other = repr(own) != repr(first)  # NaN is like NaN
+    if first is None:
+        metrics.pop(monitor, None)
+    elif is_other:
+        metrics[monitor] = torch.tensor(first)
+    if not trainer.strategy.reduce_boolean_decision(is_other, all=False):
+        return ""
+    return (
+        f"ModelCheckpoint(monitor={monitor!r}): the value differs from rank to rank, and that of rank 0 "
+        f"({first}) decides for all. Log it with sync_dist=True to have the files ranked by the mean."
+    )
+
+
+def report_missing(monitor: str, metrics: dict[str, Tensor], is_error: bool) -> None:
+    """Say that the monitored metric was not logged: as a warning while it may still come.
+
+    Raises:
+        MisconfigurationException: ``is_error`` is set.
+    """
+    message = (
+        f"`ModelCheckpoint(monitor={monitor!r})` could not find the monitored key in the returned metrics: "
+        f"{list(metrics)}. HINT: Did you call `log({monitor!r}, value)` in the `LightningModule`?"
+    )
+    if is_error:
+        raise MisconfigurationException(message)
+    rank_zero_warn(message)
+
+
+def describe_position(metrics: dict[str, Tensor]) -> str:
+    """Return where in the run the metrics are from, as messages begin."""
+    return f"Epoch {int(metrics['epoch'])}, global step {int(metrics['step'])}"

@@ -5,33 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
+from levin.callbacks import checkpoint_files as files
 from levin.callbacks.checkpoint import Checkpoint
-from levin.callbacks.checkpoint_arguments import (
-    check_choice,
-    check_triggers,
-    resolved_folder,
-)
-from levin.callbacks.checkpoint_files import (
-    Mode,
-    UnconfirmedSave,
-    comparable,
-    default_folder,
-    fill_template,
-    first_free_name,
-    improves,
-    ranked,
-    template_pattern,
-    worst_score,
-    write_scores,
-)
+from levin.callbacks.checkpoint_arguments import check_choice, checked_triggers, resolved_folder
 from levin.callbacks.checkpoint_trigger import validates, validates_after_last_batch, validates_once_per_epoch
 from levin.ranks.clock import AgreedClock
-from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, replace_link
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -39,19 +22,6 @@ if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
     from levin.utilities.types import STEP_OUTPUT
-
-# What is known about the files of one folder.
-_OF_ONE_FOLDER = (
-    "best_model_score", "current_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path",
-)  # fmt: skip
-# What becomes untrue when the save that it is about fails.
-_KNOWN = (*_OF_ONE_FOLDER, "best_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
-_RUN_STATE = {
-    "last_global_step_saved": "_last_global_step_saved",
-    "has_saved_last": "_has_saved_last",
-    "has_validated": "_has_validated",
-    "defers_save": "_defer_save_until_validation",
-}
 
 
 class ModelCheckpoint(Checkpoint):
@@ -123,7 +93,7 @@ class ModelCheckpoint(Checkpoint):
     ) -> None:
         super().__init__()
         check_choice(filename, monitor, save_last, save_top_k, mode)
-        check_triggers(every_n_train_steps, every_n_epochs, train_time_interval)
+        triggers = checked_triggers(every_n_train_steps, every_n_epochs, train_time_interval)
         self.dirpath: str | None = None if dirpath is None else resolved_folder(dirpath, save_last)
         self.filename: str | None = filename
         self.monitor: str | None = monitor
@@ -132,14 +102,12 @@ class ModelCheckpoint(Checkpoint):
         self.save_top_k: int = save_top_k
         self.save_on_exception: bool = save_on_exception
         self.save_weights_only: bool = save_weights_only
-        self.mode: Mode = "min" if mode == "min" else "max"
+        self.mode: files.Mode = "min" if mode == "min" else "max"
         self.auto_insert_metric_name: bool = auto_insert_metric_name
         self.async_save: bool = async_save
         self._enable_version_counter: bool = enable_version_counter
         self._save_on_train_epoch_end: bool | None = save_on_train_epoch_end
-        has_trigger = not (every_n_train_steps is None and every_n_epochs is None and train_time_interval is None)
-        self._every_n_train_steps: int = every_n_train_steps or 0
-        self._every_n_epochs: int = (every_n_epochs or 0) if has_trigger else 1
+        self._every_n_train_steps, self._every_n_epochs = triggers
         self._train_time_interval: timedelta | None = train_time_interval
         self._clock: AgreedClock | None = None
 
@@ -148,7 +116,7 @@ class ModelCheckpoint(Checkpoint):
         self.best_model_path: str = ""
         self.best_model_score: Tensor | None = None
         self.kth_best_model_path: str = ""
-        self.kth_value: Tensor = worst_score(self.mode)
+        self.kth_value: Tensor = files.worst_score(self.mode)
         self.last_model_path: str = ""
         self._last_checkpoint_saved: str = ""
         self._last_global_step_saved: int = 0
@@ -156,7 +124,7 @@ class ModelCheckpoint(Checkpoint):
         self._written: set[str] = set()
         # Files that go as soon as no link points to them any more.
         self._obsolete: list[str] = []
-        self._unconfirmed = UnconfirmedSave(self, _KNOWN)
+        self._unconfirmed = files.UnconfirmedSave(self)
         self._has_validated: bool = False
         self._has_saved_last: bool = False
         self._defer_save_until_validation: bool = False
@@ -182,16 +150,15 @@ class ModelCheckpoint(Checkpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Settle the folder; all ranks take that of rank 0, whose logger knows the version."""
-        self._unconfirmed = UnconfirmedSave(self, _KNOWN)
+        self._unconfirmed = files.UnconfirmedSave(self)
         if self.async_save and stage == "fit":
             from levin.checkpoint.background import in_background
 
             trainer.strategy.checkpoint_io = in_background(trainer.strategy.checkpoint_io)
         found = self._resolve_ckpt_dir(trainer) if trainer.is_global_zero else ""
-        dirpath: str = trainer.strategy.broadcast(found)
-        self.dirpath = dirpath
-        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and list_folder(dirpath):
-            rank_zero_warn(f"Checkpoint directory {dirpath} exists and is not empty.")
+        self.dirpath = trainer.strategy.broadcast(found)
+        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and list_folder(self.dirpath):
+            rank_zero_warn(f"Checkpoint directory {self.dirpath} exists and is not empty.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -213,7 +180,11 @@ class ModelCheckpoint(Checkpoint):
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
         self._note_written(trainer)
-        if not self._is_due_after_batch(trainer) or self._should_skip_saving_checkpoint(trainer):
+        if self._clock is not None:
+            is_due = self._clock.is_due(trainer)
+        else:
+            is_due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
+        if not is_due or self._should_skip_saving_checkpoint(trainer):
             return
         if self._clock is not None:
             self._clock.restart(trainer)
@@ -221,11 +192,6 @@ class ModelCheckpoint(Checkpoint):
             self._defer_save_until_validation = True
         else:
             self._save(trainer, is_always_last=True)
-
-    def _is_due_after_batch(self, trainer: Trainer) -> bool:
-        if self._clock is not None:
-            return self._clock.is_due(trainer)
-        return self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save when so many epochs have passed."""
@@ -245,27 +211,22 @@ class ModelCheckpoint(Checkpoint):
 
     def _is_due_after_epoch(self, trainer: Trainer) -> bool:
         every_n = self._every_n_epochs
-        return (
-            every_n >= 1
-            and (trainer.current_epoch + 1) % every_n == 0
-            and not self._should_skip_saving_checkpoint(trainer)
-        )
+        is_due = every_n >= 1 and (trainer.current_epoch + 1) % every_n == 0
+        return is_due and not self._should_skip_saving_checkpoint(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last`` if nothing else has kept the end of training, and wait for what is in the background."""
         if not self._should_skip_saving_checkpoint(trainer):
-            self._save_end(trainer)
+            self._wait_for_save(trainer)
+            candidates = self._monitor_candidates(trainer)
+            if self._defer_save_until_validation:
+                self._defer_save_until_validation = False
+                self._save_topk_checkpoint(trainer, candidates)
+            if self.save_last and (not self._has_saved_last or (self.save_top_k == 0 and self._every_n_epochs >= 1)):
+                self._save_last_checkpoint(trainer, candidates)
+            self._remove_obsolete(trainer)
         trainer.strategy.finish_saves()
         self._note_written(trainer)
-
-    def _save_end(self, trainer: Trainer) -> None:
-        self._wait_for_save(trainer)
-        if self._defer_save_until_validation:
-            self._defer_save_until_validation = False
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-        if self.save_last and (not self._has_saved_last or (self.save_top_k == 0 and self._every_n_epochs >= 1)):
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._remove_obsolete(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Wait for what is in the background, and save what there is, if the user asked for it."""
@@ -273,17 +234,14 @@ class ModelCheckpoint(Checkpoint):
         self._note_written(trainer)
         self._written.discard(self._unconfirmed.give_up())
         if self.save_on_exception and not self._should_skip_saving_checkpoint(trainer):
-            self._save_failed_run(trainer, exception)
+            candidates = self._monitor_candidates(trainer)
+            path = self._get_metric_interpolated_filepath_name(candidates, trainer)
+            self._save_checkpoint(trainer, path)
+            if self.save_last:
+                self._save_last_checkpoint(trainer, candidates)
+            rank_zero_info(f"{type(exception).__name__} was raised ({exception}); saved a checkpoint to {path}")
             trainer.strategy.finish_saves()
             self._note_written(trainer)
-
-    def _save_failed_run(self, trainer: Trainer, exception: BaseException) -> None:
-        candidates = self._monitor_candidates(trainer)
-        path = self._get_metric_interpolated_filepath_name(candidates, trainer)
-        self._save_checkpoint(trainer, path)
-        if self.save_last:
-            self._save_last_checkpoint(trainer, candidates)
-        rank_zero_info(f"{type(exception).__name__} was raised ({exception}); saved a checkpoint to {path}")
 
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return (
@@ -294,9 +252,8 @@ class ModelCheckpoint(Checkpoint):
         )
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
-        if self._save_on_train_epoch_end is not None:
-            return self._save_on_train_epoch_end
-        return not validates(trainer) or validates_once_per_epoch(trainer)
+        given = self._save_on_train_epoch_end
+        return not validates(trainer) or validates_once_per_epoch(trainer) if given is None else given
 
     def _must_wait_for_validation(self, trainer: Trainer) -> bool:
         """Whether the monitored metric is not there yet, or about to be renewed."""
@@ -312,13 +269,12 @@ class ModelCheckpoint(Checkpoint):
         self._wait_for_save(trainer)
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
-        was_saved = self._last_global_step_saved == trainer.global_step
-        if self.save_last and (is_always_last or was_saved or self.save_top_k == 0):
+        is_saved = self._last_global_step_saved == trainer.global_step
+        if self.save_last and (is_always_last or is_saved or self.save_top_k == 0):
             self._save_last_checkpoint(trainer, candidates)
         self._remove_obsolete(trainer)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        """Save if this is one of the files to keep."""
         if self.save_top_k == 0:
             return
         if self.monitor is None:
@@ -326,7 +282,7 @@ class ModelCheckpoint(Checkpoint):
         elif self.monitor in monitor_candidates:
             self._save_monitor_checkpoint(trainer, monitor_candidates)
         else:
-            self._report_missing_metric(monitor_candidates)
+            files.report_missing(self.monitor, monitor_candidates, is_error=self._has_validated)
 
     def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Save; the newest file counts as the best."""
@@ -339,26 +295,26 @@ class ModelCheckpoint(Checkpoint):
             self._replace(trainer, previous, path)
 
     def _save_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        """Save if the monitored metric is one of the best."""
         assert self.monitor is not None
         current = monitor_candidates[self.monitor]
         if self.check_monitor_top_k(trainer, current):
             self._update_best_and_save(current, trainer, monitor_candidates)
         elif self.verbose:
-            where = _place(monitor_candidates)
-            rank_zero_info(f"{where}: {self.monitor!r} was not in top {self.save_top_k}")
+            rank_zero_info(
+                f"{files.describe_position(monitor_candidates)}: {self.monitor!r} was not in top {self.save_top_k}"
+            )
 
     def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Save a file with the score ``current``, in the place of the worst one if there are enough."""
-        score = comparable(current, self.mode)
+        score = files.comparable(current, self.mode)
         is_full = 0 < self.save_top_k <= len(self.best_k_models)
         previous = self.kth_best_model_path if is_full else ""
         path = self._get_metric_interpolated_filepath_name(monitor_candidates, trainer, previous)
-        ranking = ranked(self.best_k_models, path, score, self.save_top_k, self.mode)
+        ranking = files.ranked(self.best_k_models, path, score, self.save_top_k, self.mode)
         best_score = ranking.scores[ranking.best]
         if self.verbose:
             rank_zero_info(
-                f"{_place(monitor_candidates)}: {self.monitor!r} reached {float(score):0.5f} "
+                f"{files.describe_position(monitor_candidates)}: {self.monitor!r} reached {float(score):0.5f} "
                 f"(best {float(best_score):0.5f}), saving model to {path!r} as top {len(ranking.scores)}"
             )
         with self._unconfirmed.undone_if_it_fails():
@@ -373,17 +329,12 @@ class ModelCheckpoint(Checkpoint):
         """Save under the name ``last``, or let a link of that name point to the newest file."""
         if not self.save_last:
             return
-
-        def name(version: int | None) -> str:
-            return self.format_checkpoint_name(monitor_candidates, self.CHECKPOINT_NAME_LAST, version)
-
-        previous = self.last_model_path
-        link = name(None)
-        if not previous and self.save_last == "link" and trainer.ckpt_path is not None and os.path.islink(link):
+        name = partial(self.format_checkpoint_name, monitor_candidates, self.CHECKPOINT_NAME_LAST)
+        previous = reusable = self.last_model_path
+        if not previous and self.save_last == "link" and trainer.ckpt_path is not None and os.path.islink(name(None)):
             # The file that the link points to, and the run went on from, was written before there was a link.
-            path = self._free_path(trainer, name, reusable=link)
-        else:
-            path = self._free_path(trainer, name, reusable=previous)
+            reusable = name(None)
+        path = self._free_path(trainer, name, reusable)
         # A resumed run may have saved nothing but `last` so far, and a link must not point to itself.
         can_link = self._last_checkpoint_saved not in ("", previous)
         if self.save_last == "link" and can_link and self.save_top_k != 0:
@@ -400,7 +351,6 @@ class ModelCheckpoint(Checkpoint):
             self._remove_checkpoint(trainer, previous)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Save the run at ``filepath``."""
         with self._unconfirmed.undone_if_it_fails():
             self._last_global_step_saved = trainer.global_step  # so that the file says so
             with trainer.strategy.checkpoint_io.request(filepath, self.async_save) as save:
@@ -411,7 +361,6 @@ class ModelCheckpoint(Checkpoint):
         self._note_written(trainer)
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
-        """Let the link ``linkpath`` point to ``filepath``."""
         if trainer.is_global_zero:
             # A link to a file that is still being written would point to nothing if the process died now.
             self._unconfirmed.then(lambda: replace_link(filepath, linkpath), f"Linking {linkpath}")
@@ -419,17 +368,15 @@ class ModelCheckpoint(Checkpoint):
 
     def _replace(self, trainer: Trainer, previous: str, current: str) -> None:
         """Remove ``previous``, in whose place ``current`` is: at once, or when the link has moved on."""
-        if not self._should_remove_checkpoint(trainer, previous, current):
-            return
-        if self.save_last == "link":
-            self._obsolete.append(previous)
-        else:
-            self._remove_checkpoint(trainer, previous)
+        if self._should_remove_checkpoint(trainer, previous, current):
+            if self.save_last == "link":
+                self._obsolete.append(previous)
+            else:
+                self._remove_checkpoint(trainer, previous)
 
     def _remove_obsolete(self, trainer: Trainer) -> None:
-        obsolete, self._obsolete = self._obsolete, []
-        for path in obsolete:
-            self._remove_checkpoint(trainer, path)
+        while self._obsolete:
+            self._remove_checkpoint(trainer, self._obsolete.pop(0))
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Delete a file, or let it be deleted once those that are being written are there."""
@@ -440,10 +387,9 @@ class ModelCheckpoint(Checkpoint):
         """Whether ``previous`` is a file of this callback's own, neither written anew nor the one the run began with."""
         if not previous or previous == current or self.dirpath is None:
             return False
-        resumed = trainer.ckpt_path
-        if resumed is not None and absolute(resumed) == absolute(previous):
-            return False
-        return is_inside(previous, self.dirpath)
+        began_with = trainer.ckpt_path
+        is_start = began_with is not None and absolute(began_with) == absolute(previous)
+        return not is_start and is_inside(previous, self.dirpath)
 
     def _wait_for_save(self, trainer: Trainer) -> None:
         self._unconfirmed.wait()
@@ -463,42 +409,18 @@ class ModelCheckpoint(Checkpoint):
             return False
         if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
             return True
-        is_better = improves(current, self.best_k_models[self.kth_best_model_path], self.mode)
+        is_better = files.improves(current, self.best_k_models[self.kth_best_model_path], self.mode)
         return trainer.strategy.reduce_boolean_decision(is_better)
 
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Return the logged metrics with ``epoch`` and ``step`` as whole numbers."""
-        candidates = dict(trainer.callback_metrics)
-        for name, number in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
-            candidates[name] = torch.as_tensor(candidates.get(name, number)).long()
+        """Return the logged metrics with ``epoch`` and ``step``; the monitored one is the same on all ranks."""
+        candidates = files.logged_metrics(trainer)
         if self.monitor is not None and trainer.world_size > 1:
-            self._agree(trainer, candidates, self.monitor)
+            disagreement = files.take_from_first_rank(trainer, candidates, self.monitor)
+            if disagreement and not self._has_warned:
+                self._has_warned = True
+                rank_zero_warn(disagreement)
         return candidates
-
-    def _agree(self, trainer: Trainer, candidates: dict[str, Tensor], monitor: str) -> None:
-        """Put the value of rank 0 in the place of this rank's own, so that all decide alike."""
-        own = float(candidates[monitor]) if monitor in candidates else None
-        first: float | None = trainer.strategy.broadcast(own)
-        is_other = repr(own) != repr(first)  # NaN is like NaN
-        if trainer.strategy.reduce_boolean_decision(is_other, all=False) and not self._has_warned:
-            self._has_warned = True
-            rank_zero_warn(
-                f"ModelCheckpoint(monitor={monitor!r}): the value differs from rank to rank, and that of rank 0 "
-                f"({first}) decides for all. Log it with sync_dist=True to have the files ranked by the mean."
-            )
-        if first is None:
-            candidates.pop(monitor, None)
-        elif is_other:
-            candidates[monitor] = torch.tensor(first)
-
-    def _report_missing_metric(self, candidates: dict[str, Tensor]) -> None:
-        message = (
-            f"`ModelCheckpoint(monitor={self.monitor!r})` could not find the monitored key in the returned metrics: "
-            f"{list(candidates)}. HINT: Did you call `log({self.monitor!r}, value)` in the `LightningModule`?"
-        )
-        if self._has_validated:
-            raise MisconfigurationException(message)
-        rank_zero_warn(message)
 
     def format_checkpoint_name(
         self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
@@ -513,7 +435,7 @@ class ModelCheckpoint(Checkpoint):
         """
         join = self.CHECKPOINT_JOIN_CHAR
         template = filename or self.filename or f"{{epoch}}{join}{{step}}"
-        name = fill_template(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
+        name = files.fill_template(template, metrics, self.auto_insert_metric_name, self.CHECKPOINT_EQUALS_CHAR)
         parts = [prefix or "", name, "" if ver is None else f"v{ver}"]
         return os.path.join(self.dirpath or "", join.join(part for part in parts if part) + self.FILE_EXTENSION)
 
@@ -521,65 +443,48 @@ class ModelCheckpoint(Checkpoint):
         self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
     ) -> str:
         """Return the path of the next file; that of ``del_filepath``, which goes, may be used again."""
-        return self._free_path(
-            trainer, lambda version: self.format_checkpoint_name(monitor_candidates, ver=version), del_filepath or ""
-        )
+        name = partial(self.format_checkpoint_name, monitor_candidates, None)
+        return self._free_path(trainer, name, del_filepath or "")
 
     def _free_path(self, trainer: Trainer, name: Callable[[int | None], str], reusable: str = "") -> str:
         """Return the path to write to; it is free, or ``reusable``, or the user wants files to be replaced."""
-        path = ""
-        if trainer.is_global_zero:
 
-            def is_taken(path: str) -> bool:
-                if path == reusable or not self._enable_version_counter:
-                    return False
-                return path in self._written or exists(path)
+        def is_taken(path: str) -> bool:
+            return self._enable_version_counter and path != reusable and (path in self._written or exists(path))
 
-            path = first_free_name(name, is_taken, self.STARTING_VERSION)
-        agreed: str = trainer.strategy.broadcast(path)
-        return agreed
+        path = files.first_free_name(name, is_taken, self.STARTING_VERSION) if trainer.is_global_zero else ""
+        return trainer.strategy.broadcast(path)
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Return whether rank 0 sees a file at ``filepath``; called on all ranks."""
-        is_there: bool = trainer.strategy.broadcast(exists(filepath))
-        return is_there
+        return trainer.strategy.broadcast(exists(filepath))
 
     def _resolve_ckpt_dir(self, trainer: Trainer) -> str:
         """Return the folder for the files: the user's, or one in that of the first logger."""
-        return self.dirpath or default_folder(trainer.default_root_dir, trainer.loggers)
+        return self.dirpath or files.default_folder(trainer.default_root_dir, trainer.loggers)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Return the files that were written as ``last``, of any version."""
         directory = self._resolve_ckpt_dir(trainer)
-        is_last = template_pattern(self.CHECKPOINT_NAME_LAST, self.FILE_EXTENSION)
+        is_last = files.template_pattern(self.CHECKPOINT_NAME_LAST, self.FILE_EXTENSION)
         return {path for path in list_folder(directory) if is_last.fullmatch(os.path.basename(path))}
 
     # State ------------------------------------------------------------------------------------------------------------
 
     def run_state(self) -> dict[str, Any]:
         """Return what was saved and decided in the present run."""
-        return {key: getattr(self, name) for key, name in _RUN_STATE.items()}
+        return files.run_state(self)
 
     def load_run_state(self, state: dict[str, Any]) -> None:
         """Put :meth:`run_state` back."""
-        vars(self).update({name: state[key] for key, name in _RUN_STATE.items()})
+        vars(self).update(files.run_from(state))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the kept files and their scores."""
-        return {name: getattr(self, name) for name in ("monitor", "best_model_path", "dirpath", *_OF_ONE_FOLDER)}
+        return files.files_state(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Put the kept files back; with another folder than before only the path of the best one."""
-        self.best_model_path = state_dict.get("best_model_path", self.best_model_path)
-        before = state_dict.get("dirpath", self.dirpath)
-        if before == self.dirpath:
-            vars(self).update({name: state_dict[name] for name in _OF_ONE_FOLDER if name in state_dict})
-            return
-        rank_zero_warn(
-            f"The dirpath has changed from {before!r} to {self.dirpath!r}, therefore `best_model_score`, "
-            "`kth_best_model_path`, `kth_value`, `last_model_path` and `best_k_models` won't be reloaded. "
-            "Only `best_model_path` will be reloaded."
-        )
+        vars(self).update(files.files_from(state_dict, self.dirpath))
 
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
         """Write the paths and scores of the kept files.
@@ -587,8 +492,4 @@ class ModelCheckpoint(Checkpoint):
         Args:
             filepath: Where to, by default ``best_k_models.yaml`` in the checkpoints' folder.
         """
-        write_scores(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), self.best_k_models)
-
-
-def _place(candidates: dict[str, Tensor]) -> str:
-    return f"Epoch {int(candidates['epoch'])}, global step {int(candidates['step'])}"
+        files.write_scores(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), self.best_k_models)
