@@ -6,16 +6,14 @@ import os
 
 from typing_extensions import override
 
-from levin.environments.environment import ClusterEnvironment, read_int
+from levin.environments.environment import read_int
+from levin.environments.external import ExternalEnvironment, Variables
 
 
-class KubeflowEnvironment(ClusterEnvironment):
+class KubeflowEnvironment(ExternalEnvironment):
     """One process per pod, started by Kubeflow's PyTorchJob; pass it in ``Trainer(plugins=...)``, it is not detected."""
 
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
+    variables = Variables("WORLD_SIZE", "RANK", node_rank="RANK")
 
     @property
     @override
@@ -43,27 +41,3 @@ class KubeflowEnvironment(ClusterEnvironment):
         raise NotImplementedError(
             "KubeflowEnvironment cannot be told from torchrun by its variables. Pass Trainer(plugins=[KubeflowEnvironment()])."
         )
-
-    @override
-    def world_size(self) -> int:
-        return read_int("WORLD_SIZE")
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
-    def global_rank(self) -> int:
-        return read_int("RANK")
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    @override
-    def local_rank(self) -> int:
-        return 0
-
-    @override
-    def node_rank(self) -> int:
-        return self.global_rank()

@@ -8,26 +8,24 @@ import socket
 
 from typing_extensions import override
 
-from levin.environments.environment import ClusterEnvironment, read_int
+from levin.environments.environment import read_int
+from levin.environments.external import ExternalEnvironment, Variables
 
 _REQUIRED = ("LSB_JOBID", "LSB_DJOB_RANKFILE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_SIZE")
 
 
-class LSFEnvironment(ClusterEnvironment):
+class LSFEnvironment(ExternalEnvironment):
     """Processes that ``jsrun`` started; the machines are read from the rank file of the job.
 
     Raises:
         ValueError: The rank file names no machine for the job's tasks, or not this one.
     """
 
+    variables = Variables("JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_LOCAL_RANK")
+
     def __init__(self) -> None:
         self._hosts = read_rank_file(os.environ.get("LSB_DJOB_RANKFILE", ""))
         self._node_rank = _node_rank(self._hosts)
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     @override
@@ -45,26 +43,6 @@ class LSFEnvironment(ClusterEnvironment):
     @override
     def detect() -> bool:
         return all(name in os.environ for name in _REQUIRED)
-
-    @override
-    def world_size(self) -> int:
-        return read_int("JSM_NAMESPACE_SIZE")
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
-    def global_rank(self) -> int:
-        return read_int("JSM_NAMESPACE_RANK")
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    @override
-    def local_rank(self) -> int:
-        return read_int("JSM_NAMESPACE_LOCAL_RANK")
 
     @override
     def node_rank(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from levin.environments.environment import ClusterEnvironment
+from levin.environments.external import ExternalEnvironment
 from levin.environments.local import find_free_port
 
 # By Open MPI, by MPICH and what descends from it, by MVAPICH, by PMIx, by Cray's launcher.
@@ -24,7 +24,7 @@ _SET_BY_MPIRUN = (
 )
 
 
-class MPIEnvironment(ClusterEnvironment):
+class MPIEnvironment(ExternalEnvironment):
     """Processes that ``mpirun`` started; they find each other through mpi4py.
 
     Raises:
@@ -44,11 +44,6 @@ class MPIEnvironment(ClusterEnvironment):
         self._node_rank: int | None = None
         self._main_address: str | None = None
         self._main_port: int | None = None
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     @override
@@ -83,16 +78,8 @@ class MPIEnvironment(ClusterEnvironment):
         return int(self._world.Get_size())
 
     @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
     def global_rank(self) -> int:
         return int(self._world.Get_rank())
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
 
     @override
     def local_rank(self) -> int:

@@ -10,19 +10,22 @@ import sys
 
 from typing_extensions import override
 
-from levin.environments.environment import ClusterEnvironment, read_int
+from levin.environments.environment import read_int
+from levin.environments.external import ExternalEnvironment, Variables
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
 
 
-class SLURMEnvironment(ClusterEnvironment):
+class SLURMEnvironment(ExternalEnvironment):
     """Processes that ``srun`` started, one per device.
 
     Args:
         auto_requeue: Whether to save a checkpoint and put the job back in the queue when its time runs out.
         requeue_signal: The signal that announces it; SIGUSR1 by default.
     """
+
+    variables = Variables("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
 
     def __init__(self, auto_requeue: bool = True, requeue_signal: signal.Signals | None = None) -> None:
         self.auto_requeue = auto_requeue
@@ -35,11 +38,6 @@ class SLURMEnvironment(ClusterEnvironment):
                 f"{os.path.basename(sys.argv[0])} ...` to run it under SLURM.",
                 category=PossibleUserWarning,
             )
-
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
 
     @property
     @override
@@ -73,30 +71,6 @@ class SLURMEnvironment(ClusterEnvironment):
         if text is None or not text.isdigit() or is_interactive_job():
             return None
         return int(text)
-
-    @override
-    def world_size(self) -> int:
-        return read_int("SLURM_NTASKS")
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
-    def global_rank(self) -> int:
-        return read_int("SLURM_PROCID")
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    @override
-    def local_rank(self) -> int:
-        return read_int("SLURM_LOCALID")
-
-    @override
-    def node_rank(self) -> int:
-        return read_int("SLURM_NODEID")
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:

@@ -9,18 +9,17 @@ from typing import Any
 import torch.distributed
 from typing_extensions import override
 
-from levin.environments.environment import ClusterEnvironment, read_int
+from levin.environments.environment import read_int
+from levin.environments.external import ExternalEnvironment, Variables
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 
 
-class TorchElasticEnvironment(ClusterEnvironment):
+class TorchElasticEnvironment(ExternalEnvironment):
     """Processes that ``torchrun`` started, possibly again after a failure."""
 
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
+    variables = Variables("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")
+    is_lone_without_variables = True
 
     @property
     @override
@@ -42,30 +41,6 @@ class TorchElasticEnvironment(ClusterEnvironment):
     @override
     def detect() -> bool:
         return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
-
-    @override
-    def world_size(self) -> int:
-        return read_int("WORLD_SIZE", 1)
-
-    @override
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    @override
-    def global_rank(self) -> int:
-        return read_int("RANK", 0)
-
-    @override
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    @override
-    def local_rank(self) -> int:
-        return read_int("LOCAL_RANK", 0)
-
-    @override
-    def node_rank(self) -> int:
-        return read_int("GROUP_RANK", 0)
 
     @override
     def store(self, timeout: timedelta | None) -> Any:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from levin.checkpoint.io import CheckpointIO
     from levin.environments.environment import ClusterEnvironment
     from levin.precision.precision import Precision
-    from levin.strategies.layer_sync import LayerSync
 
 T = TypeVar("T")
 
@@ -106,27 +105,8 @@ class ParallelStrategy(Strategy, ABC):
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
 
-    def assemble(
-        self,
-        *,
-        accelerator: Accelerator,
-        precision: Precision,
-        parallel_devices: list[torch.device],
-        num_nodes: int = 1,
-        environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        layer_sync: LayerSync | None = None,
-    ) -> None:
-        """Take the parts that the engine chose; see :meth:`Strategy.assemble`."""
-        super().assemble(
-            accelerator=accelerator,
-            precision=precision,
-            parallel_devices=parallel_devices,
-            num_nodes=num_nodes,
-            environment=environment,
-            checkpoint_io=checkpoint_io,
-            layer_sync=layer_sync,
-        )
+    def take_devices(self, parallel_devices: list[torch.device]) -> None:
+        """Take one device per process of this machine, and the launcher that starts them."""
         self.parallel_devices = list(parallel_devices)
         self.configure_launcher()
         self.set_world_ranks()

@@ -39,6 +39,7 @@ class StrategyParts:
         precision: Precision | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
+        super().__init__()
         if precision is not None and precision_plugin is not None:
             raise MisconfigurationException(
                 f"precision and precision_plugin are the same argument, received {precision!r} and "
@@ -104,3 +105,7 @@ class StrategyParts:
         self.environment = environment
         self.checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io or self.default_checkpoint_io()
         self.layer_sync = layer_sync
+        self.take_devices(parallel_devices)
+
+    def take_devices(self, parallel_devices: list[torch.device]) -> None:
+        """Prepare for the devices that the engine chose, for strategies that start processes; see :meth:`assemble`."""

@@ -28,13 +28,11 @@ from levin.utilities.states import GradClipAlgorithmType
 if TYPE_CHECKING:
     import os
 
-    from levin.accelerators.accelerator import Accelerator
-    from levin.checkpoint.io import CheckpointIO
 
 T = TypeVar("T")
 
 
-class Strategy(ExtensionPoints, StrategyParts, ABC):
+class Strategy(StrategyParts, ExtensionPoints, ABC):
     """Places and wraps modules, talks to the other processes, steps optimizers, gathers state.
 
     One tree of strategies serves Trainer and Fabric. A strategy knows neither loops nor callbacks, and keeps no list of
@@ -71,16 +69,6 @@ class Strategy(ExtensionPoints, StrategyParts, ABC):
 
     supports_inference_mode: bool = True
     """Whether evaluation may run under ``torch.inference_mode``; ``torch.no_grad`` otherwise."""
-
-    def __init__(
-        self,
-        accelerator: Accelerator | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision: Precision | None = None,
-        precision_plugin: Precision | None = None,
-    ) -> None:
-        ExtensionPoints.__init__(self)
-        StrategyParts.__init__(self, accelerator, checkpoint_io, precision, precision_plugin)
 
     def precision_for(self, name: str, device: torch.device) -> Precision:
         """Return the number format of a name for modules that this strategy sets up.
@@ -362,8 +350,8 @@ class Strategy(ExtensionPoints, StrategyParts, ABC):
                 "Use max_norm to bound the length of the gradient, clip_val to bound each element."
             )
         if self.precision.clips_gradients:
-            value, algorithm = (clip_val, "value") if max_norm is None else (max_norm, "norm")
-            self.precision.clip_gradients(optimizer, value, GradClipAlgorithmType(algorithm))  # type: ignore[arg-type]
+            algorithm = GradClipAlgorithmType.VALUE if max_norm is None else GradClipAlgorithmType.NORM
+            self.precision.clip_gradients(optimizer, clip_val or max_norm or 0.0, algorithm)
             return None
         self.precision.check_unscaled(optimizer)
         parameters = self.precision.main_params(optimizer)
