@@ -78,7 +78,7 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts in the layout of the checkpoint format."""
-        state: dict[str, Any] = {
+        state: dict[str, object] = {
             "total": {name: getattr(self.total, name) for name in self._fields},
             "current": {name: getattr(self.current, name) for name in self._fields},
         }
@@ -104,10 +104,10 @@ class EvaluationLoop:
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False
         # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
-        self._data_source: Any = None
-        self._combined_loader: Any = None
+        self._data_source: object = None
+        self._combined_loader: object = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the data where they are."""
         return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
@@ -162,12 +162,12 @@ class EpochLoop:
         return self.optim_progress.step.total.completed + self.manual_step_progress.total.completed
 
     @property
-    def manual_optimization(self) -> Any:
+    def manual_optimization(self) -> object:
         """Holds ``optim_step_progress``: pina-mathlab counts there the steps of optimizers that it calls itself."""
         return SimpleNamespace(optim_step_progress=self.manual_step_progress)
 
     @property
-    def automatic_optimization(self) -> Any:
+    def automatic_optimization(self) -> object:
         """Holds ``optim_progress.optimizer``: packages read there how many steps were taken."""
         return SimpleNamespace(optim_progress=SimpleNamespace(optimizer=self.optim_progress))
 
@@ -220,10 +220,10 @@ class FitLoop:
         self.restarting: bool = False
         self.restarted_mid_epoch: bool = False
         # The training loaders, and these once they are loaded: as in EvaluationLoop.
-        self._data_source: Any = None
-        self._combined_loader: Any = None
+        self._data_source: object = None
+        self._combined_loader: object = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the data where they are."""
         return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 

@@ -187,7 +187,7 @@ def describe_sizes(loaders: Any) -> str:
         return "size=unknown"
 
 
-def _loaders(datasets: Any, is_shuffled: bool, batch_size: int, num_workers: int) -> Any:
+def _loaders(datasets: object, is_shuffled: bool, batch_size: int, num_workers: int) -> object:
     if isinstance(datasets, dict):
         return {key: _loader(value, is_shuffled, batch_size, num_workers) for key, value in datasets.items()}
     if isinstance(datasets, list):

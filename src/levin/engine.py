@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -125,7 +125,7 @@ def build_engine(
     devices: int | str | list[int] = "auto",
     num_nodes: int = 1,
     precision: str | int | None = None,
-    plugins: Any = None,
+    plugins: object = None,
     sync_batchnorm: bool = False,
 ) -> Engine:
     """Choose and check every part of a run.
@@ -186,7 +186,7 @@ def build_engine(
     return Engine(chosen_strategy, parallel_devices)
 
 
-def use_deterministic(deterministic: Any, benchmark: bool | None) -> None:
+def use_deterministic(deterministic: object, benchmark: bool | None) -> None:
     """Switch torch to deterministic algorithms, and cudnn's search for the fastest ones on or off, where that is asked for."""
     if deterministic is not None:
         torch.use_deterministic_algorithms(bool(deterministic), warn_only=deterministic == "warn")
@@ -216,7 +216,7 @@ def describe_devices(engine: Engine) -> None:
         )
 
 
-def _check_strategy(strategy: Any) -> None:
+def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, Strategy):
         return
     if isinstance(strategy, str) and (strategy == "auto" or strategy.lower() in StrategyRegistry):
@@ -227,10 +227,10 @@ def _check_strategy(strategy: Any) -> None:
     )
 
 
-def _sort_plugins(plugins: Any, sync_batchnorm: bool) -> _Plugins:
+def _sort_plugins(plugins: object, sync_batchnorm: bool) -> _Plugins:
     from levin.checkpoint.io import CheckpointIO
 
-    items: Iterable[Any] = [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]
+    items: Iterable[object] = [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]
     result = _Plugins()
     kinds = {
         "precision": Precision,
@@ -262,7 +262,7 @@ def _sort_plugins(plugins: Any, sync_batchnorm: bool) -> _Plugins:
     return result
 
 
-def _check_conflicts(strategy: Any, accelerator: Any, precision: Any, plugins: _Plugins) -> None:
+def _check_conflicts(strategy: object, accelerator: object, precision: object, plugins: _Plugins) -> None:
     if precision is not None and plugins.precision is not None:
         raise MisconfigurationException(
             f"precision={precision!r} and the plugin {type(plugins.precision).__name__} both set the number format. "
@@ -286,7 +286,7 @@ def _check_conflicts(strategy: Any, accelerator: Any, precision: Any, plugins: _
             )
 
 
-def _choose_accelerator(accelerator: Any, strategy: Any) -> Accelerator:
+def _choose_accelerator(accelerator: object, strategy: object) -> Accelerator:
     if isinstance(accelerator, Accelerator):
         return _available(accelerator)
     if not isinstance(accelerator, str) or (
@@ -340,7 +340,7 @@ def _unavailable(name: str) -> UnavailableError:
     )
 
 
-def _choose_devices(accelerator: Accelerator, devices: Any, strategy: Any) -> list[torch.device]:
+def _choose_devices(accelerator: Accelerator, devices: object, strategy: object) -> list[torch.device]:
     if isinstance(strategy, Strategy) and strategy.user_parts.parallel_devices:
         if devices != "auto":
             raise MisconfigurationException(
@@ -362,7 +362,7 @@ def _choose_devices(accelerator: Accelerator, devices: Any, strategy: Any) -> li
     return found
 
 
-def _choose_environment(plugins: _Plugins, strategy: Any) -> ClusterEnvironment:
+def _choose_environment(plugins: _Plugins, strategy: object) -> ClusterEnvironment:
     if plugins.environment is not None:
         return plugins.environment
     if isinstance(strategy, Strategy) and strategy.user_parts.environment is not None:
@@ -397,7 +397,7 @@ def _check_combination(
     accelerator: Accelerator,
     parallel_devices: list[torch.device],
     num_nodes: int,
-    devices: Any,
+    devices: object,
 ) -> None:
     label = repr(asked) if isinstance(asked, str) else type(chosen).__name__
     if chosen.is_distributed and isinstance(accelerator, MPSAccelerator):

@@ -234,7 +234,7 @@ class Callback:
         """The key of this callback's state in a checkpoint; two callbacks of one class need different ones."""
         return self.__class__.__qualname__
 
-    def _generate_state_key(self, **kwargs: Any) -> str:
+    def _generate_state_key(self, **kwargs: object) -> str:
         """Return a state key out of the class name and ``kwargs``."""
         return f"{self.__class__.__qualname__}{kwargs!r}"
 

@@ -27,12 +27,12 @@ _PRIMITIVES = (bool, int, float, str)
 # What comparing arrays, tensors or odd objects for truth raises.
 _INCOMPARABLE = (ValueError, TypeError, RuntimeError)
 
-_given: ContextVar[dict[str, Any] | None] = ContextVar("levin_given_hyperparameters", default=None)
+_given: ContextVar[dict[str, object] | None] = ContextVar("levin_given_hyperparameters", default=None)
 
 
 @contextmanager
 def given_hyperparameters(
-    values: Mapping[str, Any], instantiator: str, class_path: str | None = None
+    values: Mapping[str, object], instantiator: str, class_path: str | None = None
 ) -> Iterator[None]:
     """Make ``save_hyperparameters`` store ``values`` in place of the arguments of ``__init__``.
 
@@ -96,7 +96,7 @@ def collect_init_args(obj: object, frame: types.FrameType | None) -> dict[str, A
         Argument names with their present values, base classes first. Where a class and its base have an argument of
         the same name, the value is the one that the class itself received, because that is what builds it again.
     """
-    collected: dict[str, Any] = {}
+    collected: dict[str, object] = {}
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is obj:
@@ -105,7 +105,7 @@ def collect_init_args(obj: object, frame: types.FrameType | None) -> dict[str, A
     return collected
 
 
-def rebound_argument(obj: object, frame: types.FrameType | None, container: Any) -> str | None:
+def rebound_argument(obj: object, frame: types.FrameType | None, container: object) -> str | None:
     """Return the argument of a base's ``__init__`` that holds ``container`` by now, if the class of ``obj`` takes one.
 
     A base may fill in defaults (``cfg = defaults | cfg``), which the ``__init__`` of a class below it does not see.
@@ -131,7 +131,7 @@ def dataclass_arguments(obj: Any) -> dict[str, Any]:
     return {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj) if field.init}
 
 
-def to_hparams(container: Any) -> Any:
+def to_hparams(container: object) -> Any:
     """Return ``container`` as hyper-parameters: an :class:`AttributeDict`, or an OmegaConf container as it is.
 
     Raises:
@@ -166,7 +166,7 @@ def merge_hparams(old: Any, new: Any) -> Any:
     return AttributeDict({**old, **new})
 
 
-def copy_hparams(hparams: Any) -> Any:
+def copy_hparams(hparams: object) -> Any:
     """Return a deep copy of ``hparams``.
 
     Raises:
@@ -174,7 +174,7 @@ def copy_hparams(hparams: Any) -> Any:
     """
     if not isinstance(hparams, dict):
         return copy.deepcopy(hparams)
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     copied = AttributeDict()
     for name, value in hparams.items():
         try:
@@ -187,7 +187,7 @@ def copy_hparams(hparams: Any) -> Any:
     return copied
 
 
-def drop_unpicklable(hparams: Any) -> None:
+def drop_unpicklable(hparams: object) -> None:
     """Remove the entries of ``hparams`` that no checkpoint can hold, with a warning for each."""
     if not isinstance(hparams, dict):
         return
@@ -310,7 +310,7 @@ def _is_empty(container: Any) -> bool:
     return container is None or ((isinstance(container, dict) or is_omegaconf(container)) and len(container) == 0)
 
 
-def _pick(init_args: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _pick(init_args: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
     missing = [name for name in names if name not in init_args]
     if missing:
         raise KeyError(
@@ -326,7 +326,7 @@ def _without(hparams: Any, names: set[str]) -> Any:
     return AttributeDict({key: value for key, value in hparams.items() if key not in names})
 
 
-def _is_same(value: Any, container: Any) -> bool:
+def _is_same(value: object, container: object) -> bool:
     if value is container:
         return True
     try:
@@ -335,7 +335,7 @@ def _is_same(value: Any, container: Any) -> bool:
         return False
 
 
-def _warn_about_modules(hparams: Mapping[str, Any]) -> None:
+def _warn_about_modules(hparams: Mapping[str, object]) -> None:
     for name, value in hparams.items():
         if isinstance(value, nn.Module):
             rank_zero_warn(

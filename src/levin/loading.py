@@ -49,14 +49,14 @@ class _RestrictedClassMethod:
         True
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function: Callable[..., Any] = function
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function: Callable[..., object] = function
         functools.update_wrapper(cast(Any, self), function)
 
     def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
         # Reading the attribute of an instance must work: torch.jit and inspect look at every attribute there is.
         @functools.wraps(self.function)
-        def bound(*args: Any, **kwargs: Any) -> Any:
+        def bound(*args: object, **kwargs: object) -> object:
             if instance is not None:
                 name = f"{owner.__name__}.{self.function.__name__}"
                 raise TypeError(
@@ -100,7 +100,7 @@ def load_from_checkpoint(
     hparams_file: str | os.PathLike[str] | None = None,
     strict: bool | None = None,
     weights_only: bool | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> T:
     """Build a module or data module of class ``cls`` from a checkpoint.
 
@@ -157,7 +157,7 @@ def load_from_checkpoint(
     return instance
 
 
-def default_map_location(storage: Any, location: str) -> Any:
+def default_map_location(storage: object, location: str) -> Any:
     """Return where a saved storage goes: nowhere else if its device exists here (None), else to the CPU.
 
     Args:
@@ -259,7 +259,7 @@ def _init_parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def _check_complete(
-    cls: type, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any], held: list[str]
+    cls: type, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, object], held: list[str]
 ) -> None:
     for name, parameter in parameters.items():
         is_starred = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -279,7 +279,7 @@ def _updated(hparams: Any, kwargs: Mapping[str, Any]) -> Any:
     return AttributeDict({**hparams, **kwargs})
 
 
-def _instantiator(path: str) -> Callable[[type, dict[str, Any]], Any]:
+def _instantiator(path: str) -> Callable[[type, dict[str, object]], object]:
     if path not in _instantiators:
         raise ValueError(
             f"The checkpoint asks to be built by {path!r}, which must be one of {sorted(_instantiators)}. "
@@ -314,20 +314,20 @@ def _restore_module(module: Any, checkpoint: dict[str, Any], strict: bool | None
         module.to(device)
 
 
-def _literal(text: str) -> Any:
+def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
 
-def _read_yaml(file: IO[str], path: str | os.PathLike[str]) -> dict[str, Any]:
+def _read_yaml(file: IO[str], path: str | os.PathLike[str]) -> dict[str, object]:
     import yaml
 
     class Loader(yaml.SafeLoader):
         """Also reads tuples, which hparams.yaml files of loggers hold."""
 
-    def construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    def construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[object, ...]:
         return tuple(loader.construct_sequence(node))
 
     Loader.add_constructor("tag:yaml.org,2002:python/tuple", construct_tuple)

@@ -59,9 +59,9 @@ _REDUCTIONS = {
 class Metrics(NamedTuple):
     """Reduced values by destination."""
 
-    callback: dict[str, Any]
-    logged: dict[str, Any]
-    progress_bar: dict[str, Any]
+    callback: dict[str, object]
+    logged: dict[str, object]
+    progress_bar: dict[str, object]
 
 
 class LogStore:
@@ -77,13 +77,13 @@ class LogStore:
     def __init__(
         self,
         training: bool,
-        modules: Callable[[], dict[str, Any]],
-        sync: Optional[Callable[[Tensor, str, Any], Tensor]] = None,
+        modules: Callable[[], dict[str, object]],
+        sync: Optional[Callable[[Tensor, str, object], Tensor]] = None,
         has_loggers: bool = True,
     ) -> None:
         self.training = training
         self.hook: Optional[str] = None
-        self.batch: Any = None
+        self.batch: object = None
         self.dataloader_idx: Optional[int] = None
         self.is_between_batches: bool = True
         self.has_step_slots: bool = False
@@ -95,7 +95,7 @@ class LogStore:
         self._sync = sync
         self._has_loggers = has_loggers
 
-    def start_batch(self, batch: Any, dataloader_idx: Optional[int] = None) -> None:
+    def start_batch(self, batch: object, dataloader_idx: Optional[int] = None) -> None:
         """A new batch: its size is found when a mean needs it."""
         self.is_between_batches = False
         self.batch = batch
@@ -107,7 +107,7 @@ class LogStore:
         self.batch = self.dataloader_idx = None
         self.is_between_batches = True
 
-    def log(self, name: str, value: Any, arguments: tuple[Any, ...], batch_size: Optional[int]) -> None:
+    def log(self, name: str, value: object, arguments: tuple[object, ...], batch_size: Optional[int]) -> None:
         """Add ``value`` under ``name`` for the present hook. See ``LightningModule.log`` for the arguments."""
         hook = self.hook
         slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
@@ -138,7 +138,7 @@ class LogStore:
                 size = self._size = extract_batch_size(self.batch)
             slot.add(value, size, self.is_filler)
 
-    def _new_slot(self, name: str, value: Any, arguments: Arguments) -> Slot:
+    def _new_slot(self, name: str, value: object, arguments: Arguments) -> Slot:
         hook = self.hook
         on_step, on_epoch = resolve_moments(name, hook, arguments)
         assert hook is not None
@@ -178,7 +178,7 @@ class LogStore:
             )
         slot.arguments, slot.is_restored = arguments, False
 
-    def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[Any, ...]:
+    def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[object, ...]:
         return (
             arguments.prog_bar, arguments.logger is not False, resolve_moments(slot.name, slot.hook, arguments),
             None if slot.metric is not None else resolve_reduction(slot.name, arguments.reduce_fx),
@@ -186,7 +186,7 @@ class LogStore:
             arguments.add_dataloader_idx, arguments.rank_zero_only,
         )  # fmt: skip
 
-    def _find_metric(self, name: str, value: Any, arguments: Arguments) -> Any:
+    def _find_metric(self, name: str, value: object, arguments: Arguments) -> object:
         if not isinstance(value, metric_class()):
             return None
         if arguments.metric_attribute is None and not any(value is module for module in self._modules().values()):
@@ -293,7 +293,7 @@ def resolve_moments(name: str, hook: Optional[str], arguments: Arguments) -> tup
     return on_step, on_epoch
 
 
-def resolve_reduction(name: str, reduce_fx: Any) -> str:
+def resolve_reduction(name: str, reduce_fx: object) -> str:
     """Return "mean", "sum", "min" or "max".
 
     Raises:
@@ -309,7 +309,7 @@ def resolve_reduction(name: str, reduce_fx: Any) -> str:
     return reduction
 
 
-def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:
+def _check_value(name: str, value: object, slot: Optional[Slot]) -> None:
     if isinstance(value, (int, float, Tensor)):
         return
     if type(value).__module__ == "numpy" and not hasattr(value, "__setitem__") and not isinstance(value, (str, bytes)):
@@ -324,7 +324,7 @@ def _check_value(name: str, value: Any, slot: Optional[Slot]) -> None:
     )
 
 
-def extract_batch_size(batch: Any) -> int:
+def extract_batch_size(batch: object) -> int:
     """Return the size of dimension 0 of the first tensor in ``batch`` (1 for a 0-dim tensor).
 
     Raises:

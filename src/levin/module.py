@@ -30,7 +30,7 @@ log = logging.getLogger("levin")
 Numbers = Union[int, float]
 
 # Where a module is and how it is trained, as long as nobody has said.
-_FIELDS: dict[str, Any] = dict.fromkeys(
+_FIELDS: dict[str, object] = dict.fromkeys(
     (
         "_trainer", "_fabric", "_fabric_optimizers", "_log_store", "_example_input_array", "_strict_loading",
         "_device_mesh", "_compiler_ctx",
@@ -437,7 +437,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         """
         strategy = self.trainer.strategy
 
-        def gather(value: Any) -> Any:
+        def gather(value: object) -> object:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
             return strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if is_distributed else tensor
 

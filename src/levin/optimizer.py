@@ -75,7 +75,7 @@ class LightningOptimizer:
             raise AttributeError(name)
         return getattr(self._optimizer, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in ("_optimizer", "_on_step", "_no_sync", "_module", "__class__"):
             object.__setattr__(self, name, value)
         else:
@@ -94,7 +94,7 @@ class LightningOptimizer:
         """Zero the gradients of the wrapped optimizer's parameters."""
         self._optimizer.zero_grad(set_to_none=set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         """Add a group of parameters to the wrapped optimizer."""
         self._optimizer.add_param_group(param_group)
 
@@ -135,7 +135,7 @@ def is_optimizer(obj: object) -> bool:
     return isinstance(obj, Optimizer) or all(hasattr(obj, name) for name in _OPTIMIZER_API)
 
 
-def resolve_optimizers(returned: Any, module: LightningModule) -> tuple[list[Any], list[LRSchedulerConfig]]:
+def resolve_optimizers(returned: object, module: LightningModule) -> tuple[list[Any], list[LRSchedulerConfig]]:
     """Return the optimizers and scheduler configs for what ``configure_optimizers`` returned.
 
     Args:
@@ -169,7 +169,7 @@ def resolve_optimizers(returned: Any, module: LightningModule) -> tuple[list[Any
     return optimizers, configs
 
 
-def _split(returned: Any) -> tuple[list[Any], list[Any], Optional[str]]:
+def _split(returned: object) -> tuple[list[object], list[object], Optional[str]]:
     if is_optimizer(returned):
         return [returned], [], None
     if isinstance(returned, Mapping):

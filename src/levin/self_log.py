@@ -94,7 +94,7 @@ class SelfLog:
                 add_dataloader_idx, batch_size, None, rank_zero_only,
             )  # fmt: skip
 
-    def _log_outside_a_run(self, name: str, value: Any, logger: Optional[bool]) -> None:
+    def _log_outside_a_run(self, name: str, value: object, logger: Optional[bool]) -> None:
         if self._fabric is not None and self._trainer is None:
             if not isinstance(value, (int, float, Tensor)):
                 raise ValueError(f"self.log({name!r}, ...) takes a number or a tensor, received {value!r}.")

@@ -56,7 +56,7 @@ class Settings:
     inference_mode: bool
     # Around it
     barebones: bool
-    logger: Any
+    logger: object
     enable_checkpointing: bool
     enable_progress_bar: bool
     enable_model_summary: bool
@@ -117,7 +117,7 @@ def check_settings(arguments: Mapping[str, Any]) -> Settings:
     return Settings(**{field.name: values[field.name] for field in fields(Settings)})
 
 
-def _dry(batches: int, is_overfit: bool) -> dict[str, Any]:
+def _dry(batches: int, is_overfit: bool) -> dict[str, object]:
     """Return what ``fast_dev_run`` sets in place of what was given."""
     rank_zero_info(
         f"Running in `fast_dev_run` mode: will run the requested loop using {batches} batch(es). "
@@ -137,7 +137,7 @@ def _dry(batches: int, is_overfit: bool) -> dict[str, Any]:
     }
 
 
-def check_val_interval(value: Any, every_n_epoch: Optional[int], max_steps: int) -> tuple[Limit, Optional[float]]:
+def check_val_interval(value: object, every_n_epoch: Optional[int], max_steps: int) -> tuple[Limit, Optional[float]]:
     """Return the interval between validations, as batches or a fraction, and in seconds if it goes by the clock.
 
     Raises:
@@ -165,7 +165,7 @@ def check_val_interval(value: Any, every_n_epoch: Optional[int], max_steps: int)
     return value, None
 
 
-def check_clipping(value: Any, algorithm: Any) -> Optional[GradClipAlgorithmType]:
+def check_clipping(value: object, algorithm: object) -> Optional[GradClipAlgorithmType]:
     """Return the algorithm for clipping gradients to ``value``, None for the default one.
 
     Raises:
@@ -190,7 +190,7 @@ def defaults_from_environment(init: F) -> F:
     names = [name for name in inspect.signature(init).parameters if name != "self"]
 
     @functools.wraps(init)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapped(self: object, *args: object, **kwargs: object) -> None:
         if args:
             raise TypeError(
                 f"{type(self).__name__} takes keyword arguments only, received {len(args)} by position. "
@@ -253,7 +253,7 @@ def num_from_limit(limit: Limit, length: Limit, name: str) -> Limit:
     return count
 
 
-def parse_duration(value: Any, name: str) -> Optional[timedelta]:
+def parse_duration(value: object, name: str) -> Optional[timedelta]:
     """Return a duration given as ``"DD:HH:MM:SS"``, dict or timedelta; None when ``value`` is no duration at all.
 
     Raises:
@@ -292,7 +292,7 @@ COUNTS = {
 _MAY_BE_LEFT_OPEN = ("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch")
 
 
-def check_counts(given: dict[str, Any]) -> None:
+def check_counts(given: dict[str, object]) -> None:
     """Raise MisconfigurationException when an argument that counts something is no int, or too small."""
     for name, value in given.items():
         minimum, remedy = COUNTS[name]
@@ -318,7 +318,7 @@ DEFAULTS = {
 """What stands for None, unless barebones does."""
 
 
-def check_flags(given: dict[str, Any]) -> None:
+def check_flags(given: dict[str, object]) -> None:
     """Raise MisconfigurationException when an argument that switches something is neither on nor off (None: the default)."""
     for name, value in given.items():
         if value is not None and value not in (True, False):
@@ -333,7 +333,7 @@ BAREBONES = {
 """What barebones switches off, with the values it forces."""
 
 
-def check_barebones(given: dict[str, Any]) -> None:
+def check_barebones(given: dict[str, object]) -> None:
     """Raise ValueError when an argument asks for what ``barebones=True`` switches off."""
     wrong = {name: value for name, value in given.items() if value and name in BAREBONES}
     if wrong:

@@ -85,7 +85,7 @@ class CPUAccelerator(Accelerator):
         }
 
 
-def parse_cpu_processes(devices: Any) -> int:
+def parse_cpu_processes(devices: object) -> int:
     """Return ``devices`` as a number of processes; see :meth:`CPUAccelerator.parse_devices`."""
     count = devices
     if isinstance(count, str):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from levin.utilities.exceptions import MisconfigurationException
 
 
-def parse_device_indices(devices: Any, available: Sequence[int], kind: str = "cuda") -> list[int]:
+def parse_device_indices(devices: object, available: Sequence[int], kind: str = "cuda") -> list[int]:
     """Return the indices of the devices that the user named.
 
     Args:
@@ -46,7 +45,7 @@ def parse_device_indices(devices: Any, available: Sequence[int], kind: str = "cu
     return requested
 
 
-def _requested(devices: Any, available: Sequence[int]) -> list[int]:
+def _requested(devices: object, available: Sequence[int]) -> list[int]:
     if isinstance(devices, bool) or devices is None:
         raise _wrong_form(devices)
     if isinstance(devices, str):
@@ -73,7 +72,7 @@ def _requested_by_text(devices: str, available: Sequence[int]) -> list[int]:
         raise _wrong_form(devices) from None
 
 
-def _by_count(count: int, devices: Any, available: Sequence[int]) -> list[int]:
+def _by_count(count: int, devices: object, available: Sequence[int]) -> list[int]:
     if count == -1:
         return list(available)
     if count < 0:
@@ -82,7 +81,7 @@ def _by_count(count: int, devices: Any, available: Sequence[int]) -> list[int]:
     return [available[i] if i < len(available) else i for i in range(count)]
 
 
-def _wrong_form(devices: Any) -> TypeError:
+def _wrong_form(devices: object) -> TypeError:
     return TypeError(
         "devices must be a number (2, '2'), -1 for all, or indices ([0, 1], '0,1', '1,'), "
         f"received {devices!r} of type {type(devices).__name__}. Use devices='auto' to let levin choose."

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from levin.accelerators.accelerator import Accelerator
 from levin.accelerators.cpu import CPUAccelerator
 from levin.accelerators.cuda import CUDAAccelerator
@@ -33,8 +31,8 @@ class AcceleratorRegistryType(Registry[Accelerator]):
         accelerator: type[Accelerator] | None = None,
         description: str = "",
         override: bool = False,
-        **init_params: Any,
-    ) -> Any:
+        **init_params: object,
+    ) -> object:
         """Make an accelerator selectable by ``name``; see :meth:`Registry.add`."""
         return self.add(name, accelerator, description, override, **init_params)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
 
 from levin.callbacks.checkpoint_files import check_template
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.filesystem import is_local, local_path
 
 
-def check_choice(filename: str | None, monitor: str | None, save_last: Any, save_top_k: int, mode: str) -> None:
+def check_choice(filename: str | None, monitor: str | None, save_last: object, save_top_k: int, mode: str) -> None:
     """Raise if the arguments that choose files are out of range or exclude each other.
 
     Raises:
@@ -33,7 +32,7 @@ def check_choice(filename: str | None, monitor: str | None, save_last: Any, save
         check_template(filename)
 
 
-def resolved_folder(dirpath: str | os.PathLike[str], save_last: Any) -> str:
+def resolved_folder(dirpath: str | os.PathLike[str], save_last: object) -> str:
     """Return the folder for the files: a local one as an absolute path without links.
 
     Raises:

@@ -166,7 +166,7 @@ def merge_model_callbacks(callbacks: list[Callback], returned: Any) -> list[Call
     return reorder([c for c in callbacks if c not in replaced] + added)
 
 
-def default_loggers(logger: Any, root: str, is_dry: bool) -> list[Any]:
+def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
     """Return the loggers for ``Trainer(logger=...)``.
 
     Args:
@@ -189,7 +189,7 @@ def default_loggers(logger: Any, root: str, is_dry: bool) -> list[Any]:
     return loggers
 
 
-def _default_logger(root: str) -> Any:
+def _default_logger(root: str) -> object:
     if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
         from levin.loggers.tensorboard import TensorBoardLogger
 

@@ -162,7 +162,7 @@ class EarlyStopping(Callback):
         if reason and self.verbose:
             self._log_info(trainer, reason, self.log_rank_zero_only)
 
-    def _validate_condition_metric(self, metrics: dict[str, Any]) -> bool:
+    def _validate_condition_metric(self, metrics: dict[str, object]) -> bool:
         """Return whether the metric is there; report it if not.
 
         Raises:

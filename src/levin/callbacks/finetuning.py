@@ -39,7 +39,7 @@ class BaseFinetuning(Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._internal_optimizer_metadata: dict[int, list[dict[str, Any]]] = {}
+        self._internal_optimizer_metadata: dict[int, list[dict[str, object]]] = {}
         self._trainable: list[str] | None = None
         self._restarting: bool = False
 
@@ -246,7 +246,7 @@ class BaseFinetuning(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"internal_optimizer_metadata": self._internal_optimizer_metadata}
+        state: dict[str, object] = {"internal_optimizer_metadata": self._internal_optimizer_metadata}
         if self._trainable is not None:
             state["trainable"] = self._trainable
         return state

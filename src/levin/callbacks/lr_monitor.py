@@ -65,7 +65,7 @@ def named_optimizers(
     return entries
 
 
-def group_suffix(groups: Sequence[dict[str, Any]], index: int) -> str:
+def group_suffix(groups: Sequence[dict[str, object]], index: int) -> str:
     """Return what a parameter group adds to the name of its optimizer: its own name, or its number if there are more."""
     if "name" in groups[index]:
         return f"/{groups[index]['name']}"

@@ -474,7 +474,7 @@ class ModelCheckpoint(Checkpoint):
         """Return what was saved and decided in the present run."""
         return files.run_state(self)
 
-    def load_run_state(self, state: dict[str, Any]) -> None:
+    def load_run_state(self, state: dict[str, object]) -> None:
         """Put :meth:`run_state` back."""
         vars(self).update(files.run_from(state))
 

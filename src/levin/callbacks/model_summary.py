@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -34,9 +34,9 @@ class ModelSummary(Callback):
         >>> summary = ModelSummary(max_depth=2)
     """
 
-    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: object) -> None:
         self._max_depth: int = check_max_depth(max_depth)
-        self._summarize_kwargs: dict[str, Any] = summarize_kwargs
+        self._summarize_kwargs: dict[str, object] = summarize_kwargs
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -66,7 +66,7 @@ class ModelSummary(Callback):
         model_size: float,
         total_training_modes: dict[str, int],
         total_flops: int,
-        **summarize_kwargs: Any,
+        **summarize_kwargs: object,
     ) -> None:
         """Log the table as text.
 

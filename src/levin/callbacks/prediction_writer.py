@@ -65,7 +65,7 @@ class BasePredictionWriter(Callback):
         if write_interval not in ("batch", "epoch", "batch_and_epoch"):
             raise value_error("write_interval", write_interval, "must be 'batch', 'epoch' or 'batch_and_epoch'")
         self.interval = WriteInterval(write_interval)
-        self._predictions: list[list[Any]] = []
+        self._predictions: list[list[object]] = []
 
     def write_on_batch_end(
         self,

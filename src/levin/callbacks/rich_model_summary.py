@@ -29,7 +29,7 @@ class RichModelSummary(ModelSummary):
         >>> summary = RichModelSummary(max_depth=-1, header_style="bold green")
     """
 
-    def __init__(self, max_depth: int = 1, **summarize_kwargs: Any) -> None:
+    def __init__(self, max_depth: int = 1, **summarize_kwargs: object) -> None:
         if importlib.util.find_spec("rich") is None:
             raise ModuleNotFoundError(
                 "`RichModelSummary` requires `rich`, which is not installed. Install it, or use `ModelSummary`."

@@ -88,8 +88,8 @@ class StochasticWeightAveraging(Callback):
         self._average_model: LightningModule | None = None
         self._swa_scheduler: SWALR | None = None
         # What was loaded, until there is something to take it.
-        self._scheduler_state: dict[str, Any] | None = None
-        self._average_model_state: dict[str, Any] | None = None
+        self._scheduler_state: dict[str, object] | None = None
+        self._average_model_state: dict[str, object] | None = None
         self._is_restored: bool = False
         self._max_epochs: int = 0
         self._momenta: dict[_BatchNorm, float | None] = {}

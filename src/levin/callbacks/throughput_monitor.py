@@ -164,7 +164,7 @@ class ThroughputMonitor(Callback):
         if not trainer.sanity_checking:
             self._meters["validate" if trainer.state.fn == "fit" else str(trainer.state.fn)].start()
 
-    def _evaluate(self, trainer: Trainer, stage: str, pl_module: LightningModule, batch: Any) -> None:
+    def _evaluate(self, trainer: Trainer, stage: str, pl_module: LightningModule, batch: object) -> None:
         if trainer.sanity_checking:
             return
         meter = self._count(stage, pl_module, batch)
@@ -173,7 +173,7 @@ class ThroughputMonitor(Callback):
         if every and self._eval_batches % every == 0:
             self._log(trainer, stage, meter, self._eval_batches)
 
-    def _count(self, stage: str, pl_module: LightningModule, batch: Any) -> _Meter:
+    def _count(self, stage: str, pl_module: LightningModule, batch: object) -> _Meter:
         meter = self._meters[stage]
         meter.batches += 1
         meter.samples += self.batch_size_fn(batch)

@@ -53,7 +53,9 @@ class WeightAveraging(Callback):
         ...         return epoch_idx is not None and epoch_idx >= 10
     """
 
-    def __init__(self, device: torch.device | str | int | None = None, use_buffers: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, device: torch.device | str | int | None = None, use_buffers: bool = True, **kwargs: object
+    ) -> None:
         super().__init__()
         self._device: torch.device | str | int | None = device
         self._use_buffers: bool = use_buffers
@@ -224,7 +226,7 @@ class EMAWeightAveraging(WeightAveraging):
         update_every_n_steps: int = 1,
         update_starting_at_step: int | None = None,
         update_starting_at_epoch: int | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         kwargs.setdefault("multi_avg_fn", get_ema_multi_avg_fn(decay))
         super().__init__(device=device, use_buffers=use_buffers, **kwargs)

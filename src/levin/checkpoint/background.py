@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from levin.checkpoint.io import CheckpointIO, Save, TorchCheckpointIO, reject_storage_options
 from levin.checkpoint.staging import Snapshot, Stager
@@ -59,7 +58,9 @@ class AsyncCheckpointIO(CheckpointIO):
             self._requested = None
         save.end()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, object], path: PathLike, storage_options: object | None = None
+    ) -> None:
         """Copy ``checkpoint``, wait for the save before this one if it is still going on, and write in the background.
 
         Raises:
@@ -81,8 +82,8 @@ class AsyncCheckpointIO(CheckpointIO):
         save.begin(lambda: self._write(snapshot, path, storage_options))
 
     def load_checkpoint(
-        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self, path: PathLike, map_location: object | None = None, weights_only: bool | None = None
+    ) -> dict[str, object]:
         """Return the checkpoint at ``path``, after all that is under way is done."""
         self.wait()
         return self.checkpoint_io.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
@@ -114,15 +115,15 @@ class AsyncCheckpointIO(CheckpointIO):
         self._worker.release()
         self.check()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # A copy in another process starts without memory and thread of its own.
         self.wait()
         return {"checkpoint_io": self.checkpoint_io, "on_request": self.on_request}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # the one way to set every field
 
-    def _write(self, snapshot: Snapshot, path: PathLike, storage_options: Any | None) -> None:
+    def _write(self, snapshot: Snapshot, path: PathLike, storage_options: object | None) -> None:
         self.checkpoint_io.save_checkpoint(snapshot.realize(), path, storage_options)
         # What is saved meanwhile, such as the file of a signal, is newer, though this one may be complete later.
         set_modified(path, snapshot.taken_s)

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> int:
     return status
 
 
-def _layers(state: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _layers(state: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     sizes: dict[str, list[torch.Tensor]] = {}
     for key, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -89,11 +89,11 @@ def _amount(tensors: Sequence[torch.Tensor]) -> str:
     return f"{sum(tensor.numel() for tensor in tensors):,} numbers, {size}"
 
 
-def _groups(state: Any) -> str:
+def _groups(state: object) -> str:
     groups = state.get("param_groups", []) if isinstance(state, Mapping) else []
     return "; ".join(f"lr {group.get('lr', '-')}, {len(group.get('params', []))} parameters" for group in groups)
 
 
-def _short(value: Any, limit: int = 90) -> str:
+def _short(value: object, limit: int = 90) -> str:
     text = f"tensor of {list(value.shape)}" if isinstance(value, torch.Tensor) else " ".join(repr(value).split())
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -50,7 +50,7 @@ def save_tree(
     checkpoint_io.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
 
-def atomic_save(obj: Any, path: PathLike) -> None:
+def atomic_save(obj: object, path: PathLike) -> None:
     """Save ``obj`` so that ``path`` holds all of it, or what it held before.
 
     ``torch.save`` writes the file under a temporary name in the same folder; it is synced to the disk and renamed.
@@ -228,7 +228,7 @@ class TorchCheckpointIO(CheckpointIO):
         remove(path)
 
 
-def reject_storage_options(storage_options: Any | None, checkpoint_io: CheckpointIO) -> None:
+def reject_storage_options(storage_options: object | None, checkpoint_io: CheckpointIO) -> None:
     """Raise TypeError when there are storage options, for a class that has no use for them."""
     if storage_options is not None:
         raise TypeError(

@@ -13,7 +13,7 @@ from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 Checkpoint = dict[str, Any]
 
 
-def migrate(checkpoint: Checkpoint, source: Any = None) -> Checkpoint:
+def migrate(checkpoint: Checkpoint, source: object = None) -> Checkpoint:
     """Bring ``checkpoint`` to the present layout, in place, and return it.
 
     Args:

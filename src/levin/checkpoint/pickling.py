@@ -41,5 +41,5 @@ def _find_unpicklable(obj: object) -> str:
 class _Pickler(pickle.Pickler):
     """Pickles everything but the content of tensors."""
 
-    def persistent_id(self, obj: Any) -> str | None:
+    def persistent_id(self, obj: object) -> str | None:
         return "tensor" if isinstance(obj, (torch.Tensor, torch.UntypedStorage, torch.TypedStorage)) else None

@@ -29,7 +29,7 @@ class Call(Protocol):
     loggers: list[Any]
 
     @property
-    def checkpoint_callbacks(self) -> list[Any]:
+    def checkpoint_callbacks(self) -> list[object]:
         """Those that save checkpoints."""
 
 
@@ -191,7 +191,7 @@ def find_newest(run: Call) -> Optional[str]:
     return max(found, key=lambda path: (found[path], path), default=None)
 
 
-def _folders_of(run: Call, callback: Any) -> list[str]:
+def _folders_of(run: Call, callback: object) -> list[str]:
     """Return the folders that hold the files of a callback, the newest first."""
     resolve = getattr(callback, "_resolve_ckpt_dir", None)
     folder = resolve(run.trainer) if resolve is not None else getattr(callback, "dirpath", None)

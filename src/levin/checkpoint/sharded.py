@@ -50,7 +50,7 @@ class ShardedEntry:
         """Return the names of all that the folder holds, nested keys joined by dots."""
         return _names_of(self.folder)
 
-    def load_into(self, state: State, group: Any = None) -> State:
+    def load_into(self, state: State, group: object = None) -> State:
         """Read the parts that are in ``state`` here, in place. All processes call this.
 
         Args:
@@ -91,7 +91,7 @@ class ShardedCheckpointIO(CheckpointIO):
             self._group = dist.new_group(backend="gloo")  # type: ignore[no-untyped-call]  # torch
             self._world = dist.group.WORLD
 
-    def save_checkpoint(self, checkpoint: State, path: PathLike, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: State, path: PathLike, storage_options: object | None = None) -> None:
         """Save ``checkpoint`` as the folder ``path``. All processes call this.
 
         Raises:
@@ -122,7 +122,7 @@ class ShardedCheckpointIO(CheckpointIO):
         self._wait_for_all()
 
     def load_checkpoint(
-        self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
+        self, path: PathLike, map_location: object | None = None, weights_only: bool | None = None
     ) -> State:
         """Return the checkpoint at ``path``: a file or a folder whole (see :func:`load_folder` for parts)."""
         if is_sharded(path):

@@ -94,7 +94,7 @@ class Stager:
         self._block: _Block | None = None
         self._helpers: ThreadPoolExecutor | None = None
 
-    def stage(self, obj: Any) -> Snapshot:
+    def stage(self, obj: object) -> Snapshot:
         """Return a snapshot of ``obj``.
 
         Copies from CUDA devices are only begun; they are done in the order of the device's work, so that what the
@@ -221,7 +221,7 @@ class _Pickled:
 
     __slots__ = ("data", "tensors")
 
-    def __init__(self, value: Any, copier: _Copier) -> None:
+    def __init__(self, value: object, copier: _Copier) -> None:
         self.tensors: list[Any] = []
         buffer = io.BytesIO()
         _Pickler(buffer, self.tensors, copier).dump(value)
@@ -229,12 +229,12 @@ class _Pickled:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Any], copier: _Copier) -> None:
+    def __init__(self, file: io.BytesIO, tensors: list[object], copier: _Copier) -> None:
         super().__init__(file, protocol=2)
         self._tensors = tensors
         self._copier = copier
 
-    def persistent_id(self, obj: Any) -> int | None:
+    def persistent_id(self, obj: object) -> int | None:
         if type(obj) is not torch.Tensor or not _is_plain(obj):
             return None
         self._tensors.append(self._copier.copy_plain(obj))
@@ -288,7 +288,7 @@ class _Copier:
         self._done[id(value)] = result
         return result
 
-    def _copy_tensor(self, tensor: torch.Tensor) -> Any:
+    def _copy_tensor(self, tensor: torch.Tensor) -> object:
         # Called for each tensor of a model while training waits: no more than is needed.
         known = self._done.get(id(tensor))
         if known is not None:

@@ -132,7 +132,7 @@ def redirecting_pickle() -> types.ModuleType:
     return module
 
 
-def _meaningless(*_: Any) -> None:
+def _meaningless(*_: object) -> None:
     """Stand for a function that no longer exists."""
 
 
@@ -189,7 +189,7 @@ class _StandIns:
         """Return a class whose instances are plain dicts or lists, which :meth:`finish` turns into the right type."""
         finishers = self._finishers
 
-        def new(cls: type, *args: Any) -> Any:
+        def new(cls: type, *args: object) -> Any:
             finisher = make(*args)
             result = plain()
             finishers[id(result)] = (result, finisher)
@@ -197,7 +197,7 @@ class _StandIns:
 
         return type(plain.__name__, (), {"__new__": new})
 
-    def finish(self, loaded: Any) -> Any:
+    def finish(self, loaded: object) -> Any:
         """Return ``loaded`` with the final objects in the place of the stand-ins."""
         return self._finish(loaded, {})
 
@@ -227,7 +227,7 @@ class _StandIns:
         return result
 
 
-def _checked_factory(factory: Any) -> Any:
+def _checked_factory(factory: object) -> Any:
     if isinstance(factory, _Reference):
         return factory.target
     if factory in (None, set, frozenset):
@@ -245,7 +245,7 @@ class _Reference:
 class _Dtype:
     """A numpy type, of those whose values are nothing but bytes."""
 
-    def __init__(self, code: Any, align: Any = False, copy: Any = False) -> None:
+    def __init__(self, code: object, align: object = False, copy: object = False) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f(?:2|4|8|16)|c(?:8|16|32)|[SU]\d{1,6}", code):
             raise pickle.UnpicklingError(f"The numpy type {code!r} is not allowed.")
         self.code = code
@@ -264,7 +264,7 @@ class _Dtype:
         return numpy.dtype(f"{self.order}{self.code}")
 
 
-def _bytes_of(data: Any) -> bytes:
+def _bytes_of(data: object) -> bytes:
     if not isinstance(data, bytes):
         raise pickle.UnpicklingError(f"The content of a numpy array must be bytes, received {type(data).__name__}.")
     return data
@@ -297,7 +297,7 @@ class _Array:
         self.array = flat.reshape(shape, order="F" if is_fortran else "C").copy(order="A")
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
+def _reconstruct(kind: object, shape: object, code: object) -> _Array:
     if kind is not _Array:
         raise pickle.UnpicklingError(f"Only plain numpy arrays are allowed, received {kind!r}.")
     return _Array()

@@ -15,7 +15,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO
 
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
@@ -244,7 +244,7 @@ def _newest_first(folder: str, pattern: str) -> list[str]:
     return [str(filesystem.unstrip_protocol(path)) for path in remote]
 
 
-def _modified(path: str) -> tuple[Any, str]:
+def _modified(path: str) -> tuple[object, str]:
     try:
         return os.stat(path).st_mtime_ns, path
     except OSError:

@@ -61,10 +61,10 @@ def instantiate_module(class_type: type[T], config: dict[str, Any]) -> T:
     return built
 
 
-def class_config(class_path: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def class_config(class_path: str, arguments: dict[str, object]) -> dict[str, Any]:
     """Return hyper-parameters of a class chosen by its path as a configuration."""
     arguments = dict(arguments)
-    config: dict[str, Any] = {"class_path": class_path}
+    config: dict[str, object] = {"class_path": class_path}
     if "dict_kwargs" in arguments:
         config["dict_kwargs"] = arguments.pop("dict_kwargs")
     return {**config, "init_args": arguments}

@@ -116,7 +116,7 @@ class LightningCLI:
     # ------------------------------------------------------------------ the parser
 
     def setup_parser(
-        self, add_subcommands: bool, main_kwargs: dict[str, Any], subparser_kwargs: dict[str, Any]
+        self, add_subcommands: bool, main_kwargs: dict[str, object], subparser_kwargs: dict[str, object]
     ) -> None:
         """Make the parser, with subcommands or flat."""
         self.parser: LightningArgumentParser = self.init_parser(**main_kwargs)
@@ -189,7 +189,7 @@ class LightningCLI:
             subparser.description = summary
             actions.add_subcommand(subcommand, subparser, help=summary)
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: object) -> LightningArgumentParser:
         parser = self.init_parser(**kwargs)
         self._add_arguments(parser)
         skip: set[Union[str, int]] = {*self.subcommands()[subcommand], "self"}
@@ -365,7 +365,7 @@ class LightningCLI:
     def _parser(self, subcommand: Optional[str]) -> LightningArgumentParser:
         return self.parser if subcommand is None else self._subcommand_parsers[subcommand]
 
-    def _get(self, config: Namespace, key: str, default: Optional[Any] = None) -> Any:
+    def _get(self, config: Namespace, key: str, default: Optional[object] = None) -> Any:
         """Return the value at ``key`` of the chosen subcommand, or of the whole where there is none."""
         if self.subcommand is None:
             return config.get(key, default)
@@ -383,9 +383,9 @@ def _split_parser_kwargs(kwargs: dict[str, Any], subcommands: list[str]) -> tupl
 
 
 def _configure(
-    function: Callable[..., Any],
-    optimizer: dict[str, Any],
-    scheduler: Optional[dict[str, Any]],
+    function: Callable[..., object],
+    optimizer: dict[str, object],
+    scheduler: Optional[dict[str, object]],
     module: LightningModule,
 ) -> Any:
     # Made when asked for, so that parameters of `configure_model` are there and each fit starts with a new optimizer.
@@ -395,7 +395,7 @@ def _configure(
     return function(module, optimizer=made, lr_scheduler=instantiate_class(made, scheduler))
 
 
-def _with_class_path(kind: type, arguments: Any) -> dict[str, Any]:
+def _with_class_path(kind: type, arguments: object) -> dict[str, Any]:
     return {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": _plain(arguments)}
 
 
@@ -403,7 +403,7 @@ def _plain(arguments: Any) -> dict[str, Any]:
     return arguments.as_dict() if isinstance(arguments, Namespace) else dict(arguments or {})
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

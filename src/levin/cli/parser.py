@@ -170,7 +170,7 @@ class LightningArgumentParser(ArgumentParser):
         # All values of files, environment variables and objects come this way.
         return super()._check_value_key(action, to_levin(value), *args, **kwargs)
 
-    def dump(self, *args: Any, **kwargs: Any) -> str:
+    def dump(self, *args: object, **kwargs: object) -> str:
         """Return the configuration as text; a program for Lightning gets Lightning's class paths."""
         text: str = super().dump(*args, **kwargs)
         return to_lightning(text) if is_alias_installed() else text

@@ -71,7 +71,7 @@ class SaveConfigCallback(Callback):
             self.already_saved = True
         self.already_saved = trainer.strategy.broadcast(self.already_saved)
 
-    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def save_config(self, trainer: object, pl_module: object, stage: str) -> None:
         """Save the configuration in a further way. Called on the first rank only; does nothing by default."""
 
     def _write(self, trainer: Any) -> None:

@@ -6,7 +6,7 @@ that function; whoever does reads what to use instead.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from levin.hooks import Callback
 from levin.loggers.logger import Logger
@@ -27,7 +27,7 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
         base: What users expect it to be a kind of.
     """
 
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    def refuse(self: object, *args: object, **kwargs: object) -> NoReturn:
         raise AbsentFeatureError(f"levin has no `{name}`. {way_out}")
 
     # Abstract methods of the base must not speak first.

@@ -24,7 +24,7 @@ class AliasDistribution(importlib.metadata.Distribution):
             return None
         return f"Metadata-Version: 2.1\nName: {self._name}\nVersion: {self._version}\nSummary: answered for by levin\n"
 
-    def locate_file(self, path: Any) -> Any:
+    def locate_file(self, path: object) -> Any:
         """Refuse: there are no files.
 
         Raises:

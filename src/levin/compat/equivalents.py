@@ -68,7 +68,7 @@ class Interval(LightningEnum):
 class Steppable(Protocol):
     """What has a ``step``."""
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: object = None) -> Any:
         """Take a step."""
 
 
@@ -143,7 +143,7 @@ def suggested_max_num_workers(local_world_size: int) -> int:
     return max(1, cores // local_world_size - 1)
 
 
-def convert_tensors_to_scalars(data: Any) -> Any:
+def convert_tensors_to_scalars(data: object) -> Any:
     """Return ``data`` with a number in the place of each tensor of one element.
 
     Raises:
@@ -152,7 +152,7 @@ def convert_tensors_to_scalars(data: Any) -> Any:
     return apply_to_collection(data, torch.Tensor, lambda tensor: to_numbers({"": tensor})[""])
 
 
-def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
+def recursive_detach(in_dict: object, to_cpu: bool = False) -> Any:
     """Return ``in_dict`` with its tensors detached.
 
     Args:
@@ -195,19 +195,19 @@ def get_cpu_stats() -> dict[str, Any]:
     return CPUAccelerator().get_device_stats("cpu")
 
 
-def sized_len(dataloader: Any) -> int | None:
+def sized_len(dataloader: object) -> int | None:
     """Return the length of a loader, None if it has none."""
     length = known_length(dataloader)
     return int(length) if math.isfinite(length) else None
 
 
-def has_iterable_dataset(dataloader: Any) -> bool:
+def has_iterable_dataset(dataloader: object) -> bool:
     """Return whether a loader reads an IterableDataset."""
     return isinstance(getattr(dataloader, "dataset", None), IterableDataset)
 
 
 def has_len_all_ranks(
-    dataloader: Any, strategy: Strategy, allow_zero_length_dataloader_with_multiple_devices: bool = False
+    dataloader: object, strategy: Strategy, allow_zero_length_dataloader_with_multiple_devices: bool = False
 ) -> bool:
     """Return whether a loader has a length that every rank can work with.
 
@@ -308,7 +308,7 @@ class LightningDoublePrecisionModule(torch.nn.Module):
         super().__init__()
         self.module: torch.nn.Module = pl_module
 
-    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _call(self, name: str, *args: object, **kwargs: object) -> object:
         convert = DoublePrecision().convert_input
         return getattr(self.module, name)(*convert(args), **convert(kwargs))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from levin import loggers
 from levin.utilities.types import PathLike
 
@@ -51,6 +49,6 @@ class TensorBoardLogger(loggers.TensorBoardLogger):
         default_hp_metric: bool = True,
         prefix: str = "",
         sub_dir: PathLike | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(root_dir, name, version, False, default_hp_metric, prefix, sub_dir, **kwargs)

@@ -51,7 +51,7 @@ class AliasFinder:
         loader: Any = _AliasLoader(key)  # duck-typed, as the finder is
         return ModuleSpec(fullname, loader, is_package=True, origin="levin.compat")
 
-    def find_distributions(self, context: Any = None) -> Iterable[Distribution]:
+    def find_distributions(self, context: object = None) -> Iterable[Distribution]:
         """Return the metadata of Lightning for those who ask by its name, and nothing for a list of all."""
         name = (getattr(context, "name", None) or "").lower().replace("_", "-")
         if name in _DISTRIBUTIONS:

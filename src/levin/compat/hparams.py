@@ -31,7 +31,7 @@ def get_init_args(frame: types.FrameType) -> dict[str, Any]:
 
 def collect_init_args(
     frame: types.FrameType,
-    path_args: list[dict[str, Any]],
+    path_args: list[dict[str, object]],
     inside: bool = False,
     classes: tuple[type, ...] = (),
 ) -> list[dict[str, Any]]:
@@ -89,12 +89,12 @@ def update_hparams(hparams: dict[str, Any], updates: Mapping[str, Any]) -> None:
             hparams[key] = value
 
 
-def lightning_hasattr(model: Any, attribute: str) -> bool:
+def lightning_hasattr(model: object, attribute: str) -> bool:
     """Return whether the module, its ``hparams`` or its data module has ``attribute``."""
     return next(_holders(model, attribute), None) is not None
 
 
-def lightning_getattr(model: Any, attribute: str) -> Any:
+def lightning_getattr(model: object, attribute: str) -> Any:
     """Return the attribute from the module, its ``hparams`` or its data module; the last that has it wins.
 
     Raises:
@@ -107,7 +107,7 @@ def lightning_getattr(model: Any, attribute: str) -> Any:
     return holder[attribute] if isinstance(holder, dict) else getattr(holder, attribute)
 
 
-def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
+def lightning_setattr(model: object, attribute: str, value: object) -> None:
     """Set the attribute wherever it is: in the module, its ``hparams`` and its data module.
 
     Raises:
@@ -123,7 +123,7 @@ def lightning_setattr(model: Any, attribute: str, value: Any) -> None:
             setattr(holder, attribute, value)
 
 
-def _holders(model: Any, attribute: str) -> Iterator[Any]:
+def _holders(model: object, attribute: str) -> Iterator[object]:
     if hasattr(model, attribute):
         yield model
     hparams = getattr(model, "hparams", None)
@@ -144,7 +144,7 @@ def load_hparams_from_yaml(config_yaml: str | os.PathLike[str], use_omegaconf: b
     return read_hparams_file(config_yaml) if os.path.exists(config_yaml) else {}
 
 
-def save_hparams_to_yaml(config_yaml: str | os.PathLike[str], hparams: Any, use_omegaconf: bool = True) -> None:
+def save_hparams_to_yaml(config_yaml: str | os.PathLike[str], hparams: object, use_omegaconf: bool = True) -> None:
     """Write hyper-parameters into a YAML file, those that YAML can hold.
 
     Args:
@@ -159,7 +159,7 @@ def save_hparams_to_yaml(config_yaml: str | os.PathLike[str], hparams: Any, use_
         yaml.safe_dump({key: _plain(value) for key, value in values.items()}, file)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, Enum):
         return value.name
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
@@ -168,7 +168,7 @@ def _plain(value: Any) -> Any:
 def convert(val: str) -> int | float | bool | str | list[Any] | dict[str, Any]:
     """Return the value that a text of a CSV file stands for, the text itself where it is none."""
     try:
-        value: int | float | bool | str | list[Any] | dict[str, Any] = ast.literal_eval(val)
+        value: int | float | bool | str | list[object] | dict[str, object] = ast.literal_eval(val)
     except (ValueError, SyntaxError):
         return val
     return value

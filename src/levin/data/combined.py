@@ -43,7 +43,7 @@ class CombinedLoader(Iterable[Any]):
         [{'a': 0, 'b': 0}, {'a': 1, 'b': 1}, {'a': 2, 'b': 0}]
     """
 
-    def __init__(self, iterables: Any, mode: Mode = "min_size") -> None:
+    def __init__(self, iterables: object, mode: Mode = "min_size") -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, received {mode!r}.")
         self._iterables: Any = iterables
@@ -75,7 +75,7 @@ class CombinedLoader(Iterable[Any]):
         return self._flattened
 
     @flattened.setter
-    def flattened(self, flattened: list[Any]) -> None:
+    def flattened(self, flattened: list[object]) -> None:
         if len(flattened) != len(self._flattened):
             raise ValueError(
                 f"flattened must have as many iterables as there are ({len(self._flattened)}), received "
@@ -219,7 +219,7 @@ class Joint(Iterable[Any]):
         [(0, 'a'), (1, 'b'), (2, 'a')]
     """
 
-    def __init__(self, loaders: Sequence[Iterable[Any]], mode: Mode, rebuild: Rebuild) -> None:
+    def __init__(self, loaders: Sequence[Iterable[object]], mode: Mode, rebuild: Rebuild) -> None:
         self.loaders: list[Iterable[Any]] = list(loaders)
         self.mode: Mode = mode
         self.rebuild: Rebuild = rebuild
@@ -229,7 +229,7 @@ class Joint(Iterable[Any]):
 
 
 def joint(
-    openers: Sequence[Callable[[], Iterator[Any]]],
+    openers: Sequence[Callable[[], Iterator[object]]],
     mode: Mode,
     rebuild: Rebuild,
     exhausted: list[bool] | None = None,
@@ -260,7 +260,7 @@ def joint(
     return _max_size_cycle(iterators, openers, rebuild, exhausted)
 
 
-def _max_size(iterators: list[Iterator[Any]], rebuild: Rebuild, exhausted: list[bool]) -> Iterator[Any]:
+def _max_size(iterators: list[Iterator[object]], rebuild: Rebuild, exhausted: list[bool]) -> Iterator[object]:
     while True:
         items = [None if exhausted[index] else next(iterator, _END) for index, iterator in enumerate(iterators)]
         for index, item in enumerate(items):
@@ -273,11 +273,11 @@ def _max_size(iterators: list[Iterator[Any]], rebuild: Rebuild, exhausted: list[
 
 
 def _max_size_cycle(
-    iterators: list[Iterator[Any]],
-    openers: Sequence[Callable[[], Iterator[Any]]],
+    iterators: list[Iterator[object]],
+    openers: Sequence[Callable[[], Iterator[object]]],
     rebuild: Rebuild,
     exhausted: list[bool],
-) -> Iterator[Any]:
+) -> Iterator[object]:
     while True:
         items = []
         for index, iterator in enumerate(iterators):
@@ -294,7 +294,7 @@ def _max_size_cycle(
         yield rebuild(items)
 
 
-def _numbered(batches: Iterator[Any]) -> Iterator[tuple[Any, int, int]]:
+def _numbered(batches: Iterator[object]) -> Iterator[tuple[object, int, int]]:
     for batch_idx, batch in enumerate(batches):
         yield batch, batch_idx, 0
 
@@ -310,7 +310,7 @@ def _numbered_sequence(iterables: Sequence[Any], limits: Sequence[int | float]) 
                 break
 
 
-def _opener(iterable: Any) -> Callable[[], Iterator[Any]]:
+def _opener(iterable: object) -> Callable[[], Iterator[object]]:
     return lambda: iterate(iterable)
 
 
@@ -323,7 +323,7 @@ def iterate(iterable: Any) -> Iterator[Any]:
     return _items(iter(iterable))
 
 
-def _items(iterator: Iterator[Any]) -> Iterator[Any]:
+def _items(iterator: Iterator[object]) -> Iterator[object]:
     try:
         while (item := next(iterator, _END)) is not _END:
             yield item
@@ -331,14 +331,14 @@ def _items(iterator: Iterator[Any]) -> Iterator[Any]:
         stop_workers(iterator)
 
 
-def is_leaf(tree: Any) -> bool:
+def is_leaf(tree: object) -> bool:
     """Return whether ``tree`` is one iterable rather than a collection of iterables."""
     if isinstance(tree, (list, tuple)):
         return all(isinstance(item, _PRIMITIVES) for item in tree)
     return not isinstance(tree, Mapping) or not tree
 
 
-def is_nothing(tree: Any) -> bool:
+def is_nothing(tree: object) -> bool:
     """Return whether ``tree`` is a collection without an iterable; within another collection that is an empty iterable."""
     return isinstance(tree, (list, tuple, Mapping)) and not tree
 
@@ -378,17 +378,17 @@ def rebuilder(tree: Any) -> Rebuild:
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     parts = list(zip(rebuilders, starts, sizes, strict=True))
 
-    def rebuild(items: Sequence[Any]) -> Any:
+    def rebuild(items: Sequence[object]) -> object:
         return join([part(items[start : start + size]) for part, start, size in parts])
 
     return rebuild
 
 
-def _first(items: Sequence[Any]) -> Any:
+def _first(items: Sequence[object]) -> object:
     return items[0]
 
 
-def _joiner(tree: Any) -> Rebuild:
+def _joiner(tree: object) -> Rebuild:
     kind = cast(Any, type(tree))
     if isinstance(tree, Mapping):
         keys = list(tree)

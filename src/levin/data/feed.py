@@ -18,7 +18,7 @@ class Position(Protocol):
     num_left: Optional[int]
     """How many batches are left of the epoch, where the length of the source does not tell."""
 
-    def iterate(self, loader: Iterable[Any], lookahead: int = 0) -> Iterator[Any]:
+    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[Any]:
         """Return the batches of the source, or those that are left; ``lookahead`` of them are taken ahead."""
 
 
@@ -39,14 +39,14 @@ class Feed:
 
     def __init__(
         self,
-        sources: list[Iterable[Any]],
+        sources: list[Iterable[object]],
         limits: list[int | float],
         lengths: list[int | float],
         device: torch.device,
-        convert: Optional[Callable[[Any], Any]] = None,
-        transfer: Optional[Callable[[Any, torch.device, int], Any]] = None,
+        convert: Optional[Callable[[object], object]] = None,
+        transfer: Optional[Callable[[object, torch.device, int], object]] = None,
         on_demand: bool = False,
-        draw: Optional[Callable[[Iterator[Any], Any], Any]] = None,
+        draw: Optional[Callable[[Iterator[object], object], object]] = None,
     ) -> None:
         self.sources = sources
         self.limits = limits
@@ -73,7 +73,7 @@ class Feed:
     def listen(self) -> None:
         """Look from here on whether the steps of this rank talk to other ranks; see shared_feed.py."""
 
-    def place(self, batch: Any, dataloader_idx: int) -> Any:
+    def place(self, batch: object, dataloader_idx: int) -> Any:
         """Return ``batch`` on the device, through the user's hooks."""
         if self.is_on_demand:
             return batch
@@ -111,7 +111,7 @@ class Feed:
         batches = self._batches(start, iterator)
         return self._on_demand(batches) if self.is_on_demand else batches
 
-    def _on_demand(self, batches: Generator[tuple[Any, int, int], None, None]) -> Generator[Any, None, None]:
+    def _on_demand(self, batches: Generator[tuple[object, int, int], None, None]) -> Generator[Any, None, None]:
         """Yield an :class:`OnDemand` in place of each batch, and note what the steps take."""
         counted = self._counted(batches)
         self.first_take, self.later_takes = 0, None
@@ -132,12 +132,12 @@ class Feed:
         """Whether the first step took more batches than each of the others, as steps do that keep some for later."""
         return self.later_takes is not None and 0 < self.later_takes < self.first_take
 
-    def _counted(self, batches: Iterator[tuple[Any, int, int]]) -> Iterator[tuple[Any, int, int]]:
+    def _counted(self, batches: Iterator[tuple[object, int, int]]) -> Iterator[tuple[Any, int, int]]:
         for item in batches:
             self.num_taken = item[1] + 1
             yield item
 
-    def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
+    def _batches(self, start: int, iterator: Optional[Iterator[object]]) -> Generator[tuple[Any, int, int], None, None]:
         place = self.place
         last_source = max((i for i, limit in enumerate(self.limits) if limit > 0 and self.lengths[i] > 0), default=-1)
         for dataloader_idx, source in enumerate(self.sources):
@@ -194,7 +194,7 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
         (('a', 0, 0), ('b', 1, 0))
     """
 
-    def __init__(self, item: tuple[Any, int, int], following: Iterator[tuple[Any, int, int]]) -> None:
+    def __init__(self, item: tuple[object, int, int], following: Iterator[tuple[object, int, int]]) -> None:
         self.batch: Any = item[0]
         """The batch that was taken last; before the step, the one that comes."""
         self._item: Optional[tuple[Any, int, int]] = item
@@ -208,14 +208,14 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
         return item
 
 
-def drawn(iterator: Iterator[Any], draw: Callable[[Iterator[Any], Any], Any]) -> Iterator[Any]:
+def drawn(iterator: Iterator[object], draw: Callable[[Iterator[object], object], object]) -> Iterator[Any]:
     """Yield the items of ``iterator``, each fetched by ``draw(iterator, default)``."""
     end = object()
     while (item := draw(iterator, end)) is not end:
         yield item
 
 
-def with_end(iterator: Iterator[Any], limit: int | float) -> Iterator[tuple[Any, bool]]:
+def with_end(iterator: Iterator[object], limit: int | float) -> Iterator[tuple[Any, bool]]:
     """Yield at most ``limit`` items, each with whether it is the last, by fetching one ahead."""
     if limit <= 0:
         return

@@ -74,7 +74,7 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 def _recording(init: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(init)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapped(self: object, *args: object, **kwargs: object) -> None:
         if _ARGUMENTS not in self.__dict__:
             self.__dict__[_ARGUMENTS] = (args, kwargs)
         init(self, *args, **kwargs)
@@ -137,7 +137,7 @@ def prepare_dataloader(
     return rebuild(loader, sampler, stage) if stage == "predict" else loader
 
 
-def hint_at_workers(loader: Any, stage: str) -> None:
+def hint_at_workers(loader: object, stage: str) -> None:
     """Tell of processors that could load data and do not."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if isinstance(loader, DataLoader) and loader.num_workers < 2 < usable:
@@ -148,7 +148,7 @@ def hint_at_workers(loader: Any, stage: str) -> None:
         )
 
 
-def shuffles(loader: Any) -> bool:
+def shuffles(loader: object) -> bool:
     """Return whether a loader draws in random order."""
     return isinstance(getattr(loader, "sampler", None), RandomSampler)
 
@@ -200,7 +200,7 @@ _PLAIN = [
 ]
 
 
-def _init_arguments(loader: DataLoader[Any]) -> dict[str, Any]:
+def _init_arguments(loader: DataLoader[object]) -> dict[str, Any]:
     recorded = vars(loader).get(_ARGUMENTS)
     parameters = inspect.signature(type(loader).__init__).parameters
     if recorded is not None and type(loader) is not DataLoader:
@@ -287,7 +287,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
                     sampler.set_epoch(epoch)
 
 
-def stop_workers(iterator: Any) -> None:
+def stop_workers(iterator: object) -> None:
     """End the workers of an iterator of a DataLoader whose epoch is over; those that are persistent live on."""
     if isinstance(iterator, _MultiProcessingDataLoaderIter) and not iterator._persistent_workers:
         iterator._shutdown_workers()

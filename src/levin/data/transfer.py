@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class CopyStream:
         self.ends: deque[torch.cuda.Event] = deque()
         self.has_copied: bool = False
 
-    def __call__(self, batch: Any, device: torch.device) -> Any:
+    def __call__(self, batch: object, device: torch.device) -> object:
         """Return ``batch`` with every leaf that has a ``to`` method on ``device``."""
         if self.has_copied:
             self._bound()

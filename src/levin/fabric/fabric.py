@@ -76,9 +76,9 @@ class Fabric(Processes):
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
-        plugins: Any = None,
-        callbacks: Any = None,
-        loggers: Any = None,
+        plugins: object = None,
+        callbacks: object = None,
+        loggers: object = None,
     ) -> None:
         super().__init__(
             dict(accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision),
@@ -189,7 +189,7 @@ class Fabric(Processes):
         self.call("on_after_optimizer_step", strategy=strategy, optimizer=optimizer)
 
     def setup_dataloaders(
-        self, *dataloaders: Any, use_distributed_sampler: bool = True, move_to_device: bool = True
+        self, *dataloaders: object, use_distributed_sampler: bool = True, move_to_device: bool = True
     ) -> Any:
         """Prepare loaders: each process sees its part of the data, on its device.
 
@@ -222,7 +222,7 @@ class Fabric(Processes):
 
     # The step
 
-    def backward(self, tensor: Tensor, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def backward(self, tensor: Tensor, *args: object, model: nn.Module | None = None, **kwargs: object) -> None:
         """Run ``tensor.backward(*args, **kwargs)`` as precision and strategy want it.
 
         Args:
@@ -297,7 +297,7 @@ class Fabric(Processes):
             rank_zero_warn(f"{type(self._strategy).__name__} exchanges gradients in every backward pass.")
         return self._strategy.no_sync(set_up_module(module), enabled)
 
-    def to_device(self, obj: Any) -> Any:
+    def to_device(self, obj: object) -> Any:
         """Return ``obj`` on the device of this process: a module moved in place, tensors and collections copied."""
         if not isinstance(obj, nn.Module):
             return move_data_to_device(obj, self.device)
@@ -324,7 +324,7 @@ class Fabric(Processes):
 
     # Files
 
-    def save(self, path: PathLike, state: Mapping[str, Any], filter: Filter | None = None) -> None:
+    def save(self, path: PathLike, state: Mapping[str, object], filter: Filter | None = None) -> None:
         """Save modules, optimizers, loaders, anything with a ``state_dict``, and plain values. All processes call this.
 
         The file is whole or not there, and an older one is replaced only by a whole one.
@@ -346,7 +346,7 @@ class Fabric(Processes):
     def load(
         self,
         path: PathLike,
-        state: dict[str, Any] | None = None,
+        state: dict[str, object] | None = None,
         strict: bool = True,
         *,
         weights_only: bool | None = None,
@@ -391,7 +391,7 @@ class Fabric(Processes):
 
     # Callbacks and loggers
 
-    def call(self, hook_name: str, *args: Any, **kwargs: Any) -> None:
+    def call(self, hook_name: str, *args: object, **kwargs: object) -> None:
         """Run the method of that name of every callback that has it.
 
         Args:
@@ -410,7 +410,7 @@ class Fabric(Processes):
             takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
             method(*args, **{name: value for name, value in kwargs.items() if takes_all or name in parameters})
 
-    def log(self, name: str, value: Any, step: int | None = None) -> None:
+    def log(self, name: str, value: object, step: int | None = None) -> None:
         """Give a number, or a tensor with one element, to every logger."""
         self.log_dict({name: value}, step)
 
@@ -426,16 +426,16 @@ class Fabric(Processes):
         """Seed python, numpy and torch, and the workers of loaders; see :func:`levin.seed_everything`."""
         return seed_everything(seed, workers=True if workers is None else workers, verbose=verbose)
 
-    def trainer_shim(self, module: Any) -> TrainerShim:
+    def trainer_shim(self, module: object) -> TrainerShim:
         """Return what ``self.trainer`` is in a LightningModule that was set up here."""
         return TrainerShim(self, module)
 
 
-def _as_list(given: Any) -> list[Any]:
+def _as_list(given: object) -> list[object]:
     return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
 
 
-def _check_new(*objects: Any) -> None:
+def _check_new(*objects: object) -> None:
     for obj in objects:
         if is_wrapped(obj):
             raise ValueError(f"An object is set up once, received a {type(obj).__name__}. Pass the one you made.")

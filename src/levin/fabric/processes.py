@@ -64,7 +64,7 @@ class Processes:
                 )
             self._enter()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "run" in vars(cls):
             cls.run = _launching(vars(cls)["run"])  # type: ignore[method-assign]
@@ -128,7 +128,7 @@ class Processes:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Do the work; a subclass defines it, and calling it launches the processes first."""
 
-    def launch(self, function: Callable[..., Any] = _do_nothing, *args: Any, **kwargs: Any) -> Any:
+    def launch(self, function: Callable[..., object] = _do_nothing, *args: object, **kwargs: object) -> Any:
         """Start the processes.
 
         Args:
@@ -161,13 +161,13 @@ class Processes:
             )
         return self._launch(function, self, *args, **kwargs)
 
-    def _launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _launch(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
         launcher = self._strategy.launcher
         if launcher is None:
             return self._run_launched(function, *args, **kwargs)
         return launcher.launch(self._run_launched, function, *args, **kwargs)
 
-    def _run_launched(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run_launched(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
         self._enter()
         return function(*args, **kwargs)
 
@@ -196,12 +196,12 @@ class Processes:
         self._check_launched()
         self._strategy.barrier(name)
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
+    def broadcast(self, obj: object, src: int = 0) -> Any:
         """Return the object of rank ``src`` in every process."""
         self._check_launched()
         return self._strategy.broadcast(obj, src=src)
 
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: object, group: object = None, sync_grads: bool = False) -> Any:
         """Return the tensors of all processes along a new first dimension; of one process as they are.
 
         Args:
@@ -213,7 +213,7 @@ class Processes:
         gather = functools.partial(self._strategy.all_gather, group=group, sync_grads=sync_grads)
         return self._over_tensors(data, gather)
 
-    def all_reduce(self, data: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def all_reduce(self, data: object, group: object = None, reduce_op: object = "mean") -> Any:
         """Return the tensors reduced over all processes.
 
         Args:
@@ -224,8 +224,8 @@ class Processes:
         self._check_launched()
         return self._over_tensors(data, functools.partial(self._strategy.reduce, group=group, reduce_op=reduce_op))
 
-    def _over_tensors(self, data: Any, function: Callable[[Tensor], Any]) -> Any:
-        def apply(leaf: Any) -> Any:
+    def _over_tensors(self, data: object, function: Callable[[Tensor], object]) -> object:
+        def apply(leaf: object) -> object:
             return function(
                 leaf.to(self.device) if isinstance(leaf, Tensor) else torch.tensor(leaf, device=self.device)
             )
@@ -248,11 +248,11 @@ class Processes:
         self.barrier()
 
 
-def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
+def _launching(run: Callable[..., object]) -> Callable[..., object]:
     """Return a ``run`` that launches the processes, in each of which it is ``run`` itself."""
 
     @functools.wraps(run)
-    def launched(self: Processes, *args: Any, **kwargs: Any) -> Any:
+    def launched(self: Processes, *args: object, **kwargs: object) -> object:
         if self._is_running:
             return run(self, *args, **kwargs)
         # By its name, since what goes to another process has to be found there.
@@ -261,7 +261,7 @@ def _launching(run: Callable[..., Any]) -> Callable[..., Any]:
     return launched
 
 
-def _run(fabric: Processes, *args: Any, **kwargs: Any) -> Any:
+def _run(fabric: Processes, *args: object, **kwargs: object) -> object:
     fabric._is_running = True
     try:
         return fabric.run(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: dict[str, object] = {
     "accelerator": "auto",
     "strategy": "auto",
     "devices": "auto",
@@ -19,7 +19,7 @@ def is_launched_by_command() -> bool:
     return os.environ.get("LT_CLI_USED") == "1"
 
 
-def with_environment(given: dict[str, Any]) -> dict[str, Any]:
+def with_environment(given: dict[str, object]) -> dict[str, Any]:
     """Return the arguments of a Fabric, with those that are set by ``LT_ACCELERATOR``, ``LT_DEVICES`` and so on.
 
     Args:

@@ -16,7 +16,7 @@ from levin.utilities.rng_states import collect_rng_states, set_rng_states
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-def check_filter(state: Any, filter: Any) -> None:
+def check_filter(state: object, filter: object) -> None:
     """Check the arguments of ``fabric.save``.
 
     Raises:
@@ -104,7 +104,7 @@ def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool, weights_
     return True
 
 
-def _state_of(obj: Any, strategy: Strategy) -> Any:
+def _state_of(obj: object, strategy: Strategy) -> Any:
     inner, _ = split_compiled(obj)
     if isinstance(inner, nn.Module):
         return strategy.module_state(set_up_module(inner))

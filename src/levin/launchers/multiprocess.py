@@ -118,11 +118,11 @@ class MultiProcessingLauncher(Launcher):
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, signum)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the running processes here: they belong to this process alone."""
         return {**self.__dict__, "_processes": []}
 
-    def _check(self, trainer: Any) -> None:
+    def _check(self, trainer: object) -> None:
         if self._has_fitted and _is_fit(trainer):
             raise NotImplementedError(
                 f"fit() was called twice on one Trainer whose processes are started by {self.start_method!r}: the optimizer "
@@ -388,6 +388,6 @@ def _join(processes: list[BaseProcess], timeout_s: float) -> None:
         process.join(max(0.0, deadline - time.monotonic()))
 
 
-def _is_fit(trainer: Any) -> bool:
+def _is_fit(trainer: object) -> bool:
     fn = getattr(getattr(trainer, "state", None), "fn", None)
     return str(getattr(fn, "value", fn)) == "fit"

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from levin.launchers.launcher import SIGTERM_STATUS, Launcher
 from levin.launchers.restart import script_command
@@ -55,7 +55,9 @@ class SubprocessLauncher(Launcher):
         """False: a prompt has no script to start again."""
         return False
 
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    def launch(
+        self, function: Callable[..., object], *args: object, trainer: object = None, **kwargs: object
+    ) -> object:
         """Start the other processes, unless they are there, and run the function in this one."""
         if not self._environment.creates_processes_externally:
             self._start()
@@ -84,7 +86,7 @@ class SubprocessLauncher(Launcher):
             if process.poll() is None:
                 process.send_signal(signum)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the running processes here: they belong to this process alone."""
         return {**self.__dict__, "_processes": [], "_watcher": None}
 

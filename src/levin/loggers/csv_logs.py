@@ -79,12 +79,12 @@ class ExperimentWriter:
                 " steps before the one that a run goes on from."
             )
 
-    def log_hparams(self, params: Mapping[str, Any]) -> None:
+    def log_hparams(self, params: Mapping[str, object]) -> None:
         """Add hyper-parameters to those that the next :meth:`save` writes."""
         self.hparams.update(params)
         self._has_new_hparams = True
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, object], step: Optional[int] = None) -> None:
         """Add one row.
 
         Args:
@@ -356,7 +356,7 @@ def _table(header: list[str], previous: Optional[io.TextIOBase]) -> str:
     return _rows(header, [dict(zip(header, header)), *rows])
 
 
-def _rows(header: list[str], rows: list[dict[str, Any]]) -> str:
+def _rows(header: list[str], rows: list[dict[str, object]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([[row.get(name, "") for name in header] for row in rows])
     return text.getvalue()

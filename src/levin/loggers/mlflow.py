@@ -60,7 +60,7 @@ class MLFlowLogger(Logger):
         experiment_name: str = "lightning_logs",
         run_name: Optional[str] = None,
         tracking_uri: Optional[str] = None,
-        tags: Optional[dict[str, Any]] = None,
+        tags: Optional[dict[str, object]] = None,
         save_dir: Optional[str] = "./mlruns",
         log_model: Literal[True, False, "all"] = False,
         prefix: str = "",
@@ -136,7 +136,7 @@ class MLFlowLogger(Logger):
         rank_zero_info("Experiment with name %s not found. Creating it.", self._experiment_name)
         return str(client.create_experiment(self._experiment_name, artifact_location=self._artifact_location))
 
-    def _all_tags(self) -> dict[str, Any]:
+    def _all_tags(self) -> dict[str, object]:
         from mlflow.tracking.context.registry import resolve_tags
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 

@@ -74,7 +74,7 @@ class TensorBoardLogger(Logger):
         default_hp_metric: bool = True,
         prefix: str = "",
         sub_dir: Optional[PathLike] = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         _require_tensorboard()
         self.hparams: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def _require_tensorboard() -> None:
         )
 
 
-def _make_writer(log_dir: str, kwargs: dict[str, Any]) -> SummaryWriter:
+def _make_writer(log_dir: str, kwargs: dict[str, object]) -> SummaryWriter:
     if find_spec("tensorboard") is None:
         from tensorboardX import SummaryWriter as SummaryWriterX
 

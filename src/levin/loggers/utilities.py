@@ -25,7 +25,7 @@ HPARAMS_FILE = "hparams.yaml"
 Params = Union[Mapping[str, Any], Namespace, None]
 
 
-def add_prefix(metrics: Mapping[str, Any], prefix: str, separator: str = "-") -> Mapping[str, Any]:
+def add_prefix(metrics: Mapping[str, object], prefix: str, separator: str = "-") -> Mapping[str, Any]:
     """Return ``metrics`` with ``prefix`` and ``separator`` in front of every name.
 
     Example:
@@ -46,7 +46,7 @@ def to_dict(params: Params) -> dict[str, Any]:
     return {key: _resolve_omegaconf(value) for key, value in items.items()}
 
 
-def _resolve_omegaconf(value: Any) -> Any:
+def _resolve_omegaconf(value: object) -> Any:
     omegaconf = sys.modules.get("omegaconf")
     if omegaconf is not None and isinstance(value, (omegaconf.DictConfig, omegaconf.ListConfig)):
         return omegaconf.OmegaConf.to_container(value, resolve=True)
@@ -84,7 +84,7 @@ def _branch(value: Any) -> Optional[Mapping[Any, Any]]:
     return None
 
 
-def sanitize(params: Mapping[str, Any]) -> dict[str, Union[bool, int, float, str]]:
+def sanitize(params: Mapping[str, object]) -> dict[str, Union[bool, int, float, str]]:
     """Return ``params`` with every value as a bool, a number or a text, which is all that dashboards accept.
 
     Example:
@@ -94,7 +94,7 @@ def sanitize(params: Mapping[str, Any]) -> dict[str, Union[bool, int, float, str
     return {name: _primitive(value) for name, value in params.items()}
 
 
-def _primitive(value: Any) -> Union[bool, int, float, str]:
+def _primitive(value: object) -> Union[bool, int, float, str]:
     if isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
         return value
     if isinstance(value, Tensor) and value.ndim == 0:
@@ -252,7 +252,7 @@ def json_values(params: Mapping[Any, Any]) -> dict[Any, Any]:
     return values
 
 
-def _describe(value: Any) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     return f"an instance of {type(value).__module__}.{type(value).__qualname__}"

@@ -73,11 +73,11 @@ class WandbLogger(Logger):
         anonymous: Optional[bool] = None,
         project: Optional[str] = None,
         log_model: Union[Literal["all"], bool] = False,
-        experiment: Any = None,
+        experiment: object = None,
         prefix: str = "",
         checkpoint_name: Optional[str] = None,
         add_file_policy: Literal["mutable", "immutable"] = "mutable",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if find_spec("wandb") is None:
             raise ModuleNotFoundError("WandbLogger needs the package wandb. Install it with: pip install wandb")
@@ -200,8 +200,8 @@ class WandbLogger(Logger):
         self,
         key: str,
         columns: Optional[list[str]] = None,
-        data: Optional[list[list[Any]]] = None,
-        dataframe: Any = None,
+        data: Optional[list[list[object]]] = None,
+        dataframe: object = None,
         step: Optional[int] = None,
     ) -> None:
         """Record a table, given by columns and rows or as a data frame.
@@ -223,7 +223,7 @@ class WandbLogger(Logger):
         key: str,
         columns: Optional[list[str]] = None,
         data: Optional[list[list[str]]] = None,
-        dataframe: Any = None,
+        dataframe: object = None,
         step: Optional[int] = None,
     ) -> None:
         """Record texts as a table; see :meth:`log_table`.
@@ -286,7 +286,7 @@ class WandbLogger(Logger):
         self._log_media("Video", key, "videos", videos, step, kwargs)
 
     def _log_media(
-        self, kind: str, key: str, argument: str, items: Any, step: Optional[int], options: dict[str, list[Any]]
+        self, kind: str, key: str, argument: str, items: object, step: Optional[int], options: dict[str, list[object]]
     ) -> None:
         import wandb
 

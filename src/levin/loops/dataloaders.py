@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from contextlib import nullcontext
-from typing import Any, Optional
+from typing import Optional
 
 from levin.counters import EvaluationLoop
 from levin.data.feed import Feed
@@ -202,7 +202,7 @@ def tell_epoch(run: Run, loaders: StageLoaders) -> None:
 
 def batch_indices(feed: Feed, dataloader_idx: int, batch_idx: int) -> Optional[list[int]]:
     """Return the dataset indices of a batch that was drawn to predict on, None when they are unknown."""
-    sampler: Any = getattr(feed.sources[dataloader_idx], "batch_sampler", None)
+    sampler: object = getattr(feed.sources[dataloader_idx], "batch_sampler", None)
     seen: Optional[list[list[int]]] = getattr(sampler, "seen_batch_indices", None)
     # A loader with workers draws ahead, so the batch is found by its own index.
     return seen[batch_idx] if seen and batch_idx < len(seen) else None

@@ -81,7 +81,7 @@ def end_validation_in_fit(run: Run, unfinished: InterruptedPhase) -> None:
     run.state.stage = RunningStage.TRAINING
 
 
-def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[Any, int, int], Any]:
+def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[object, int, int], object]:
     """Return ``step(batch, batch_idx, dataloader_idx)`` that passes what the user's step takes."""
     name = f"{stage}_step"
     function = run.timed(
@@ -108,7 +108,7 @@ class Predictions:
         self._feed = feed
         self._loop = loop
         self._keeps = keeps
-        self._outputs: list[list[Any]] = [[] for _ in feed.sources]
+        self._outputs: list[list[object]] = [[] for _ in feed.sources]
         self._has_warned: bool = False
         loop.epoch_batch_indices = [[] for _ in feed.sources]
 
@@ -116,7 +116,7 @@ class Predictions:
         """Find the indices of the batch, if they are known."""
         self._loop.current_batch_indices = batch_indices(self._feed, dataloader_idx, batch_idx) or []
 
-    def end_batch(self, output: Any, dataloader_idx: int) -> None:
+    def end_batch(self, output: object, dataloader_idx: int) -> None:
         """Keep what the batch gave."""
         if output is None and not self._has_warned:
             self._has_warned = True
@@ -134,8 +134,8 @@ class Predictions:
 
 
 def evaluate(
-    run: Run, stage: str, feed: Feed, step: Callable[[Any, int, int], Any], loop: EvaluationLoop
-) -> Optional[list[Any]]:
+    run: Run, stage: str, feed: Feed, step: Callable[[object, int, int], object], loop: EvaluationLoop
+) -> Optional[list[object]]:
     """Run ``validation``, ``test`` or ``predict`` over all batches once.
 
     In pseudocode::
@@ -184,11 +184,11 @@ def _batches(
     run: Run,
     stage: str,
     feed: Feed,
-    batches: Iterator[tuple[Any, int, int]],
-    step: Callable[[Any, int, int], Any],
+    batches: Iterator[tuple[object, int, int]],
+    step: Callable[[object, int, int], object],
     loop: EvaluationLoop,
     predictions: Optional[Predictions],
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Run over all batches. Returns a dict for each loader, with its epoch values where there are several loaders."""
     hooks, progress, store = run.hooks, loop.batch_progress, run.store
     start, end = f"on_{stage}_batch_start", f"on_{stage}_batch_end"
@@ -197,7 +197,7 @@ def _batches(
     is_multiple = len(feed.sources) > 1
     previous_loader = -1
     agreement, flags = run.agreement, run.flags
-    results: list[dict[str, Any]] = [{} for _ in range(max(1, len(feed.sources)))]
+    results: list[dict[str, object]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(run.loggers) and not run.is_sanity_checking
     log_steps = run.eval_log_steps
     for batch, batch_idx, dataloader_idx in batches:
@@ -244,7 +244,7 @@ def _batches(
     return results
 
 
-def _end_loader(run: Run, store: LogStore) -> dict[str, Any]:
+def _end_loader(run: Run, store: LogStore) -> dict[str, object]:
     """Reduce the values of one of several loaders, before the next one adds to the same metric objects."""
     check_logged_names(run)
     metrics = store.read(on_step=False)
@@ -253,10 +253,10 @@ def _end_loader(run: Run, store: LogStore) -> dict[str, Any]:
     return metrics.logged
 
 
-def _finish(run: Run, store: LogStore, results: list[dict[str, Any]]) -> None:
+def _finish(run: Run, store: LogStore, results: list[dict[str, object]]) -> None:
     """Reduce what belongs to no single loader, and hand all on to users and loggers."""
     metrics = store.read(on_step=False)
-    logged: dict[str, Any] = {}
+    logged: dict[str, object] = {}
     for result in results:
         result.update(metrics.logged)
         logged.update(result)

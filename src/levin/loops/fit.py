@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional
+from typing import Optional
 
 from levin.data.feed import Feed
 from levin.loops import evaluate
@@ -95,7 +95,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
             progress.increment_ready()
             store.start_batch(batch)
             if batch is None:
-                outputs: Optional[dict[str, Any]] = None
+                outputs: Optional[dict[str, object]] = None
                 _warn_of_empty_batch()
             else:
                 if has_start and run.call("on_train_batch_start", batch, batch_idx) == -1 and may_skip:

@@ -95,17 +95,19 @@ class HookTable:
         return self._table[name]
 
 
-def _call_with_batch(hook: Callable[..., Any], *args: Any) -> Any:
+def _call_with_batch(hook: Callable[..., object], *args: object) -> object:
     return hook(*(arg.batch if isinstance(arg, OnDemand) else arg for arg in args))
 
 
-def _callback_hook(callback: Callback, name: str, profile: Optional[Timed], *args: Any) -> Optional[Callable[..., Any]]:
+def _callback_hook(
+    callback: Callback, name: str, profile: Optional[Timed], *args: object
+) -> Optional[Callable[..., object]]:
     is_own = has_own(name, callback, Callback)
     hook = _timed_hook(callback, name, profile, is_own)
     return None if hook is None else functools.partial(hook, *args)
 
 
-def _timed_hook(owner: Any, name: str, profile: Optional[Timed], is_own: bool) -> Optional[Callable[..., Any]]:
+def _timed_hook(owner: object, name: str, profile: Optional[Timed], is_own: bool) -> Optional[Callable[..., object]]:
     """Return the hook if it ``is_own``, no default that does nothing; a profiler measures those as well."""
     if profile is None:
         return getattr(owner, name) if is_own else None
@@ -113,7 +115,7 @@ def _timed_hook(owner: Any, name: str, profile: Optional[Timed], is_own: bool) -
     return None if hook is None else profile(action_name(owner, name), hook)
 
 
-def has_hook(module: Any, name: str) -> bool:
+def has_hook(module: object, name: str) -> bool:
     """Return whether the user gave ``module`` a hook ``name`` of its own (in the class or on the instance)."""
     if getattr(module, name, None) is None:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -11,7 +11,7 @@ from levin.loops.run import Run
 from levin.utilities.numbers import to_numbers
 
 
-def send(run: Run, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+def send(run: Run, metrics: Mapping[str, object], step: Optional[int] = None) -> None:
     """Send ``metrics`` to every logger.
 
     Args:
@@ -41,7 +41,7 @@ def send_hyperparameters(run: Run) -> None:
     if not run.loggers or not run.settings.enable_autolog_hparams:
         return
     module, datamodule = run.module, run.datamodule
-    merged: dict[str, Any] = {}
+    merged: dict[str, object] = {}
     for owner in (module, datamodule):
         if owner is None or not owner._log_hyperparams:
             continue
@@ -61,7 +61,7 @@ def send_hyperparameters(run: Run) -> None:
         logger.save()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
     return type(a) is type(b) and bool(a == b)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -61,7 +61,7 @@ def _memory_use(run: Run) -> MemoryUse:
     )
 
 
-def _num_bytes(values: Iterable[Any], device: torch.device) -> int:
+def _num_bytes(values: Iterable[object], device: torch.device) -> int:
     """Return the size of the tensors among ``values`` that are on ``device``; of spread ones the part that is here."""
     tensors = (value for value in values if isinstance(value, torch.Tensor))
     local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)

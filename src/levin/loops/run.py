@@ -41,10 +41,10 @@ class Step(Protocol):
 
     uneven: Optional[Uneven]
 
-    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+    def __call__(self, batch: object, batch_idx: int, is_last: bool) -> dict[str, object]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         """Run the backward pass, with the hooks around it."""
 
     def close_window(self) -> None:
@@ -128,10 +128,10 @@ class Run:
         # Name of the hooks that are being called, those that are left, and their arguments.
         self.under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
-    def __setstate__(self, arguments: dict[str, Any]) -> None:
+    def __setstate__(self, arguments: dict[str, object]) -> None:
         self.__init__(**arguments)  # type: ignore[misc]  # a run that has not begun
 
     @property
@@ -186,7 +186,7 @@ class Run:
 
     # ---------------------------------------------------------------- hooks
 
-    def call(self, name: str, *args: Any, num_last: Optional[int] = None) -> Any:
+    def call(self, name: str, *args: object, num_last: Optional[int] = None) -> object:
         """Call the hook ``name`` of callbacks and module, with ``self.log`` knowing where it is called.
 
         Args:
@@ -214,7 +214,7 @@ class Run:
         self.under_way = outer
         return answer
 
-    def call_own(self, name: str, function: Optional[Callable[..., Any]], *args: Any, **kwargs: Any) -> Any:
+    def call_own(self, name: str, function: Optional[Callable[..., object]], *args: object, **kwargs: object) -> object:
         """Call one function of the module as the hook ``name``; None, which the user may have put there, does nothing."""
         if function is None:
             return None
@@ -227,7 +227,7 @@ class Run:
         finally:
             store.hook = previous
 
-    def call_of(self, owner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    def call_of(self, owner: object, name: str, *args: object, **kwargs: object) -> object:
         """Call a method that callback, module or data module have in any case, a few times per run, outside the loops."""
         method = getattr(owner, name)
         if method is None:
@@ -284,12 +284,12 @@ def new_store(run: Run, training: bool) -> LogStore:
     strategy, module = run.strategy, run.module
     found: dict[str, Any] = {}
 
-    def modules() -> dict[str, Any]:
+    def modules() -> dict[str, object]:
         if not found:
             found.update(module.named_modules(remove_duplicate=False))
         return found
 
-    def sync(value: Tensor, reduction: str, group: Any) -> Tensor:
+    def sync(value: Tensor, reduction: str, group: object) -> Tensor:
         group = strategy.data_parallel.group if group is None else group
         reduced: Tensor = strategy.reduce(value.to(strategy.root_device), group=group, reduce_op=reduction)
         return reduced

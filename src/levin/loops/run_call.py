@@ -169,7 +169,7 @@ def configure_optimizers(run: Run) -> tuple[list[Any], list[LRSchedulerConfig]]:
     return resolve_optimizers(run.call_of(run.module, "configure_optimizers"), run.module)
 
 
-def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
+def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any:
     """Run the loop of ``fn`` and return what the user gets."""
     if fn == "fit":
         run_fit(run, checkpoint)
@@ -192,7 +192,7 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, Any]]) -> Any:
         return evaluate(run, name, feed, step, getattr(run.loops, fn))
 
 
-def run_fit(run: Run, checkpoint: Optional[dict[str, Any]]) -> None:
+def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
     """Sanity check, then training."""
     module = run.module
     module.zero_grad()

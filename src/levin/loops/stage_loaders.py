@@ -40,7 +40,7 @@ class StageLoaders:
         self.batches_per_loader: list[int | float] = []
         self.loaded_epoch: float = -math.inf
 
-    def attach(self, given: Any, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
+    def attach(self, given: object, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
         """Remember who gives the loaders: the caller, the data module or the module, in this order."""
         self.given = given
         self.owner = None
@@ -131,7 +131,7 @@ class StageLoaders:
         self.limits = [num_from_limit(limit, length, name) for length in lengths]
         self.lengths = lengths
 
-    def measure_again(self, limit: int | float, name: str, num_from_limit: Any) -> bool:
+    def measure_again(self, limit: int | float, name: str, num_from_limit: object) -> bool:
         """Find the lengths that loaders have in this epoch. Returns whether they changed."""
         before, limits = self.lengths, self.limits
         self.measure(limit, name, num_from_limit)

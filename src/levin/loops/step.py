@@ -228,7 +228,7 @@ class AutomaticStep:
         self.backward(loss)
         return loss
 
-    def _take(self, output: Any) -> Optional[Tensor]:
+    def _take(self, output: object) -> Optional[Tensor]:
         if isinstance(output, Tensor):
             self.outputs = {"loss": output.detach()}
             return output
@@ -354,7 +354,7 @@ class ManualStep:
         for param, gradient in zip(self.run.module.parameters(), state.get("gradients", [])):
             param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
 
-    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+    def __call__(self, batch: object, batch_idx: int, is_last: bool) -> dict[str, object]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         store = self.run.store
         previous, store.hook = store.hook, "training_step"
@@ -374,7 +374,7 @@ class ManualStep:
             f"received {type(output).__name__}."
         )
 
-    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         """Run the backward pass of the user's ``manual_backward``."""
         if self.uneven is not None and self.uneven.num_lacking:
             loss = loss * self.uneven.share
@@ -386,7 +386,7 @@ class ManualStep:
         self.progress.increment_completed()
         return None if closure is None else result
 
-    def _before_step(self, optimizer: Any) -> None:
+    def _before_step(self, optimizer: object) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
 
 
@@ -399,7 +399,7 @@ def _graphless(loss: Tensor) -> RuntimeError:
     )
 
 
-def _detached(output: Mapping[str, Any]) -> dict[str, Any]:
+def _detached(output: Mapping[str, object]) -> dict[str, object]:
     """Return a copy of what ``training_step`` returned, its loss without the graph."""
     outputs = dict(output)
     if "loss" in outputs:
@@ -412,12 +412,12 @@ def _detached(output: Mapping[str, Any]) -> dict[str, Any]:
     return outputs
 
 
-def _nothing() -> Any:
+def _nothing() -> object:
     """Stand in for the closure of an optimizer that is stepped without one; not None, which would mean a skip."""
     return torch.zeros(())
 
 
-def _own(module: Any, name: str, is_profiled: bool = False) -> Optional[Callable[..., Any]]:
+def _own(module: object, name: str, is_profiled: bool = False) -> Optional[Callable[..., object]]:
     """Return the method ``name`` where the user overrode it; a profiler measures the default one as well."""
     is_own = is_profiled or has_own(name, module, LightningModule)
     return getattr(module, name) if is_own else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from levin.precision.mixed import MixedPrecision
 from levin.precision.precision import Precision
 from levin.precision.true import DoublePrecision, HalfPrecision
@@ -12,7 +10,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 
 PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
 # The value says whether the short form is so often misunderstood that levin points to the long one.
-_SHORT_FORMS: dict[Any, tuple[str, bool]] = {
+_SHORT_FORMS: dict[object, tuple[str, bool]] = {
     64: ("64-true", False),
     "64": ("64-true", False),
     32: ("32-true", False),
@@ -23,7 +21,7 @@ _SHORT_FORMS: dict[Any, tuple[str, bool]] = {
 }
 
 
-def check_precision_name(precision: Any) -> None:
+def check_precision_name(precision: object) -> None:
     """Check that there is such a number format.
 
     Raises:
@@ -37,7 +35,7 @@ def check_precision_name(precision: Any) -> None:
         )
 
 
-def resolve_precision_name(precision: Any) -> str:
+def resolve_precision_name(precision: object) -> str:
     """Return the full name of a number format; short forms that are easily misunderstood warn.
 
     Raises:

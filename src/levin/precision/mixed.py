@@ -59,7 +59,7 @@ class MixedPrecision(Precision):
         # Copies of the weights would be kept to the end of the forward pass, for the rare weight that is used twice.
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
-    def convert_output(self, data: Any) -> Any:
+    def convert_output(self, data: object) -> Any:
         """Return the output with its floating tensors in torch's default type."""
         return convert_floats(data, torch.get_default_dtype())
 
@@ -71,8 +71,8 @@ class MixedPrecision(Precision):
         self,
         optimizer: Optimizer,
         model: Module | None = None,
-        closure: Callable[[], Any] | None = None,
-        **kwargs: Any,
+        closure: Callable[[], object] | None = None,
+        **kwargs: object,
     ) -> Any:
         """Step the optimizer unless the scaled gradients overflowed; see :meth:`Precision.optimizer_step`.
 

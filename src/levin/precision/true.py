@@ -31,11 +31,11 @@ class _TruePrecision(Precision):
         converted: Module = module._apply(self._convert)  # type: ignore[no-untyped-call]  # torch has no type for it
         return converted
 
-    def convert_input(self, data: Any) -> Any:
+    def convert_input(self, data: object) -> Any:
         """Return the batch with its floating tensors in this type, complex ones in that of its pairs."""
         return apply_to_collection(data, Tensor, self._convert)
 
-    def convert_output(self, data: Any) -> Any:
+    def convert_output(self, data: object) -> Any:
         """Return the output with its floating tensors in torch's default type."""
         return convert_floats(data, torch.get_default_dtype())
 
@@ -87,7 +87,7 @@ class DoublePrecision(_TruePrecision):
         super().__init__("64-true", torch.float64)
 
 
-def convert_floats(data: Any, dtype: torch.dtype) -> Any:
+def convert_floats(data: object, dtype: torch.dtype) -> Any:
     """Return ``data`` with every floating tensor in it converted to ``dtype``."""
 
     def convert(tensor: Tensor) -> Tensor:

@@ -181,8 +181,8 @@ def is_profiling(profiler: Profiler) -> bool:
 def timer(profiler: Profiler) -> Timed:
     """Return ``timed(action_name, function)``, which wraps a function so that ``profiler`` measures it."""
 
-    def wrap(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+    def wrap(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def timed(*args: object, **kwargs: object) -> object:
             with profiler.profile(name):
                 return function(*args, **kwargs)
 
@@ -191,6 +191,6 @@ def timer(profiler: Profiler) -> Timed:
     return wrap
 
 
-def untimed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def untimed(name: str, function: Callable[..., object]) -> Callable[..., Any]:
     """Return ``function``: what a run without a profiler has in place of :func:`timer`."""
     return function

@@ -291,7 +291,7 @@ class PyTorchProfiler(Profiler):
 class _NvtxRanges:
     """Marks operators for nsys from start to stop."""
 
-    def __init__(self, kwargs: dict[str, Any]) -> None:
+    def __init__(self, kwargs: dict[str, object]) -> None:
         options = {key: kwargs[key] for key in ("record_shapes",) if key in kwargs}
         self._contexts: list[Any] = [torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(**options)]
 
@@ -318,12 +318,12 @@ class _ModuleNames:
     def _add(self, layer: Module, label: str) -> None:
         markers = self._markers.setdefault(label, [])
 
-        def enter(*_: Any) -> None:
+        def enter(*_: object) -> None:
             marker = record_function(label)
             marker.__enter__()
             markers.append(marker)
 
-        def leave(*_: Any) -> None:
+        def leave(*_: object) -> None:
             if markers:
                 markers.pop().__exit__(None, None, None)
 
@@ -345,7 +345,7 @@ def _default_activities() -> list[ProfilerActivity]:
     return [kind for kind in (ProfilerActivity.CPU, ProfilerActivity.CUDA) if kind in supported]
 
 
-def _checked(schedule: Any) -> Optional[Schedule]:
+def _checked(schedule: object) -> Optional[Schedule]:
     if schedule is None:
         return None
     if not callable(schedule):

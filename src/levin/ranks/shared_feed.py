@@ -26,7 +26,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 WINDOW = 8
 """Batches of unknown number are fetched so far ahead at most."""
 UNKNOWN = -1
-_END: Any = object()
+_END: object = object()
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Peers:
     rank: int
     size: int
     exchange: Callable[[list[float]], list[list[float]]]
-    share: Callable[[Any, int], Any]
+    share: Callable[[object, int], object]
     num_collectives: Callable[[], int]
 
 
@@ -90,7 +90,9 @@ class SharedFeed(Feed):
         """Look from here on whether the step talks to other ranks; what levin itself says between steps does not count."""
         self._num_heard = self.peers.num_collectives()
 
-    def _batches(self, start: int, iterator: Optional[Iterator[Any]]) -> Generator[tuple[Any, int, int], None, None]:
+    def _batches(
+        self, start: int, iterator: Optional[Iterator[object]]
+    ) -> Generator[tuple[object, int, int], None, None]:
         if self.is_on_demand:
             # What a step takes of such an iterator is known to the user alone.
             self.is_shared = False
@@ -118,7 +120,7 @@ class SharedFeed(Feed):
                 iterator = islice(iterator, max(0, int(cap) - first))
             if is_known:
                 windows = iter([self._agree_once(column)])
-                ahead: deque[Any] = deque()
+                ahead: deque[object] = deque()
             else:
                 ahead = deque()
                 windows = self._agree_by_windows(iterator, ahead)
@@ -126,13 +128,13 @@ class SharedFeed(Feed):
             iterator = None
 
     def _steps(
-        self, windows: Iterator[_Window], ahead: deque[Any], iterator: Iterator[Any], index: int, dataloader_idx: int,
+        self, windows: Iterator[_Window], ahead: deque[object], iterator: Iterator[object], index: int, dataloader_idx: int,
         is_final: bool,
-    ) -> Generator[tuple[Any, int, int], None, None]:  # fmt: skip
+    ) -> Generator[tuple[object, int, int], None, None]:  # fmt: skip
         size, num_collectives = self.peers.size, self.peers.num_collectives
         # In training there are fillers whether steps talk or not.
         listens = self.rule is None
-        kept: Any = None
+        kept: object = None
         self._talks = False
         for counts, num_steps, is_end, lender in windows:
             own, fewest = counts[self.peers.rank], min(counts)
@@ -184,7 +186,7 @@ class SharedFeed(Feed):
                         self.is_filler = False
                 index += 1
 
-    def _open(self, dataloader_idx: int, start: int) -> Iterator[Any]:
+    def _open(self, dataloader_idx: int, start: int) -> Iterator[object]:
         source = self.sources[dataloader_idx]
         if self.positions is None:
             return iterate(source)
@@ -205,7 +207,7 @@ class SharedFeed(Feed):
         num_steps = min(counts) if self.rule == "shortest" else max(counts)
         return _Window(counts, num_steps, True, _lender(counts, [False] * len(counts)) if num_steps else None)
 
-    def _agree_by_windows(self, iterator: Iterator[Any], ahead: deque[Any]) -> Iterator[_Window]:
+    def _agree_by_windows(self, iterator: Iterator[object], ahead: deque[object]) -> Iterator[_Window]:
         width, has_had = 1, False
         while True:
             # One more than the window, to know whether it is the last.
@@ -252,7 +254,7 @@ def _lender(counts: list[int], has_batch: list[bool]) -> Optional[int]:
     return next(rank for rank, count in enumerate(counts) if count)
 
 
-def _may_end_early(source: Any) -> bool:
+def _may_end_early(source: object) -> bool:
     """Whether the length of ``source`` is what an iterable data set says of itself, which may hold for all ranks together."""
     if isinstance(source, Joint):
         return any(_may_end_early(loader) for loader in source.loaders)

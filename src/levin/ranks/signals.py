@@ -127,12 +127,12 @@ class _SigtermHandler:
         previous: The handler before, which is called too.
     """
 
-    def __init__(self, run: Run, previous: Any) -> None:
+    def __init__(self, run: Run, previous: object) -> None:
         self.owner: int = os.getpid()
         self.previous: Any = previous
         self._run = run
 
-    def __call__(self, number: int, frame: Any) -> None:
+    def __call__(self, number: int, frame: object) -> None:
         signals, told = self._run.signals, self._run.told
         if os.getpid() != self.owner:
             # A process that was forked off, such as a worker of a loader: it has no batch to finish.
@@ -177,10 +177,10 @@ def _handler_before() -> Any:
     return found
 
 
-def _requeue_handler(run: Run) -> Callable[[int, Any], None]:
+def _requeue_handler(run: Run) -> Callable[[int, object], None]:
     owner = os.getpid()
 
-    def on_requeue(number: int, frame: Any) -> None:
+    def on_requeue(number: int, frame: object) -> None:
         if os.getpid() != owner:
             return
         run.signals.wants_requeue = run.told.received_sigterm = True
@@ -247,7 +247,7 @@ def _path_for_restart(run: Run) -> Optional[str]:
     return os.path.join(str(folder), FILE_NAME)
 
 
-def _saves_weights_only(callback: Any) -> bool:
+def _saves_weights_only(callback: object) -> bool:
     # `ckpt_path="auto"` does not look into its folder.
     return bool(getattr(callback, "save_weights_only", False))
 

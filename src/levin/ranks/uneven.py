@@ -76,7 +76,7 @@ def _copied(states: dict[str, Any]) -> dict[str, Any]:
     return {name: {key: _copy(value) for key, value in state.items()} for name, state in states.items()}
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: object) -> object:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return list(value) if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 _WAY_OUT = "Go on with the optimizers of then, or load the weights with `load_from_checkpoint` and start a new fit."
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, object]]) -> None:
     """Raise if ``states`` cannot be those of ``optimizers``.
 
     Args:

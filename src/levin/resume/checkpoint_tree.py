@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OWN_VERSION = 2
 
 
-def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
+def collect(run: Run, weights_only: bool = False) -> dict[str, object]:
     """Return the tree of a run.
 
     Args:
@@ -30,7 +30,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
         weights_only: Whether to leave out optimizers, schedulers, callbacks and the exact position.
     """
     module, datamodule = run.module, run.datamodule
-    checkpoint: dict[str, Any] = {
+    checkpoint: dict[str, object] = {
         "epoch": run.current_epoch,
         "global_step": run.global_step,
         "pytorch-lightning_version": COMPATIBLE_VERSION,
@@ -77,7 +77,9 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, Any]:
     return checkpoint
 
 
-def save_checkpoint(run: Run, path: PathLike, weights_only: Optional[bool] = None, storage_options: Any = None) -> None:
+def save_checkpoint(
+    run: Run, path: PathLike, weights_only: Optional[bool] = None, storage_options: object = None
+) -> None:
     """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
     with run.profiler.profile("save_checkpoint") if run.is_profiled else nullcontext():
         checkpoint = collect(run, weights_only=bool(weights_only))
@@ -171,7 +173,7 @@ def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(state)
 
 
-def own_state(checkpoint: Mapping[str, Any]) -> Optional[dict[str, Any]]:
+def own_state(checkpoint: Mapping[str, object]) -> Optional[dict[str, Any]]:
     """Return what levin itself added to the file, or None when another framework wrote it."""
     state = checkpoint.get(OWN_KEY)
     return state if isinstance(state, dict) else None

@@ -27,7 +27,7 @@ class Cursor(ABC):
 
     kind: str
 
-    def __init__(self, loader: Any, lookahead: int) -> None:
+    def __init__(self, loader: object, lookahead: int) -> None:
         self.loader: Any = loader
         self.lookahead: int = lookahead
         self.follows_pulls: bool = lookahead > 0
@@ -70,7 +70,7 @@ class Cursor(ABC):
         """Do what must be done right before the first batch is taken."""
         self.unread = None
 
-    def followed(self, iterator: Iterator[Any]) -> Iterator[Any]:
+    def followed(self, iterator: Iterator[object]) -> Iterator[Any]:
         """Yield from ``iterator``, keeping the state before each batch."""
         while True:
             before = self.before_pull()
@@ -89,7 +89,7 @@ class Cursor(ABC):
     def after_pull(self) -> None:
         """Do what must be done with every batch taken."""
 
-    def after_end(self, before: Any) -> None:
+    def after_end(self, before: object) -> None:
         """Do what must be done when there was no further batch to take."""
 
     def in_flight_states(self, num_in_flight: int) -> list[Any]:
@@ -140,7 +140,7 @@ class StatefulCursor(Cursor):
         """Return the loader's own state."""
         return self.loader.state_dict()
 
-    def _leave(self, loader_state: Any, is_ended: bool) -> None:
+    def _leave(self, loader_state: object, is_ended: bool) -> None:
         self.unread = None
         present = self.rng.read()
         leave_epoch(self.loader, loader_state, is_ended)
@@ -152,7 +152,7 @@ class ReplayCursor(Cursor):
 
     kind = "replay"
 
-    def __init__(self, loader: Any, lookahead: int) -> None:
+    def __init__(self, loader: object, lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.is_builtin: bool = isinstance(loader, (list, tuple, range, str))
         self.main: WorkerState = WorkerState(getattr(loader, "dataset", loader), getattr(loader, "collate_fn", None))
@@ -206,7 +206,7 @@ class ReplayCursor(Cursor):
         return {} if self.is_builtin else self.rng.read()
 
 
-def taken_first(taken: list[Any], iterator: Iterator[Any]) -> Iterator[Any]:
+def taken_first(taken: list[object], iterator: Iterator[object]) -> Iterator[Any]:
     """Yield batches that were taken already, then the rest."""
     yield from taken
     # `chain` would call `iter` of the iterator, and a loader that is its own iterator would begin anew.

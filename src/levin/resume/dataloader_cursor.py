@@ -32,12 +32,12 @@ from levin.utilities.rng_states import PROCESS
 class _LoaderCursor(Cursor):
     """What the cursors for PyTorch's DataLoader share."""
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.num_workers: int = loader.num_workers
         self.main: WorkerState = WorkerState(loader.dataset, loader.collate_fn)
         self.workers: Workers | None = None
-        self.iterator: Any = None
+        self.iterator: object = None
         # Iterating a data set moves it on; a state loaded meanwhile would count for its next iteration.
         self._left_out: set[str] = {"dataset"} if isinstance(loader.dataset, IterableDataset) else set()
 
@@ -45,7 +45,7 @@ class _LoaderCursor(Cursor):
         """End workers that do not live on."""
         stop_workers(self.iterator)
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return the states of this process; None with workers."""
         # With workers, taking a batch draws nothing here that starting again would not draw.
         return None if self.num_workers else self.main.read()
@@ -91,7 +91,7 @@ class IndexCursor(_LoaderCursor):
 
     kind = "index"
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.sampler: SamplerState = SamplerState(loader)
         self.is_checked: bool = not is_known(index_sampler(loader))
@@ -127,7 +127,7 @@ class IndexCursor(_LoaderCursor):
         if not self.order_drawn_at:
             self._note_order()
 
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: State) -> Iterator[object]:
         """Go on after the indices of the batches that were seen, without loading them."""
         present = self.rng.read()
         sampler, num_skipped = self._rest_of_epoch(state)
@@ -174,7 +174,7 @@ class IndexCursor(_LoaderCursor):
         iterator._sampler_iter = stream if self.is_checked else stream.indices
         self.stream = stream
 
-    def _release(self, iterator: Any, held: HeldSampler, num_skipped: int) -> None:
+    def _release(self, iterator: object, held: HeldSampler, num_skipped: int) -> None:
         """Let the workers of ``iterator`` begin after so many indices."""
         assert self.workers is not None
         if not self.order_drawn_at:
@@ -215,7 +215,7 @@ class IndexCursor(_LoaderCursor):
         self._put_stream(iterator, stream)
         return cast("Iterator[Any]", iterator)
 
-    def _rest_of_epoch(self, state: State) -> tuple[Any, int]:
+    def _rest_of_epoch(self, state: State) -> tuple[object, int]:
         """Return the sampler to go on with and how many batches to leave out, if settings changed since the save."""
         sampler, num_done = index_sampler(self.loader), state["num_done"]
         then, now = state["shape"], shape_of(self.loader)
@@ -279,14 +279,14 @@ class IterableCursor(_LoaderCursor):
 
     kind = "iterable"
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.follows_pulls = lookahead > 0 or loader.num_workers > 0
         # The worker that gave each of the last batches.
         self._givers: deque[int] = deque(maxlen=lookahead + 2)
         self._num_given: list[int] = [0] * loader.num_workers
 
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[object]:
         """Begin an epoch."""
         present = self.rng.read()
         self.epoch_start = {"globals": present}
@@ -304,7 +304,7 @@ class IterableCursor(_LoaderCursor):
         self.iterator = iterator
         return iterator
 
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: State) -> Iterator[object]:
         """Go on through the data set's own state."""
         present = self.rng.read()
         iterator = self._reopen(state)
@@ -359,7 +359,7 @@ class IterableCursor(_LoaderCursor):
         self._givers.clear()
         self._givers.append(giver)
 
-    def _reopen(self, state: State) -> Iterator[Any]:
+    def _reopen(self, state: State) -> Iterator[object]:
         self.epoch_start = state["epoch_start"]
         if self.num_workers:
             giver = state["last_giver"] if len(state["worker_states"]) == self.num_workers else -1

@@ -27,7 +27,7 @@ _MAX_OBJECTS = 1000
 _MAX_ITEMS = 64
 
 
-def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path, Any]:
+def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path, object]:
     """Return the generators that ``root`` and what it refers to hold, by the way to them.
 
     Args:
@@ -43,11 +43,11 @@ def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path,
         >>> find_generators(SimpleNamespace(name="data", rng=random.Random(0))).keys()
         dict_keys([('rng',)])
     """
-    found: dict[Path, Any] = {}
+    found: dict[Path, object] = {}
     seen = {*leave_out, *_global_ids()}
-    level: list[tuple[Path, Any]] = [((), root)]
+    level: list[tuple[Path, object]] = [((), root)]
     for _ in range(_MAX_DEPTH):
-        following: list[tuple[Path, Any]] = []
+        following: list[tuple[Path, object]] = []
         for path, obj in level:
             if id(obj) in seen or len(seen) > _MAX_OBJECTS:
                 continue
@@ -63,12 +63,12 @@ def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path,
     return found
 
 
-def read_generators(generators: Mapping[Path, Any]) -> dict[Path, tuple[str, Any]]:
+def read_generators(generators: Mapping[Path, object]) -> dict[Path, tuple[str, object]]:
     """Return the kind and state of each generator that :func:`find_generators` found."""
     return {path: (kind, _READ[kind](obj)) for path, obj in generators.items() if (kind := _kind(obj)) is not None}
 
 
-def write_generators(root: object, states: Mapping[Path, tuple[str, Any]], leave_out: Collection[int] = ()) -> None:
+def write_generators(root: object, states: Mapping[Path, tuple[str, object]], leave_out: Collection[int] = ()) -> None:
     """Set the generators that ``root`` holds to ``states``, as :func:`read_generators` returned them.
 
     A generator that is not there yet, because its owner makes it when first used, is made.
@@ -83,7 +83,7 @@ def write_generators(root: object, states: Mapping[Path, tuple[str, Any]], leave
         _WRITE[kind](generator, state)
 
 
-def _put(root: Any, path: Path, generator: Any) -> bool:
+def _put(root: object, path: Path, generator: object) -> bool:
     owner = root
     for key in path[:-1]:
         owner = dict(_children(owner)).get(key)
@@ -105,7 +105,7 @@ def _global_ids() -> set[int]:
 
 
 # The search runs at the beginning of every epoch, so what a type says is remembered.
-_of_type: Callable[[object], Any] = type  # mypy does not take a `type[Any]` for hashable
+_of_type: Callable[[object], object] = type  # mypy does not take a `type[Any]` for hashable
 
 
 @functools.lru_cache(maxsize=4096)
@@ -126,7 +126,7 @@ def _is_leaf(kind: type) -> bool:
     return issubclass(kind, leaves)
 
 
-def _children(obj: Any) -> Iterator[tuple[str | int, Any]]:
+def _children(obj: object) -> Iterator[tuple[str | int, object]]:
     if _is_leaf(_of_type(obj)):
         return
     if isinstance(obj, dict):
@@ -174,7 +174,7 @@ def _kind(obj: Any) -> str | None:
 class _ByKind(dict[str, Callable[..., Any]]):
     """The functions for each kind of generator; those of numpy's bit generators share one."""
 
-    def __missing__(self, kind: str) -> Callable[..., Any]:
+    def __missing__(self, kind: str) -> Callable[..., object]:
         return self["numpy"]
 
 
@@ -188,7 +188,7 @@ def _new_numpy(state: Any) -> Any:
     return numpy.random.Generator(getattr(numpy.random, state["bit_generator"])())
 
 
-def _new_random_state(state: Any) -> Any:
+def _new_random_state(state: object) -> object:
     import numpy
 
     return numpy.random.RandomState(0)

@@ -9,7 +9,7 @@ import torch
 from levin.utilities.move import move_data_to_device
 
 
-def collect_metric_states(module: torch.nn.Module) -> dict[str, Any]:
+def collect_metric_states(module: torch.nn.Module) -> dict[str, object]:
     """Return the states of the torchmetrics objects of ``module`` by their names."""
     return {
         name: {

@@ -72,7 +72,7 @@ class Rest(Sampler[int]):
         [2, 3, 4, 5]
     """
 
-    def __init__(self, order: Order | None, sampler: Any, num_seen: int) -> None:
+    def __init__(self, order: Order | None, sampler: object, num_seen: int) -> None:
         self.order: Order | None = order
         self.sampler: Any = innermost(sampler)
         self.num_seen: int = num_seen

@@ -38,7 +38,7 @@ class Position:
         self._loaded: State | None = None
         self._is_finished: bool = False
 
-    def iterate(self, loader: Iterable[Any], lookahead: int = 0) -> Iterator[Any]:
+    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[object]:
         """Begin an epoch of ``loader``, or go on in the middle of the one that was loaded.
 
         Args:
@@ -98,7 +98,7 @@ class Position:
         """Take what :meth:`state_dict` returned; the next :meth:`iterate` goes on there."""
         self._loaded = state or None
 
-    def _pull(self, cursor: Cursor, iterator: Iterator[Any]) -> Iterator[Any]:
+    def _pull(self, cursor: Cursor, iterator: Iterator[object]) -> Iterator[object]:
         cursor.before_first()
         if cursor.follows_pulls:
             iterator = cursor.followed(iterator)
@@ -130,11 +130,11 @@ class JointCursor(Cursor):
         # Looking for another batch at the end takes items and sets marks; this is what was there before.
         self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[object]:
         """Begin an epoch."""
         return self._begin([False] * len(self.positions))
 
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: State) -> Iterator[object]:
         """Go on in the epoch that ``state`` was saved in."""
         if state["is_ended"]:
             self.leave(state)
@@ -175,7 +175,7 @@ class JointCursor(Cursor):
             ]
         return {"loaders": states, "exhausted": list(exhausted)}
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return which loaders came to their end, and how often each was taken from and opened."""
         return list(self.exhausted), [position.num_pulled for position in self.positions], list(self._num_opened)
 
@@ -188,7 +188,7 @@ class JointCursor(Cursor):
         """Remember what was there before the end."""
         self._before_end = before
 
-    def _begin(self, exhausted: list[bool]) -> Iterator[Any]:
+    def _begin(self, exhausted: list[bool]) -> Iterator[object]:
         self.exhausted = exhausted
         self._givers.clear()
         self._before_end = None
@@ -196,10 +196,10 @@ class JointCursor(Cursor):
         openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)
 
-    def _opener(self, index: int) -> Callable[[], Iterator[Any]]:
+    def _opener(self, index: int) -> Callable[[], Iterator[object]]:
         position = self.positions[index]
 
-        def open_loader() -> Iterator[Any]:
+        def open_loader() -> Iterator[object]:
             if self.lookahead and self._num_opened[index]:
                 self._before_last[index] = position.state_dict(max(0, position.num_pulled - 1))
             self._num_opened[index] += 1

@@ -150,7 +150,7 @@ class ResumeState:
             "validation_data": self._validation_data(run),
         }
 
-    def _validation_data(self, run: Run) -> dict[str, Any]:
+    def _validation_data(self, run: Run) -> dict[str, object]:
         """Return when the validation loaders were loaded, and the place in each."""
         return self._loaded_validation or {
             "loaded_epoch": run.loaders.val.loaded_epoch,
@@ -323,13 +323,13 @@ class ResumeState:
         return not was_loaded or bool(every_n_epochs and epoch - loaded["loaded_epoch"] >= every_n_epochs)
 
 
-def _has_only_begun(data: dict[str, Any]) -> bool:
+def _has_only_begun(data: dict[str, object]) -> bool:
     """Whether the loader had begun its epoch, and so had drawn its order, when no batch was done with yet."""
     is_open = not data.get("is_finished", True) and not data["is_ended"]
     return is_open and data["kind"] == "index" and not data["num_done"]
 
 
-def _as_dict(unfinished: InterruptedPhase) -> dict[str, Any]:
+def _as_dict(unfinished: InterruptedPhase) -> dict[str, object]:
     return {
         "phase": int(unfinished.phase),
         "num_hooks": unfinished.num_hooks,

@@ -41,28 +41,28 @@ _KNOWN = (
 )
 
 
-def index_sampler(loader: DataLoader[Any]) -> Any:
+def index_sampler(loader: DataLoader[object]) -> Any:
     """Return what gives the loader the indices of its batches (or of its samples, if it does not batch)."""
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
-def innermost(sampler: Any) -> Any:
+def innermost(sampler: object) -> Any:
     """Return the sampler that a batch sampler, or a wrapper for several ranks, draws from."""
     return list(_nested(sampler))[-1]
 
 
-def _nested(sampler: Any) -> Iterator[Any]:
+def _nested(sampler: object) -> Iterator[Any]:
     while sampler is not None:
         yield sampler
         sampler = getattr(sampler, "sampler", None)
 
 
-def is_known(sampler: Any) -> bool:
+def is_known(sampler: object) -> bool:
     """Return whether ``sampler`` is one of torch's, which give the same order from the same states."""
     return type(sampler) in _KNOWN or (type(sampler) is BatchSampler and type(sampler.sampler) in _KNOWN)
 
 
-def shape_of(loader: DataLoader[Any]) -> State:
+def shape_of(loader: DataLoader[object]) -> State:
     """Return the settings of ``loader`` that must be the same for an exact resume."""
     sampler = index_sampler(loader)
     inner = getattr(sampler, "sampler", sampler)
@@ -81,7 +81,7 @@ class SamplerState:
         loader: The loader.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, loader: DataLoader[object]) -> None:
         sampler = index_sampler(loader)
         self._owners: State = {"generator": loader.generator, "sampler": sampler}
         # What the data set holds is kept with the data set, in the process that loads the samples.
@@ -113,7 +113,7 @@ class IndexStream(Iterator[Any]):
         is_checked: Whether to keep a checksum of the indices.
     """
 
-    def __init__(self, indices: Iterator[Any], is_checked: bool) -> None:
+    def __init__(self, indices: Iterator[object], is_checked: bool) -> None:
         self.indices: Iterator[Any] = indices
         self.is_open: bool = True
         self.is_checked: bool = is_checked
@@ -155,7 +155,7 @@ class HeldSampler(Sampler[Any]):
         is_checked: See :class:`IndexStream`.
     """
 
-    def __init__(self, sampler: Any, is_checked: bool) -> None:
+    def __init__(self, sampler: object, is_checked: bool) -> None:
         self.sampler: Any = sampler
         self.is_checked: bool = is_checked
         self.stream: IndexStream = IndexStream(iter(()), is_checked)

@@ -6,7 +6,7 @@ import copy
 import pickle
 from typing import Any
 
-_END: Any = object()
+_END: object = object()
 
 
 def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:

@@ -96,7 +96,9 @@ class RecordingCollate:
         batch_size: Samples in a whole batch of an iterable data set; a smaller batch is its worker's last.
     """
 
-    def __init__(self, collate_fn: Callable[[Any], Any], log: WorkerStateLog, batch_size: int | None = None) -> None:
+    def __init__(
+        self, collate_fn: Callable[[object], object], log: WorkerStateLog, batch_size: int | None = None
+    ) -> None:
         self.collate_fn: Callable[[Any], Any] = collate_fn
         self.log: WorkerStateLog = log
         self.batch_size: int | None = batch_size
@@ -128,7 +130,7 @@ class WorkerState:
         collate_fn: Function that makes the batches.
     """
 
-    def __init__(self, dataset: Any, collate_fn: Any) -> None:
+    def __init__(self, dataset: object, collate_fn: object) -> None:
         self.dataset: Any = dataset
         self.owners: dict[str, Any] = {"dataset": dataset, "collate_fn": collate_fn}
         # The state of a module is its weights, not a place in the data.
@@ -137,7 +139,7 @@ class WorkerState:
         self._generators: dict[Any, Any] = {}
         self._num_read: int = 0
 
-    def read(self, ended: bool = False) -> dict[str, Any]:
+    def read(self, ended: bool = False) -> dict[str, object]:
         """Return the state.
 
         Args:
@@ -195,7 +197,10 @@ class RestoringInit:
     """
 
     def __init__(
-        self, worker_init_fn: Callable[[int], None] | None, states: Mapping[int, Mapping[str, Any]], collate_fn: Any
+        self,
+        worker_init_fn: Callable[[int], None] | None,
+        states: Mapping[int, Mapping[str, object]],
+        collate_fn: object,
     ) -> None:
         self.worker_init_fn: Callable[[int], None] | None = worker_init_fn
         self.states: Mapping[int, Mapping[str, Any]] = states

@@ -41,7 +41,7 @@ class Workers:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], lookahead: int, started_at: State, states: Mapping[int, State] | None = None
+        self, loader: DataLoader[object], lookahead: int, started_at: State, states: Mapping[int, State] | None = None
     ) -> None:
         self.num_workers: int = loader.num_workers
         self.started_at: State = started_at
@@ -62,14 +62,14 @@ class Workers:
         """Return how many batches of this epoch ``worker`` has made."""
         return self._log.count(worker) - self._made_before[worker]
 
-    def states(self, num_taken: int) -> list[Any]:
+    def states(self, num_taken: int) -> list[object]:
         """Return the state of each worker after the first ``num_taken`` batches, which they made in turns."""
         turns = [(worker - self.offset) % self.num_workers for worker in range(self.num_workers)]
         return self.states_after([len(range(turn, num_taken, self.num_workers)) for turn in turns])
 
-    def states_after(self, counts: list[int]) -> list[Any]:
+    def states_after(self, counts: list[int]) -> list[object]:
         """Return the state of each worker after so many batches of this epoch; None if it has made none at all."""
-        states: list[Any] = []
+        states: list[object] = []
         for worker, count in enumerate(counts):
             total = self._made_before[worker] + count
             recorded = self._log.read(worker, total) if total else None
@@ -102,7 +102,7 @@ class Workers:
         iterator._index_sampler = held.sampler
 
     @contextmanager
-    def recording(self, loader: DataLoader[Any], held: HeldSampler) -> Iterator[None]:
+    def recording(self, loader: DataLoader[object], held: HeldSampler) -> Iterator[None]:
         """Let an iterator that is made inside start workers that record, and take its indices from ``held``."""
         batch_size = loader.batch_size if isinstance(loader.dataset, IterableDataset) else None
         name = "sampler" if loader.batch_sampler is None else "batch_sampler"
@@ -173,7 +173,7 @@ def _start(loader: DataLoader[Any], workers: Workers, held: HeldSampler) -> Any:
     return iterator
 
 
-def _living(loader: DataLoader[Any]) -> Workers | None:
+def _living(loader: DataLoader[object]) -> Workers | None:
     """Return the workers of an earlier epoch that are still there and record; end those that do not."""
     if not loader.persistent_workers or loader._iterator is None:
         return None

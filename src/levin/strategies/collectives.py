@@ -56,7 +56,7 @@ def reduce(data: Any, group: Any = None, reduce_op: Any = "mean", device: torch.
     return apply_to_collection(data, _NUMBERS, reduce_one)
 
 
-def parse_reduce_op(reduce_op: Any) -> tuple[bool, Any]:
+def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
     """Return whether the operation is a mean, and torch's operation to run.
 
     Raises:
@@ -86,7 +86,7 @@ def parse_reduce_op(reduce_op: Any) -> tuple[bool, Any]:
     )
 
 
-def all_gather(data: Any, group: Any = None, sync_grads: bool = False, device: torch.device | None = None) -> Any:
+def all_gather(data: object, group: object = None, sync_grads: bool = False, device: torch.device | None = None) -> Any:
     """Return the tensors of all processes of ``group``, stacked along a new first dimension.
 
     Args:
@@ -96,7 +96,7 @@ def all_gather(data: Any, group: Any = None, sync_grads: bool = False, device: t
         device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
     """
 
-    def gather_one(leaf: Any) -> Tensor:
+    def gather_one(leaf: object) -> Tensor:
         tensor = _as_tensor(leaf, device)
         if sync_grads:
             gathered: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]  # torch has no type for it
@@ -128,7 +128,7 @@ def check_same_shapes(data: Any, group: Any = None) -> None:
         )
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: object) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
     return type(leaf).__name__
@@ -149,7 +149,7 @@ def broadcast_object(obj: T, src: int = 0, group: Any = None, device: torch.devi
     return result
 
 
-def agree(decision: bool, all_must: bool, group: Any = None, device: torch.device | None = None) -> bool:
+def agree(decision: bool, all_must: bool, group: object = None, device: torch.device | None = None) -> bool:
     """Return whether all processes (or any of them) say yes, the same answer everywhere.
 
     Args:
@@ -220,7 +220,7 @@ def _gather(tensor: Tensor, group: Any) -> Tensor:
     return torch.stack(parts)
 
 
-def _as_tensor(leaf: Any, device: torch.device | None) -> Tensor:
+def _as_tensor(leaf: object, device: torch.device | None) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf if device is None else leaf.to(device)
     return torch.tensor(leaf, device=device)

@@ -20,7 +20,7 @@ _STEP_CONTEXTS = {
 }
 
 
-def in_forward_context(step: Callable[..., Any], precision: Precision, name: str) -> Callable[..., Any]:
+def in_forward_context(step: Callable[..., object], precision: Precision, name: str) -> Callable[..., Any]:
     """Return ``step`` run inside the precision's forward context; ``step`` itself where there is none.
 
     Args:
@@ -28,14 +28,14 @@ def in_forward_context(step: Callable[..., Any], precision: Precision, name: str
         precision: The number format.
         name: Of the method; precisions may have a context for each step of a Trainer.
     """
-    context: Callable[[], AbstractContextManager[Any]] = precision.forward_context
+    context: Callable[[], AbstractContextManager[object]] = precision.forward_context
     own = _STEP_CONTEXTS.get(name, "forward_context")
     if getattr(type(precision), own) is not getattr(Precision, own):
         context = getattr(precision, own)
     elif type(precision).forward_context is Precision.forward_context:
         return step
 
-    def step_in_context(*args: Any, **kwargs: Any) -> Any:
+    def step_in_context(*args: object, **kwargs: object) -> object:
         with context():
             return step(*args, **kwargs)
 
@@ -59,7 +59,7 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def run_as_forward(caller: Module, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def run_as_forward(caller: Module, module: Module, step: Callable[..., object]) -> Callable[..., Any]:
     """Return a callable that runs ``step`` where ``caller`` runs ``module.forward``, with all that it puts around that.
 
     For the time of that call the module's ``forward`` is ``step``; inside of the step it is the module's own again.
@@ -79,11 +79,11 @@ def run_as_forward(caller: Module, module: Module, step: Callable[..., Any]) -> 
         else:
             attributes["forward"] = own
 
-    def redirected(*args: Any, **kwargs: Any) -> Any:
+    def redirected(*args: object, **kwargs: object) -> object:
         restore()
         return step(*args, **kwargs)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         attributes["forward"] = redirected
         try:
             return caller(*args, **kwargs)

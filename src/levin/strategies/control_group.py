@@ -26,9 +26,9 @@ class ControlGroup:
         self._timeout = timeout
         self._ranks = None if ranks is None else list(ranks)
         self.is_closed: bool = False
-        self._group: Any = None
+        self._group: object = None
         # The process group of all that this one was made beside: it ends with it.
-        self._world: Any = None
+        self._world: object = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave an open group here: another process opens its own."""
@@ -62,13 +62,13 @@ class ControlGroup:
         dist.all_gather(parts, own, group=self.group)
         return [part.tolist() for part in parts]
 
-    def exchange_objects(self, obj: Any) -> list[Any]:
+    def exchange_objects(self, obj: object) -> list[Any]:
         """Return the objects of every process, any that pickle can carry, in the order of ranks."""
-        found: list[Any] = [None] * dist.get_world_size(self.group)
+        found: list[object] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, obj, group=self.group)
         return found
 
-    def share(self, obj: Any, src: int = 0) -> Any:
+    def share(self, obj: object, src: int = 0) -> Any:
         """Return the object of number ``src`` of the group, any that pickle can carry, in every process."""
         holder = [obj]
         dist.broadcast_object_list(holder, group=self.group, group_src=src)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class DataParallelGroup(NamedTuple):
@@ -26,7 +26,7 @@ class DataParallelGroup(NamedTuple):
 
     rank: int = 0
     size: int = 1
-    group: Any = None
+    group: object = None
     ranks: tuple[int, ...] | None = None
 
     def global_rank(self, rank: int) -> int:

@@ -161,7 +161,7 @@ class ExtensionPoints:
         if not self.is_overridden("batch_to_device"):
             return chain
 
-        def transfer(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        def transfer(batch: object, device: torch.device, dataloader_idx: int) -> Any:
             return self.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
         return transfer

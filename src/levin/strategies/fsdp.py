@@ -210,7 +210,7 @@ def _policy_of(precision: str) -> MixedPrecisionPolicy | None:
     return MixedPrecisionPolicy(param_dtype=formats[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
-def _mixed_precision(value: Any) -> MixedPrecisionPolicy | None:
+def _mixed_precision(value: object) -> MixedPrecisionPolicy | None:
     """Return torch's policy, also out of its older class, which has a format for buffers as well."""
     if value is None or isinstance(value, MixedPrecisionPolicy):
         return value
@@ -226,7 +226,7 @@ def _mixed_precision(value: Any) -> MixedPrecisionPolicy | None:
     )
 
 
-def _sharding_name(value: Any) -> str:
+def _sharding_name(value: object) -> str:
     name = str(getattr(value, "name", value))
     if name == "NO_SHARD":
         raise MisconfigurationException(
@@ -239,11 +239,11 @@ def _sharding_name(value: Any) -> str:
     return name
 
 
-def _classes(value: Any) -> Any:
+def _classes(value: object) -> object:
     return [value] if isinstance(value, type) else value
 
 
-def _check_older_arguments(kwargs: dict[str, Any]) -> None:
+def _check_older_arguments(kwargs: dict[str, object]) -> None:
     """Raise where an argument of torch's older class asks for what ``fully_shard`` does not do."""
     if kwargs.pop("use_orig_params", True) is False:
         raise MisconfigurationException(

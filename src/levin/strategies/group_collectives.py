@@ -22,7 +22,7 @@ class Collective(ABC):
     """
 
     def __init__(self) -> None:
-        self._group: Any = None
+        self._group: object = None
 
     @property
     def group(self) -> Any:
@@ -50,14 +50,14 @@ class Collective(ABC):
         """Connect this process with the others, unless it is."""
 
     @abstractmethod
-    def new_group(self, **kwargs: Any) -> Any:
+    def new_group(self, **kwargs: object) -> Any:
         """Return a new group."""
 
     @abstractmethod
-    def destroy_group(self, group: Any) -> None:
+    def destroy_group(self, group: object) -> None:
         """Take a group down."""
 
-    def create_group(self, **kwargs: Any) -> Self:
+    def create_group(self, **kwargs: object) -> Self:
         """Make the group.
 
         Args:
@@ -86,11 +86,11 @@ class Collective(ABC):
         """Give all processes the tensor of rank ``src``."""
 
     @abstractmethod
-    def all_reduce(self, tensor: Tensor, op: Any = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: object = "sum") -> Tensor:
         """Give all processes the reduced tensor."""
 
     @abstractmethod
-    def reduce(self, tensor: Tensor, dst: int, op: Any = "sum") -> Tensor:
+    def reduce(self, tensor: Tensor, dst: int, op: object = "sum") -> Tensor:
         """Give rank ``dst`` the reduced tensor."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Collective(ABC):
         """Give each process its one of the tensors of rank ``src``."""
 
     @abstractmethod
-    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], op: Any = "sum") -> Tensor:
+    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], op: object = "sum") -> Tensor:
         """Give each process its one of the reduced tensors."""
 
     @abstractmethod
@@ -179,7 +179,7 @@ class TorchCollective(Collective):
         """Return a new group of torch.distributed."""
         return dist.new_group(**kwargs)
 
-    def destroy_group(self, group: Any) -> None:
+    def destroy_group(self, group: object) -> None:
         """Take a group down, if this process is in it."""
         if group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
@@ -197,7 +197,7 @@ class TorchCollective(Collective):
         dist.broadcast(tensor, src, group=self.group)
         return tensor
 
-    def all_reduce(self, tensor: Tensor, op: Any = "sum") -> Tensor:
+    def all_reduce(self, tensor: Tensor, op: object = "sum") -> Tensor:
         """Give all processes the reduced tensor.
 
         Args:
@@ -211,7 +211,7 @@ class TorchCollective(Collective):
         dist.all_reduce(tensor, op=native, group=self.group)
         return tensor.div_(self.world_size) if is_mean else tensor
 
-    def reduce(self, tensor: Tensor, dst: int, op: Any = "sum") -> Tensor:
+    def reduce(self, tensor: Tensor, dst: int, op: object = "sum") -> Tensor:
         """Give rank ``dst`` the reduced tensor; see :meth:`all_reduce`."""
         is_mean, native = parse_reduce_op(op)
         dist.reduce(tensor, dst, op=native, group=self.group)
@@ -232,7 +232,7 @@ class TorchCollective(Collective):
         dist.scatter(tensor, scatter_list or None, src, group=self.group)
         return tensor
 
-    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], op: Any = "sum") -> Tensor:
+    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], op: object = "sum") -> Tensor:
         """Give each process its one of the reduced tensors."""
         is_mean, native = parse_reduce_op(op)
         dist.reduce_scatter(output, input_list, op=native, group=self.group)
@@ -260,23 +260,25 @@ class TorchCollective(Collective):
         """Wait until all processes are here; Gloo says which is missing."""
         dist.monitored_barrier(group=self.group, timeout=timeout, wait_all_ranks=wait_all_ranks)
 
-    def all_gather_object(self, object_list: list[Any], obj: Any) -> list[Any]:
+    def all_gather_object(self, object_list: list[object], obj: object) -> list[Any]:
         """Give all processes the objects of all."""
         dist.all_gather_object(object_list, obj, group=self.group)
         return object_list
 
-    def broadcast_object_list(self, object_list: list[Any], src: int, device: torch.device | None = None) -> list[Any]:
+    def broadcast_object_list(
+        self, object_list: list[object], src: int, device: torch.device | None = None
+    ) -> list[Any]:
         """Give all processes the objects of rank ``src``."""
         dist.broadcast_object_list(object_list, src, group=self.group, device=device)
         return object_list
 
-    def gather_object(self, obj: Any, object_gather_list: list[Any], dst: int = 0) -> list[Any]:
+    def gather_object(self, obj: object, object_gather_list: list[object], dst: int = 0) -> list[Any]:
         """Give rank ``dst`` the objects of all; in the others the list is empty."""
         dist.gather_object(obj, object_gather_list or None, dst, group=self.group)
         return object_gather_list
 
     def scatter_object_list(
-        self, scatter_object_output_list: list[Any], scatter_object_input_list: list[Any], src: int = 0
+        self, scatter_object_output_list: list[object], scatter_object_input_list: list[object], src: int = 0
     ) -> list[Any]:
         """Give each process its one of the objects of rank ``src``."""
         dist.scatter_object_list(scatter_object_output_list, scatter_object_input_list, src, group=self.group)
@@ -305,53 +307,53 @@ class SingleDeviceCollective(Collective):
         """Return this object."""
         return self
 
-    def new_group(self, **kwargs: Any) -> Any:
+    def new_group(self, **kwargs: object) -> Any:
         """Return what stands for the group of one."""
         return object()
 
-    def destroy_group(self, group: Any) -> None:
+    def destroy_group(self, group: object) -> None:
         """Nothing to take down."""
 
-    def broadcast(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def broadcast(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the tensor."""
         return tensor
 
-    def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def all_reduce(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the tensor."""
         return tensor
 
-    def reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def reduce(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the tensor."""
         return tensor
 
-    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, **kwargs: Any) -> list[Tensor]:
+    def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, **kwargs: object) -> list[Tensor]:
         """Return the tensor in a list."""
         return [tensor]
 
-    def gather(self, tensor: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def gather(self, tensor: Tensor, *args: object, **kwargs: object) -> list[Tensor]:
         """Return the tensor in a list."""
         return [tensor]
 
-    def scatter(self, tensor: Tensor, scatter_list: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def scatter(self, tensor: Tensor, scatter_list: list[Tensor], *args: object, **kwargs: object) -> Tensor:
         """Return the one tensor of the list."""
         return scatter_list[0]
 
-    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def reduce_scatter(self, output: Tensor, input_list: list[Tensor], *args: object, **kwargs: object) -> Tensor:
         """Return the one tensor of the list."""
         return input_list[0]
 
     def all_to_all(
-        self, output_tensor_list: list[Tensor], input_tensor_list: list[Tensor], *args: Any, **kwargs: Any
+        self, output_tensor_list: list[Tensor], input_tensor_list: list[Tensor], *args: object, **kwargs: object
     ) -> list[Tensor]:
         """Return the tensors given."""
         return input_tensor_list
 
-    def send(self, *args: Any, **kwargs: Any) -> None:
+    def send(self, *args: object, **kwargs: object) -> None:
         """Nobody to send to."""
 
-    def recv(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def recv(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Return the tensor."""
         return tensor
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, *args: object, **kwargs: object) -> None:
         """Return at once."""

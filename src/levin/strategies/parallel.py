@@ -269,7 +269,7 @@ class ParallelStrategy(Strategy, ABC):
     # State
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: dict[str, object], filepath: str | os.PathLike[str], storage_options: object = None
     ) -> None:
         """Write a checkpoint; all processes call this, and all know when it has failed.
 

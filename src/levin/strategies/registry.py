@@ -28,7 +28,7 @@ class StrategyRegistryType(Registry[Strategy]):
         strategy: type[Strategy] | str | None = None,
         description: str = "",
         override: bool = False,
-        **init_params: Any,
+        **init_params: object,
     ) -> Any:
         """Make a strategy selectable by ``name``, in lower case; see :meth:`Registry.add`."""
         return self.add(name, strategy, description, override, **init_params)

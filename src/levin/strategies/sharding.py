@@ -189,7 +189,7 @@ def make_weights(module: Module, device: torch.device) -> None:
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not any(tensor.device == META for tensor in own):
         return
-    reset: Any = getattr(module, "reset_parameters", None)
+    reset: object = getattr(module, "reset_parameters", None)
     if not callable(reset):
         raise MisconfigurationException(
             f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
@@ -205,7 +205,7 @@ def classes_policy(classes: Iterable[type[Module]]) -> Policy:
     return lambda module: isinstance(module, chosen)
 
 
-def as_policy(value: Any, module: Module, name: str) -> Policy | None:
+def as_policy(value: object, module: Module, name: str) -> Policy | None:
     """Return what a user gave as a policy in the form that is used here.
 
     Args:

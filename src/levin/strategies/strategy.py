@@ -230,8 +230,8 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         """Return the module's method in what the strategy puts around it; see :meth:`step_function`."""
         return in_forward_context(getattr(module, name), self.precision, name)
 
-    def _followed(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def followed(*args: Any, **kwargs: Any) -> Any:
+    def _followed(self, step: Callable[..., object]) -> Callable[..., object]:
+        def followed(*args: object, **kwargs: object) -> object:
             result = step(*args, **kwargs)
             self.post_training_step()
             return result

@@ -112,7 +112,7 @@ def begin(
     return run
 
 
-def _no_module(model: Any, loaders: Any, fn: TrainerFn) -> str:
+def _no_module(model: object, loaders: object, fn: TrainerFn) -> str:
     """Say what was passed in place of a module, and what was meant."""
     if isinstance(model, type):
         way_out = f" It is a class; pass an instance: {model.__qualname__}(...)."
@@ -135,13 +135,13 @@ def _resolve_limits(trainer: Caller) -> None:
         loop.min_epochs = 1 if loop.min_steps is not None else 0
 
 
-def execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
+def execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> Any:
     """Carry out ``run``, in this process or in those that the strategy launches; handle what goes wrong."""
     with signal_handlers(run), lenient_streams():
         return _execute(trainer, run, ckpt_path, weights_only, model_given)
 
 
-def _execute(trainer: Caller, run: Run, ckpt_path: Any, weights_only: Optional[bool], model_given: bool) -> Any:
+def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> object:
     configured = run.call_of(run.module, "configure_callbacks")
     trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
     for callback in run.callbacks:

@@ -19,7 +19,7 @@ def flag(name: str, doc: str) -> Any:
     return property(attrgetter(f"_flags.{name}"), lambda trainer, value: setattr(trainer._flags, name, value), doc=doc)
 
 
-def of_run(path: str, default: Any, doc: str) -> Any:
+def of_run(path: str, default: object, doc: str) -> Any:
     """Return a property that reads ``path`` from the present or last run; before the first one it is ``default``."""
     read = attrgetter(path)
     return property(lambda trainer: default if trainer.run is None else read(trainer.run), doc=doc)

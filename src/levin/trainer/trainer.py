@@ -241,7 +241,7 @@ class Trainer:
         profiler: Optional[Union[Profiler, str]] = None,
         detect_anomaly: bool = False,
         barebones: bool = False,
-        plugins: Optional[Any] = None,
+        plugins: Optional[object] = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: Optional[PathLike] = None,
@@ -275,8 +275,8 @@ class Trainer:
     def fit(
         self,
         model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
+        train_dataloaders: object = None,
+        val_dataloaders: object = None,
         datamodule: Optional[LightningDataModule] = None,
         ckpt_path: Optional[PathLike] = None,
         weights_only: Optional[bool] = None,
@@ -298,7 +298,7 @@ class Trainer:
     def validate(
         self,
         model: Optional[LightningModule] = None,
-        dataloaders: Any = None,
+        dataloaders: object = None,
         ckpt_path: Optional[PathLike] = None,
         verbose: bool = True,
         datamodule: Optional[LightningDataModule] = None,
@@ -324,7 +324,7 @@ class Trainer:
     def test(
         self,
         model: Optional[LightningModule] = None,
-        dataloaders: Any = None,
+        dataloaders: object = None,
         ckpt_path: Optional[PathLike] = None,
         verbose: bool = True,
         datamodule: Optional[LightningDataModule] = None,
@@ -338,7 +338,7 @@ class Trainer:
     def predict(
         self,
         model: Optional[LightningModule] = None,
-        dataloaders: Any = None,
+        dataloaders: object = None,
         datamodule: Optional[LightningDataModule] = None,
         return_predictions: Optional[bool] = None,
         ckpt_path: Optional[PathLike] = None,
@@ -359,7 +359,7 @@ class Trainer:
         """
         run = entry.begin(self, TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
         run.keeps_predictions = entry.keeps_predictions(self.strategy, return_predictions)
-        result: Optional[list[Any]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
+        result: Optional[list[object]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
         return result
 
     def explain(
@@ -401,7 +401,7 @@ class Trainer:
             print(*args, **kwargs)
 
     def save_checkpoint(
-        self, filepath: PathLike, weights_only: Optional[bool] = None, storage_options: Any = None
+        self, filepath: PathLike, weights_only: Optional[bool] = None, storage_options: object = None
     ) -> None:
         """Save the run, so that ``fit(ckpt_path=filepath)`` goes on from here.
 
@@ -439,7 +439,7 @@ class Trainer:
         assert self.run is not None
         return spawned_run.collect_results(self.run)
 
-    def restore_results(self, results: dict[str, Any]) -> None:
+    def restore_results(self, results: dict[str, object]) -> None:
         """Take up the results of a run in another process."""
         assert self.run is not None
         spawned_run.restore_results(self.run, results)

@@ -166,7 +166,7 @@ def _num_samples(loaders: Any) -> int:
     return min((len(each) for each in datasets if isinstance(each, Sized)), default=sys.maxsize)
 
 
-def _set(owners: list[Any], name: str, value: int) -> None:
+def _set(owners: list[object], name: str, value: int) -> None:
     for owner in owners:
         setattr(owner, name, value)
 

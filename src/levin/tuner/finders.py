@@ -92,7 +92,7 @@ class LearningRateFinder(Callback):
         """Search."""
         self.lr_find(trainer, pl_module)
 
-    def _find_name(self, module: Any) -> str:
+    def _find_name(self, module: object) -> str:
         names = [self._attr_name] if self._attr_name else ["lr", "learning_rate"]
         found = [name for name in names if holders(name, module, None)]
         if not found and self._attr_name:

@@ -116,11 +116,11 @@ def _unloaded(loaders: Loaders) -> Loaders:
     return fresh
 
 
-def _is_container(value: Any) -> bool:
+def _is_container(value: object) -> bool:
     return isinstance(value, (dict, list, set))
 
 
-def holders(name: str, module: Any, datamodule: Optional[Any]) -> list[Any]:
+def holders(name: str, module: object, datamodule: Optional[object]) -> list[Any]:
     """Return the objects that have ``name``: module, data module, and the hyper-parameters of either.
 
     Example:

@@ -61,7 +61,7 @@ def _like(data: Any, items: list[tuple[Any, Any]]) -> Any:
         return result
 
 
-def leaves(data: Any) -> Iterator[Any]:
+def leaves(data: object) -> Iterator[object]:
     """Yield the leaves of nested mappings, sequences and dataclass instances, depth first."""
     if isinstance(data, Mapping):
         for value in data.values():

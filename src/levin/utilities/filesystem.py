@@ -33,7 +33,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in text or text.startswith(("file://", "local://"))
 
 
-def get_filesystem(path: str | os.PathLike[str], **kwargs: Any) -> AbstractFileSystem:
+def get_filesystem(path: str | os.PathLike[str], **kwargs: object) -> AbstractFileSystem:
     """Return the fsspec file system that ``path`` lives on.
 
     Args:

@@ -49,7 +49,7 @@ class LayerSummary:
         if isinstance(self._module, torch.jit.ScriptModule):
             return None  # a compiled module takes no hooks
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
             inputs = [*args, *kwargs.values()]
             self._in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
             self._out_size = parse_batch_shape(out)
@@ -140,12 +140,12 @@ class ModelSummary:
         return [layer.layer_type for layer in self._layer_summary.values()]
 
     @property
-    def in_sizes(self) -> list[Any]:
+    def in_sizes(self) -> list[object]:
         """Input shapes of the listed layers."""
         return [layer.in_size for layer in self._layer_summary.values()]
 
     @property
-    def out_sizes(self) -> list[Any]:
+    def out_sizes(self) -> list[object]:
         """Output shapes of the listed layers."""
         return [layer.out_size for layer in self._layer_summary.values()]
 
@@ -214,7 +214,7 @@ class ModelSummary:
         return summary
 
     @property
-    def _example_input(self) -> Any:
+    def _example_input(self) -> object:
         return getattr(self._model, "example_input_array", None)
 
     def _forward_example_input(self) -> None:
@@ -311,7 +311,7 @@ def check_max_depth(max_depth: int) -> int:
     return max_depth
 
 
-def parse_batch_shape(batch: Any) -> str | list[Any]:
+def parse_batch_shape(batch: object) -> str | list[object]:
     """Return the shape of a tensor, the list of shapes of a list or tuple, and ``"?"`` for everything else.
 
     Example:

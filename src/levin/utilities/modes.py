@@ -42,7 +42,7 @@ def transfer_example(model: nn.Module, example: Any) -> Any:
 
 
 @contextmanager
-def forward_of_example(model: nn.Module, example: Any) -> Iterator[Any]:
+def forward_of_example(model: nn.Module, example: object) -> Iterator[object]:
     """Prepare a forward pass without gradients, in the number format of the model's trainer if it has one.
 
     Args:

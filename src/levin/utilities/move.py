@@ -25,7 +25,7 @@ class Movable(metaclass=_Movable):
 
 
 def move_data_to_device(
-    batch: Any, device: torch.device | str, move_tensor: Optional[Callable[[Tensor, torch.device], Tensor]] = None
+    batch: object, device: torch.device | str, move_tensor: Optional[Callable[[Tensor, torch.device], Tensor]] = None
 ) -> Any:
     """Return ``batch`` with every leaf that has a ``to`` method on ``device``.
 

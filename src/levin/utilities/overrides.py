@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Optional
+from typing import Optional
 
 
 def is_overridden(method_name: str, instance: object, parent: Optional[type] = None) -> bool:
@@ -23,8 +23,8 @@ def is_overridden(method_name: str, instance: object, parent: Optional[type] = N
             raise ValueError(
                 f"instance must inherit from a class of levin's with {method_name!r}, received {instance!r}."
             )
-    own: Any = getattr(instance, method_name, None)
-    default: Any = getattr(parent, method_name, None)
+    own: object = getattr(instance, method_name, None)
+    default: object = getattr(parent, method_name, None)
     if own is None:
         return False
     if default is None:
@@ -52,7 +52,7 @@ def _parent_with(kind: type, method_name: str) -> Optional[type]:
     return None
 
 
-def _function(method: Any) -> Any:
+def _function(method: object) -> object:
     while True:
         if isinstance(method, functools.partial):
             method = method.func

@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import warnings
-from typing import Any, Callable, Optional, TypeVar
+from typing import Callable, Optional, TypeVar
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def rank_zero_only(fn: Callable[..., T], default: Optional[T] = None) -> Callabl
     """
 
     @functools.wraps(fn)
-    def wrapped(*args: Any, **kwargs: Any) -> Optional[T]:
+    def wrapped(*args: object, **kwargs: object) -> Optional[T]:
         if _rank() == 0:
             return fn(*args, **kwargs)
         return default

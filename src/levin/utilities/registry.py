@@ -48,7 +48,7 @@ class Registry(dict[str, dict[str, Any]], Generic[T]):
         if name in self and not override:
             raise ValueError(f"The {self._kind} name {name!r} is taken. Pass override=True to replace it.")
 
-        def enter(cls: Any) -> Any:
+        def enter(cls: object) -> Any:
             self[name] = {
                 self._kind: cls,
                 f"{self._kind}_name": name,

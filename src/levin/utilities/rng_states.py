@@ -59,7 +59,7 @@ class ProcessRng:
             states["torch.cuda"] = torch.cuda.get_rng_state_all()
         return states
 
-    def write(self, states: Mapping[str, Any]) -> None:
+    def write(self, states: Mapping[str, object]) -> None:
         """Set the generators to ``states``; those that are not in it are left alone."""
         set_rng_states(states)
         self._numpy_words = None
@@ -155,7 +155,7 @@ def pack_arrays(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def unpack_arrays(value: Any) -> Any:
+def unpack_arrays(value: object) -> Any:
     """Undo :func:`pack_arrays`."""
     if isinstance(value, dict):
         return {key: unpack_arrays(item) for key, item in value.items()}

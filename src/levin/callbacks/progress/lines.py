@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
 
 from typing_extensions import override
 
@@ -44,7 +43,7 @@ def format_line(
     total: int | float | None,
     seconds: float,
     num_timed: int,
-    metrics: dict[str, Any],
+    metrics: dict[str, object],
 ) -> str:
     """Return the state of a loop in one line.
 
@@ -83,7 +82,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours:d}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Return a number with three significant digits or more, in five characters where that is enough.
 
     Example:

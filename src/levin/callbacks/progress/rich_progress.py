@@ -179,7 +179,7 @@ def _task_property(stage: str, doc: str) -> property:
     return property(get, doc=f"{doc}\n\n        Raises:\n            TypeError: There is none yet.")
 
 
-def format_metric(value: Any, number_format: str) -> str:
+def format_metric(value: object, number_format: str) -> str:
     """Return a value of the bar as text.
 
     Example:
@@ -217,7 +217,7 @@ class RichProgressBar(DrawnProgressBar):
         refresh_rate: int = 100,
         leave: bool = False,
         theme: RichProgressBarTheme | None = None,
-        console_kwargs: dict[str, Any] | None = None,
+        console_kwargs: dict[str, object] | None = None,
     ) -> None:
         if importlib.util.find_spec("rich") is None:
             raise ModuleNotFoundError(
@@ -226,7 +226,7 @@ class RichProgressBar(DrawnProgressBar):
         self._rich: RichRenderer = RichRenderer(self)
         super().__init__(refresh_rate, leave, self._rich)
         self.theme: RichProgressBarTheme = RichProgressBarTheme() if theme is None else theme
-        self._console_kwargs: dict[str, Any] = console_kwargs or {}
+        self._console_kwargs: dict[str, object] = console_kwargs or {}
         self._console: Console | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 _ERASE_BELOW = "\r\x1b[J"
 
 
-def draws_in_place(file: Any) -> bool:
+def draws_in_place(file: object) -> bool:
     """Return whether a line written to ``file`` can be overwritten: a terminal or a notebook, not a log file."""
     if is_notebook() or "PYCHARM_HOSTED" in os.environ:
         return True
@@ -26,7 +26,7 @@ def is_notebook() -> bool:
     return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")
 
 
-def real_stream(file: Any) -> Any:
+def real_stream(file: object) -> Any:
     """Return the stream behind ``file`` when that is a redirected one, else ``file``."""
     return file.stream if isinstance(file, StreamAboveBars) else file
 

@@ -48,7 +48,9 @@ class Tqdm(_tqdm):  # type: ignore[type-arg]  # tqdm is generic in its stubs alo
         return format_value(n)
 
 
-def with_margin(measure: Callable[[Any], tuple[int | None, int | None]], file: Any) -> tuple[int | None, int | None]:
+def with_margin(
+    measure: Callable[[object], tuple[int | None, int | None]], file: object
+) -> tuple[int | None, int | None]:
     """Leave two cells free at the right: there the terminal writes ``^C``, which would break a full line."""
     columns, rows = measure(file)
     return columns and columns - 2, rows
