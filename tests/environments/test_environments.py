@@ -156,7 +156,8 @@ def test_an_interactive_slurm_job_is_no_launch(monkeypatch, name):
     SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
 
 
-def test_slurm_without_a_job_number():
+def test_slurm_without_a_job_number(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # This machine may have SLURM.
     assert SLURMEnvironment().main_port == 12910
     assert SLURMEnvironment.job_id() is None
 
