@@ -8,7 +8,7 @@ RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 .PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -62,6 +62,30 @@ bench-ddp: $(STAMP)  ## Measure several processes against bare DistributedDataPa
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet
+
+# Against real services and schedulers. Each has an environment of its own, which sees the packages of .venv: torch is there
+# once, and nothing that a service needs is ever seen by the other tests.
+INTEGRATIONS := $(VENV)/integrations
+SITE = lib/python$(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')/site-packages
+PACKAGES_loggers := wandb mlflow comet-ml trackio tensorboard
+PACKAGES_slurm := submitit
+PACKAGES_ray := 'ray[train,tune]'
+PACKAGES_jobs := optuna hydra-core mpi4py
+PACKAGES_stores := s3fs 'moto[s3]' flask flask-cors
+TEST_INTEGRATION = LEVIN_TEST_INTEGRATIONS=1 $(RUN) $(INTEGRATIONS)/$(1)/bin/python -m pytest -q -s $(2)
+
+$(INTEGRATIONS)/%/.installed: $(STAMP) constraints-integrations.txt
+	$(BIN)/python -m venv --without-pip $(@D)
+	echo "import site; site.addsitedir('$(CURDIR)/$(VENV)/$(SITE)')" > $(@D)/$(SITE)/levin.pth
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-integrations.txt $(PACKAGES_$*)
+	touch $@
+
+.PHONY: test-loggers test-slurm test-ray test-jobs test-stores test-integrations
+test-loggers: $(INTEGRATIONS)/loggers/.installed  ## Run the loggers against the real packages and a real MLflow server
+	$(call TEST_INTEGRATION,loggers,tests/integrations/test_loggers.py)
+
+test-integrations:  ## Run all tests against real services and schedulers, one by one, and print a table
+	$(PYTHON) tests/integrations/run.py
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache

@@ -187,7 +187,7 @@ def test_wandb_offline(calls_of, tmp_path):
 
     WandbLogger(save_dir=tmp_path, offline=True).log_metrics({"a": 1})
     ((_, options),) = named(calls_of("wandb"), "init")
-    assert options["mode"] == "offline" and options["project"] == "lightning_logs" and options["anonymous"] is None
+    assert options["mode"] == "offline" and options["project"] == "lightning_logs" and options.get("anonymous") is None
     with pytest.raises(ValueError, match="log_model"):
         WandbLogger(offline=True, log_model=True)
 
@@ -279,7 +279,9 @@ def test_checkpoints_go_to_mlflow(calls_of, tmp_path, log_model, epochs):
     assert callback.best_model_path.endswith("epoch=1.ckpt")
 
 
-@pytest.mark.parametrize("name", ["wandb.WandbLogger", "comet.CometLogger", "mlflow.MLFlowLogger"])
+@pytest.mark.parametrize(
+    "name", ["wandb.WandbLogger", "comet.CometLogger", "mlflow.MLFlowLogger", "trackio.TrackioLogger"]
+)
 def test_a_package_that_is_missing_is_named(name, monkeypatch):
     module, _, kind = name.partition(".")
     package = {"comet": "comet_ml"}.get(module, module)

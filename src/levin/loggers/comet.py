@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from typing_extensions import override
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
 from levin.utilities.numbers import to_numbers
-from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only
+from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only, rank_zero_warn
 
 # Old name -> new name of arguments.
 _RENAMED = {"experiment_name": "name", "save_dir": "offline_directory"}
@@ -22,6 +23,9 @@ _RENAMED = {"experiment_name": "name", "save_dir": "offline_directory"}
 
 class CometLogger(Logger):
     """Logs to Comet; needs ``comet_ml``.
+
+    The package sends in the background. Where Comet cannot be reached when the run starts, everything is kept in local files,
+    as with ``online=False``.
 
     Args:
         api_key: Key of the account, by default that of the environment variable COMET_API_KEY or the file
@@ -104,15 +108,22 @@ class CometLogger(Logger):
 
             # Without disabled=False a variable that turns off automatic logging would turn off ours.
             config = comet_ml.ExperimentConfig(**{"disabled": False, **self._config})
-            self._experiment = comet_ml.start(
+            start = functools.partial(
+                comet_ml.start,
                 api_key=self._api_key,
                 workspace=self._workspace,
                 project=self._project,
                 experiment_key=self._experiment_key,
                 mode=self._mode,
-                online=self._online,
                 experiment_config=config,
             )
+            self._experiment = start(online=self._online)
+            if self._experiment.alive is False:
+                self._experiment = start(online=False)
+                rank_zero_warn(
+                    "Comet cannot be reached. The experiment is kept in local files, and Comet says at the end how to"
+                    " upload them."
+                )
             self._experiment_key = self._experiment.get_key()
             self._project = self._experiment.project_name or self._project
             self._offline_directory = config.offline_directory

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
+import shutil
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
@@ -15,14 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
+from levin.loggers.outbox import Entry, Outbox
 from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from levin.utilities.types import PathLike
 
 if TYPE_CHECKING:
     from levin.loggers.logger import ModelCheckpoint
 
 _FILE = "file:"
+_AWAY_CODES = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+_START_LIMIT_S = 30.0
+_UPLOAD_LIMIT_S = 3600.0
+_MAX_METRICS_PER_CALL = 1000
 _MAX_PARAM_CHARS = 250
 _MAX_PARAMS_PER_CALL = 100
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
@@ -43,7 +54,9 @@ class MLFlowLogger(Logger):
         prefix: Text in front of every metric's name, joined by ``-``.
         artifact_location: Where the artifacts of a new experiment go; the server decides by default.
         run_id: Id of a run to go on with.
-        synchronous: False lets MLflow send metrics and parameters in the background.
+        synchronous: True waits for every request, and raises when one fails. Otherwise a thread makes them, in their
+            order: a server that is slow or away neither slows nor ends the training. What cannot be sent until the end of
+            the run is kept in the folder ``<save_dir>-unsent``, for :meth:`send_unsent`.
 
     Raises:
         ModuleNotFoundError: ``mlflow`` is not installed.
@@ -81,30 +94,34 @@ class MLFlowLogger(Logger):
         self._log_model: Literal[True, False, "all"] = log_model
         self._prefix: str = prefix
         self._artifact_location: Optional[str] = artifact_location
-        self._log_kwargs: dict[str, Any] = {} if synchronous is None else {"synchronous": synchronous}
+        self._is_synchronous: bool = synchronous is True
+        self._unsent_dir: str = f"{save_dir or './mlruns'}-unsent"
+        # Set while the run could not be started: stands for its id.
+        self._stand_in: Optional[str] = None
         self._logged_checkpoints: dict[str, float] = {}
         self._callbacks: dict[int, ModelCheckpoint] = {}
         self._client: Any = None
+        self._outbox: Outbox = Outbox("MLflow", self._send, _is_away, self._keep)
 
     @property
     @override
     def name(self) -> Optional[str]:
-        return self.experiment_id
+        return self.experiment_id or (self._stand_in and self._experiment_name)
 
     @property
     @override
     def version(self) -> Optional[str]:
-        return self.run_id
+        return self.run_id or self._stand_in
 
     @property
     def experiment_id(self) -> Optional[str]:
-        """Id of the experiment; asking for it starts the run."""
+        """Id of the experiment; asking for it starts the run. None while MLflow cannot be reached."""
         _ = self.experiment
         return self._experiment_id
 
     @property
     def run_id(self) -> Optional[str]:
-        """Id of the run; asking for it starts the run."""
+        """Id of the run; asking for it starts the run. None while MLflow cannot be reached."""
         _ = self.experiment
         return self._run_id
 
@@ -120,14 +137,109 @@ class MLFlowLogger(Logger):
         if self._client is None:
             from mlflow.tracking import MlflowClient
 
-            client = MlflowClient(self._tracking_uri)
-            if self._run_id is not None:
-                self._experiment_id = client.get_run(self._run_id).info.experiment_id
-            else:
-                self._experiment_id = self._find_or_create_experiment(client)
-                self._run_id = client.create_run(self._experiment_id, tags=self._all_tags()).info.run_id
-            self._client = client
+            self._client = MlflowClient(self._tracking_uri)
+            started = self._deliver("start", {"run_id": self._run_id})
+            try:
+                started.result(_START_LIMIT_S)
+            except FutureTimeoutError:
+                self._stand_in = time.strftime(f"%Y%m%d-%H%M%S-{os.getpid()}")
+                rank_zero_warn(
+                    f"MLflow at {_without_password(self._tracking_uri)} did not answer within {_START_LIMIT_S} s. The run"
+                    " goes on without it, and what it logs is sent when MLflow answers."
+                )
+            except BaseException:
+                self._client = None
+                raise
         return self._client
+
+    def _start_run(self) -> None:
+        """Create the run, or find that which was given; several attempts may be needed."""
+        if self._experiment_id is not None and self._run_id is not None:
+            return
+        if self._run_id is not None:
+            self._experiment_id = self._client.get_run(self._run_id).info.experiment_id
+        else:
+            self._experiment_id = self._find_or_create_experiment(self._client)
+            self._run_id = self._client.create_run(self._experiment_id, tags=self._all_tags()).info.run_id
+
+    def _deliver(self, kind: str, payload: Any, limit_s: float = 30.0) -> Future[None]:
+        if not self._is_synchronous:
+            return self._outbox.put(kind, payload, limit_s)
+        self._send(kind, [payload])
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _send(self, kind: str, payloads: list[Any]) -> None:
+        """Send payloads of one kind; this is where requests are made."""
+        from mlflow.entities import Metric, Param
+
+        self._start_run()
+        options = {"run_id": self._run_id, **({"synchronous": True} if self._is_synchronous else {})}
+        if kind == "metrics":
+            metrics = [Metric(*entry) for payload in payloads for entry in payload]
+            for part in _parts(metrics, _MAX_METRICS_PER_CALL):
+                self._client.log_batch(metrics=part, **options)
+        elif kind == "params":
+            params = [Param(*entry) for payload in payloads for entry in payload.items()]
+            for part in _parts(params, _MAX_PARAMS_PER_CALL):
+                self._client.log_batch(params=part, **options)
+        elif kind == "checkpoint":
+            for payload in payloads:
+                self._send_checkpoint(**payload)
+        elif kind == "status":
+            if self._client.get_run(self._run_id).info.status != payloads[-1]:
+                self._client.set_terminated(self._run_id, payloads[-1])
+
+    def _keep(self, entries: list[Entry]) -> str:
+        """Write what was not sent into a file."""
+        os.makedirs(self._unsent_dir, exist_ok=True)
+        path = os.path.join(self._unsent_dir, f"{self._run_id or self._stand_in or 'run'}.jsonl")
+        is_new = not os.path.exists(path)
+        with open(path, "a", encoding="utf-8") as file:
+            if is_new:
+                file.write(json.dumps(self._arguments()) + "\n")
+            file.writelines(json.dumps([entry.kind, entry.payload, entry.limit_s]) + "\n" for entry in entries)
+        return f"They are in {path}. Send them with MLFlowLogger.send_unsent({path!r})."
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "experiment_name": self._experiment_name,
+            "run_name": self._run_name,
+            "tracking_uri": _without_password(self._tracking_uri),
+            "tags": {name: str(value) for name, value in self.tags.items()},
+            "artifact_location": self._artifact_location,
+            "run_id": self._run_id,
+        }
+
+    @classmethod
+    def send_unsent(cls, path: PathLike, tracking_uri: Optional[str] = None) -> None:
+        """Send what a run kept in a file because MLflow could not be reached; the file is removed.
+
+        Args:
+            path: The file, which the run named.
+            tracking_uri: Server or database, by default that of the run.
+
+        Raises:
+            ConnectionError: MLflow cannot be reached now either. The file stays.
+
+        Example:
+            >>> MLFlowLogger.send_unsent("mlruns-unsent/3f0c.jsonl")  # doctest: +SKIP
+        """
+        with open(path, encoding="utf-8") as file:
+            arguments, *entries = map(json.loads, file)
+        logger = cls(**{**arguments, **({"tracking_uri": tracking_uri} if tracking_uri else {})}, synchronous=True)
+        try:
+            _ = logger.experiment
+            for kind, grouped in itertools.groupby(entries, key=lambda entry: entry[0]):
+                logger._send(kind, [payload for _, payload, _ in grouped])
+        except Exception as error:
+            if not _is_away(error):
+                raise
+            raise ConnectionError(
+                f"MLflow at {logger._tracking_uri} cannot be reached, {os.fspath(path)} stays as it is: {error}"
+            ) from error
+        os.remove(path)
 
     def _find_or_create_experiment(self, client: Any) -> str:
         found = client.get_experiment_by_name(self._experiment_name)
@@ -140,14 +252,15 @@ class MLFlowLogger(Logger):
         from mlflow.tracking.context.registry import resolve_tags
         from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 
+        tags = dict(self.tags)
         if self._run_name is not None:
-            if MLFLOW_RUN_NAME in self.tags:
+            if MLFLOW_RUN_NAME in tags:
                 rank_zero_warn(
                     f"The tag {MLFLOW_RUN_NAME} is found in tags. The value will be overridden by {self._run_name}."
                 )
-            self.tags[MLFLOW_RUN_NAME] = self._run_name
-        tags: dict[str, Any] = resolve_tags(self.tags)
-        return tags
+            tags[MLFLOW_RUN_NAME] = self._run_name
+        resolved: dict[str, Any] = resolve_tags(tags)
+        return resolved
 
     @rank_zero_only
     @override
@@ -159,17 +272,15 @@ class MLFlowLogger(Logger):
                 does not allow in names are left out too.
             step: Position on the x-axis, 0 by default.
         """
-        from mlflow.entities import Metric
-
-        client = self.experiment
+        _ = self.experiment
         timestamp_ms = int(time.time() * 1000)
         entries = []
         for name, value in to_numbers(add_prefix(metrics, self._prefix, self.LOGGER_JOIN_CHAR)).items():
             if isinstance(value, str):
                 rank_zero_warn(f"Discarding metric with string value {name}={value}.")
                 continue
-            entries.append(Metric(key=_allowed(name), value=value, timestamp=timestamp_ms, step=step or 0))
-        client.log_batch(run_id=self._run_id, metrics=entries, **self._log_kwargs)
+            entries.append((_allowed(name), value, timestamp_ms, step or 0))
+        self._deliver("metrics", entries)
 
     @rank_zero_only
     @override
@@ -179,15 +290,10 @@ class MLFlowLogger(Logger):
         Args:
             params: Name -> value, nested as you like.
         """
-        from mlflow.entities import Param
-
-        client = self.experiment
-        entries = [
-            Param(key=name, value=str(value)[:_MAX_PARAM_CHARS]) for name, value in flatten(to_dict(params)).items()
-        ]
-        for start in range(0, len(entries), _MAX_PARAMS_PER_CALL):
-            part = entries[start : start + _MAX_PARAMS_PER_CALL]
-            client.log_batch(run_id=self._run_id, params=part, **self._log_kwargs)
+        _ = self.experiment
+        self._deliver(
+            "params", {name: str(value)[:_MAX_PARAM_CHARS] for name, value in flatten(to_dict(params)).items()}
+        )
 
     @rank_zero_only
     @override
@@ -201,9 +307,8 @@ class MLFlowLogger(Logger):
             return
         for callback in self._callbacks.values():
             self._log_checkpoints(callback)
-        status = _STATUS.get(status, status)
-        if self._client.get_run(self._run_id).info.status != status:
-            self._client.set_terminated(self._run_id, status)
+        self._deliver("status", _STATUS.get(status, status))
+        self._outbox.close()
 
     @override
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
@@ -219,22 +324,74 @@ class MLFlowLogger(Logger):
 
     @rank_zero_only
     def _log_checkpoints(self, callback: ModelCheckpoint) -> None:
-        import yaml
-
-        client = self.experiment
+        _ = self.experiment
         for checkpoint in new_checkpoints(callback, self._logged_checkpoints):
-            folder = Path(checkpoint.path).stem
-            is_best = checkpoint.path == callback.best_model_path
-            client.log_artifact(self._run_id, checkpoint.path, folder)
-            with tempfile.TemporaryDirectory(prefix="checkpoint_") as directory:
-                metadata = checkpoint_metadata(callback, checkpoint, "Checkpoint")
-                Path(directory, "metadata.yaml").write_text(yaml.dump(metadata), encoding="utf-8")
-                Path(directory, "aliases.txt").write_text(str(["latest", "best"] if is_best else ["latest"]))
-                client.log_artifacts(self._run_id, directory, folder)
+            payload = {
+                "path": checkpoint.path if self._is_synchronous else _held(checkpoint.path, self._unsent_dir),
+                "metadata": checkpoint_metadata(callback, checkpoint, "Checkpoint"),
+                "aliases": ["latest", "best"] if checkpoint.path == callback.best_model_path else ["latest"],
+            }
+            self._deliver("checkpoint", payload, limit_s=_UPLOAD_LIMIT_S)
             self._logged_checkpoints[checkpoint.path] = checkpoint.time
 
+    def _send_checkpoint(self, path: str, metadata: dict[str, Any], aliases: list[str]) -> None:
+        import yaml
+
+        folder = Path(path).stem
+        self._client.log_artifact(self._run_id, path, folder)
+        with tempfile.TemporaryDirectory(prefix="checkpoint_") as directory:
+            Path(directory, "metadata.yaml").write_text(yaml.dump(metadata), encoding="utf-8")
+            Path(directory, "aliases.txt").write_text(str(aliases))
+            self._client.log_artifacts(self._run_id, directory, folder)
+        if Path(path).parent.parent == Path(self._unsent_dir).absolute():
+            shutil.rmtree(Path(path).parent)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_client": None, "_callbacks": {}}
+        return {**self.__dict__, "_client": None, "_callbacks": {}, "_outbox": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._outbox = Outbox("MLflow", self._send, _is_away, self._keep)
+
+
+def _held(path: str, folder: str) -> str:
+    """Return a second path to the file as it is now: the callback may remove or replace it before it is sent."""
+    os.makedirs(folder, exist_ok=True)
+    held = Path(tempfile.mkdtemp(dir=os.path.abspath(folder)), os.path.basename(path))
+    try:
+        os.link(path, held)
+    except OSError:  # Another file system, or one without links.
+        shutil.copyfile(path, held)
+    return str(held)
+
+
+def _parts(entries: list[Any], size: int) -> Iterator[list[Any]]:
+    return (entries[start : start + size] for start in range(0, len(entries), size))
+
+
+def _without_password(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _is_away(error: BaseException) -> bool:
+    """Whether MLflow, or the network on the way to it, failed, and not what was sent."""
+    from mlflow.exceptions import MlflowException
+    from requests.exceptions import ConnectionError as RequestsConnectionError
+    from requests.exceptions import HTTPError, Timeout
+
+    chain: Optional[BaseException] = error
+    while chain is not None:
+        if isinstance(chain, (RequestsConnectionError, Timeout, ConnectionError, TimeoutError)):
+            return True
+        status = 0
+        if isinstance(chain, HTTPError) and chain.response is not None:
+            status = chain.response.status_code
+        elif isinstance(chain, MlflowException) and chain.error_code in _AWAY_CODES:
+            return True
+        if status >= 500 or status in (408, 429):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def _allowed(name: str) -> str:

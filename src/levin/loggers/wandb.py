@@ -28,6 +28,9 @@ STEP = "trainer/global_step"
 class WandbLogger(Logger):
     """Logs to Weights & Biases; needs ``wandb``.
 
+    The package sends in the background and keeps what it has not sent yet in local files. Where the service cannot be reached
+    when the run starts, all of it is kept, as with ``offline=True``.
+
     A run that is under way in this process is used instead of a new one. The run stays open after training, so that one
     can go on logging to it; ``wandb.finish()`` or the end of the process closes it.
 
@@ -106,9 +109,10 @@ class WandbLogger(Logger):
             "dir": self._save_dir,
             "id": self._id,
             "resume": "allow",
-            "anonymous": ("allow" if anonymous else None),
             **kwargs,
         }
+        if anonymous:
+            self._wandb_init["anonymous"] = "allow"  # Newer versions warn of it, even when it is None.
         if offline:
             self._wandb_init.setdefault("mode", "offline")
 
@@ -145,9 +149,24 @@ class WandbLogger(Logger):
                 self._experiment = attach(self._attach_id)
             else:
                 os.makedirs(self._save_dir, exist_ok=True)
-                self._experiment = wandb.init(**self._wandb_init)
+                self._experiment = self._start()
             self._define_step()
         return self._experiment
+
+    def _start(self) -> Any:
+        import wandb
+
+        try:
+            return wandb.init(**self._wandb_init)
+        except Exception as error:
+            if not _is_away(error):
+                raise
+            run = wandb.init(**{**self._wandb_init, "mode": "offline"})
+            rank_zero_warn(
+                f"Weights & Biases cannot be reached: {error} The run is kept in {run.dir}. Upload it later with:"
+                f" wandb sync {os.path.dirname(run.dir)}"
+            )
+            return run
 
     def _define_step(self) -> None:
         define = getattr(self._experiment, "define_metric", None)
@@ -384,3 +403,10 @@ class WandbLogger(Logger):
             state["_attach_id"] = getattr(self._experiment, "_attach_id", None)
             state["_id"] = self._experiment.id
         return state
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the service was not reached, and not that it refused the account or the arguments."""
+    import wandb.errors
+
+    return isinstance(error, wandb.errors.CommError) and not isinstance(error, wandb.errors.AuthenticationError)

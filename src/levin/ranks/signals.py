@@ -224,11 +224,12 @@ def save_for_restart(run: Run) -> None:
     if run.state.fn != TrainerFn.FITTING or run.settings.fast_dev_run or not signals.is_training:
         return
     if strategy.reduce_boolean_decision(signals.wants_requeue, all=False):
-        for logger in run.loggers:
-            logger.finalize("finished")
         path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
         run.trainer.save_checkpoint(str(path))
         strategy.finish_saves()
+        # After the file, since a logger may wait for its service.
+        for logger in run.loggers:
+            logger.finalize("finished")
         signals.is_requeued = True
         if strategy.is_global_zero:
             requeue()
