@@ -16,6 +16,7 @@ from torch import nn
 
 from levin.hparams import is_omegaconf
 from levin.utilities.attribute_dict import AttributeDict
+from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def load_from_checkpoint(
 
     Args:
         cls: A class of modules or of data modules.
-        checkpoint_path: Path, URL or open binary file.
+        checkpoint_path: Path, URL or open binary file; also the folder of a sharded checkpoint.
         map_location: Where tensors go, as for ``torch.load``. By default they stay on the device that they were saved
             from, or come to the CPU where this machine lacks it.
         hparams_file: A ``.yaml``, ``.yml`` or ``.csv`` file with hyper-parameters, which replace those in the
@@ -130,11 +131,19 @@ def load_from_checkpoint(
     Example:
         >>> net = load_from_checkpoint(Net, "best.ckpt", width=16)  # doctest: +SKIP
     """
+    import levin.checkpoint.folder
+    import levin.checkpoint.layout
     import levin.checkpoint.migrate
     import levin.checkpoint.reading
 
     location = default_map_location if map_location is None else map_location
-    checkpoint: Any = levin.checkpoint.reading.load(checkpoint_path, map_location=location, weights_only=weights_only)
+    checkpoint: Any
+    if isinstance(checkpoint_path, (str, os.PathLike)) and levin.checkpoint.layout.is_sharded(checkpoint_path):
+        checkpoint = levin.checkpoint.folder.consolidate(checkpoint_path, weights_only)
+        if isinstance(map_location, (str, int, torch.device)):
+            checkpoint = move_data_to_device(checkpoint, torch.device(map_location))
+    else:
+        checkpoint = levin.checkpoint.reading.load(checkpoint_path, map_location=location, weights_only=weights_only)
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"{checkpoint_path!s} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}. "

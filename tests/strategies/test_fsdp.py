@@ -435,6 +435,30 @@ def test_norms_with_running_statistics(precision):
 
 
 @world_size(2, connect=False)
+def test_an_error_in_an_optimizer_is_the_one_that_is_raised():
+    # It makes one vector of all gradients, which parts cannot be.
+    with pytest.raises(RuntimeError, match="view"):
+        in_rank().fit(Deep(4, optimizer=torch.optim.LBFGS))
+
+
+@world_size(2, connect=False)
+def test_a_module_is_loaded_from_a_folder(tmp_path):
+    class Kept(Deep):
+        def __init__(self, size=16):
+            super().__init__(4, size)
+            self.save_hyperparameters()
+
+    path = str(tmp_path / "saved.ckpt")
+    module = Kept(size=8)
+    trainer = in_rank(FSDPStrategy(state_dict_type="sharded"), max_epochs=1)
+    trainer.fit(module)
+    trainer.save_checkpoint(path)
+    loaded = Kept.load_from_checkpoint(path, map_location="cpu")
+    assert loaded.hparams.size == 8
+    torch.testing.assert_close(dict(loaded.named_parameters()), whole(module), rtol=0, atol=0, check_device=True)
+
+
+@world_size(2, connect=False)
 def test_an_error_in_a_forward_is_the_one_that_is_raised():
     class Failing(Deep):
         def training_step(self, batch, batch_idx):

@@ -35,11 +35,12 @@ _CLASSES_OF_THE_INDEX = {
 }  # fmt: skip
 
 
-def consolidate(folder: PathLike) -> dict[str, Any]:
+def consolidate(folder: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
     """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
 
     Args:
         folder: Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``.
+        weights_only: For ``meta.pt``, as for :func:`levin.checkpoint.load`.
 
     Returns:
         For a folder that a Trainer wrote, what its file would hold: ``state_dict``, ``optimizer_states`` and the rest.
@@ -58,7 +59,7 @@ def consolidate(folder: PathLike) -> dict[str, Any]:
             f"{folder!r} is no folder. Give the folder of a sharded checkpoint; a file needs no consolidation."
         )
     verify(folder)
-    meta = load(os.path.join(folder, META_FILE), "cpu")
+    meta = load(os.path.join(folder, META_FILE), "cpu", weights_only)
     shards = _read_shards(folder)
     if _VERSION_KEY not in meta:
         return {**shards, **meta}

@@ -51,7 +51,7 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         detach_log_store(module)
         if is_agreed:
             _leave_together(run)
-        run.strategy.teardown()
+        _free_device(run)
         run.stop_watchdog()
         run.profiler.teardown(run.fn)
         run.state.stage = None
@@ -64,6 +64,14 @@ def _leave_together(run: Run) -> None:
     except RuntimeError as failure:
         # The run ends in any case.
         log.error(f"A rank left before the others: {failure}")
+
+
+def _free_device(run: Run) -> None:
+    try:
+        run.strategy.teardown()
+    except Exception as failure:
+        # Whatever broke the run may have left what is half done behind; the user is told the first error, not this one.
+        log.error(f"{type(run.strategy).__name__} could not be taken down: {type(failure).__name__}: {failure}")
 
 
 def _is_agreed(run: Run, error: BaseException) -> bool:
