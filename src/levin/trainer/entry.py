@@ -145,8 +145,7 @@ def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optiona
     configured = run.call_of(run.module, "configure_callbacks")
     trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
     for callback in run.callbacks:
-        callback.log = run.module.log  # type: ignore[attr-defined]  # given for the time of the call
-        callback.log_dict = run.module.log_dict  # type: ignore[attr-defined]
+        vars(callback).update(log=run.module.log, log_dict=run.module.log_dict)  # for the time of the call
     launcher = run.strategy.launcher
     runs_elsewhere = False
     try:
@@ -212,11 +211,22 @@ def _chosen_path(trainer: Caller, given: Any) -> Any:
     return given if given is not None else preset or None
 
 
-def show_results(run: Run, results: list[dict[str, float]], verbose: bool) -> list[dict[str, float]]:
-    """Print the table of results where that is asked for; returns them."""
+def evaluate(
+    trainer: Caller,
+    fn: TrainerFn,
+    model: Any,
+    datamodule: Optional[LightningDataModule],
+    given: dict[str, Any],
+    ckpt_path: Optional[PathLike],
+    weights_only: Optional[bool],
+    verbose: bool,
+) -> list[dict[str, float]]:
+    """Return the results of ``validate`` or ``test``, and print their table where that is asked for."""
+    run = begin(trainer, fn, model, datamodule, given)
+    results: list[dict[str, float]] = execute(trainer, run, ckpt_path, weights_only, model is not None)
     if verbose and results and run.strategy.is_global_zero:
         with lenient_streams():
-            print_results(results, "validate" if run.fn == "validate" else "test")
+            print_results(results, fn.value)
     return results
 
 

@@ -14,9 +14,11 @@ def reads(path: str, doc: str) -> Any:
     return property(attrgetter(path), doc=doc)
 
 
-def flag(name: str, doc: str) -> Any:
-    """Return a property for one of the :class:`~levin.ranks.agreement.StopFlags`, which may be set."""
-    return property(attrgetter(f"_flags.{name}"), lambda trainer, value: setattr(trainer._flags, name, value), doc=doc)
+def part(path: str, doc: str) -> Any:
+    """Return a property for what lies at ``path``, such as ``"strategy.optimizers"``, and may be set there."""
+    owner, _, name = path.rpartition(".")
+    owner_of = attrgetter(owner)
+    return property(attrgetter(path), lambda trainer, value: setattr(owner_of(trainer), name, value), doc=doc)
 
 
 def of_run(path: str, default: object, doc: str) -> Any:

@@ -31,16 +31,9 @@ from levin.resume.checkpoint_tree import save_checkpoint
 from levin.settings import Settings, check_settings, defaults_from_environment
 from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
-from levin.trainer.properties import callbacks_of, first_of, flag, of_run, reads, setting, shared, stage
+from levin.trainer.properties import callbacks_of, first_of, of_run, part, reads, setting, shared, stage
 from levin.utilities.numbers import to_numbers
-from levin.utilities.states import (
-    GradClipAlgorithmType,
-    RunningStage,
-    StopFlags,
-    TrainerFn,
-    TrainerState,
-    TrainerStatus,
-)
+from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
 from levin.utilities.types import LRSchedulerConfig, PathLike
 
 Limit = Union[int, float]
@@ -126,7 +119,7 @@ class Trainer:
     reload_dataloaders_every_n_epochs: int = setting("reload_dataloaders_every_n_epochs")
     val_check_interval: Limit = setting("val_check_interval")
     val_check_interval_seconds: Optional[float] = reads(
-        "settings.val_check_seconds", "Seconds between validations, when they go by the clock."
+        "settings.val_check_seconds", "Seconds between validations by the clock."
     )
     # The engine
     accelerator: Accelerator = reads("_engine.accelerator", "The hardware.")
@@ -134,9 +127,7 @@ class Trainer:
     precision_plugin: Precision = reads("strategy.precision", "The precision.")
     scaler: Any = reads("precision_plugin.scaler", "The gradient scaler, or None.")
     precision: str = reads("precision_plugin.precision", "The precision, as a string.")
-    model: Optional[torch.nn.Module] = reads(
-        "strategy.model", "The module as it runs, wrapped where the strategy wraps it."
-    )
+    model: Optional[torch.nn.Module] = reads("strategy.model", "The module as it runs, wrapped or not.")
     global_rank: int = reads("strategy.global_rank", "Rank among all processes.")
     local_rank: int = reads("strategy.local_rank", "Rank among the processes of this machine.")
     node_rank: int = reads("strategy.node_rank", "Index of this machine.")
@@ -170,9 +161,7 @@ class Trainer:
     max_steps: int = reads("loops.fit.epoch_loop.max_steps", "Optimizer steps at most.")
     min_steps: Optional[int] = reads("loops.fit.epoch_loop.min_steps", "Optimizer steps at least.")
     num_training_batches: Limit = reads("loops.fit.max_batches", "Batches of a training epoch; inf when unknown.")
-    num_sanity_val_batches: list[Limit] = reads(
-        "loops.fit.num_sanity_val_batches", "Batches of the sanity check, per loader."
-    )
+    num_sanity_val_batches: list[Limit] = reads("loops.fit.num_sanity_val_batches", "Batches of the sanity check.")
     num_val_batches: list[Limit] = reads("loops.validate.max_batches", "Batches of a validation, per loader.")
     num_test_batches: list[Limit] = reads("loops.test.max_batches", "Batches of the test, per loader.")
     num_predict_batches: list[Limit] = reads("loops.predict.max_batches", "Batches to predict on, per loader.")
@@ -180,9 +169,15 @@ class Trainer:
     is_last_batch: bool = reads(
         "loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether the present batch is the last of its epoch."
     )
+    optimizers: list[Any] = part("strategy.optimizers", "The torch optimizers of the present or last fit.")
+    lr_scheduler_configs: list[LRSchedulerConfig] = reads(
+        "strategy.lr_scheduler_configs", "The schedulers of the present or last fit, with when they are stepped."
+    )
     # Where a call is
-    should_stop: bool = flag("should_stop", "Whether training shall end; set it to end training after this batch.")
-    received_sigterm: bool = flag("received_sigterm", "Whether this process was asked to terminate.")
+    should_stop: bool = part(
+        "_flags.should_stop", "Whether training shall end; set it to end training after this batch."
+    )
+    received_sigterm: bool = part("_flags.received_sigterm", "Whether this process was asked to terminate.")
     training: bool = stage(RunningStage.TRAINING, "Whether the training loop runs.")
     validating: bool = stage(RunningStage.VALIDATING, "Whether a validation runs.")
     testing: bool = stage(RunningStage.TESTING, "Whether a test runs.")
@@ -198,9 +193,7 @@ class Trainer:
     train_dataloader: Any = of_run("loaders.train.user_loaders", None, "The training loaders; None until loaded.")
     val_dataloaders: Any = of_run("loaders.val.user_loaders", None, "The validation loaders; None until loaded.")
     test_dataloaders: Any = of_run("loaders.test.user_loaders", None, "The test loaders; None until loaded.")
-    predict_dataloaders: Any = of_run(
-        "loaders.predict.user_loaders", None, "The loaders to predict on; None until loaded."
-    )
+    predict_dataloaders: Any = of_run("loaders.predict.user_loaders", None, "The loaders of ``predict``.")
 
     @defaults_from_environment
     def __init__(
@@ -317,9 +310,8 @@ class Trainer:
         Returns:
             The logged epoch values, one dict per loader.
         """
-        run = entry.begin(self, TrainerFn.VALIDATING, model, datamodule, {"val": dataloaders})
-        results = entry.execute(self, run, ckpt_path, weights_only, model is not None)
-        return entry.show_results(run, results, verbose)
+        loaders = {"val": dataloaders}
+        return entry.evaluate(self, TrainerFn.VALIDATING, model, datamodule, loaders, ckpt_path, weights_only, verbose)
 
     def test(
         self,
@@ -331,9 +323,8 @@ class Trainer:
         weights_only: Optional[bool] = None,
     ) -> list[dict[str, float]]:
         """Run the test. Arguments and result as in :meth:`validate`."""
-        run = entry.begin(self, TrainerFn.TESTING, model, datamodule, {"test": dataloaders})
-        results = entry.execute(self, run, ckpt_path, weights_only, model is not None)
-        return entry.show_results(run, results, verbose)
+        loaders = {"test": dataloaders}
+        return entry.evaluate(self, TrainerFn.TESTING, model, datamodule, loaders, ckpt_path, weights_only, verbose)
 
     def predict(
         self,
@@ -359,8 +350,8 @@ class Trainer:
         """
         run = entry.begin(self, TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders})
         run.keeps_predictions = entry.keeps_predictions(self.strategy, return_predictions)
-        result: Optional[list[object]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
-        return result
+        outputs: Optional[list[Any]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
+        return outputs
 
     def explain(
         self,
@@ -458,20 +449,6 @@ class Trainer:
         return len(self.device_ids)
 
     @property
-    def optimizers(self) -> list[Any]:
-        """The torch optimizers of the present or last fit."""
-        return getattr(self.strategy, "optimizers", None) or []
-
-    @optimizers.setter
-    def optimizers(self, optimizers: list[Any]) -> None:
-        self.strategy.optimizers = optimizers
-
-    @property
-    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
-        """The schedulers of the present or last fit, with when they are stepped."""
-        return getattr(self.strategy, "lr_scheduler_configs", None) or []
-
-    @property
     def logger(self) -> Optional[Logger]:
         """The first logger, or None."""
         return self.loggers[0] if self.loggers else None
@@ -493,7 +470,7 @@ class Trainer:
     @property
     def interrupted(self) -> bool:
         """Whether the last call failed."""
-        return self.state.status == TrainerStatus.INTERRUPTED
+        return self.state.status == "interrupted"
 
     @property
     def callback_metrics(self) -> dict[str, Any]:
