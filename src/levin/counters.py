@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Optional
+
+from levin.utilities.types import StateDict
 
 FIELDS = ("ready", "started", "processed", "completed")
 
@@ -76,7 +78,7 @@ class Progress:
         """Forget what was begun and not completed."""
         self.current.ready = self.current.started = self.current.processed = self.current.completed
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the counts in the layout of the checkpoint format."""
         state: dict[str, object] = {
             "total": {name: getattr(self.total, name) for name in self._fields},
@@ -86,7 +88,7 @@ class Progress:
             state["is_last_batch"] = self.is_last_batch
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`; what is missing stays as it is."""
         for part, counter in (("total", self.total), ("current", self.current)):
             for name, value in state.get(part, {}).items():
@@ -111,11 +113,11 @@ class EvaluationLoop:
         """Leave the data where they are."""
         return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint."""
         return {"state_dict": {}, "batch_progress": self.batch_progress.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         self.batch_progress.load_state_dict(state.get("batch_progress", {}))
 
@@ -171,7 +173,7 @@ class EpochLoop:
         """Holds ``optim_progress.optimizer``: packages read there how many steps were taken."""
         return SimpleNamespace(optim_progress=SimpleNamespace(optimizer=self.optim_progress))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint, flattened as the format has it."""
         step, zero_grad = self.optim_progress.step.state_dict(), self.optim_progress.zero_grad.state_dict()
         return {
@@ -186,7 +188,7 @@ class EpochLoop:
             "epoch_loop.val_loop.batch_progress": self.val_loop.batch_progress.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         own = state.get("epoch_loop.state_dict", {})
         self._batches_that_stepped = own.get("_batches_that_stepped", self._batches_that_stepped)
@@ -247,7 +249,7 @@ class FitLoop:
         """Index of the present batch in the whole training; -1 before the first."""
         return self.epoch_loop.total_batch_idx
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint."""
         return {
             "state_dict": {},
@@ -256,7 +258,7 @@ class FitLoop:
             "epoch_progress": self.epoch_progress.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         self.epoch_loop.load_state_dict(state)
         self.epoch_progress.load_state_dict(state.get("epoch_progress", {}))

@@ -18,7 +18,7 @@ from levin.utilities.overrides import is_overridden
 
 if TYPE_CHECKING:
     from levin.protocols import Trainer
-    from levin.utilities.types import _MAP_LOCATION_TYPE
+    from levin.utilities.types import _MAP_LOCATION_TYPE, StateDict
 
 Self = TypeVar("Self", bound="LightningDataModule")
 Datasets = Dataset[Any] | Iterable[Dataset[Any]] | Mapping[str, Dataset[Any]]
@@ -106,11 +106,11 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
             setattr(datamodule, hook, functools.partial(_loaders, given, is_shuffled, batch_size, num_workers))
         return datamodule
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what a checkpoint keeps of this data module."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Take back what :meth:`state_dict` returned."""
 
     def on_exception(self, exception: BaseException) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class Exports:
     """The ``to_...`` methods of a LightningModule."""
 
+    _is_scripting: bool
+
     def to_onnx(
         self, file_path: Union[PathLike, Any, None] = None, input_sample: Optional[Any] = None, **kwargs: Any
     ) -> Any:
@@ -138,7 +140,7 @@ class Exports:
             raise MisconfigurationException(
                 f"to_tensorrt(ir='ts') can write output_format='torchscript' only, received {output_format!r}."
             )
-        import torch_tensorrt  # type: ignore[import-not-found,unused-ignore]  # used when present
+        import torch_tensorrt  # used when present
 
         module = self._as_module()
         module.to(device)
@@ -171,12 +173,12 @@ def _scripting(module: Any) -> Iterator[None]:
     """Let TorchScript look at every attribute of the module without an error."""
     children = [child for child in module.modules() if isinstance(child, Exports)]
     for child in children:
-        child._is_scripting = True  # type: ignore[attr-defined]  # of LightningModule
+        child._is_scripting = True
     try:
         yield
     finally:
         for child in children:
-            child._is_scripting = False  # type: ignore[attr-defined]
+            child._is_scripting = False
 
 
 def _listed(inputs: Any) -> list[Any]:

@@ -10,7 +10,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
 
 if TYPE_CHECKING:
-    from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS
+    from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS, Batch, StateDict
 
 # Users override hooks with annotations of their own, which may be any class of theirs: these take all of them. Both
 # classes stand above this file; what levin's own callbacks see of a Trainer is written down in protocols.py.
@@ -39,10 +39,10 @@ class ModelHooks:
     def on_train_epoch_end(self) -> None:
         """After the last batch of an epoch and its validation."""
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> Optional[int]:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> Optional[int]:
         """Before ``training_step``; returning -1 ends the epoch."""
 
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
         """After the optimizer step of a batch."""
 
     def on_validation_start(self) -> None:
@@ -57,11 +57,11 @@ class ModelHooks:
     def on_validation_epoch_end(self) -> None:
         """After the last validation batch, before its epoch values are computed."""
 
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Before ``validation_step``."""
 
     def on_validation_batch_end(
-        self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """After ``validation_step``; ``outputs`` is what it returned."""
 
@@ -77,10 +77,10 @@ class ModelHooks:
     def on_test_epoch_end(self) -> None:
         """After the last test batch, before its epoch values are computed."""
 
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Before ``test_step``."""
 
-    def on_test_batch_end(self, outputs: STEP_OUTPUT, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_test_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """After ``test_step``; ``outputs`` is what it returned."""
 
     def on_predict_start(self) -> None:
@@ -95,10 +95,10 @@ class ModelHooks:
     def on_predict_epoch_end(self) -> None:
         """After the last prediction."""
 
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_start(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Before ``predict_step``."""
 
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_predict_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """After ``predict_step``; ``outputs`` is what it returned."""
 
     def on_validation_model_zero_grad(self) -> None:
@@ -183,15 +183,15 @@ class DataHooks:
         """Return the loader, or a collection of loaders, for predictions."""
         raise _missing_loader("predict_dataloader")
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Any:
         """Change a batch before it goes to the device."""
         return batch
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         """Move a batch to ``device``; override for batches of your own kind."""
         return move_data_to_device(batch, device)
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Any:
         """Change a batch on the device."""
         return batch
 
@@ -206,10 +206,10 @@ def _missing_loader(name: str) -> MisconfigurationException:
 class CheckpointHooks:
     """What may be added to a checkpoint, and read back."""
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
         """Read, or change, the checkpoint before its weights are loaded."""
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
         """Add to the checkpoint before it is written."""
 
 
@@ -256,11 +256,11 @@ class Callback:
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the validation that checks the code before training."""
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         """Before a training batch."""
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """After a training batch."""
 
@@ -289,7 +289,7 @@ class Callback:
         """After the batches of a prediction run."""
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Before a validation batch."""
 
@@ -298,14 +298,14 @@ class Callback:
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """After a validation batch."""
 
     def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Before a test batch."""
 
@@ -314,14 +314,14 @@ class Callback:
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """After a test batch."""
 
     def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Before a prediction batch."""
 
@@ -330,7 +330,7 @@ class Callback:
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -363,17 +363,17 @@ class Callback:
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """When anything raises."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what the callback needs to go on after a resume."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Take up what :meth:`state_dict` returned."""
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Add to the checkpoint before it is written."""
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         """Read the checkpoint before the callbacks' states are loaded."""
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from levin.utilities.attribute_dict import AttributeDict
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
 _PRIMITIVES = (bool, int, float, str)
 # What comparing arrays, tensors or odd objects for truth raises.
@@ -85,7 +86,7 @@ def frame_arguments(frame: types.FrameType) -> dict[str, Any]:
     return arguments
 
 
-def collect_init_args(obj: object, frame: types.FrameType | None) -> dict[str, Any]:
+def collect_init_args(obj: object, frame: types.FrameType | None) -> StateDict:
     """Return the arguments of all ``__init__`` calls of ``obj`` that run in ``frame`` or around it.
 
     Args:

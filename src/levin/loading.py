@@ -20,7 +20,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from levin.utilities.types import _MAP_LOCATION_TYPE
+    from levin.utilities.types import _MAP_LOCATION_TYPE, Kwargs, StateDict
 
 T = TypeVar("T")
 
@@ -233,12 +233,12 @@ def saved_hparams(checkpoint: Mapping[str, Any], keys: tuple[str, ...], prefix: 
     return AttributeDict(hparams)
 
 
-def _put_hparams(checkpoint: dict[str, Any], key: str, hparams: Any, kwargs: Mapping[str, Any]) -> None:
+def _put_hparams(checkpoint: StateDict, key: str, hparams: Any, kwargs: Mapping[str, Any]) -> None:
     # on_load_checkpoint sees the hyper-parameters that the object is really built with.
     checkpoint[key] = {**hparams, **kwargs}
 
 
-def _build(cls: type[T], hparams: Any, name: str | None, kwargs: dict[str, Any]) -> T:
+def _build(cls: type[T], hparams: Any, name: str | None, kwargs: Kwargs) -> T:
     instantiator = hparams.get("_instantiator") if len(hparams) else None
     if instantiator is not None:
         values = {**hparams, **kwargs}
@@ -298,7 +298,7 @@ def _instantiator(path: str) -> Callable[[type, dict[str, object]], object]:
     return cast("Callable[[type, dict[str, Any]], Any]", getattr(importlib.import_module(module), function))
 
 
-def _restore_module(module: Any, checkpoint: dict[str, Any], strict: bool | None) -> None:
+def _restore_module(module: Any, checkpoint: StateDict, strict: bool | None) -> None:
     own_strict = getattr(module, "_strict_loading", None)
     if strict is not None and own_strict is not None and strict != own_strict:
         raise ValueError(

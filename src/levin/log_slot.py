@@ -8,6 +8,8 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from levin.utilities.types import StateDict
+
 BLOCK = 32
 """Values that are folded into the running sum at once."""
 
@@ -235,7 +237,7 @@ class Slot:
         epoch_value: Tensor = summed / weights
         return epoch_value.to(total.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
         plain = self.arguments._replace(reduce_fx=self.reduction, sync_dist_group=None)
         return {
@@ -247,7 +249,7 @@ class Slot:
             "latest": self.latest,
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         if state["block"] is not None:
             self._allocate(state["block"].device, state["block"].dtype)

@@ -8,7 +8,7 @@ device nor keeps a graph alive. Reduction to one value happens when someone read
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from levin.log_slot import Arguments, Slot, metric_class
 from levin.utilities.collections import leaves
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
 _STEP_HOOKS = [
     "training_step",
@@ -244,12 +245,12 @@ class LogStore:
                 metrics.progress_bar[forked] = value
         return metrics
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[StateDict]:
         """Return the values of an unfinished epoch; of metric objects only their names, their states are the module's."""
         names = {id(module): name for name, module in self._modules().items()}
         return [{**slot.state_dict(), "metric": names.get(id(slot.metric))} for slot in self.slots()]
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, state: list[StateDict]) -> None:
         """Take up :meth:`state_dict`."""
         self._slots.clear()
         for entry in state:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from levin.hooks import Callback
     from levin.log_store import LogStore
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+    from levin.utilities.types import STEP_OUTPUT, OptimizerLRScheduler, StateDict
 
 log = logging.getLogger("levin")
 
@@ -78,14 +78,14 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         self._compiler_ctx: Any = None
         self._is_scripting: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         state = dict(self.__dict__)
         state["_trainer"] = None
         state["_fabric"] = state["_fabric_optimizers"] = None
         state["_log_store"] = None
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         # A module that Lightning pickled whole lacks some of the fields, and packages pop others out of `__dict__`.
         for name, default in _FIELDS.items():
             state.setdefault(name, default)
@@ -102,7 +102,8 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             RuntimeError: No run has used this module yet.
         """
         if self._fabric is not None and self._trainer is None:
-            return self._fabric.trainer_shim(self)  # type: ignore[no-any-return]  # Fabric's stand-in for a Trainer
+            shim: Trainer = self._fabric.trainer_shim(self)
+            return shim
         if self._trainer is None:
             if self._is_scripting:
                 return None  # type: ignore[return-value]  # TorchScript looks at every attribute

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import LRSchedulerConfig
+from levin.utilities.types import LRSchedulerConfig, StateDict
 
 if TYPE_CHECKING:
     from levin.hooks import LightningModule
@@ -82,11 +82,11 @@ class LightningOptimizer:
             setattr(self._optimizer, name, value)
 
     # The torch base class defines these, so __getattr__ does not reach the wrapped ones.
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the wrapped optimizer's state."""
         return self._optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the wrapped optimizer's state."""
         self._optimizer.load_state_dict(state_dict)
 
@@ -119,11 +119,11 @@ class MockOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to zero."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return an empty state."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Nothing to load."""
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, set_rng_sta
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import PathLike
+    from levin.utilities.types import Batch, PathLike, StateDict
 
 
 class BadStepError(RuntimeError):
@@ -103,7 +103,7 @@ class BadStepGuard(Callback):
         self._mask = _MaskedUpdate(trainer.optimizers[0])
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = _Window()
         self._window.batches.append(batch)
@@ -147,11 +147,11 @@ class BadStepGuard(Callback):
         self._end()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"num_bad_steps": self.num_bad_steps} if self.num_bad_steps else {}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.num_bad_steps = state_dict["num_bad_steps"]
 
     def _settle(self, trainer: Trainer, module: LightningModule) -> None:
@@ -338,7 +338,7 @@ class _Replay(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pl_module.load_state_dict(move_data_to_device(self.evidence["state_dict"], pl_module.device))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         set_rng_states(self.evidence["generators"][batch_idx])
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -349,7 +349,7 @@ class _Replay(Callback):
         ]
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.found.losses.append(float(outputs["loss"]) if outputs and "loss" in outputs else float("nan"))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from levin.hooks import Callback
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     pass
@@ -25,12 +26,12 @@ class Checkpoint(Callback):
     is_monitor = True
     saves_checkpoints = True
 
-    def run_state(self) -> dict[str, Any]:
+    def run_state(self) -> StateDict:
         """Return what this callback knows of the present run only, and needs to go on in the middle of it.
 
         It is kept beside :meth:`state_dict`, whose content other programs read.
         """
         return {}
 
-    def load_run_state(self, state: dict[str, Any]) -> None:
+    def load_run_state(self, state: StateDict) -> None:
         """Take up :meth:`run_state`, after ``on_train_start``."""

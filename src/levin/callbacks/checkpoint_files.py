@@ -17,6 +17,7 @@ from levin.checkpoint.io import Save
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.protocols import Trainer
@@ -261,7 +262,7 @@ class UnconfirmedSave:
         return str(save.path)
 
 
-def run_state(callback: Checkpoint) -> dict[str, Any]:
+def run_state(callback: Checkpoint) -> StateDict:
     """Return what was saved and decided in the present run.
 
     Args:
@@ -270,12 +271,12 @@ def run_state(callback: Checkpoint) -> dict[str, Any]:
     return {key: getattr(callback, name) for key, name in _RUN_STATE.items()}
 
 
-def run_from(state: dict[str, Any]) -> dict[str, Any]:
+def run_from(state: StateDict) -> StateDict:
     """Return the attributes that :func:`run_state` was made of."""
     return {name: state[key] for key, name in _RUN_STATE.items()}
 
 
-def files_state(callback: Checkpoint) -> dict[str, Any]:
+def files_state(callback: Checkpoint) -> StateDict:
     """Return the kept files and their scores.
 
     Args:
@@ -284,7 +285,7 @@ def files_state(callback: Checkpoint) -> dict[str, Any]:
     return {name: getattr(callback, name) for name in ("monitor", "best_model_path", "dirpath", *_OF_ONE_FOLDER)}
 
 
-def files_from(state: dict[str, Any], dirpath: str | None) -> dict[str, Any]:
+def files_from(state: StateDict, dirpath: str | None) -> StateDict:
     """Return the attributes that :func:`files_state` was made of; only the best file's path if the folder is another.
 
     Args:

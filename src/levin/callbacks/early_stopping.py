@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -110,7 +111,7 @@ class EarlyStopping(Callback):
         return self.mode_dict[self.mode]
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {
             "wait_count": self.wait_count,
             "stopped_epoch": self.stopped_epoch,
@@ -121,7 +122,7 @@ class EarlyStopping(Callback):
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.wait_count = state_dict["wait_count"]
         # Files of Lightning before 0.10 hold less.
         self.stopped_epoch = state_dict.get("stopped_epoch", self.stopped_epoch)

@@ -13,6 +13,7 @@ from typing_extensions import override
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -245,14 +246,14 @@ class BaseFinetuning(Callback):
         return [{**group, "params": [mapping[parameter] for parameter in group["params"]]} for group in param_groups]
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         state: dict[str, object] = {"internal_optimizer_metadata": self._internal_optimizer_metadata}
         if self._trainable is not None:
             state["trainable"] = self._trainable
         return state
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self._restarting = True
         self._internal_optimizer_metadata = state_dict["internal_optimizer_metadata"]
         self._trainable = state_dict.get("trainable")
@@ -341,11 +342,11 @@ class BackboneFinetuning(BaseFinetuning):
             rank_zero_info(f"Current lr: {round(head_lr, self.rounding)}, Backbone lr: {round(lr, self.rounding)}")
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {**super().state_dict(), "previous_backbone_lr": self.previous_backbone_lr}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
 

@@ -19,7 +19,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import LRSchedulerConfig
+    from levin.utilities.types import Batch, LRSchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class LearningRateMonitor(Callback):
             self.last_weight_decay_values.update({f"{name}-weight_decay": None for name in names})
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         if self.logging_interval != "epoch" and is_logging_step(trainer):
             self._log(trainer, "step")
 

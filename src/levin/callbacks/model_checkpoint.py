@@ -21,7 +21,7 @@ from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 
 class ModelCheckpoint(Checkpoint):
@@ -176,7 +176,7 @@ class ModelCheckpoint(Checkpoint):
             )
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         """Save when so many steps, or so much time, have passed."""
         self._note_written(trainer)
@@ -470,7 +470,7 @@ class ModelCheckpoint(Checkpoint):
 
     # State ------------------------------------------------------------------------------------------------------------
 
-    def run_state(self) -> dict[str, Any]:
+    def run_state(self) -> StateDict:
         """Return what was saved and decided in the present run."""
         return files.run_state(self)
 
@@ -478,11 +478,11 @@ class ModelCheckpoint(Checkpoint):
         """Put :meth:`run_state` back."""
         vars(self).update(files.run_from(state))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the kept files and their scores."""
         return files.files_state(self)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Put the kept files back; with another folder than before only the path of the best one."""
         vars(self).update(files.files_from(state_dict, self.dirpath))
 

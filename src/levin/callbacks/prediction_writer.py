@@ -12,6 +12,7 @@ from typing_extensions import override
 from levin.hooks import Callback
 from levin.utilities.exceptions import value_error
 from levin.utilities.move import move_data_to_device
+from levin.utilities.types import Batch
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -73,7 +74,7 @@ class BasePredictionWriter(Callback):
         pl_module: LightningModule,
         prediction: Any,
         batch_indices: Sequence[int] | None,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
@@ -117,7 +118,7 @@ class BasePredictionWriter(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from typing_extensions import override
@@ -18,7 +18,7 @@ from levin.utilities.exceptions import value_error
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 _FILE = "skip_batches.json"
 
@@ -91,7 +91,7 @@ class SpikeDetection(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None:
@@ -133,7 +133,7 @@ class SpikeDetection(Callback):
             json.dump(self.bad_batches, file, indent=4)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {
             "last_val": self.last_val,
             "mode": self.mode,
@@ -146,7 +146,7 @@ class SpikeDetection(Callback):
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.last_val = state_dict["last_val"]
         self.mode = state_dict["mode"]
         self.warmup = state_dict["warmup"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from levin.callbacks.weight_averaging import require_whole_weights
 from levin.hooks import Callback
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from levin.utilities.types import LRSchedulerConfig
+from levin.utilities.types import LRSchedulerConfig, StateDict
 
 if TYPE_CHECKING:
     from levin.module import LightningModule
@@ -246,7 +246,7 @@ class StochasticWeightAveraging(Callback):
             self._undo.pop()()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         scheduler, average = self._swa_scheduler, self._average_model
         return {
             "n_averaged": int(self.n_averaged),
@@ -256,7 +256,7 @@ class StochasticWeightAveraging(Callback):
         }
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self.n_averaged = torch.tensor(state_dict["n_averaged"])
         self._latest_update_epoch = state_dict["latest_update_epoch"]
         self._scheduler_state = state_dict["scheduler_state"]

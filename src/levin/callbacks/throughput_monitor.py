@@ -17,7 +17,7 @@ from levin.utilities.throughput import Throughput, get_available_flops
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch, Kwargs
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
@@ -69,7 +69,7 @@ class ThroughputMonitor(Callback):
         super().__init__()
         self.batch_size_fn: Callable[[Any], int] = batch_size_fn
         self.length_fn: Callable[[Any], int] | None = length_fn
-        self.kwargs: dict[str, Any] = kwargs
+        self.kwargs: Kwargs = kwargs
         self.available_flops: float | None = kwargs.get("available_flops")
         self._meters: dict[str, _Meter] = {}
         # Evaluation batches of the whole run, the x-axis of their values.
@@ -98,7 +98,7 @@ class ThroughputMonitor(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         meter = self._count("train", pl_module, batch)
         accumulate = trainer.accumulate_grad_batches
@@ -117,7 +117,7 @@ class ThroughputMonitor(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -138,7 +138,7 @@ class ThroughputMonitor(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: STEP_OUTPUT,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -154,7 +154,7 @@ class ThroughputMonitor(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
@@ -18,7 +18,7 @@ from levin.utilities.states import RunningStage
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 
 def _seconds(duration: str | timedelta | dict[str, int] | None) -> float | None:
@@ -121,7 +121,7 @@ class Timer(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         if self._interval == "step" and self._clock is not None and self._clock.is_due(trainer):
             self._stop(trainer)
@@ -166,9 +166,9 @@ class Timer(Callback):
         self._stopwatch(RunningStage.PREDICTING).stop()
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"time_elapsed": {stage.value: self.time_elapsed(stage) for stage in RunningStage}}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self._offset = state_dict.get("time_elapsed", {}).get(RunningStage.TRAINING.value, 0.0)

@@ -18,7 +18,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch, Kwargs, StateDict
 
 _PREFIX = "module."
 
@@ -59,7 +59,7 @@ class WeightAveraging(Callback):
         super().__init__()
         self._device: torch.device | str | int | None = device
         self._use_buffers: bool = use_buffers
-        self._kwargs: dict[str, Any] = kwargs
+        self._kwargs: Kwargs = kwargs
         self._average_model: AveragedModel | None = None
         # A state that was loaded before there was an average to take it: weights, and the rest of the average.
         self._restored: tuple[dict[str, Any], dict[str, Any]] | None = None
@@ -99,7 +99,7 @@ class WeightAveraging(Callback):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step > self._latest_step:
@@ -136,16 +136,16 @@ class WeightAveraging(Callback):
             self._swap_back(pl_module)
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"latest_update_step": self._latest_update_step, "latest_update_epoch": self._latest_update_epoch}
 
     @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         self._latest_update_step = state_dict["latest_update_step"]
         self._latest_update_epoch = state_dict.get("latest_update_epoch", -1)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         if self._average_model is None:
             return
         other = self._average_model.module.state_dict()
@@ -160,7 +160,7 @@ class WeightAveraging(Callback):
         }
 
     @override
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         if trainer.state.fn != "fit":
             return
         if "current_model_state" not in checkpoint:

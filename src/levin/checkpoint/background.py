@@ -9,7 +9,7 @@ from levin.checkpoint.io import CheckpointIO, Save, TorchCheckpointIO, reject_st
 from levin.checkpoint.staging import Snapshot, Stager
 from levin.checkpoint.worker import Worker
 from levin.utilities.filesystem import set_modified
-from levin.utilities.types import PathLike
+from levin.utilities.types import PathLike, StateDict
 
 
 class AsyncCheckpointIO(CheckpointIO):
@@ -120,8 +120,8 @@ class AsyncCheckpointIO(CheckpointIO):
         self.wait()
         return {"checkpoint_io": self.checkpoint_io, "on_request": self.on_request}
 
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__(**state)  # type: ignore[misc]  # the one way to set every field
+    def __setstate__(self, state: StateDict) -> None:
+        AsyncCheckpointIO.__init__(self, **state)  # the one way to set every field
 
     def _write(self, snapshot: Snapshot, path: PathLike, storage_options: object | None) -> None:
         self.checkpoint_io.save_checkpoint(snapshot.realize(), path, storage_options)

@@ -17,7 +17,7 @@ from levin.checkpoint.layout import META_FILE
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.utilities.exceptions import DamagedCheckpointError
-from levin.utilities.types import PathLike
+from levin.utilities.types import PathLike, StateDict
 
 _VERSION_KEY = "pytorch-lightning_version"
 # What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
@@ -35,7 +35,7 @@ _CLASSES_OF_THE_INDEX = {
 }  # fmt: skip
 
 
-def consolidate(folder: PathLike, weights_only: bool | None = None) -> dict[str, Any]:
+def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict:
     """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
 
     Args:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _read_shards(folder: str) -> dict[str, Any]:
+def _read_shards(folder: str) -> StateDict:
     """Return what the files of ``torch.distributed.checkpoint`` hold, without running what is in them."""
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -140,7 +140,7 @@ class IndexUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _with_numbers(state: dict[str, Any]) -> dict[str, Any]:
+def _with_numbers(state: StateDict) -> StateDict:
     """Return the state of an optimizer with numbers in the place of the parameters' names, as an optimizer gives it."""
     numbers: dict[str, int] = {}
     groups = []

@@ -14,7 +14,7 @@ import torch
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
 from levin.checkpoint.reading import load
 from levin.utilities.filesystem import atomic_open, remove
-from levin.utilities.types import PathLike
+from levin.utilities.types import PathLike, StateDict
 
 if TYPE_CHECKING:
     from levin.checkpoint.worker import Worker
@@ -24,7 +24,7 @@ _PLAIN = frozenset((int, float, str, bool, bytes, complex, type(None)))
 
 def save_tree(
     checkpoint_io: CheckpointIO,
-    checkpoint: dict[str, Any],
+    checkpoint: StateDict,
     path: PathLike,
     storage_options: Any = None,
     is_writer: bool = True,
@@ -139,7 +139,7 @@ class CheckpointIO(ABC):
     is_collective: bool = False
 
     @abstractmethod
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: PathLike, storage_options: Any | None = None) -> None:
         """Save ``checkpoint`` under ``path``.
 
         Args:
@@ -151,7 +151,7 @@ class CheckpointIO(ABC):
     @abstractmethod
     def load_checkpoint(
         self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> StateDict:
         """Return the checkpoint that was saved under ``path``.
 
         Args:
@@ -207,7 +207,7 @@ class TorchCheckpointIO(CheckpointIO):
         {'epoch': 1}
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: PathLike, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: PathLike, storage_options: Any | None = None) -> None:
         """Save ``checkpoint`` at ``path``, atomically (see :func:`atomic_save`).
 
         Raises:
@@ -218,9 +218,9 @@ class TorchCheckpointIO(CheckpointIO):
 
     def load_checkpoint(
         self, path: PathLike, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+    ) -> StateDict:
         """Return the checkpoint at ``path`` (see :func:`load`), with tensors on the CPU by default."""
-        checkpoint: dict[str, Any] = load(path, "cpu" if map_location is None else map_location, weights_only)
+        checkpoint: StateDict = load(path, "cpu" if map_location is None else map_location, weights_only)
         return checkpoint
 
     def remove_checkpoint(self, path: PathLike) -> None:

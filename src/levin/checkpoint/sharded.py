@@ -29,9 +29,7 @@ from levin.checkpoint.layout import META_FILE, is_sharded
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.utilities.filesystem import is_local, local_path, remove
-from levin.utilities.types import PathLike
-
-State = dict[str, Any]
+from levin.utilities.types import PathLike, StateDict
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class ShardedEntry:
         """Return the names of all that the folder holds, nested keys joined by dots."""
         return _names_of(self.folder)
 
-    def load_into(self, state: State, group: object = None) -> State:
+    def load_into(self, state: StateDict, group: object = None) -> StateDict:
         """Read the parts that are in ``state`` here, in place. All processes call this.
 
         Args:
@@ -81,17 +79,17 @@ class ShardedCheckpointIO(CheckpointIO):
         self._group: Any = None
         self._world: Any = None
 
-    def __getstate__(self) -> State:
+    def __getstate__(self) -> StateDict:
         """Leave the connection here: another process makes its own."""
         return {"_group": None, "_world": None}
 
     def connect(self) -> None:
         """Connect the processes apart from the training, so that a save may go on beside it. All processes call this."""
         if dist.is_initialized() and self._world is not dist.group.WORLD:
-            self._group = dist.new_group(backend="gloo")  # type: ignore[no-untyped-call]  # torch
+            self._group = dist.new_group(backend="gloo")
             self._world = dist.group.WORLD
 
-    def save_checkpoint(self, checkpoint: State, path: PathLike, storage_options: object | None = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, path: PathLike, storage_options: object | None = None) -> None:
         """Save ``checkpoint`` as the folder ``path``. All processes call this.
 
         Raises:
@@ -103,7 +101,7 @@ class ShardedCheckpointIO(CheckpointIO):
         folder = _local_folder(path)
         unfinished = f"{folder}.part"
         meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        shards: State = {"model": checkpoint.get("state_dict", {})}
+        shards: StateDict = {"model": checkpoint.get("state_dict", {})}
         for number, state in enumerate(checkpoint.get("optimizer_states", [])):
             shards[f"optimizer_{number}"] = state
         is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -123,11 +121,11 @@ class ShardedCheckpointIO(CheckpointIO):
 
     def load_checkpoint(
         self, path: PathLike, map_location: object | None = None, weights_only: bool | None = None
-    ) -> State:
+    ) -> StateDict:
         """Return the checkpoint at ``path``: a file or a folder whole (see :func:`load_folder` for parts)."""
         if is_sharded(path):
             return consolidate(path)
-        found: State = load(path, "cpu" if map_location is None else map_location, weights_only)
+        found: StateDict = load(path, "cpu" if map_location is None else map_location, weights_only)
         return found
 
     def remove_checkpoint(self, path: PathLike) -> None:
@@ -140,7 +138,7 @@ class ShardedCheckpointIO(CheckpointIO):
             dist.barrier(group=self._group)
 
 
-def load_folder(path: PathLike, weights_only: bool | None = None) -> State:
+def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
     """Return a sharded checkpoint for a process that wants its parts of it.
 
     Args:
@@ -155,7 +153,7 @@ def load_folder(path: PathLike, weights_only: bool | None = None) -> State:
     """
     folder = _local_folder(path)
     verify(folder)
-    checkpoint: State = load(os.path.join(folder, META_FILE), "cpu", weights_only)
+    checkpoint: StateDict = load(os.path.join(folder, META_FILE), "cpu", weights_only)
     keys = {name.split(".", 1)[0] for name in _names_of(folder)}
     checkpoint["state_dict"] = ShardedEntry(folder, "model" if "model" in keys else "state_dict")
     optimizers = sorted((key for key in keys if key.startswith("optimizer_")), key=lambda key: int(key[10:]))

@@ -27,6 +27,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import seed_everything
+from levin.utilities.types import Kwargs
 
 ModuleClass = Union[type[LightningModule], Callable[..., LightningModule]]
 DataModuleClass = Union[type[LightningDataModule], Callable[..., LightningDataModule]]
@@ -68,7 +69,7 @@ class LightningCLI:
         model_class: Optional[ModuleClass] = None,
         datamodule_class: Optional[DataModuleClass] = None,
         save_config_callback: Optional[type[SaveConfigCallback]] = SaveConfigCallback,
-        save_config_kwargs: Optional[dict[str, Any]] = None,
+        save_config_kwargs: Optional[Kwargs] = None,
         trainer_class: Union[type[Trainer], Callable[..., Trainer]] = Trainer,
         trainer_defaults: Optional[dict[str, Any]] = None,
         seed_everything_default: Union[bool, int] = True,
@@ -82,11 +83,11 @@ class LightningCLI:
         load_from_checkpoint_support: bool = True,
     ) -> None:
         self.save_config_callback = save_config_callback
-        self.save_config_kwargs: dict[str, Any] = save_config_kwargs or {}
+        self.save_config_kwargs: Kwargs = save_config_kwargs or {}
         self.trainer_class = trainer_class
         self.trainer_defaults: dict[str, Any] = trainer_defaults or {}
         self.seed_everything_default = seed_everything_default
-        self.parser_kwargs: dict[str, Any] = parser_kwargs or {}
+        self.parser_kwargs: Kwargs = parser_kwargs or {}
         self.parser_class = parser_class
         self.auto_configure_optimizers: bool = auto_configure_optimizers
         self.load_from_checkpoint_support: bool = load_from_checkpoint_support
@@ -325,7 +326,8 @@ class LightningCLI:
                 f"`{type(self).__name__}.configure_optimizers`."
             )
         configure = partial(_configure, self.configure_optimizers, optimizer, scheduler)
-        self.model.configure_optimizers = MethodType(update_wrapper(configure, self.configure_optimizers), self.model)  # type: ignore[method-assign]
+        update_wrapper(configure, self.configure_optimizers)
+        vars(self.model)["configure_optimizers"] = MethodType(configure, self.model)
 
     def _automatic(self, added: dict[str, tuple[Any, str]], name: str) -> Optional[dict[str, Any]]:
         """Return class path and arguments of the one optimizer or scheduler that levin configures the module with."""
@@ -376,7 +378,7 @@ def _as_class(kind: Any) -> type:
     return kind if inspect.isclass(kind) else class_from_function(kind)
 
 
-def _split_parser_kwargs(kwargs: dict[str, Any], subcommands: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_parser_kwargs(kwargs: Kwargs, subcommands: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of the main parser, and those of each subcommand."""
     own = {name: value for name, value in kwargs.items() if name not in subcommands}
     return own, {name: value for name, value in kwargs.items() if name in subcommands}

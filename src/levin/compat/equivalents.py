@@ -31,6 +31,7 @@ from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
 FLOAT16_EPSILON: float = float(torch.finfo(torch.float16).eps)
 FLOAT32_EPSILON: float = float(torch.finfo(torch.float32).eps)
@@ -76,10 +77,10 @@ class Steppable(Protocol):
 class Optimizable(Steppable, Protocol):
     """What has the methods of an optimizer."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state."""
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Take up a state."""
 
 

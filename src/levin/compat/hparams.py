@@ -16,6 +16,7 @@ from levin.compat.equivalents import is_picklable
 from levin.hparams import frame_arguments
 from levin.loading import read_hparams_file
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
 
 def get_init_args(frame: types.FrameType) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def collect_init_args(
     path_args: list[dict[str, object]],
     inside: bool = False,
     classes: tuple[type, ...] = (),
-) -> list[dict[str, Any]]:
+) -> list[StateDict]:
     """Return the arguments of each ``__init__`` that runs in ``frame`` and outside of it, the innermost first.
 
     Args:

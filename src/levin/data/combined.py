@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from levin.data.loaders import stop_workers
 from levin.utilities.collections import is_namedtuple
+from levin.utilities.types import StateDict
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 Rebuild = Callable[[Sequence[Any]], Any]
@@ -151,11 +152,11 @@ class CombinedLoader(Iterable[Any]):
         """Forget the present iteration; the workers of loaders that are not persistent end."""
         self._iterator = None
 
-    def state_dicts(self) -> list[dict[str, Any]]:
+    def state_dicts(self) -> list[StateDict]:
         """Return the states of those iterables that have ``state_dict`` and ``load_state_dict``."""
         return [iterable.state_dict() for iterable in self._flattened if is_stateful(iterable)]
 
-    def load_state_dicts(self, states: list[dict[str, Any]]) -> None:
+    def load_state_dicts(self, states: list[StateDict]) -> None:
         """Give the states that :meth:`state_dicts` returned back to their iterables.
 
         Raises:

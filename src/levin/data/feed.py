@@ -10,6 +10,7 @@ import torch
 from levin.data.combined import iterate
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import Batch
 
 
 class Position(Protocol):
@@ -195,7 +196,7 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
     """
 
     def __init__(self, item: tuple[object, int, int], following: Iterator[tuple[object, int, int]]) -> None:
-        self.batch: Any = item[0]
+        self.batch: Batch = item[0]
         """The batch that was taken last; before the step, the one that comes."""
         self._item: Optional[tuple[Any, int, int]] = item
         self._following = following

@@ -7,9 +7,9 @@ import inspect
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -24,6 +24,7 @@ from levin.data.samplers import (
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import pl_worker_init_function
+from levin.utilities.types import Kwargs
 from levin.utilities.warnings import PossibleUserWarning
 
 _ARGUMENTS = "_levin_init_arguments"
@@ -97,7 +98,7 @@ def prepare_dataloader(
     loader: Any,
     *,
     stage: str,
-    sampler_kwargs: Optional[dict[str, Any]],
+    sampler_kwargs: Optional[Kwargs],
     shuffle: Optional[bool] = None,
     overfit: bool = False,
 ) -> Any:
@@ -128,7 +129,7 @@ def prepare_dataloader(
         rank_zero_warn(
             "You requested to overfit but enabled training dataloader shuffling. The sampler is replaced by one in order."
         )
-        return rebuild(loader, SequentialSampler(loader.dataset), stage)  # type: ignore[arg-type]
+        return rebuild(loader, SequentialSampler(cast("Sized", loader.dataset)), stage)
     if is_split:
         assert sampler_kwargs is not None
         if shuffle is None:
@@ -157,7 +158,7 @@ def _seeds_workers() -> bool:
     return bool(int(os.environ.get("PL_SEED_WORKERS", "0") or 0))
 
 
-def _split_sampler(loader: Any, stage: str, sampler_kwargs: dict[str, Any], shuffle: bool) -> Sampler[Any]:
+def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool) -> Sampler[Any]:
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
     # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
     if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):

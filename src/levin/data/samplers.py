@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import BatchSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -14,9 +14,8 @@ class UnrepeatedDistributedSampler(DistributedSampler[Any]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        total: Sized = self.dataset  # type: ignore[assignment]
-        self.num_samples = len(range(self.rank, len(total), self.num_replicas))
-        self.total_size = len(total)
+        self.total_size = len(cast("Sized", self.dataset))
+        self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
         self.drop_last = False
 
     def __iter__(self) -> Iterator[Any]:
@@ -73,7 +72,7 @@ class UnrepeatedSamplerWrapper(DistributedSamplerWrapper):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.total_size = len(self.dataset)  # type: ignore[arg-type]  # it has a length
+        self.total_size = len(cast("Sized", self.dataset))
         self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
 
     def __iter__(self) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from levin.datamodule import LightningDataModule
 from levin.module import LightningModule
-from levin.utilities.types import STEP_OUTPUT
+from levin.utilities.types import STEP_OUTPUT, Batch
 
 
 class RandomDataset(Dataset[Tensor]):
@@ -100,20 +100,20 @@ class BoringModel(LightningModule):
         """Return the mean squared distance of ``preds`` from ``labels``, from ones where there are none."""
         return nn.functional.mse_loss(preds, torch.ones_like(preds) if labels is None else labels)
 
-    def step(self, batch: Any) -> Tensor:
+    def step(self, batch: Batch) -> Tensor:
         """Return the loss of a batch."""
         return self.loss(self(batch))
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         return {"loss": self.step(batch)}
 
     @override
-    def validation_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         return {"x": self.step(batch)}
 
     @override
-    def test_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         return {"y": self.step(batch)}
 
     @override
@@ -146,7 +146,7 @@ class ManualOptimBoringModel(BoringModel):
         self.automatic_optimization = False
 
     @override
-    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
         optimizer: Any = self.optimizers()
         loss = self.step(batch)
         optimizer.zero_grad()
@@ -274,8 +274,9 @@ class DemoModel(LightningModule):
         return torch.relu(self.l1(x.view(x.size(0), -1)))
 
     @override
-    def training_step(self, batch: Any, batch_nb: int) -> STEP_OUTPUT:
-        return self(batch).sum()  # type: ignore[no-any-return]  # a module's call has no type
+    def training_step(self, batch: Batch, batch_nb: int) -> STEP_OUTPUT:
+        total: Tensor = self(batch).sum()
+        return total
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -232,7 +232,7 @@ class Fabric(Processes):
             kwargs: Passed on.
         """
         if self._is_backward_plain:
-            tensor.backward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch has no type for it
+            tensor.backward(*args, **kwargs)
             return
         self._guard.is_open = True
         try:

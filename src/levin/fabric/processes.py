@@ -67,7 +67,7 @@ class Processes:
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         if "run" in vars(cls):
-            cls.run = _launching(vars(cls)["run"])  # type: ignore[method-assign]
+            setattr(cls, "run", _launching(vars(cls)["run"]))  # noqa: B010  (a method is assigned)
 
     # What it is made of
 

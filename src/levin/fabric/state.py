@@ -12,6 +12,7 @@ from levin.fabric.wrappers import FabricDataLoader, FabricOptimizer, set_up_modu
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.strategies.strategy import Strategy
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
+from levin.utilities.types import StateDict
 
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
@@ -37,7 +38,7 @@ def check_filter(state: object, filter: object) -> None:
             raise TypeError(f"filter[{key!r}] must be a function (name, value) -> bool, received {keep!r}.")
 
 
-def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None = None) -> dict[str, Any]:
+def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None = None) -> StateDict:
     """Return what a file holds: the states of modules, optimizers and other objects, and plain values as they are.
 
     Args:
@@ -56,7 +57,7 @@ def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None 
 
 
 def restore(
-    checkpoint: dict[str, Any], state: Any, strategy: Strategy, strict: bool, weights_only: bool | None
+    checkpoint: StateDict, state: Any, strategy: Strategy, strict: bool, weights_only: bool | None
 ) -> dict[str, Any]:
     """Put what a file held back into the objects of ``state``.
 

@@ -20,6 +20,7 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.strategy import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
+from levin.utilities.types import Batch, StateDict
 
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
@@ -246,7 +247,7 @@ class FabricOptimizer:
             What the original's ``step`` returns.
         """
         if self._steps_alone:
-            return self._optimizer.step(**kwargs) if closure is None else self._optimizer.step(closure, **kwargs)  # type: ignore[call-overload]  # optimizers may take more than a closure
+            return self._optimizer.step(**kwargs) if closure is None else self._optimizer.step(closure, **kwargs)
         result = self._strategy.optimizer_step(self._optimizer, closure, self._module, **kwargs)
         if self._on_step is not None:
             self._on_step(self._strategy, self._optimizer)
@@ -256,11 +257,11 @@ class FabricOptimizer:
         """Zero the gradients of the original's parameters."""
         self._optimizer.zero_grad(set_to_none)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the original's state; parts that are spread over processes are gathered."""
         return self._strategy.optimizer_state(self._optimizer, self._module)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load the original's state."""
         self._strategy.load_optimizer_state(self._optimizer, state_dict, self._module)
 
@@ -319,13 +320,13 @@ class FabricDataLoader:
         self._running = weakref.ref(batches)
         return batches
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the place of this process in the data."""
         # An epoch that is not over is entered again.
         epoch = self._num_iter_calls - int(self._is_running)
         return {"epoch": epoch, "position": self._position.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Let the next iteration go on where ``state`` was taken."""
         self._num_iter_calls = state["epoch"]
         self._position.load_state_dict(state["position"])
@@ -335,7 +336,7 @@ class FabricDataLoader:
         running = None if self._running is None else self._running()
         return running is not None and inspect.getgeneratorstate(running) != inspect.GEN_CLOSED
 
-    def _placed(self, batch: Any) -> Any:
+    def _placed(self, batch: Batch) -> Any:
         return batch if self._device is None else move_data_to_device(batch, self._device)
 
     def _follow(self, batches: Iterator[Any]) -> Generator[Any, None, None]:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
@@ -25,6 +26,7 @@ from levin.launchers.launcher import Launcher
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
+from levin.utilities.types import Kwargs
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -193,7 +195,7 @@ class _Call:
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     trainer: Any
     enter: Callable[[int], None]
     result_path: str
@@ -280,11 +282,11 @@ def _run_process(call: _Call, local_rank: int, writer: Connection) -> None:
 
 def _describe(error: BaseException, local_rank: int) -> _Failure:
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    try:
-        pickled: bytes | None = pickle.dumps(error)
-        pickle.loads(pickled)  # type: ignore[arg-type]
-    except Exception:  # the class is the user's and may raise anything; its text is sent all the same
-        pickled = None
+    pickled: bytes | None = None
+    with suppress(Exception):  # the class is the user's and may raise anything; its text is sent all the same
+        written = pickle.dumps(error)
+        pickle.loads(written)
+        pickled = written
     return _Failure(local_rank=local_rank, time_s=time.time(), text=text, exception=pickled)
 
 

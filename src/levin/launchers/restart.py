@@ -123,8 +123,8 @@ def _with_hydra(command: list[str], directory: str, local_rank: int) -> tuple[li
     # Hydra changes into a directory of its own for each run; the others must use the first one's.
     if "hydra" not in sys.modules:
         return command, directory
-    from hydra.core.hydra_config import HydraConfig  # type: ignore[import-not-found]  # used when present
-    from hydra.utils import get_original_cwd  # type: ignore[import-not-found]  # used when present
+    from hydra.core.hydra_config import HydraConfig  # used when present
+    from hydra.utils import get_original_cwd  # used when present
 
     if not HydraConfig.initialized():
         return command, directory

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from argparse import Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
@@ -16,6 +15,7 @@ from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only, rank_zero_warn
+from levin.utilities.types import HParams, StateDict
 
 # Old name -> new name of arguments.
 _RENAMED = {"experiment_name": "name", "save_dir": "offline_directory"}
@@ -145,7 +145,7 @@ class CometLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+    def log_hyperparams(self, params: HParams) -> None:
         """Record hyper-parameters.
 
         Args:
@@ -176,5 +176,5 @@ class CometLogger(Logger):
         if self._experiment is not None:
             self._experiment.flush()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_experiment": None}

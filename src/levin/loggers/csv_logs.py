@@ -8,7 +8,6 @@ import io
 import os
 import time
 import weakref
-from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any, Optional, Union
 
@@ -29,7 +28,7 @@ from levin.loggers.utilities import (
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import HParams, PathLike, StateDict
 
 REMOTE_WRITE_INTERVAL_S = 5.0
 """An object store takes whole files only, so one there is not written anew more often than this."""
@@ -174,7 +173,7 @@ class ExperimentWriter:
         missing = {name for row in self.metrics if not row.keys() <= known for name in row}
         return sorted(known | missing) if missing else None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_file": None}
 
 
@@ -278,7 +277,7 @@ class CSVLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_hyperparams(self, params: Optional[Union[dict[str, Any], Namespace]] = None) -> None:
+    def log_hyperparams(self, params: Optional[HParams] = None) -> None:
         """Add hyper-parameters to ``hparams.yaml``.
 
         Args:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
 from typing_extensions import override
 
 from levin.utilities.rank_zero import rank_zero_only
+from levin.utilities.types import HParams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class Logger(ABC):
         """
 
     @abstractmethod
-    def log_hyperparams(self, params: Union[dict[str, Any], Namespace], *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, params: HParams, *args: Any, **kwargs: Any) -> None:
         """Record hyper-parameters.
 
         Args:

@@ -9,13 +9,12 @@ import re
 import shutil
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from typing_extensions import override
 
@@ -24,7 +23,7 @@ from levin.loggers.outbox import Entry, Outbox
 from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import HParams, PathLike, StateDict
 
 if TYPE_CHECKING:
     from levin.loggers.logger import ModelCheckpoint
@@ -284,7 +283,7 @@ class MLFlowLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+    def log_hyperparams(self, params: HParams) -> None:
         """Record hyper-parameters, cut to 250 characters each.
 
         Args:
@@ -346,10 +345,10 @@ class MLFlowLogger(Logger):
         if Path(path).parent.parent == Path(self._unsent_dir).absolute():
             shutil.rmtree(Path(path).parent)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_client": None, "_callbacks": {}, "_outbox": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         self.__dict__.update(state)
         self._outbox = Outbox("MLflow", self._send, _is_away, self._keep)
 

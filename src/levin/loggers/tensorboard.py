@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -29,7 +28,7 @@ from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.modes import forward_of_example, kept_modes
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import HParams, Kwargs, PathLike, StateDict
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -87,7 +86,7 @@ class TensorBoardLogger(Logger):
         self._log_graph: bool = log_graph
         self._default_hp_metric: bool = default_hp_metric
         self._prefix: str = prefix
-        self._kwargs: dict[str, Any] = kwargs
+        self._kwargs: Kwargs = kwargs
         self._experiment: Optional[SummaryWriter] = None
         self._hparams_are_saved: bool = False
 
@@ -161,7 +160,7 @@ class TensorBoardLogger(Logger):
     @override
     def log_hyperparams(
         self,
-        params: Union[dict[str, Any], Namespace],
+        params: HParams,
         metrics: Optional[Union[dict[str, Any], float]] = None,
         step: Optional[int] = None,
     ) -> None:
@@ -241,7 +240,7 @@ class TensorBoardLogger(Logger):
         if self._experiment is not None:
             self._experiment.close()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_experiment": None}
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import secrets
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.rank_zero import rank_zero_only
+from levin.utilities.types import HParams, StateDict
 
 
 class TrackioLogger(Logger):
@@ -83,7 +83,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+    def log_hyperparams(self, params: HParams) -> None:
         """Add hyper-parameters to the configuration of the run, which is written with the first values.
 
         Args:
@@ -103,5 +103,5 @@ class TrackioLogger(Logger):
             self._experiment.finish()
             self._experiment = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_experiment": None}

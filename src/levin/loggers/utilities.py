@@ -15,7 +15,7 @@ from torch import Tensor
 
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import PathLike, StateDict
 
 if TYPE_CHECKING:
     from levin.loggers.logger import ModelCheckpoint
@@ -305,7 +305,7 @@ def _number(value: Any) -> Optional[float]:
     return value.item() if isinstance(value, Tensor) else value
 
 
-def checkpoint_metadata(callback: ModelCheckpoint, checkpoint: SavedCheckpoint, title: str) -> dict[str, Any]:
+def checkpoint_metadata(callback: ModelCheckpoint, checkpoint: SavedCheckpoint, title: str) -> StateDict:
     """Return what is noted beside an uploaded checkpoint.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from argparse import Namespace
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal, Optional, Union
@@ -16,7 +15,7 @@ from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, checkpoint_metadata, json_values, new_checkpoints, to_dict
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import HParams, PathLike, StateDict
 
 if TYPE_CHECKING:
     from levin.loggers.logger import ModelCheckpoint
@@ -206,7 +205,7 @@ class WandbLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_hyperparams(self, params: Union[dict[str, Any], Namespace]) -> None:
+    def log_hyperparams(self, params: HParams) -> None:
         """Add hyper-parameters to the configuration of the run.
 
         Args:
@@ -396,7 +395,7 @@ class WandbLogger(Logger):
             self.experiment.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
             self._logged_checkpoints[checkpoint.path] = checkpoint.time
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         state = {**self.__dict__, "_experiment": None, "_callbacks": {}}
         if self._experiment is not None:
             # Runs have this only while a service process of wandb holds them.

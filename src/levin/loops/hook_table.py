@@ -16,6 +16,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.timing import action_name
+from levin.utilities.types import Batch
 
 Hooks = tuple[Callable[..., Any], ...]
 
@@ -170,7 +171,7 @@ def transfer_hooks(
     transfer = chosen.get("transfer_batch_to_device")
     after = chosen.get("on_after_batch_transfer")
 
-    def to_device(batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def to_device(batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
         batch = move(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 

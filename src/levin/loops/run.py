@@ -33,7 +33,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
-from levin.utilities.types import LRSchedulerConfig, PathLike
+from levin.utilities.types import LRSchedulerConfig, PathLike, StateDict
 
 
 class Step(Protocol):
@@ -50,10 +50,10 @@ class Step(Protocol):
     def close_window(self) -> None:
         """Step on the gradients of an open accumulation window."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what is unfinished between two batches."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
 
 
@@ -131,8 +131,8 @@ class Run:
     def __getstate__(self) -> dict[str, object]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
 
-    def __setstate__(self, arguments: dict[str, object]) -> None:
-        self.__init__(**arguments)  # type: ignore[misc]  # a run that has not begun
+    def __setstate__(self, arguments: dict[str, Any]) -> None:
+        Run.__init__(self, **arguments)  # a run that has not begun
 
     @property
     def fn(self) -> str:

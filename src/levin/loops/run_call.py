@@ -44,7 +44,7 @@ from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
-from levin.utilities.types import LRSchedulerConfig
+from levin.utilities.types import LRSchedulerConfig, StateDict
 
 
 def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
@@ -69,7 +69,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     for logger in run.loggers:
         getattr(logger, "experiment", None)
     set_up_owners(run)
-    checkpoint: Optional[dict[str, Any]] = None
+    checkpoint: Optional[StateDict] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
         checkpoint = migrate(strategy.load_checkpoint(ckpt_path, weights_only=weights_only), source=ckpt_path)

@@ -26,6 +26,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import Batch, StateDict
 
 
 def compose_step(run: Run) -> Step:
@@ -97,7 +98,7 @@ class AutomaticStep:
         self.held: int = 0
         self.weight: Any = 0
         self.is_weighted: bool = False
-        self.batch: Any = None
+        self.batch: Batch = None
         self.batch_idx: int = 0
         self.outputs: dict[str, Any] = {}
         self._needs_before_step = bool(self.step_hooks or self.own_clipping or self.clip_val)
@@ -111,7 +112,7 @@ class AutomaticStep:
         self.uneven: Optional[Uneven] = None
         self.lacks: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the unfinished window: sizes, weight and gradients."""
         if not self.held:
             return {}
@@ -121,7 +122,7 @@ class AutomaticStep:
             "gradients": gradients, "lacks": self.lacks,
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         if not state:
             return
@@ -136,7 +137,7 @@ class AutomaticStep:
         self.lacks = state.get("lacks", 0)
         self.run.strategy.load_window_gradients(self.run.module, state["gradients"])
 
-    def __call__(self, batch: Any, batch_idx: int, is_last: bool) -> dict[str, Any]:
+    def __call__(self, batch: Batch, batch_idx: int, is_last: bool) -> dict[str, Any]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         self.batch, self.batch_idx = batch, batch_idx
         accumulate = self.run.settings.accumulate_grad_batches
@@ -344,12 +345,12 @@ class ManualStep:
     def close_window(self) -> None:
         """The user's own steps have no window."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Nothing is unfinished between batches that levin knows of; accumulated gradients are kept."""
         gradients = [None if p.grad is None else p.grad.detach().clone() for p in self.run.module.parameters()]
         return {"gradients": gradients} if any(gradient is not None for gradient in gradients) else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
         for param, gradient in zip(self.run.module.parameters(), state.get("gradients", [])):
             param.grad = None if gradient is None else gradient.to(param.device, param.dtype)

@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from levin.precision.precision import Precision
 from levin.precision.true import convert_floats
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import StateDict
 
 
 class MixedPrecision(Precision):
@@ -114,11 +115,11 @@ class MixedPrecision(Precision):
                 "optimizer, or use precision='bf16-mixed'."
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state of the loss scale."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore the state of the loss scale."""
         if self.scaler is not None and state_dict:
             self.scaler.load_state_dict(state_dict)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -194,17 +195,17 @@ class Precision:
         """Return module, optimizers and schedulers of a Trainer as this precision needs them, once they are set up."""
         return model, optimizers, lr_schedulers
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: StateDict) -> None:
         """Add to a checkpoint what :meth:`state_dict` has no place for."""
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: StateDict) -> None:
         """Read what :meth:`on_save_checkpoint` added."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return what must be saved to go on exactly: empty without a loss scale."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Restore what :meth:`state_dict` returned."""
 
     def teardown(self) -> None:

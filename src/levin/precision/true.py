@@ -28,7 +28,7 @@ class _TruePrecision(Precision):
     def convert_module(self, module: Module) -> Module:
         """Return ``module`` with its floating parameters and buffers in this type, complex ones in that of its pairs."""
         # `module.to(dtype)` would drop the imaginary parts.
-        converted: Module = module._apply(self._convert)  # type: ignore[no-untyped-call]  # torch has no type for it
+        converted: Module = module._apply(self._convert)
         return converted
 
     def convert_input(self, data: object) -> Any:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from levin.profilers.profiler import Profiler
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import rank_zero_info
-from levin.utilities.types import PathLike
+from levin.utilities.types import Kwargs, PathLike, StateDict
 
 STEP_FUNCTIONS = ("training_step", "validation_step", "test_step", "predict_step")
 SORT_KEYS = frozenset(
@@ -83,7 +83,7 @@ class PyTorchProfiler(Profiler):
         row_limit: int = 20,
         sort_by_key: Optional[str] = None,
         record_module_names: bool = True,
-        table_kwargs: Optional[dict[str, Any]] = None,
+        table_kwargs: Optional[Kwargs] = None,
         **profiler_kwargs: Any,
     ) -> None:
         super().__init__(dirpath, filename)
@@ -111,10 +111,10 @@ class PyTorchProfiler(Profiler):
         # torch calls the columns of the GPU "device" now.
         self._sort_by_key: str = (sort_by_key or default).replace("cuda_", "device_")
         self._record_module_names: bool = record_module_names
-        self._table_kwargs: dict[str, Any] = table_kwargs or {}
+        self._table_kwargs: Kwargs = table_kwargs or {}
         self._schedule: Optional[Schedule] = _checked(profiler_kwargs.pop("schedule", default_schedule()))
         self._on_trace_ready: Optional[Callable[[Any], Any]] = profiler_kwargs.pop("on_trace_ready", None)
-        self._profiler_kwargs: dict[str, Any] = profiler_kwargs
+        self._profiler_kwargs: Kwargs = profiler_kwargs
         if group_by_input_shapes:
             profiler_kwargs.setdefault("record_shapes", True)
         self._module: Optional[Module] = None
@@ -277,7 +277,7 @@ class PyTorchProfiler(Profiler):
             name = self._prepare_filename(action, extension=f".{time.time_ns()}.pt.trace.json")
             profile.export_chrome_trace(os.path.join(directory, name))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {
             **self.__dict__,
             "_profile": None,

@@ -13,6 +13,7 @@ from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.strategies.collectives import num_collectives
 from levin.strategies.parallel import is_connected
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -72,7 +73,7 @@ class Uneven:
                     child._computed = None
 
 
-def _copied(states: dict[str, Any]) -> dict[str, Any]:
+def _copied(states: StateDict) -> dict[str, Any]:
     return {name: {key: _copy(value) for key, value in state.items()} for name, state in states.items()}
 
 

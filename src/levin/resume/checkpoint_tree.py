@@ -16,7 +16,7 @@ from levin.utilities.rng_states import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from levin.protocols import Run
-    from levin.utilities.types import PathLike
+    from levin.utilities.types import PathLike, StateDict
 
 # Of what levin adds to the file; counted up when its keys change.
 OWN_VERSION = 2
@@ -87,7 +87,7 @@ def save_checkpoint(
         run.strategy.barrier("Trainer.save_checkpoint")
 
 
-def restore_module(run: Run, checkpoint: dict[str, Any]) -> None:
+def restore_module(run: Run, checkpoint: StateDict) -> None:
     """Load weights, data module and callbacks out of ``checkpoint``."""
     module = run.module
     run.call_of(module, "on_load_checkpoint", checkpoint)
@@ -119,7 +119,7 @@ def _keys_of(callback: Any) -> tuple[Any, ...]:
     return callback.state_key, type(callback), type(callback).__qualname__
 
 
-def restore_precision_and_loops(run: Run, checkpoint: dict[str, Any]) -> None:
+def restore_precision_and_loops(run: Run, checkpoint: StateDict) -> None:
     """Load the gradient scaler and the counters."""
     precision = run.strategy.precision
     for key in (type(precision).__qualname__, "native_amp_scaling_state"):
@@ -148,7 +148,7 @@ def _count_steps_once(run: Run) -> None:
     unused.load_state_dict({"total": zero, "current": zero})
 
 
-def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
+def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
     """Load optimizers and schedulers.
 
     Raises:
@@ -173,13 +173,13 @@ def restore_optimizers(run: Run, checkpoint: dict[str, Any]) -> None:
         config.scheduler.load_state_dict(state)
 
 
-def own_state(checkpoint: Mapping[str, object]) -> Optional[dict[str, Any]]:
+def own_state(checkpoint: Mapping[str, object]) -> Optional[StateDict]:
     """Return what levin itself added to the file, or None when another framework wrote it."""
     state = checkpoint.get(OWN_KEY)
     return state if isinstance(state, dict) else None
 
 
-def keep_part_of_rank(checkpoint: dict[str, Any], strategy: Any, weights_only: Optional[bool]) -> None:
+def keep_part_of_rank(checkpoint: StateDict, strategy: Any, weights_only: Optional[bool]) -> None:
     """Leave of :func:`own_state` the part that is for this rank.
 
     Args:

@@ -12,8 +12,8 @@ from levin.resume.stateful import leave_epoch
 from levin.resume.worker_state import WorkerState
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import ProcessRng
+from levin.utilities.types import StateDict
 
-State = dict[str, Any]
 END: Any = object()
 
 
@@ -33,7 +33,7 @@ class Cursor(ABC):
         self.follows_pulls: bool = lookahead > 0
         self.rng: ProcessRng = ProcessRng()
         # The states that the present epoch began with.
-        self.epoch_start: State = {}
+        self.epoch_start: StateDict = {}
         # How many batches are left of an epoch that goes on with another number of ranks, or other batches.
         self.num_left: int | None = None
         # Whether the present epoch came to its end.
@@ -48,11 +48,11 @@ class Cursor(ABC):
         """Begin an epoch."""
 
     @abstractmethod
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Any]:
         """Go on in the epoch that ``state`` was saved in; the global generators stay as they are."""
 
     @abstractmethod
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return what :meth:`resume` needs.
 
         Args:
@@ -60,7 +60,7 @@ class Cursor(ABC):
             num_in_flight: Batches taken but not done with.
         """
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Set everything to what it was when ``state`` was saved, after the end of an epoch."""
 
     def stop(self) -> None:
@@ -110,7 +110,7 @@ class StatefulCursor(Cursor):
         self.epoch_start = self.rng.read()
         return iter(self.loader)
 
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Any]:
         """Go on through the loader's own state."""
         self.epoch_start = state["epoch_start"]
         if state["is_ended"]:
@@ -124,11 +124,11 @@ class StatefulCursor(Cursor):
         self.rng.write(present)
         return iterator
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Give the loader the state that it had when its epoch was left."""
         self._leave(state["loader_state"], state["is_ended"])
 
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return the loader's own state before the first batch that is not done with."""
         befores = self.in_flight_states(num_in_flight)
         return {
@@ -162,7 +162,7 @@ class ReplayCursor(Cursor):
         self.epoch_start = {} if self.is_builtin else self.main.read()
         return iter(self.loader)
 
-    def resume(self, state: State) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Any]:
         """Begin the epoch again and drop what was seen, with a warning."""
         num_done = state["num_done"]
         if self.is_builtin:
@@ -187,13 +187,13 @@ class ReplayCursor(Cursor):
         self.rng.write(present)
         return taken_first([batch for batch in taken if batch is not END], iterator)
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Set what the loader holds to what it was when its epoch was left."""
         present = self.rng.read()
         self.main.write_left(state["at_save"], state["is_ended"])
         self.rng.write(present)
 
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return the states when the epoch began, before each batch in flight, and now."""
         return {
             "epoch_start": self.epoch_start,

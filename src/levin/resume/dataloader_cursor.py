@@ -12,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.combined import known_length
 from levin.data.loaders import stop_workers
-from levin.resume.cursors import END, Cursor, State, taken_first
+from levin.resume.cursors import END, Cursor, taken_first
 from levin.resume.order import Order, Rest, describe_order
 from levin.resume.sampler_state import (
     HeldSampler,
@@ -27,6 +27,7 @@ from levin.resume.worker_state import WorkerState
 from levin.resume.workers import LOST, Workers, restart_workers, start_workers
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import PROCESS
+from levin.utilities.types import StateDict
 
 
 class _LoaderCursor(Cursor):
@@ -50,12 +51,12 @@ class _LoaderCursor(Cursor):
         # With workers, taking a batch draws nothing here that starting again would not draw.
         return None if self.num_workers else self.main.read()
 
-    def _has_lasting_workers(self, state: State) -> bool:
+    def _has_lasting_workers(self, state: StateDict) -> bool:
         """Whether workers that live on have states of ``state``, from the end of its epoch."""
         lasts = self.num_workers and self.loader.persistent_workers
         return bool(lasts and len(state.get("worker_states", [])) == self.num_workers)
 
-    def _saved_worker_states(self, state: State) -> dict[int, State]:
+    def _saved_worker_states(self, state: StateDict) -> dict[int, StateDict]:
         states = state.get("worker_states", [])
         if len(states) != self.num_workers:
             if states or self.num_workers:
@@ -99,10 +100,10 @@ class IndexCursor(_LoaderCursor):
         self.names: tuple[str, ...] = PROCESS if self.is_checked else ("torch",)
         self.stream: IndexStream | None = None
         # Right before the first index was taken: the global generators, and what lists the order that it began.
-        self.order_drawn_at: State = {}
+        self.order_drawn_at: StateDict = {}
         self.order: Order | None = None
         # Of an epoch that went on with another number of ranks or other batches: how much of it was done before.
-        self.shared_epoch: State | None = None
+        self.shared_epoch: StateDict | None = None
         # How many batches this process has not taken itself, because it went on after them.
         self.num_skipped: int = 0
 
@@ -127,7 +128,7 @@ class IndexCursor(_LoaderCursor):
         if not self.order_drawn_at:
             self._note_order()
 
-    def resume(self, state: State) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[object]:
         """Go on after the indices of the batches that were seen, without loading them."""
         present = self.rng.read()
         sampler, num_skipped = self._rest_of_epoch(state)
@@ -139,7 +140,7 @@ class IndexCursor(_LoaderCursor):
         self.rng.write(present)
         return iterator
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Set the sampler, the data set and persistent workers to what they were when the epoch was left."""
         present = self.rng.read()
         if self._has_lasting_workers(state):
@@ -149,9 +150,9 @@ class IndexCursor(_LoaderCursor):
         self.main.write_own(state["at_save"]["main"])
         self.rng.write(present)
 
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return the states when the epoch began, and those of the workers after the batches that are done with."""
-        state: State = {
+        state: StateDict = {
             "epoch_start": self.epoch_start,
             "order_drawn_at": self.order_drawn_at,
             "order": self.order,
@@ -183,11 +184,11 @@ class IndexCursor(_LoaderCursor):
         self.stream.skip(num_skipped)
         self.workers.release(iterator, held, num_skipped)
 
-    def _set_back(self, states: State) -> None:
+    def _set_back(self, states: StateDict) -> None:
         self.sampler.write(states["sampler"])
         self.rng.write(states["globals"])
 
-    def _reopen(self, state: State, sampler: Any, num_skipped: int) -> Iterator[Any]:
+    def _reopen(self, state: StateDict, sampler: Any, num_skipped: int) -> Iterator[Any]:
         """Begin the saved epoch again and go through the first ``num_skipped`` indices of ``sampler``."""
         loader, self.num_skipped = self.loader, num_skipped
         self.epoch_start, self.order_drawn_at, self.order = (
@@ -215,7 +216,7 @@ class IndexCursor(_LoaderCursor):
         self._put_stream(iterator, stream)
         return cast("Iterator[Any]", iterator)
 
-    def _rest_of_epoch(self, state: State) -> tuple[object, int]:
+    def _rest_of_epoch(self, state: StateDict) -> tuple[object, int]:
         """Return the sampler to go on with and how many batches to leave out, if settings changed since the save."""
         sampler, num_done = index_sampler(self.loader), state["num_done"]
         then, now = state["shape"], shape_of(self.loader)
@@ -256,7 +257,7 @@ class IndexCursor(_LoaderCursor):
         self.num_left = None if math.isinf(num_left) else int(num_left)
         return rest, 0
 
-    def _compare(self, saved: State) -> None:
+    def _compare(self, saved: StateDict) -> None:
         """Say so if the sampler gave other indices than before."""
         stream = self.stream
         if (
@@ -304,7 +305,7 @@ class IterableCursor(_LoaderCursor):
         self.iterator = iterator
         return iterator
 
-    def resume(self, state: State) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[object]:
         """Go on through the data set's own state."""
         present = self.rng.read()
         iterator = self._reopen(state)
@@ -315,7 +316,7 @@ class IterableCursor(_LoaderCursor):
         self.rng.write(present)
         return iterator
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Set the data set, or persistent workers, to what they were when the epoch was left."""
         present = self.rng.read()
         if self._has_lasting_workers(state):
@@ -324,10 +325,10 @@ class IterableCursor(_LoaderCursor):
             self.main.write_left(state.get("at_save", {}), state["is_ended"])
         self.rng.write(present)
 
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return the state of the data set here, or in each worker, after the batches that are done with."""
         befores = self.in_flight_states(num_in_flight)
-        state: State = {"epoch_start": self.epoch_start, "in_flight_states": befores}
+        state: StateDict = {"epoch_start": self.epoch_start, "in_flight_states": befores}
         if self.workers is not None:
             givers = list(self._givers)
             num_known = len(givers) - num_in_flight
@@ -359,7 +360,7 @@ class IterableCursor(_LoaderCursor):
         self._givers.clear()
         self._givers.append(giver)
 
-    def _reopen(self, state: State) -> Iterator[object]:
+    def _reopen(self, state: StateDict) -> Iterator[object]:
         self.epoch_start = state["epoch_start"]
         if self.num_workers:
             giver = state["last_giver"] if len(state["worker_states"]) == self.num_workers else -1

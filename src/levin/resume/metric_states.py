@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from levin.utilities.move import move_data_to_device
+from levin.utilities.types import StateDict
 
 
 def collect_metric_states(module: torch.nn.Module) -> dict[str, object]:
@@ -22,7 +23,7 @@ def collect_metric_states(module: torch.nn.Module) -> dict[str, object]:
     }
 
 
-def load_metric_states(module: torch.nn.Module, states: dict[str, Any]) -> None:
+def load_metric_states(module: torch.nn.Module, states: StateDict) -> None:
     """Set the states that :func:`collect_metric_states` returned."""
     children = dict(module.named_modules())
     for name, state in states.items():

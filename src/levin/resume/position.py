@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from levin.data.combined import Joint, is_stateful, joint
 from levin.resume.cursors import END, Cursor, ReplayCursor, StatefulCursor
 from levin.resume.dataloader_cursor import IndexCursor, IterableCursor
-
-State = dict[str, Any]
+from levin.utilities.types import StateDict
 
 
 class Position:
@@ -35,7 +34,7 @@ class Position:
         # Batches that are left, where the length of the loader does not tell.
         self.num_left: int | None = None
         self._cursor: Cursor | None = None
-        self._loaded: State | None = None
+        self._loaded: StateDict | None = None
         self._is_finished: bool = False
 
     def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[object]:
@@ -75,7 +74,7 @@ class Position:
         self._is_finished = True
         self.num_left = None
 
-    def state_dict(self, num_done: int | None = None) -> State:
+    def state_dict(self, num_done: int | None = None) -> StateDict:
         """Return what a restart needs: numbers, strings, bytes, and what the user's own states hold.
 
         Args:
@@ -94,7 +93,7 @@ class Position:
             **self._cursor.state(num_done, self.num_pulled - num_done),
         }
 
-    def load_state_dict(self, state: State) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Take what :meth:`state_dict` returned; the next :meth:`iterate` goes on there."""
         self._loaded = state or None
 
@@ -126,7 +125,7 @@ class JointCursor(Cursor):
         self._givers: deque[list[int]] = deque(maxlen=lookahead + 1)
         self._num_opened: list[int] = [0] * len(self.positions)
         # The state of each loader that started again, before its last item until then.
-        self._before_last: list[State] = [{} for _ in self.positions]
+        self._before_last: list[StateDict] = [{} for _ in self.positions]
         # Looking for another batch at the end takes items and sets marks; this is what was there before.
         self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
@@ -134,7 +133,7 @@ class JointCursor(Cursor):
         """Begin an epoch."""
         return self._begin([False] * len(self.positions))
 
-    def resume(self, state: State) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[object]:
         """Go on in the epoch that ``state`` was saved in."""
         if state["is_ended"]:
             self.leave(state)
@@ -147,13 +146,13 @@ class JointCursor(Cursor):
                 position.finish()
         return self._begin(list(state["exhausted"]))
 
-    def leave(self, state: State) -> None:
+    def leave(self, state: StateDict) -> None:
         """Set every loader to what it was after the end of an epoch."""
         for position, loaded in zip(self.positions, state["loaders"], strict=True):
             position.load_state_dict(loaded)
             position.finish()
 
-    def state(self, num_done: int, num_in_flight: int) -> State:
+    def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return what :meth:`resume` needs."""
         givers = list(self._givers)[len(self._givers) - num_in_flight :] if num_in_flight else []
         exhausted = list(self.exhausted)

@@ -16,15 +16,15 @@ from torch import Tensor
 from levin.checkpoint.io import own_parts
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.types import StateDict
 
-State = dict[str, Any]
 _OTHERS = "other_ranks"
 # In a file that one rank saved without the others: how many there were.
 _ALONE = "alone_of"
 _CPU = torch.device("cpu")
 
 
-def with_other_ranks(own: State, strategy: Any) -> State:
+def with_other_ranks(own: StateDict, strategy: Any) -> StateDict:
     """Return what rank 0 writes: its own state and, beside it, those of the other ranks; all ranks call this."""
     own = own_parts(own)
     data = strategy.data_parallel
@@ -36,7 +36,7 @@ def with_other_ranks(own: State, strategy: Any) -> State:
     return own if others is None else {**own, _OTHERS: others}
 
 
-def part_of_rank(state: State, rank: int, size: int, weights_only: bool | None = None) -> State:
+def part_of_rank(state: StateDict, rank: int, size: int, weights_only: bool | None = None) -> StateDict:
     """Return the state of ``rank``, out of what :func:`with_other_ranks` returned.
 
     Args:
@@ -74,25 +74,25 @@ def part_of_rank(state: State, rank: int, size: int, weights_only: bool | None =
     return shared
 
 
-def _packed(state: State) -> Tensor:
+def _packed(state: StateDict) -> Tensor:
     buffer = io.BytesIO()
     torch.save(move_data_to_device(state, _CPU), buffer)
     return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
-def _unpacked(data: Tensor, weights_only: bool | None) -> State:
+def _unpacked(data: Tensor, weights_only: bool | None) -> StateDict:
     from levin.checkpoint.reading import load
 
-    state: State = load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only)
+    state: StateDict = load(io.BytesIO(data.numpy().tobytes()), "cpu", weights_only)
     return state
 
 
-def _without_own(state: State) -> State:
+def _without_own(state: StateDict) -> StateDict:
     """Return a state without what belongs to one rank alone: its sums, and its random numbers, which no two may draw."""
     return {key: value for key, value in state.items() if key not in ("rng", "validation_rng", "log_store", "metrics")}
 
 
-def _mean_window(first: State, others: Iterable[State], num_saved: int, size: int) -> State:
+def _mean_window(first: StateDict, others: Iterable[StateDict], num_saved: int, size: int) -> StateDict:
     """Return the unfinished accumulation window for ranks of another number: their mean stays what it was."""
     if not first.get("gradients"):
         return dict(first)

@@ -22,6 +22,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
 from levin.utilities.states import TrainerFn
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -69,23 +70,23 @@ class ResumeState:
         self._step: Any = None
         self._has_warned_of_kept: bool = False
         self._store: Optional[LogStore] = None
-        self._loaded: Optional[dict[str, Any]] = None
+        self._loaded: Optional[StateDict] = None
         self._unfinished: Optional[InterruptedPhase] = None
         # What a validation that is under way began with.
-        self._validation: Optional[dict[str, Any]] = None
+        self._validation: Optional[StateDict] = None
         # Where the validation data were, until validation begins.
-        self._loaded_validation: Optional[dict[str, Any]] = None
-        self._loaded_callbacks: dict[str, Any] = {}
-        self._loaded_store: Optional[list[dict[str, Any]]] = None
+        self._loaded_validation: Optional[StateDict] = None
+        self._loaded_callbacks: StateDict = {}
+        self._loaded_store: Optional[list[StateDict]] = None
 
     # ---------------------------------------------------------------- saving
 
-    def state_dict(self, run: Run) -> dict[str, Any]:
+    def state_dict(self, run: Run) -> StateDict:
         """Return what :meth:`follow` needs after a restart; empty outside fit."""
         step = self._step
         if run.state.fn != TrainerFn.FITTING or step is None:
             return {}
-        state: dict[str, Any] = {
+        state: StateDict = {
             "window": step.state_dict(),
             "log_store": self._store.state_dict() if self._store is not None else [],
             "data": self.position.state_dict(self._num_done(run)),
@@ -337,5 +338,5 @@ def _as_dict(unfinished: InterruptedPhase) -> dict[str, object]:
     }
 
 
-def _from_dict(state: dict[str, Any]) -> InterruptedPhase:
+def _from_dict(state: StateDict) -> InterruptedPhase:
     return InterruptedPhase(Phase(state["phase"]), state["num_hooks"], state["arguments"])

@@ -28,8 +28,7 @@ from torch.utils.data.distributed import DistributedSampler
 from levin.data.combined import is_stateful, known_length
 from levin.data.samplers import UnrepeatedDistributedSampler
 from levin.resume.held_generators import find_generators, read_generators, write_generators
-
-State = dict[str, Any]
+from levin.utilities.types import StateDict
 
 _KNOWN = (
     SequentialSampler,
@@ -62,7 +61,7 @@ def is_known(sampler: object) -> bool:
     return type(sampler) in _KNOWN or (type(sampler) is BatchSampler and type(sampler.sampler) in _KNOWN)
 
 
-def shape_of(loader: DataLoader[object]) -> State:
+def shape_of(loader: DataLoader[object]) -> StateDict:
     """Return the settings of ``loader`` that must be the same for an exact resume."""
     sampler = index_sampler(loader)
     inner = getattr(sampler, "sampler", sampler)
@@ -83,14 +82,14 @@ class SamplerState:
 
     def __init__(self, loader: DataLoader[object]) -> None:
         sampler = index_sampler(loader)
-        self._owners: State = {"generator": loader.generator, "sampler": sampler}
+        self._owners: StateDict = {"generator": loader.generator, "sampler": sampler}
         # What the data set holds is kept with the data set, in the process that loads the samples.
         self._leave_out: set[int] = {id(loader.dataset)}
         self._stateful: dict[int, Any] = {
             depth: nested for depth, nested in enumerate(_nested(sampler)) if is_stateful(nested)
         }
 
-    def read(self) -> State:
+    def read(self) -> StateDict:
         """Return the present state."""
         return {
             "generators": read_generators(find_generators(self._owners, self._leave_out)),
@@ -139,7 +138,7 @@ class IndexStream(Iterator[Any]):
         for _ in islice(self, num_indices):
             pass
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return what shows whether the indices are the same when they are drawn again."""
         return {"num_taken": self.num_taken, "checksum": self.checksum} if self.is_checked else {}
 

@@ -19,6 +19,7 @@ from levin.data.combined import is_stateful
 from levin.resume.held_generators import find_generators, read_generators, write_generators
 from levin.resume.stateful import leave_epoch
 from levin.utilities.rng_states import ProcessRng
+from levin.utilities.types import StateDict
 
 # The three global generators take 10 kB; the rest is for those of the data set.
 _SLOT_BYTES = 32 * 1024
@@ -150,14 +151,14 @@ class WorkerState:
             state["ended"] = True
         return state
 
-    def read_own(self) -> dict[str, Any]:
+    def read_own(self) -> StateDict:
         """Return the part of the state that the global generators are not."""
         self._num_read += 1
         # Looking for generators costs more than reading them, and many data sets make theirs when first used: look
         # after batches 1, 2, 4, 8 and so on.
         if self._num_read & (self._num_read - 1) == 0:
             self._generators = find_generators(self.owners)
-        state: dict[str, Any] = {}
+        state: StateDict = {}
         if self._generators:
             state["generators"] = read_generators(self._generators)
         if self.has_state:

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from levin.resume.sampler_state import HeldSampler
 from levin.resume.worker_state import RecordingCollate, RestoringInit, WorkerStateLog
+from levin.utilities.types import StateDict
 
-State = dict[str, Any]
 # Stands for the state of a worker that was too large for its memory.
 LOST = "lost"
 
@@ -41,12 +41,16 @@ class Workers:
     """
 
     def __init__(
-        self, loader: DataLoader[object], lookahead: int, started_at: State, states: Mapping[int, State] | None = None
+        self,
+        loader: DataLoader[object],
+        lookahead: int,
+        started_at: StateDict,
+        states: Mapping[int, StateDict] | None = None,
     ) -> None:
         self.num_workers: int = loader.num_workers
-        self.started_at: State = started_at
+        self.started_at: StateDict = started_at
         self.offset: int = 0
-        self._states: Mapping[int, State] = states or {}
+        self._states: Mapping[int, StateDict] = states or {}
         # Workers that gave their last batch of this epoch before they were started again.
         self._ended: set[int] = {worker for worker, state in self._states.items() if state.get("ended")}
         self._made_before: list[int] = [0] * loader.num_workers
@@ -119,7 +123,7 @@ class Workers:
 
 
 def start_workers(
-    loader: DataLoader[Any], lookahead: int, epoch_start: State, held: HeldSampler
+    loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, held: HeldSampler
 ) -> tuple[Workers, Iterator[Any]]:
     """Begin an epoch of a loader with workers; they wait for :meth:`Workers.release`.
 
@@ -142,8 +146,8 @@ def start_workers(
 
 
 def restart_workers(
-    loader: DataLoader[Any], lookahead: int, epoch_start: State, started_at: State, states: Mapping[int, State],
-    held: HeldSampler, set_back: Callable[[State], None],
+    loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, started_at: StateDict, states: Mapping[int, StateDict],
+    held: HeldSampler, set_back: Callable[[StateDict], None],
 ) -> tuple[Workers, Iterator[Any]]:  # fmt: skip
     """Begin an epoch again that was under way; the workers wait for :meth:`Workers.release`.
 

@@ -11,6 +11,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from levin.precision.precision import Precision
+from levin.utilities.types import Kwargs
 
 _STEP_CONTEXTS = {
     "training_step": "train_step_context",
@@ -46,7 +47,7 @@ class SkipInit(TorchFunctionMode):
     """While this mode is on, the functions of ``torch.nn.init`` leave their tensor as it is."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Skip ``torch.nn.init``, run everything else."""
         kwargs = kwargs or {}

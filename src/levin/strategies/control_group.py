@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from levin.utilities.types import StateDict
+
 
 class ControlGroup:
     """Exchanges numbers over the CPU, whatever the devices: nobody waits for a GPU, and no gradient is overtaken.
@@ -30,7 +32,7 @@ class ControlGroup:
         # The process group of all that this one was made beside: it ends with it.
         self._world: object = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         """Leave an open group here: another process opens its own."""
         return {**self.__dict__, "is_closed": False, "_group": None, "_world": None}
 
@@ -39,7 +41,7 @@ class ControlGroup:
         """The process group."""
         world = dist.group.WORLD
         if self._group is None or self._world is not world:
-            self._group = dist.new_group(  # type: ignore[no-untyped-call]  # torch
+            self._group = dist.new_group(
                 self._ranks,
                 timeout=self._timeout,
                 backend="gloo",

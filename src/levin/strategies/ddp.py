@@ -21,6 +21,7 @@ from levin.strategies import collectives
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Kwargs
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -106,7 +107,7 @@ class DDPStrategy(ParallelStrategy):
             raise MisconfigurationException(
                 f"ddp_comm_wrapper wraps a ddp_comm_hook, received {ddp_comm_wrapper!r} without one. Pass ddp_comm_hook."
             )
-        self.ddp_kwargs: dict[str, Any] = kwargs
+        self.ddp_kwargs: Kwargs = kwargs
         self._start_method = start_method
         self._comm_state = ddp_comm_state
         self._comm_hook = ddp_comm_hook
@@ -143,7 +144,7 @@ class DDPStrategy(ParallelStrategy):
         wrapper = DistributedDataParallel(module, device_ids=device_ids, **self.ddp_kwargs)
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
-            wrapper.register_comm_hook(state=self._comm_state, hook=hook)  # type: ignore[no-untyped-call]  # torch
+            wrapper.register_comm_hook(state=self._comm_state, hook=hook)
         return wrapper
 
     def unwrap(self, module: Module) -> Module:
@@ -276,7 +277,7 @@ def average_after_steps(optimizer: Optimizer, period: int, warmup_steps: int) ->
         )
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
-    averager: Any = PeriodicModelAverager(period=period, warmup_steps=warmup_steps)  # type: ignore[no-untyped-call]
+    averager: Any = PeriodicModelAverager(period=period, warmup_steps=warmup_steps)
 
     def average(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         averager.average_parameters(optimizer.param_groups)
@@ -362,7 +363,7 @@ def _check_start_method(start_method: str) -> None:
         )
 
 
-def _check_ddp_kwargs(kwargs: dict[str, Any]) -> None:
+def _check_ddp_kwargs(kwargs: Kwargs) -> None:
     known = [name for name in inspect.signature(DistributedDataParallel.__init__).parameters if name not in _SET_BY_US]
     unknown = [name for name in kwargs if name not in known]
     if unknown:

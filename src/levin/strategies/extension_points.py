@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from levin.strategies.contexts import SkipInit
 from levin.utilities.move import move_data_to_device
+from levin.utilities.types import Batch, StateDict
 
 if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
@@ -170,23 +171,23 @@ class ExtensionPoints:
         """Return what is iterated in place of the user's loader."""
         return dataloader
 
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+    def batch_to_device(self, batch: Batch, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """Return the batch on ``device``, by default the device of this process, through the module's transfer hooks."""
         device = self._strategy.root_device if device is None else device
         if self.transfer_batch is None:
             return move_data_to_device(batch, device)
         return self.transfer_batch(batch, device, dataloader_idx)
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> StateDict:
         """Return the weights as they are saved. Runs in every process."""
-        state: dict[str, Any] = self._strategy.module_state(self.model)
+        state: StateDict = self._strategy.module_state(self.model)
         return state
 
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(self, checkpoint: StateDict, strict: bool = True) -> None:
         """Load ``checkpoint["state_dict"]`` into the module."""
         self._strategy.load_module_state(self.model, checkpoint["state_dict"], strict=strict)
 
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+    def load_optimizer_state_dict(self, checkpoint: StateDict) -> None:
         """Load ``checkpoint["optimizer_states"]`` into the optimizers."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._strategy.load_optimizer_state(optimizer, state, self.model)
@@ -236,5 +237,5 @@ class ExtensionPoints:
     def on_predict_end(self) -> None:
         """Run when a prediction ends."""
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Run when a training batch starts."""

@@ -41,7 +41,7 @@ class TorchSyncBatchNorm(LayerSync):
         """Return ``model`` with every batch normalization made aware of the other processes."""
         # torch's own has kernels for accelerators only.
         if not any(parameter.device.type == "cpu" for parameter in model.parameters()):
-            converted: Module = SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # torch
+            converted: Module = SyncBatchNorm.convert_sync_batchnorm(model)
             return converted
         return replace_layers(model, (BatchNorm1d, BatchNorm2d, BatchNorm3d), CPUSyncBatchNorm)
 

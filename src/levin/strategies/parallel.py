@@ -25,6 +25,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
 from levin.utilities.seed import reset_seed
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -99,8 +100,9 @@ class ParallelStrategy(Strategy, ABC):
         self.timeout = timeout
         self.control = ControlGroup(timeout)
         self._data_control: ControlGroup | None = None
-        is_default = timeout in (None, DEFAULT_TIMEOUT)
-        self.step_timeout: timedelta = step_timeout or (DEFAULT_STEP_TIMEOUT if is_default else timeout)  # type: ignore[assignment]  # not None there
+        if step_timeout is None:
+            step_timeout = DEFAULT_STEP_TIMEOUT if timeout is None or timeout == DEFAULT_TIMEOUT else timeout
+        self.step_timeout: timedelta = step_timeout
         self._process_group_backend = process_group_backend
         # Set in processes that a launcher of ours started without going through the environment.
         self._started_local_rank: int | None = None
@@ -301,7 +303,7 @@ class ParallelStrategy(Strategy, ABC):
         if any(failed):
             raise RuntimeError(f"{what} failed on rank {failed.index(1.0)}, which tells why.")
 
-    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> StateDict:
         """Return the state of an optimizer; parts that torch's ZeroRedundancyOptimizer spread are gathered on rank 0."""
         consolidate = getattr(optimizer, "consolidate_state_dict", None)
         if consolidate is None:

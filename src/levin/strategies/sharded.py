@@ -23,6 +23,7 @@ from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import StateDict
 
 
 class ShardedStrategy(ParallelStrategy, ABC):
@@ -103,7 +104,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     # State
 
-    def module_state(self, module: Module) -> dict[str, Any]:
+    def module_state(self, module: Module) -> StateDict:
         """Return the weights, with DTensors where they are cut; one file holds them whole."""
         return state_of.module_state(module)
 
@@ -111,7 +112,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
         """Load weights that are whole, or in a folder; each process takes its part."""
         state_of.load_module_state(module, state, strict)
 
-    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> StateDict:
         """Return the state of an optimizer, with DTensors where its parameters are cut."""
         owner = self.model if module is None else module
         return state_of.optimizer_state(owner, optimizer, is_numbered=not self.saves_folders)
@@ -130,7 +131,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     # Files
 
-    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
         """Return a checkpoint: a file whole; a folder with the places that each process reads its parts from."""
         if is_sharded(path):
             self.checkpoint_io.wait()

@@ -23,6 +23,7 @@ from torch.nn import Module, ModuleDict, ModuleList, Parameter, Sequential
 from torch.nn.modules.batchnorm import _NormBase
 
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Kwargs
 
 Policy = Callable[[Module], bool]
 META = torch.device("meta")
@@ -149,7 +150,7 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
             part._checkpoint_wrapped_module: part for part in module.modules() if isinstance(part, CheckpointWrapper)
         }
         units = {wrappers.get(unit, unit) for unit in units}
-    kwargs: dict[str, Any] = {"mesh": plan.mesh}
+    kwargs: Kwargs = {"mesh": plan.mesh}
     if plan.mixed_precision is not None:
         kwargs["mp_policy"] = plan.mixed_precision
     if plan.offload is not None:

@@ -19,16 +19,15 @@ from torch.optim import Optimizer
 
 from levin.checkpoint.sharded import ShardedEntry
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import StateDict
 
-State = dict[str, Any]
 
-
-def module_state(module: Module) -> State:
+def module_state(module: Module) -> StateDict:
     """Return the weights of a module, with DTensors where they are cut."""
     return get_model_state_dict(module)
 
 
-def load_module_state(module: Module, state: State | ShardedEntry, strict: bool = True) -> None:
+def load_module_state(module: Module, state: StateDict | ShardedEntry, strict: bool = True) -> None:
     """Load weights. All processes call this, each with the whole state, or with the place that it reads its parts from."""
     is_full = not isinstance(state, ShardedEntry)
     if isinstance(state, ShardedEntry):
@@ -36,7 +35,7 @@ def load_module_state(module: Module, state: State | ShardedEntry, strict: bool 
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=is_full, strict=strict))
 
 
-def optimizer_state(module: Module, optimizer: Optimizer, is_numbered: bool) -> State:
+def optimizer_state(module: Module, optimizer: Optimizer, is_numbered: bool) -> StateDict:
     """Return the state of an optimizer, with DTensors where its parameters are cut.
 
     Args:
@@ -56,7 +55,7 @@ def optimizer_state(module: Module, optimizer: Optimizer, is_numbered: bool) -> 
     }
 
 
-def load_optimizer_state(module: Module, optimizer: Optimizer, state: State | ShardedEntry) -> None:
+def load_optimizer_state(module: Module, optimizer: Optimizer, state: StateDict | ShardedEntry) -> None:
     """Load the state of an optimizer. All processes call this, each with the whole state, numbered, or with the place
     that it reads its parts from.
 

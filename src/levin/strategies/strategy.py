@@ -24,6 +24,7 @@ from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     import os
@@ -400,16 +401,16 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     # State
 
-    def module_state(self, module: Module) -> dict[str, Any]:
+    def module_state(self, module: Module) -> StateDict:
         """Return the weights of a module as they are saved. Runs in every process.
 
         Args:
             module: As :meth:`setup_module` returned it.
         """
-        state: dict[str, Any] = self.unwrap(module).state_dict()
+        state: StateDict = self.unwrap(module).state_dict()
         return state
 
-    def load_module_state(self, module: Module, state: dict[str, Any], strict: bool = True) -> None:
+    def load_module_state(self, module: Module, state: StateDict, strict: bool = True) -> None:
         """Load the weights of a module. Runs in every process.
 
         Args:
@@ -420,7 +421,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         """
         self.unwrap(module).load_state_dict(state, strict=strict)
 
-    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> StateDict:
         """Return the state of an optimizer as it is saved. Runs in every process.
 
         Args:
@@ -429,7 +430,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         """
         return optimizer.state_dict()
 
-    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any], module: Module | None = None) -> None:
+    def load_optimizer_state(self, optimizer: Optimizer, state: StateDict, module: Module | None = None) -> None:
         """Load the state of an optimizer. Runs in every process.
 
         Args:
@@ -453,7 +454,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
             param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: StateDict, filepath: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
         """Write a checkpoint, from the process that has to; all processes call this."""
         save_tree(self.checkpoint_io, checkpoint, filepath, storage_options, self.is_global_zero)
@@ -467,7 +468,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         self.checkpoint_io.wait()
         self.checkpoint_io.check()
 
-    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
         """Return a checkpoint, its tensors on the CPU; the folder that several processes wrote as one tree, too."""
         if is_sharded(path):
             from levin.checkpoint.folder import consolidate

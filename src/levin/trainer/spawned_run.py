@@ -9,6 +9,7 @@ from levin.loops.hook_table import has_hook
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.ranks.signals import as_ended, signal_handlers
+from levin.utilities.types import StateDict
 
 
 def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
@@ -28,7 +29,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
             raise ended from error
 
 
-def collect_results(run: Run) -> dict[str, Any]:
+def collect_results(run: Run) -> StateDict:
     """Return what the waiting process shall know: weights, callbacks, metrics, counters and flags."""
     return {
         "weights": run.strategy.lightning_module_state_dict(),
@@ -51,7 +52,7 @@ def restore_results(run: Run, results: dict[str, Any]) -> None:
             continue
         if "dirpath" in state:
             # Known only once a run has begun, which it has not here.
-            callback.dirpath = state["dirpath"]  # type: ignore[attr-defined]  # of those that save files
+            vars(callback)["dirpath"] = state["dirpath"]
         callback.load_state_dict(state)
     run.metrics = results["metrics"]
     run.told.should_stop = results["should_stop"]

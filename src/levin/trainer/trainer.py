@@ -34,7 +34,7 @@ from levin.trainer import entry, spawned_run
 from levin.trainer.properties import callbacks_of, first_of, of_run, part, reads, setting, shared, stage
 from levin.utilities.numbers import to_numbers
 from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
-from levin.utilities.types import LRSchedulerConfig, PathLike
+from levin.utilities.types import Kwargs, LRSchedulerConfig, PathLike, StateDict
 
 Limit = Union[int, float]
 
@@ -134,7 +134,7 @@ class Trainer:
     world_size: int = reads("strategy.world_size", "Number of processes.")
     num_nodes: int = reads("_engine.num_nodes", "Number of machines.")
     is_global_zero: bool = reads("strategy.is_global_zero", "Whether this is the first process of all.")
-    distributed_sampler_kwargs: Optional[dict[str, Any]] = reads(
+    distributed_sampler_kwargs: Optional[Kwargs] = reads(
         "strategy.distributed_sampler_kwargs", "What a DistributedSampler needs; None on one device."
     )
     _accelerator_connector: Engine = reads(
@@ -425,7 +425,7 @@ class Trainer:
 
     # ---------------------------------------------------------------- asked for by launchers and modules
 
-    def collect_results(self) -> dict[str, Any]:
+    def collect_results(self) -> StateDict:
         """Return what the Trainer in the process that started this one shall know of the run."""
         assert self.run is not None
         return spawned_run.collect_results(self.run)

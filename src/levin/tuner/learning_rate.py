@@ -11,6 +11,7 @@ from levin.hooks import Callback
 from levin.loops.run import Run
 from levin.tuner.search import try_run
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Batch
 
 _BETA = 0.98
 """Weight of the past in the average of the loss."""
@@ -111,7 +112,7 @@ class _Recorder(Callback):
         self.average = 0.0
         self.best = math.inf
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         found, steps = self.finder, trainer.global_step
         lr = rate(steps, found.lr_min, found.lr_max, found.num_training, found.mode)
         for group in self.optimizer.param_groups:
@@ -119,7 +120,7 @@ class _Recorder(Callback):
         if (batch_idx + 1) % self.every == 0:
             found.results["lr"].append(lr)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.every:
             return
         steps = trainer.global_step

@@ -55,7 +55,7 @@ class ProcessRng:
             numpy_state = self._read_numpy()
             if numpy_state is not None:
                 states["numpy"] = numpy_state
-        if "torch.cuda" in names and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no type
+        if "torch.cuda" in names and torch.cuda.is_initialized():
             states["torch.cuda"] = torch.cuda.get_rng_state_all()
         return states
 

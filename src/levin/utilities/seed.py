@@ -79,7 +79,7 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     Example:
         >>> loader = torch.utils.data.DataLoader(range(4), worker_init_fn=pl_worker_init_function)
     """
-    rank = rank_zero_only.rank if rank is None else rank  # type: ignore[attr-defined]  # a function attribute
+    rank = getattr(rank_zero_only, "rank", 0) if rank is None else rank
     base_seed = torch.initial_seed() - worker_id
     name = f"{base_seed}/{worker_id}/{rank}".encode()
     digest = hashlib.blake2b(name, digest_size=48).digest()

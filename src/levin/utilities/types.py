@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Optional, TypedDict, Union
 
 import torch
 from torch.optim import Optimizer
+
+Batch = Any
+"""What a loader gives: whatever the user's data set and collate function make. Hooks name the type that they expect."""
+
+StateDict = dict[str, Any]
+"""What ``state_dict()`` returns, and a checkpoint is: a value of any kind under each name."""
+
+Kwargs = dict[str, Any]
+"""Keyword arguments that are kept and passed on."""
+
+HParams = Union[dict[str, Any], Namespace]
+"""Hyper-parameters as users have them."""
 
 STEP_OUTPUT = Optional[Union[torch.Tensor, Mapping[str, Any]]]
 TRAIN_DATALOADERS = Any

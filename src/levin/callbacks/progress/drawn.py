@@ -19,7 +19,7 @@ from levin.data.combined import combined_length
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT
+    from levin.utilities.types import STEP_OUTPUT, Batch
 
 DRAW_INTERVAL_S = 0.1
 """Least time between two drawings of a running loop."""
@@ -233,7 +233,7 @@ class DrawnProgressBar(ProgressBar):
 
     @override
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         loop = self._train
         if loop is None:
@@ -282,7 +282,7 @@ class DrawnProgressBar(ProgressBar):
 
     @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if dataloader_idx != self._current_eval_dataloader_idx:
             self._begin_dataloader(dataloader_idx)
@@ -293,7 +293,7 @@ class DrawnProgressBar(ProgressBar):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

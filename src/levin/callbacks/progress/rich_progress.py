@@ -15,6 +15,7 @@ from levin.callbacks.progress.drawn import DRAW_INTERVAL_S, DrawnProgressBar
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
 from levin.callbacks.progress.terminal import NoStream, Redirection, draws_in_place, is_notebook, real_stream
+from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -229,7 +230,7 @@ class RichProgressBar(DrawnProgressBar):
         self._console_kwargs: dict[str, object] = console_kwargs or {}
         self._console: Console | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_console": None}
 
     @property
