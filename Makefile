@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
+.PHONY: help demo test test-report test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -28,6 +28,9 @@ test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 
 test-hosts: $(STAMP)  ## Run jobs on two hosts in network namespaces: a cut cable, a lost host (needs root)
 	LEVIN_TEST_HOSTS=1 $(RUN) $(BIN)/python -m pytest -q -m slow tests/launchers/test_hosts.py
+
+test-report: $(STAMP)  ## Look at reports of runs in a headless browser (Debian: chromium)
+	$(RUN) $(BIN)/python -m pytest -q tests/report
 
 test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 to 4 ranks
 	$(RUN) $(BIN)/python -m pytest -q -m slow tests/loops/test_fuzz.py

@@ -17,7 +17,7 @@ STOREYS = {
         ["codemod"],
         ["compat"],
         ["trainer", "fabric"],
-        ["explain"],
+        ["explain", "report"],
     ],
     "what people plug in": [["callbacks"]],
     "the run": [["loops"], ["ranks"], ["resume"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ COMMANDS = {
     "predict": ("levin.cli.commands:predict", "predict on every batch"),
     "env": ("levin.cli.env", "say what the machine offers, what would be selected"),
     "explain": ("levin.cli.explain", "say what a script's fit will call, and stop before it"),
+    "report": ("levin.report.command", "write one HTML page about runs: curves, settings, differences"),
     "inspect": ("levin.checkpoint.describe", "say what checkpoints hold, and run nothing in them"),
     "migrate": ("levin.codemod.command", "rewrite imports of Lightning to imports of levin"),
     "verify": ("levin.checkpoint.verify", "say which checkpoints are intact"),
@@ -55,10 +57,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(
         prog="levin",
         description="A training framework for PyTorch.",
-        usage="levin COMMAND [...]\n       levin SCRIPT [...]\n       levin -m MODULE [...]",
+        usage="levin COMMAND|SCRIPT|-m MODULE [...]",
         epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.\n"
         "Each command has its own --help, with an example: levin fit --help.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=16),
     )
     parser.add_argument("--version", action="version", version=f"levin {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")

@@ -78,8 +78,9 @@ class RichModelSummary(ModelSummary):
             "Total estimated model params size (MB)": get_formatted_model_size(model_size),
             "Modules in train mode": str(total_training_modes["train"]),
             "Modules in eval mode": str(total_training_modes["eval"]),
-            "Total FLOPs": get_human_readable_count(total_flops),
         }
+        if total_flops:  # 0: there was no example input to count with
+            totals["Total FLOPs"] = get_human_readable_count(total_flops)
         console = Console()
         console.print(table, markup=False)
         for label, value in totals.items():

@@ -123,6 +123,7 @@ class Run:
         self.last_validation_s: float = time.monotonic()
         self.eval_log_steps: dict[int, int] = {}
         self.has_explained_minima: bool = False
+        self.time_shares: Any = None  # where its time goes, see loops/time_shares.py; on the first rank alone
         # Names of values that steered schedulers and were not the same on all ranks.
         self.unequal_values: set[str] = set()
         # Name of the hooks that are being called, those that are left, and their arguments.

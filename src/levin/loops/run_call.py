@@ -29,6 +29,7 @@ from levin.loops.hook_table import HookTable, has_hook, transfer_hooks
 from levin.loops.logging import send_hyperparameters
 from levin.loops.run import Run, detach_log_store, find_log_dir, new_store
 from levin.loops.step import compose_step
+from levin.loops.time_shares import TimeShares
 from levin.loops.validate_setup import check_restored_epoch, hint_at_eval_mode, verify
 from levin.optimizer import LightningOptimizer, resolve_optimizers
 from levin.profilers.profiler import is_profiling, timer
@@ -221,8 +222,14 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
     run.uneven = step.uneven = feed.uneven
     run.resume.follow(run, feed, step, exact)
     run.signals.is_training = True
+    if run.strategy.is_global_zero and not run.settings.barebones:
+        run.time_shares = TimeShares(run)
     with torch.autograd.set_detect_anomaly(True) if run.settings.detect_anomaly else nullcontext():
-        fit(run, feed, step)
+        try:
+            fit(run, feed, step)
+        finally:
+            if run.time_shares is not None:
+                run.time_shares.stop()
     run.signals.is_training = False
 
 

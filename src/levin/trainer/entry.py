@@ -23,6 +23,7 @@ from levin.module import LightningModule
 from levin.profilers.profiler import PassThroughProfiler
 from levin.protocols import Trainer
 from levin.ranks.signals import as_ended, second_interrupt_ends, signal_handlers
+from levin.report.at_end import is_worth_a_report, say_where, write_report
 from levin.strategies.ddp import DDPStrategy
 from levin.strategies.single_device import SingleDeviceStrategy
 from levin.strategies.strategy import Strategy
@@ -138,7 +139,15 @@ def _resolve_limits(trainer: Caller) -> None:
 def execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> Any:
     """Carry out ``run``, in this process or in those that the strategy launches; handle what goes wrong."""
     with signal_handlers(run), lenient_streams():
-        return _execute(trainer, run, ckpt_path, weights_only, model_given)
+        try:
+            result = _execute(trainer, run, ckpt_path, weights_only, model_given)
+        except BaseException as error:
+            if is_worth_a_report(run):
+                write_report(run, error)
+            raise
+        if is_worth_a_report(run):
+            say_where(run, write_report(run, None))
+        return result
 
 
 def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> object:

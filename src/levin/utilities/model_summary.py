@@ -387,8 +387,9 @@ def format_summary_table(
         (get_formatted_model_size(model_size_mb), "Total estimated model params size (MB)"),
         (str(total_training_modes["train"]), "Modules in train mode"),
         (str(total_training_modes["eval"]), "Modules in eval mode"),
-        (get_human_readable_count(total_flops), "Total Flops"),
     ]
+    if total_flops or "FLOPs" in titles:
+        totals.append((get_human_readable_count(total_flops), "Total Flops"))
     width = max(10, *(len(value) + 1 for value, _ in totals))
     footer = [f"{value:<{width}}{label}" for value, label in totals]
     return "\n".join([lines[0], rule, *lines[1:], rule, *footer])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from levin.callbacks.progress.lines import LineRenderer
+from levin.callbacks.progress.lines import LineRenderer, format_seconds
 from levin.callbacks.progress.progress_bar import Metrics, ProgressBar
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
 from levin.callbacks.progress.terminal import draws_in_place
@@ -30,6 +30,10 @@ MAX_CHANGES_AT_ONCE = 8
 """How many beginnings and ends of loops may be drawn in a burst, where each would otherwise wait for the clock."""
 LINE_INTERVAL_S = 60.0
 """Least time between two lines of a log about one unfinished loop."""
+NOTE_AFTER_S = 2.0
+"""Seconds after which the time that a run has left is worth a guess."""
+MIN_SAMPLES, MIN_NOTED_SHARE = 20, 0.05
+"""How often it was looked, and which part of the time must wait for data, before that is shown."""
 LINE_END_INTERVAL_S = 10.0
 """Least time between the lines of a log that end an epoch; the last epoch always has its line."""
 
@@ -118,6 +122,9 @@ class DrawnProgressBar(ProgressBar):
         self._clock: DrawClock = DrawClock(DRAW_INTERVAL_S)
         self._train: ShownLoop | None = None
         self._eval: ShownLoop | None = None
+        # When training began, and at which part of an epoch and step.
+        self._began_s: float = 0.0
+        self._began_at: tuple[float, int] = (0.0, 0)
 
     @property
     def refresh_rate(self) -> int:
@@ -184,7 +191,29 @@ class DrawnProgressBar(ProgressBar):
 
     def _draw_train(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._train is not None:
-            self._draw(self._train, self.get_metrics(trainer, pl_module))
+            self._draw(self._train, {**self.get_metrics(trainer, pl_module), **self._notes(trainer, self._train)})
+
+    def _notes(self, trainer: Trainer, loop: ShownLoop) -> Metrics:
+        """Return what is shown behind the values: the time left of the whole run, the time that waits for data."""
+        notes: Metrics = {}
+        seconds, done = monotonic() - self._began_s, self._part_done(trainer, loop)
+        if seconds >= NOTE_AFTER_S and 0 < done < 1:
+            notes["run_left"] = format_seconds(seconds / done * (1 - done))
+        shares = getattr(trainer.run, "time_shares", None)
+        if shares is not None and shares.num_samples >= MIN_SAMPLES and shares.share("data") >= MIN_NOTED_SHARE:
+            notes["data_wait"] = f"{shares.share('data'):.0%}"
+        return notes
+
+    def _part_done(self, trainer: Trainer, loop: ShownLoop) -> float:
+        """Return which part of the run is done, by the limit that will end it first; 0 where it is one epoch, or endless."""
+        first_epoch, first_step = self._began_at
+        parts = [0.0]
+        if trainer.max_epochs is not None and trainer.max_epochs > first_epoch + 1:
+            in_epoch = loop.done / loop.total if loop.total else 0.0
+            parts.append((trainer.current_epoch + in_epoch - first_epoch) / (trainer.max_epochs - first_epoch))
+        if trainer.max_steps > first_step:
+            parts.append((trainer.global_step - first_step) / (trainer.max_steps - first_step))
+        return max(parts)
 
     def _draw_eval(self, loop: ShownLoop) -> None:
         if self._train is not None and self._train.drawn != self._train.done:
@@ -207,6 +236,7 @@ class DrawnProgressBar(ProgressBar):
         self._train = None
         if self.is_disabled:
             return
+        self._began_s, self._began_at = monotonic(), (trainer.current_epoch, trainer.global_step)
         if trainer.fit_loop.restarted_mid_epoch:
             self._begin_epoch(trainer, first=int(trainer.fit_loop.epoch_loop.batch_progress.current.ready))
         else:

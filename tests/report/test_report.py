@@ -1,0 +1,274 @@
+"""The page of a run: what is read from the disk, what is in it, what is written when a fit ends."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import levin
+from levin.callbacks import ModelCheckpoint
+from levin.demos.boring_classes import BoringModel, RandomDataset
+from levin.loggers import CSVLogger, TensorBoardLogger
+from levin.loops.time_shares import TimeShares, part_of
+from levin.report.at_end import held_up_by
+from levin.report.command import main
+from levin.report.page import make_page, short_names, thinned
+from levin.report.read import find_runs, read_run
+
+
+class Net(BoringModel):
+    def __init__(self, lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.step(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.step(batch))
+
+
+def fit(tmp_path, logger, max_epochs=1, ckpt_path=None, model=None, **options):
+    quiet = {"enable_progress_bar": True, "enable_model_summary": False, "accelerator": "cpu", "log_every_n_steps": 1}
+    trainer = levin.Trainer(
+        **{"default_root_dir": tmp_path, "logger": logger, "max_epochs": max_epochs} | quiet | options
+    )
+    trainer.fit(model or Net(), DataLoader(RandomDataset(32, 4)), DataLoader(RandomDataset(32, 2)), ckpt_path=ckpt_path)
+    return trainer
+
+
+def in_page(text, name):
+    return json.loads(re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text, re.DOTALL)[1])
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_fit_leaves_its_page(tmp_path, kind, caplog):
+    logger = kind(tmp_path, "net")
+    with caplog.at_level("INFO", "levin"):
+        fit(tmp_path, logger, 2, callbacks=[ModelCheckpoint(monitor="val_loss", save_top_k=2)])
+    page = Path(logger.log_dir) / "report.html"
+    (run,) = in_page(page.read_text(), "runs")
+    assert run["series"]["train/loss"]["x"] == list(range(8)) and len(run["series"]["val_loss"]["y"]) == 2
+    assert run["hparams"] == {"lr": 0.1} and run["epochs"] == [[0, 0], [1, 4]]
+    (record,) = run["records"]
+    assert record["what"]["module"].endswith("Net") and record["steps"] == [0, 8] and record["epochs"] == [0, 2]
+    assert "RandomDataset of 4, batch size 1" in record["what"]["data"] and record["ended_by"] == ""
+    assert record["versions"]["torch"] == torch.__version__ and "pytest" in record["what"]["command"]
+    assert record["settings"] == {"max_epochs": 2, "log_every_n_steps": 1}
+    assert (
+        len(record["best"]) == 2 and record["best"][0][1] == "val_loss" and record["best"][0][2] <= record["best"][1][2]
+    )
+    said = caplog.text
+    assert "Best checkpoint: " in said and f"Report: {page}" in said and f"Logs: {logger.log_dir}" in said
+
+
+def test_no_page_where_no_logger_keeps_files(tmp_path):
+    fit(tmp_path, False, enable_checkpointing=False)
+    fit(tmp_path, CSVLogger(tmp_path), fast_dev_run=True)
+    fit(tmp_path, CSVLogger(tmp_path), enable_progress_bar=False, enable_checkpointing=False)  # short, and not watched
+    assert not list(tmp_path.rglob("report.html"))
+
+
+def test_a_page_holds_all_fits_of_its_folder_and_how_they_ended(tmp_path):
+    class Fails(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                raise RuntimeError("<script>alert(1)</script>")
+
+    with pytest.raises(RuntimeError):
+        fit(
+            tmp_path,
+            CSVLogger(tmp_path, "net", version=0),
+            3,
+            model=Fails(),
+            callbacks=[ModelCheckpoint(tmp_path / "c", save_last=True)],
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit(
+            tmp_path,
+            CSVLogger(tmp_path, "net", version=0),
+            3,
+            ckpt_path=tmp_path / "c/last.ckpt",
+            callbacks=[ModelCheckpoint(tmp_path / "c")],
+        )
+    text = (tmp_path / "net/version_0/report.html").read_text()
+    first, second = in_page(text, "records")
+    assert first["ended_by"] == "RuntimeError: <script>alert(1)</script>" and "<script>alert" not in text
+    assert second["resumed_from"].endswith("last.ckpt") and second["steps"] == [4, 12]
+    assert in_page(text, "runs")[0]["series"]["train/loss"]["n"] == 12
+
+
+def test_runs_of_lightning_are_read(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch.loggers")
+    csv, tensorboard = lightning.CSVLogger(tmp_path, "a"), lightning.TensorBoardLogger(tmp_path, "b")
+    for logger in (csv, tensorboard):
+        logger.log_hyperparams({"lr": 0.5, "layers": {"width": 3}})
+        for step in range(3):
+            logger.log_metrics({"loss": 1 / (1 + step)}, step)
+        logger.save()
+        logger.finalize("success")
+    for logger in (csv, tensorboard):
+        run = read_run(Path(logger.log_dir))
+        assert run.series["loss"].values == pytest.approx([1, 1 / 2, 1 / 3]) and run.series["loss"].steps == [0, 1, 2]
+        assert run.hparams == {"lr": 0.5, "layers.width": 3}
+        assert len(run.series["loss"].times) == (3 if logger is tensorboard else 0)
+    assert [path.parent.name for path in find_runs(tmp_path)] == ["a", "b"]
+
+
+def test_the_command_compares_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for lr in (0.1, 0.2):
+        fit(tmp_path, CSVLogger(tmp_path, "net"), model=Net(lr))
+    capsys.readouterr()
+    assert main(["net"]) == 0 and capsys.readouterr().out == "report.html\n"
+    runs = in_page(Path("report.html").read_text(), "runs")
+    assert [run["name"] for run in runs] == ["version_0", "version_1"] and [run["hparams"]["lr"] for run in runs] == [
+        0.1,
+        0.2,
+    ]
+    assert main(["net/version_1", "-o", "new/one.html"]) == 0 and Path("new/one.html").is_file()
+    assert main(["net/version_1/metrics.csv"]) == 0
+    assert main(["absent"]) == 1 and "absent" in capsys.readouterr().err
+    Path("empty").mkdir()
+    assert main(["empty"]) == 1 and "no metrics.csv" in capsys.readouterr().err
+
+
+def test_what_is_not_a_number_or_not_whole(tmp_path):
+    folder = tmp_path / "名前 <b>"
+    folder.mkdir()
+    (folder / "metrics.csv").write_text("loss,step,</script><b>損失,text\n1,0,nan,abc\nnan,1,inf,\n,2,3,\n2,3")
+    (folder / "hparams.yaml").write_text("a: !!python/object/apply:os.system ['false']\nb: .nan\nc: !Mine {x: 1}\n")
+    run = read_run(folder)
+    text = make_page([run], "</title><b>")
+    (plain,) = in_page(text, "runs")
+    assert plain["series"]["loss"] | {"t": 0} == {
+        "x": [0, 1, 3], "y": [1, None, 2], "n": 3, "bad": [1], "last": 2, "min": 1, "max": 2, "t": 0,
+    }  # fmt: skip
+    assert (
+        plain["series"]["</script><b>損失"]["bad"] == [0, 1]
+        and plain["hparams"]["b"] == "nan"
+        and "c.x" in plain["hparams"]
+    )
+    assert (
+        "</script><b>" not in text
+        and "</title><b>" not in text
+        and "http" not in re.sub(r"https?://(www\.w3|github)", "", text[:400])
+    )
+
+
+def test_an_event_file_that_was_cut_is_read_as_far_as_it_goes(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    for step in range(10):
+        logger.log_metrics({"loss": step}, step)
+    logger.finalize("success")
+    (path,) = Path(logger.log_dir).glob("events*")
+    path.write_bytes(path.read_bytes()[:-7])
+    assert read_run(Path(logger.log_dir)).series["loss"].values == list(range(9))
+
+
+def test_a_page_stays_small(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = [f"metric_{number}" for number in range(200)]
+    rows = [
+        ",".join(["step", *names]),
+        *(",".join([str(step)] + [str(math.sin(step + n)) for n in range(200)]) for step in range(600)),
+    ]
+    (folder / "metrics.csv").write_text("\n".join(rows))
+    one = read_run(folder)
+    assert len(make_page([one], "one")) < 3_000_000
+    assert len(make_page([one] * 20, "many")) < 6_000_000
+    assert max(thinned([0.0] * 500 + [9.0] + [0.0] * 500, 50)) == 1000 and 500 in thinned(
+        [0.0] * 500 + [9.0] + [0.0] * 500, 50
+    )
+    assert short_names([Path("/a/b/v0"), Path("/a/b/v1")]) == ["v0", "v1"]
+
+
+def test_a_page_needs_no_network(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, logger)
+    text = (Path(logger.log_dir) / "report.html").read_text()
+    assert not re.search(r'(src|href)=["\']', text) and "import(" not in text and "fetch(" not in text
+    assert "Permission is hereby granted" in text and 60_000 < len(text) < 300_000
+
+
+class SlowData(RandomDataset):
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+@pytest.mark.timing
+def test_where_the_time_goes(tmp_path):
+    class Look(levin.Callback):
+        def on_train_end(self, trainer, module):
+            self.shares = trainer.run.time_shares
+
+    look = Look()
+    trainer = levin.Trainer(
+        max_epochs=1, logger=False, callbacks=[look], enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(BoringModel(), DataLoader(SlowData(32, 60)))
+    assert look.shares.share("data") > 0.7 and look.shares.num_samples >= 15
+    assert [point.step for point in look.shares.points][-1] == 60
+    look.shares.counts.update(data=50)
+    assert "num_workers" in held_up_by(look.shares)
+
+
+def test_parts_are_told_by_their_innermost_frame(tmp_path):
+    seen = {}
+
+    class Looks(BoringModel):
+        def training_step(self, batch, batch_idx):
+            import sys
+
+            seen["step"] = part_of(sys._getframe())
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            import sys
+
+            seen["validation"] = part_of(sys._getframe())
+
+        def on_save_checkpoint(self, checkpoint):
+            import sys
+
+            seen["checkpoint"] = part_of(sys._getframe())
+
+    class Data(RandomDataset):
+        def __getitem__(self, index):
+            import sys
+
+            if seen.get("step"):
+                seen["data"] = part_of(sys._getframe())
+            return super().__getitem__(index)
+
+    trainer = levin.Trainer(
+        max_epochs=1, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(Looks(), DataLoader(Data(32, 4)), DataLoader(RandomDataset(32, 2)))
+    assert seen == {"step": "training", "data": "data", "validation": "validation", "checkpoint": "checkpoints"}
+
+
+def test_nothing_is_said_without_a_reason():
+    assert held_up_by(None) is None
+    shares = TimeShares.__new__(TimeShares)
+    from collections import Counter
+
+    shares.counts = Counter(training=90, data=10)
+    assert held_up_by(shares) is None
+    shares.counts = Counter(training=10, logging=30, data=20)
+    assert "log_every_n_steps" in held_up_by(shares)
