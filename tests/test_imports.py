@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -52,3 +54,37 @@ def public_names() -> list[tuple[str, str]]:
 
 def test_every_public_name_is_there():
     assert public_names() == []
+
+
+# Its name is that of its file, which the room's attribute is.
+ONLY_BY_ITS_PATH = {"levin.checkpoint.verify.verify"}
+
+
+def test_the_reference_lists_exactly_what_the_rooms_give_out():
+    import levin
+
+    page = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+    rooms = ["levin", *(f"levin.{room}" for room in levin._ROOMS)]
+    assert [title for title in re.findall(r"^## (\S+)", page, re.M) if title not in rooms] == []
+    given_out = {}
+    for room in rooms:
+        module = importlib.import_module(room)
+        given_out |= {(name, id(getattr(module, name))): room for name in module.__all__ if name != "__version__"}
+    listed = {}
+    for path in re.findall(r"^::: (\S+)", page, re.M):
+        module, _, name = path.rpartition(".")
+        listed[name, id(getattr(importlib.import_module(module), name))] = path
+    assert {given_out[key] + "." + key[0] for key in given_out.keys() - listed.keys()} == set()
+    assert {listed[key] for key in listed.keys() - given_out.keys()} == ONLY_BY_ITS_PATH
+
+
+def test_levin_shows_its_names_and_rooms_alone():
+    import levin
+
+    assert set(dir(levin)) == {*levin.__all__, *levin._ROOMS} - {"__version__"}
+    internal = {"loops", "resume", "ranks", "explain", "codemod", "utilities"}
+    assert internal & set(levin._ROOMS) == set()
+    for room in internal:
+        names = {name for name in vars(importlib.import_module(f"levin.{room}")) if not name.startswith("_")}
+        files = {path.stem for path in Path(levin.__file__).parent.joinpath(room).iterdir()}
+        assert names - files - {"annotations"} == set()

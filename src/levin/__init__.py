@@ -44,7 +44,6 @@ _ROOMS = (
     "profilers",
     "strategies",
     "tuner",
-    "utilities",
 )
 
 __all__ = [
