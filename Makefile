@@ -73,7 +73,7 @@ SITE = lib/python$(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.ver
 PACKAGES_loggers := wandb mlflow comet-ml trackio tensorboard
 PACKAGES_slurm := submitit
 PACKAGES_ray := 'ray[train,tune]'
-PACKAGES_jobs := optuna hydra-core mpi4py
+PACKAGES_jobs := optuna optuna-integration hydra-core
 PACKAGES_stores := s3fs 'moto[s3]' flask flask-cors
 TEST_INTEGRATION = LEVIN_TEST_INTEGRATIONS=1 $(RUN) $(INTEGRATIONS)/$(1)/bin/python -m pytest -q -s $(2)
 
@@ -86,6 +86,19 @@ $(INTEGRATIONS)/%/.installed: $(STAMP) constraints-integrations.txt
 .PHONY: test-loggers test-slurm test-ray test-jobs test-stores test-integrations
 test-loggers: $(INTEGRATIONS)/loggers/.installed  ## Run the loggers against the real packages and a real MLflow server
 	$(call TEST_INTEGRATION,loggers,tests/integrations/test_loggers.py)
+
+test-slurm: $(INTEGRATIONS)/slurm/.installed  ## Run jobs under a real SLURM with two nodes on this machine (Debian; needs root)
+	command -v slurmctld munged || { apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }
+	$(call TEST_INTEGRATION,slurm,tests/integrations/test_slurm.py)
+
+test-ray: $(INTEGRATIONS)/ray/.installed  ## Run Ray Train and Ray Tune through the import alias
+	$(call TEST_INTEGRATION,ray,tests/integrations/test_ray.py)
+
+test-jobs: $(INTEGRATIONS)/jobs/.installed  ## Run studies of Optuna, jobs of Hydra, and pods with the variables of operators
+	$(call TEST_INTEGRATION,jobs,tests/integrations/test_jobs.py)
+
+test-stores: $(INTEGRATIONS)/stores/.installed  ## Keep checkpoints in an object store that speaks S3
+	$(call TEST_INTEGRATION,stores,tests/integrations/test_object_stores.py)
 
 test-integrations:  ## Run all tests against real services and schedulers, one by one, and print a table
 	$(PYTHON) tests/integrations/run.py

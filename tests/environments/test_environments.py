@@ -156,6 +156,43 @@ def test_an_interactive_slurm_job_is_no_launch(monkeypatch, name):
     SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
 
 
+def test_a_step_on_a_part_of_the_nodes(monkeypatch):
+    set_variables(monkeypatch, **{**ALLOCATION, "SLURM_STEP_ID": 3, "SLURM_STEP_NODELIST": "gpu08"})
+    environment = SLURMEnvironment()
+    assert (environment.main_address, environment.main_port) == ("gpu08", 17345)
+    monkeypatch.setenv("SLURM_STEP_ID", "4294967290")  # that of the shell
+    assert environment.main_port < 65536
+
+
+def test_tasks_in_the_shell_of_a_person_are_told_that_each_trains_alone(monkeypatch):
+    set_variables(monkeypatch, **{**ALLOCATION, "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": 8})
+    monkeypatch.setattr("levin.utilities.rank_zero.rank_zero_only.rank", 0)
+    with pytest.warns(
+        UserWarning, match=r"srun started 8 tasks in a job named 'interactive'.*plugins=SLURMEnvironment\(\)"
+    ):
+        assert not SLURMEnvironment.detect()
+    monkeypatch.setenv("SLURM_PTY_PORT", "1234")  # `srun --pty bash`
+    assert not SLURMEnvironment.detect()
+
+
+def test_components_of_a_heterogeneous_job_that_differ(monkeypatch):
+    groups = {f"SLURM_NTASKS_PER_NODE_HET_GROUP_{number}": 4 for number in range(2)}
+    set_variables(monkeypatch, **ALLOCATION, **groups)
+    SLURMEnvironment().validate_settings(num_devices=4, num_nodes=2)
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE_HET_GROUP_1", "2")
+    with pytest.raises(ValueError, match=r"must have the same --ntasks-per-node, received \[4, 2\]"):
+        SLURMEnvironment().validate_settings(num_devices=4, num_nodes=2)
+
+
+def test_the_variables_of_kubeflow_without_its_plugin(monkeypatch):
+    set_variables(monkeypatch, MASTER_ADDR="master", MASTER_PORT=1, WORLD_SIZE=2, RANK=1)
+    LightningEnvironment().validate_settings(num_devices=2, num_nodes=1)
+    with pytest.raises(ValueError, match=r"NODE_RANK must say .* Pass Trainer\(plugins=\[KubeflowEnvironment\(\)\]\)"):
+        LightningEnvironment().validate_settings(num_devices=1, num_nodes=2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    LightningEnvironment().validate_settings(num_devices=1, num_nodes=2)
+
+
 def test_slurm_without_a_job_number(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # This machine may have SLURM.
     assert SLURMEnvironment().main_port == 12910

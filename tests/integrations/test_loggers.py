@@ -122,7 +122,8 @@ def test_mlflow_has_all_of_a_run_and_goes_on_with_it(proxy, tmp_path):
     assert list((tmp_path / "mlruns-unsent").iterdir()) == []
 
     again = MLFlowLogger(tracking_uri=url_of(proxy), run_id=run_id, prefix="x", save_dir=str(tmp_path / "mlruns"))
-    trainer(tmp_path, again, max_epochs=3).fit(Line(), loader(4), ckpt_path=saved.last_model_path)
+    options = {"max_epochs": 3, "callbacks": [ModelCheckpoint(tmp_path / "saved", monitor="loss")]}
+    trainer(tmp_path, again, **options).fit(Line(), loader(4), ckpt_path=saved.last_model_path)
     assert again.name == logger.name
     assert [step for step, _ in losses(again, "x-loss")] == list(range(12))
 
@@ -237,6 +238,15 @@ def test_a_server_that_is_away_from_the_start(proxy, tmp_path, monkeypatch):
     assert len(client.get_metric_history(found.info.run_id, "loss")) == 3 and found.data.tags["a"] == "1"
 
 
+def run_program(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
 def wandb_records(folder: Path) -> list[Any]:
     """What the file of a run holds: blocks of 32 KiB with pieces of records, as LevelDB writes its logs."""
     from wandb.proto import wandb_internal_pb2
@@ -279,40 +289,41 @@ def test_wandb_offline_is_read_back(tmp_path):
     }  # fmt: skip
 
 
-def test_wandb_that_cannot_be_reached_keeps_the_run(tmp_path, monkeypatch):
-    import wandb
+WANDB = """
+import statistics, sys, warnings
+from pathlib import Path
+import wandb
+from levin.loggers import WandbLogger
+from tests.integrations.test_loggers import Clock, Line, loader, trainer
+warnings.simplefilter("default", UserWarning)
+logger = WandbLogger(project="p", save_dir=sys.argv[1], settings=wandb.Settings(init_timeout=5))
+clock = Clock()
+trainer(Path(sys.argv[1]), logger, callbacks=[clock]).fit(Line(), loader(50))
+wandb.finish()
+print(f"W&B unreachable: median step {1e6 * statistics.median(clock.seconds):.0f} us")
+"""
 
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{_free_port()}")
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    logger = WandbLogger(project="p", save_dir=tmp_path, settings=wandb.Settings(init_timeout=5))
-    clock = Clock()
-    with pytest.warns(UserWarning, match=r"Weights & Biases cannot be reached.*Upload it later with: wandb sync "):
-        trainer(tmp_path, logger, callbacks=[clock], log_every_n_steps=1).fit(Line(), loader(50))
-    wandb.finish()
-    (folder,) = tmp_path.glob("wandb/offline-run-*")
-    for other in tmp_path.glob("wandb/run-*/*.wandb"):
-        other.unlink()  # That of the attempt.
+
+def test_wandb_that_cannot_be_reached_keeps_the_run(tmp_path):
+    address = f"http://127.0.0.1:{_free_port()}"
+    done = run_program(WANDB, tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY="a" * 40)
+    assert "Weights & Biases cannot be reached" in done.stderr and "Upload it later with: wandb sync " in done.stderr
+    print(done.stdout.splitlines()[-1])
+    for attempt in tmp_path.glob("wandb/run-*/*.wandb"):
+        attempt.unlink()
     assert len([row for row in wandb_history(wandb_records(tmp_path)) if "loss" in row]) == 100
-    print(f"\nW&B unreachable: median step {1e6 * statistics.median(clock.seconds):.0f} us")
 
 
 COMET = """
 import sys
-from tests.integrations.test_loggers import *
+from pathlib import Path
+from levin.loggers import CometLogger
+from tests.integrations.test_loggers import Line, loader, trainer
 folder = Path(sys.argv[1])
 logger = CometLogger(project="p", online=False, offline_directory=str(folder), prefix="x", name="n")
 trainer(folder, logger).fit(Line(sizes={"in": 8}), loader(3))
 logger.experiment.end()
 """
-
-
-def run_program(program: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)], capture_output=True, text=True, timeout=200,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **environment},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
 
 
 @pytest.mark.parametrize("is_reachable", [True, False], ids=["offline", "unreachable"])
@@ -338,8 +349,10 @@ def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:
 
 
 TRACKIO = """
-import sys
-from tests.integrations.test_loggers import *
+import pickle, sys
+from pathlib import Path
+from levin.loggers import TrackioLogger
+from tests.integrations.test_loggers import Line, loader, trainer
 folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
 logger = TrackioLogger("p", name="r", prefix="x", auto_log_cpu=False)
 trainer(folder, logger, max_epochs=epochs).fit(Line(), loader(3), ckpt_path="last" if epochs > 1 else None)
@@ -360,7 +373,9 @@ def test_trackio_is_read_back_and_goes_on(tmp_path):
 
 TOGETHER = """
 import sys
-from tests.integrations.test_loggers import *
+from pathlib import Path
+from levin.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, TrackioLogger, WandbLogger
+from tests.integrations.test_loggers import Line, loader, trainer
 if __name__ == "__main__":
     folder, url = Path(sys.argv[1]), sys.argv[2]
     loggers = [

@@ -8,6 +8,7 @@ import socket
 from typing_extensions import override
 
 from levin.environments.environment import ClusterEnvironment, read_int
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_only
 
 
@@ -73,6 +74,21 @@ class LightningEnvironment(ClusterEnvironment):
     @override
     def node_rank(self) -> int:
         return read_int("GROUP_RANK", read_int("NODE_RANK", 0))
+
+    @override
+    def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+        """Check that each machine knows which one it is.
+
+        Raises:
+            ValueError: There are several machines, and the variables are those of Kubeflow's operator.
+        """
+        is_operator = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+        if num_nodes > 1 and is_operator and not {"NODE_RANK", "GROUP_RANK", "LOCAL_RANK"} & os.environ.keys():
+            raise MisconfigurationException(
+                f"NODE_RANK must say which of the num_nodes={num_nodes} machines this is, and is not set, while RANK="
+                f"{os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']} are, as Kubeflow's operator sets them. Pass"
+                " Trainer(plugins=[KubeflowEnvironment()]), or start the script with torchrun."
+            )
 
 
 def find_free_port() -> int:

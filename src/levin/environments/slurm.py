@@ -16,6 +16,8 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
 
+_TASKS_OF_COMPONENT = "SLURM_NTASKS_PER_NODE_HET_GROUP_"
+
 
 class SLURMEnvironment(ExternalEnvironment):
     """Processes that ``srun`` started, one per device.
@@ -42,7 +44,9 @@ class SLURMEnvironment(ExternalEnvironment):
     @property
     @override
     def main_address(self) -> str:
-        return os.environ.get("MASTER_ADDR") or first_node(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
+        # A step may have a part of the job's nodes.
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+        return os.environ.get("MASTER_ADDR") or first_node(nodes)
 
     @property
     @override
@@ -50,14 +54,27 @@ class SLURMEnvironment(ExternalEnvironment):
         if "MASTER_PORT" in os.environ:
             return read_int("MASTER_PORT")
         digits = (os.environ.get("SLURM_JOB_ID") or "")[-4:]
-        return int(digits) + 15000 if digits.isdigit() else 12910
+        if not digits.isdigit():
+            return 12910
+        # Steps of one job may run beside each other.
+        return int(digits) + 15000 + read_int("SLURM_STEP_ID", 0) % 10000
 
     @staticmethod
     @override
     def detect() -> bool:
-        if is_srun_missing():
+        if is_srun_missing() or "SLURM_NTASKS" not in os.environ:
             return False
-        return "SLURM_NTASKS" in os.environ and not is_interactive_job()
+        if not is_interactive_job():
+            return True
+        num_tasks = read_int("SLURM_STEP_NUM_TASKS", 1)
+        if num_tasks > 1 and "SLURM_PTY_PORT" not in os.environ:
+            rank_zero_warn(
+                f"srun started {num_tasks} tasks in a job named {SLURMEnvironment.job_name()!r}, which is taken for the shell"
+                " of a person: each task trains alone. Pass plugins=SLURMEnvironment() to let them train together, or give"
+                " srun another --job-name.",
+                category=PossibleUserWarning,
+            )
+        return False
 
     @staticmethod
     def job_name() -> str | None:
@@ -78,11 +95,18 @@ class SLURMEnvironment(ExternalEnvironment):
 
         Raises:
             RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``, or was not used inside of a batch script.
-            ValueError: ``devices`` or ``num_nodes`` differs from the allocation.
+            ValueError: ``devices`` or ``num_nodes`` differs from the allocation, or the components of a heterogeneous job
+                differ from each other.
         """
         if is_interactive_job():
             return
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
+        per_component = [read_int(name) for name in sorted(os.environ) if name.startswith(_TASKS_OF_COMPONENT)]
+        if len(set(per_component)) > 1:
+            raise MisconfigurationException(
+                f"The components of a heterogeneous job must have the same --ntasks-per-node, received {per_component}: levin"
+                f" starts devices={num_devices} processes on every machine. Give all components --ntasks-per-node={num_devices}."
+            )
         if per_node is None and read_int("SLURM_NTASKS", 1) > 1:
             raise RuntimeError(
                 f"SLURM started --ntasks={os.environ['SLURM_NTASKS']} without saying how many per machine, and devices "

@@ -34,7 +34,7 @@ def is_local(path: str | os.PathLike[str]) -> bool:
 
 
 def get_filesystem(path: str | os.PathLike[str], **kwargs: object) -> AbstractFileSystem:
-    """Return the fsspec file system that ``path`` lives on.
+    """Return the fsspec file system that ``path`` lives on, as it is now.
 
     Args:
         path: A local path or any URL that fsspec knows.
@@ -43,6 +43,7 @@ def get_filesystem(path: str | os.PathLike[str], **kwargs: object) -> AbstractFi
     from fsspec.core import url_to_fs
 
     filesystem, _ = url_to_fs(str(path), **kwargs)
+    filesystem.invalidate_cache()  # Threads and processes of ours write to it through objects of their own.
     return filesystem
 
 

@@ -1,0 +1,176 @@
+"""Checkpoints in an object store that speaks S3: moto's server on loopback, through s3fs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from levin import Trainer
+from levin.callbacks import ModelCheckpoint
+from levin.checkpoint import AsyncCheckpointIO
+from levin.checkpoint.verify import verify
+from levin.utilities.filesystem import list_folder
+from tests.distributed import _free_port
+from tests.integrations.proxy import Proxy, running
+from tests.strategies.small import QUIET, Small
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore:Checkpoint directory"
+)
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    port = _free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with running(command, f"http://127.0.0.1:{port}/", tmp_path_factory.mktemp("server") / "log"):
+        yield port
+
+
+@pytest.fixture
+def proxy(server: int) -> Iterator[Proxy]:
+    proxy = Proxy(server)
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def folder(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty bucket."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_MAX_ATTEMPTS": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    bucket = f"bucket-{time.time_ns()}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    yield f"s3://{bucket}/run"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def fit(folder: str, epochs: int, ckpt_path: str | None = None, **options: Any) -> tuple[Trainer, Small]:
+    saved = ModelCheckpoint(
+        f"{folder}/saved", filename="{epoch}", monitor="val_loss", mode="min", save_top_k=2, save_last=True
+    )
+    trainer = Trainer(**{
+        **QUIET, "devices": 1, "max_epochs": epochs, "callbacks": [saved], "default_root_dir": folder, **options,
+    })  # fmt: skip
+    module = Small(size=32)
+    trainer.fit(module, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def names(url: str) -> list[str]:
+    filesystem = fsspec.filesystem("s3")
+    filesystem.invalidate_cache()
+    return sorted(name.rsplit("/", 1)[1] for name in filesystem.ls(url, detail=False))
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["waits", "background"])
+@pytest.mark.parametrize("how", ["last", "auto", "a url"])
+def test_a_run_is_kept_and_goes_on_from_the_store(folder, is_async, how):
+    plugins = [AsyncCheckpointIO()] if is_async else None
+    trainer, _ = fit(folder, 3, plugins=plugins)
+    # The loss falls, so the last two are the best two.
+    assert names(f"{folder}/saved") == ["epoch=1.ckpt", "epoch=2.ckpt", "last.ckpt"]
+    for name in names(f"{folder}/saved"):
+        verify(f"{folder}/saved/{name}")
+    path = trainer.checkpoint_callback.best_model_path if how == "a url" else how
+    resumed, module = fit(folder, 5, path, plugins=plugins)
+    assert str(resumed.ckpt_path).startswith(folder) and resumed.global_step == 40
+    _, unbroken = fit(f"{folder}-unbroken", 5)
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name])
+    best = torch.load(fsspec.open(resumed.checkpoint_callback.best_model_path).open(), weights_only=False)
+    assert best["epoch"] == 4
+
+
+def test_a_connection_that_is_cut_leaves_the_file_whole_or_absent(folder, proxy):
+    trainer, module = fit(folder, 1)
+    path = f"{folder}/model.ckpt"
+    trainer.save_checkpoint(path)
+    before = fsspec.filesystem("s3").cat(path)
+    module.register_buffer("large", torch.randn(4_000_000))  # 16 MB: several parts of an upload
+    for target in (path, f"{folder}/new.ckpt"):
+        proxy.num_bytes_left = 9_000_000
+        with pytest.raises(Exception) as caught:  # noqa: PT011  (whatever s3fs makes of it)
+            trainer.save_checkpoint(target)
+        assert not isinstance(caught.value, AssertionError)
+    proxy.num_bytes_left = float("inf")
+    assert fsspec.filesystem("s3").cat(path) == before
+    assert "new.ckpt" not in names(folder)
+    trainer.save_checkpoint(path)
+    verify(path)
+    assert torch.load(fsspec.open(path).open(), weights_only=False)["state_dict"]["large"].numel() == 4_000_000
+
+
+def test_a_background_save_that_fails_is_raised(folder, proxy):
+    trainer, module = fit(folder, 1, plugins=[AsyncCheckpointIO()])
+    module.register_buffer("large", torch.randn(4_000_000))
+    proxy.num_bytes_left = 9_000_000
+    trainer.save_checkpoint(f"{folder}/new.ckpt")
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        trainer.strategy.finish_saves()
+    assert not isinstance(caught.value, AssertionError)
+    proxy.num_bytes_left = float("inf")
+    assert "new.ckpt" not in names(folder)
+
+
+def test_credentials_that_are_missing_are_told_at_the_first_save(folder, monkeypatch, tmp_path):
+    import s3fs
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(Exception, match=r"(?i)credential|forbidden|denied|permission"):
+        fit(folder, 1)
+
+
+SHARDED = """
+import sys
+from levin import Trainer
+from levin.strategies import FSDPStrategy
+from tests.strategies.small import QUIET, Small
+if __name__ == "__main__":
+    trainer = Trainer(**{**QUIET, "devices": 2, "max_epochs": 1, "enable_checkpointing": False,
+                         "strategy": FSDPStrategy(state_dict_type="sharded")})
+    trainer.fit(Small())
+    trainer.save_checkpoint(sys.argv[1] + "/folder.ckpt")
+"""
+
+
+def test_a_sharded_folder_says_that_it_needs_a_file_system(folder, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), folder], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"},
+    )  # fmt: skip
+    assert (
+        done.returncode != 0
+        and "A sharded checkpoint needs a folder of the file system, received 's3://" in done.stderr
+    )
+
+
+def test_folders_are_listed_as_they_are_now(folder):
+    fsspec.filesystem("s3").pipe(f"{folder}/a.txt", b"a")
+    assert [name for name in list_folder(folder) if name.endswith("a.txt")]
+    # Another process writes meanwhile.
+    code = f"import fsspec; fsspec.filesystem('s3').pipe('{folder}/b.txt', b'b')"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [name for name in list_folder(folder) if name.endswith("b.txt")]
