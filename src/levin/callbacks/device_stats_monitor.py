@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from typing_extensions import override
@@ -15,7 +15,15 @@ from levin.hooks import Callback
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Batch
+
+
+def _logs(hook: str) -> Callable[..., None]:
+    """Return the method that logs the stats at a hook."""
+
+    def log(self: DeviceStatsMonitor, trainer: Trainer, *_: object) -> None:
+        self._log(trainer, hook)
+
+    return log
 
 
 class DeviceStatsMonitor(Callback):
@@ -53,51 +61,10 @@ class DeviceStatsMonitor(Callback):
     def _reads_cpu(self, trainer: Trainer) -> bool:
         return self._cpu_stats is True or (self._cpu_stats is None and trainer.strategy.root_device.type == "cpu")
 
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._log(trainer, "on_train_batch_start")
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
-    ) -> None:
-        self._log(trainer, "on_train_batch_end")
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._log(trainer, "on_validation_batch_start")
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._log(trainer, "on_validation_batch_end")
-
-    @override
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._log(trainer, "on_test_batch_start")
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._log(trainer, "on_test_batch_end")
+    on_train_batch_start, on_train_batch_end = _logs("on_train_batch_start"), _logs("on_train_batch_end")
+    on_validation_batch_start = _logs("on_validation_batch_start")
+    on_validation_batch_end = _logs("on_validation_batch_end")
+    on_test_batch_start, on_test_batch_end = _logs("on_test_batch_start"), _logs("on_test_batch_end")
 
     def _log(self, trainer: Trainer, hook: str) -> None:
         if not is_logging_step(trainer):

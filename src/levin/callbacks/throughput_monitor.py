@@ -109,47 +109,11 @@ class ThroughputMonitor(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_began_s = time.perf_counter()
-        self._start_evaluation(trainer)
+        if not trainer.sanity_checking:
+            self._meters[_stage(trainer)].start()
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, "validate", pl_module, batch)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._meters["train"].started_s += time.perf_counter() - self._validation_began_s
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_evaluation(trainer)
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(trainer, "test", pl_module, batch)
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_evaluation(trainer)
-
-    @override
-    def on_predict_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
@@ -158,20 +122,27 @@ class ThroughputMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._evaluate(trainer, "predict", pl_module, batch)
-
-    def _start_evaluation(self, trainer: Trainer) -> None:
-        if not trainer.sanity_checking:
-            self._meters["validate" if trainer.state.fn == "fit" else str(trainer.state.fn)].start()
-
-    def _evaluate(self, trainer: Trainer, stage: str, pl_module: LightningModule, batch: object) -> None:
         if trainer.sanity_checking:
             return
+        stage = _stage(trainer)
         meter = self._count(stage, pl_module, batch)
         self._eval_batches += 1
         every = trainer.log_every_n_steps
         if every and self._eval_batches % every == 0:
             self._log(trainer, stage, meter, self._eval_batches)
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._meters["train"].started_s += time.perf_counter() - self._validation_began_s
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._meters[_stage(trainer)].start()
+
+    on_predict_start = on_test_start
 
     def _count(self, stage: str, pl_module: LightningModule, batch: object) -> _Meter:
         meter = self._meters[stage]
@@ -195,3 +166,8 @@ class ThroughputMonitor(Callback):
         if step is None:
             values["epoch"] = float(trainer.current_epoch)
         log_values(trainer, values, step)
+
+
+def _stage(trainer: Trainer) -> str:
+    """Return which stage is being evaluated; inside fit that is ``validate``."""
+    return "validate" if trainer.state.fn == "fit" else str(trainer.state.fn)

@@ -125,17 +125,7 @@ class BoringModel(LightningModule):
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(RandomDataset(32, 64))
 
-    @override
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(RandomDataset(32, 64))
-
-    @override
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(RandomDataset(32, 64))
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(RandomDataset(32, 64))
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 class ManualOptimBoringModel(BoringModel):
@@ -155,7 +145,30 @@ class ManualOptimBoringModel(BoringModel):
         return loss
 
 
-class BoringDataModule(LightningDataModule):
+class _OneLoaderEach(LightningDataModule):
+    random_train: Dataset[Tensor]
+    random_val: Dataset[Tensor]
+    random_test: Dataset[Tensor]
+    random_predict: Dataset[Tensor]
+
+    @override
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.random_train)
+
+    @override
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.random_val)
+
+    @override
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.random_test)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.random_predict)
+
+
+class BoringDataModule(_OneLoaderEach):
     """Four stretches of 64 random rows, one for each stage, out of one data set."""
 
     def __init__(self) -> None:
@@ -173,24 +186,8 @@ class BoringDataModule(LightningDataModule):
         if stage == "predict":
             self.random_predict = Subset(self.random_full, indices=range(64 * 3, 64 * 4))
 
-    @override
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_train)
 
-    @override
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_val)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_test)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_predict)
-
-
-class BoringDataModuleNoLen(LightningDataModule):
+class BoringDataModuleNoLen(_OneLoaderEach):
     """Streams of random rows that do not say how long they are."""
 
     @override
@@ -203,22 +200,6 @@ class BoringDataModuleNoLen(LightningDataModule):
             self.random_test = RandomIterableDataset(32, 256)
         if stage == "predict":
             self.random_predict = RandomIterableDataset(32, 64)
-
-    @override
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_train)
-
-    @override
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_val)
-
-    @override
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_test)
-
-    @override
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_predict)
 
 
 class IterableBoringDataModule(LightningDataModule):

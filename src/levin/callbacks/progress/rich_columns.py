@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.style import StyleType
 from rich.table import Column
 from rich.text import Text
+from typing_extensions import override
 
 BAR_WIDTH = 40
 MARGIN = 2
@@ -25,53 +27,49 @@ class CustomBarColumn(BarColumn):
     """The bar itself; it pulses while the number of batches is unknown."""
 
 
-class BatchesProcessedColumn(ProgressColumn):
+class _StyledColumn(ProgressColumn, ABC):
+    """A column of one style, which is not wrapped."""
+
+    def __init__(self, style: StyleType) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self.style: StyleType = style
+
+
+class BatchesProcessedColumn(_StyledColumn):
     """Batches done and their number, ``--`` if that is unknown.
 
     Args:
         style: Rich style.
     """
 
-    def __init__(self, style: StyleType) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self.style: StyleType = style
-
+    @override
     def render(self, task: Task) -> Text:
-        """Return the cell of ``task``."""
         total = "--" if task.total is None else str(int(task.total))
         return Text(f"{int(task.completed)}/{total}", style=self.style)
 
 
-class CustomTimeColumn(ProgressColumn):
+class CustomTimeColumn(_StyledColumn):
     """Time since the start and time left, ``-:--:--`` if that is unknown.
 
     Args:
         style: Rich style.
     """
 
-    def __init__(self, style: StyleType) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self.style: StyleType = style
-
+    @override
     def render(self, task: Task) -> Text:
-        """Return the cell of ``task``."""
         elapsed = task.finished_time if task.finished else task.elapsed
         return Text(f"{_as_time(elapsed)} • {_as_time(task.time_remaining)}", style=self.style)
 
 
-class ProcessingSpeedColumn(ProgressColumn):
+class ProcessingSpeedColumn(_StyledColumn):
     """Batches per second, or seconds per batch where they are slow.
 
     Args:
         style: Rich style.
     """
 
-    def __init__(self, style: StyleType) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self.style: StyleType = style
-
+    @override
     def render(self, task: Task) -> Text:
-        """Return the cell of ``task``."""
         speed = (task.finished_speed if task.finished else None) or task.speed
         num_timed = task.completed - task.fields.get("first", 0)
         if not speed and num_timed > 0 and task.elapsed:  # Rich knows a speed from the second drawing on
@@ -81,7 +79,7 @@ class ProcessingSpeedColumn(ProgressColumn):
         return Text(f"{1 / speed:.1f}s/it" if speed < MIN_RATE else f"{speed:.2f}it/s", style=self.style)
 
 
-class MetricsTextColumn(ProgressColumn):
+class MetricsTextColumn(_StyledColumn):
     """The values, which the task has in its field ``metrics``.
 
     Args:
@@ -90,13 +88,12 @@ class MetricsTextColumn(ProgressColumn):
     """
 
     def __init__(self, style: StyleType, delimiter: str = " ") -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self.style: StyleType = style
+        super().__init__(style)
         self.delimiter: str = delimiter
         self.is_empty: bool = False
 
+    @override
     def render(self, task: Task) -> Text:
-        """Return the cell of ``task``."""
         metrics = () if self.is_empty else task.fields.get("metrics", ())
         return Text(self.delimiter.join(metrics), style=self.style)
 
