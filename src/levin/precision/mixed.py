@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.amp import GradScaler
 from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
+from typing_extensions import override
 
 from levin.precision.precision import Precision
 from levin.precision.true import convert_floats
@@ -106,8 +107,8 @@ class MixedPrecision(Precision):
         if self.scaler is not None and not handles_unscaling(optimizer):
             self.scaler.unscale_(optimizer)
 
+    @override
     def check_unscaled(self, optimizer: Optimizer) -> None:
-        """Check that the optimizer does not unscale gradients itself; see :meth:`Precision.check_unscaled`."""
         if self.scaler is not None and handles_unscaling(optimizer):
             raise RuntimeError(
                 f"Clipping cannot be used with the fused optimizer {type(optimizer).__name__} and "

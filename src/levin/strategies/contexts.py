@@ -1,10 +1,11 @@
-"""What stands around the user's code: the number format around a step, no initialization around the making of modules."""
+"""What stands around code: the number format around a step, no initialization around new modules, an environment."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.nn import Module
@@ -92,3 +93,18 @@ def run_as_forward(caller: Module, module: Module, step: Callable[..., object]) 
             restore()
 
     return run
+
+
+@contextmanager
+def environment_variables(**values: str | None) -> Iterator[None]:
+    """Set variables of the process environment, except for those that are None, and put back what was there before."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update({name: str(value) for name, value in values.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

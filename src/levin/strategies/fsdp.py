@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.nn import Module
+from typing_extensions import override
 
 from levin.strategies import collectives
 from levin.strategies.parallel import DEFAULT_TIMEOUT
@@ -142,8 +143,8 @@ class FSDPStrategy(ShardedStrategy):
 
     # Modules and optimizers
 
+    @override
     def setup_environment(self) -> None:
-        """Connect the processes and lay them out; see :meth:`Strategy.setup_environment`."""
         super().setup_environment()
         if self.cpu_offload and self.root_device.type != "cpu" and "cpu:" not in dist.get_backend_config():
             raise MisconfigurationException(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from levin.strategies.collectives import parse_reduce_op
+from levin.strategies.contexts import environment_variables
 
 
 class Collective(ABC):
@@ -142,13 +142,13 @@ class TorchCollective(Collective):
         self._owns_world: bool = False
 
     @property
+    @override
     def rank(self) -> int:
-        """Index of this process in the group."""
         return dist.get_rank(self.group)
 
     @property
+    @override
     def world_size(self) -> int:
-        """Number of processes of the group."""
         return dist.get_world_size(self.group)
 
     def setup(self, main_address: str | None = None, main_port: str | None = None, **kwargs: Any) -> Self:
@@ -161,17 +161,8 @@ class TorchCollective(Collective):
         """
         if dist.is_initialized():
             return self
-        given = {"MASTER_ADDR": main_address, "MASTER_PORT": main_port}
-        before = {name: os.environ.get(name) for name in given}
-        os.environ.update({name: str(value) for name, value in given.items() if value is not None})
-        try:
+        with environment_variables(MASTER_ADDR=main_address, MASTER_PORT=main_port):
             dist.init_process_group(**kwargs)
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
         self._owns_world = True
         return self
 
@@ -192,8 +183,8 @@ class TorchCollective(Collective):
             self._owns_world = False
         return self
 
+    @override
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
-        """Give all processes the tensor of rank ``src``."""
         dist.broadcast(tensor, src, group=self.group)
         return tensor
 
@@ -211,14 +202,14 @@ class TorchCollective(Collective):
         dist.all_reduce(tensor, op=native, group=self.group)
         return tensor.div_(self.world_size) if is_mean else tensor
 
+    @override
     def reduce(self, tensor: Tensor, dst: int, op: object = "sum") -> Tensor:
-        """Give rank ``dst`` the reduced tensor; see :meth:`all_reduce`."""
         is_mean, native = parse_reduce_op(op)
         dist.reduce(tensor, dst, op=native, group=self.group)
         return tensor.div_(self.world_size) if is_mean and dist.get_rank() == dst else tensor
 
+    @override
     def all_gather(self, tensor_list: list[Tensor], tensor: Tensor) -> list[Tensor]:
-        """Give all processes the tensors of all."""
         dist.all_gather(tensor_list, tensor, group=self.group)
         return tensor_list
 
@@ -232,19 +223,19 @@ class TorchCollective(Collective):
         dist.scatter(tensor, scatter_list or None, src, group=self.group)
         return tensor
 
+    @override
     def reduce_scatter(self, output: Tensor, input_list: list[Tensor], op: object = "sum") -> Tensor:
-        """Give each process its one of the reduced tensors."""
         is_mean, native = parse_reduce_op(op)
         dist.reduce_scatter(output, input_list, op=native, group=self.group)
         return output.div_(self.world_size) if is_mean else output
 
+    @override
     def all_to_all(self, output_tensor_list: list[Tensor], input_tensor_list: list[Tensor]) -> list[Tensor]:
-        """Give each process one tensor of each."""
         dist.all_to_all(output_tensor_list, input_tensor_list, group=self.group)
         return output_tensor_list
 
+    @override
     def send(self, tensor: Tensor, dst: int, tag: int = 0) -> None:
-        """Send a tensor to one process."""
         dist.send(tensor, dst, tag=tag, group=self.group)
 
     def recv(self, tensor: Tensor, src: int | None = None, tag: int = 0) -> Tensor:
@@ -252,8 +243,8 @@ class TorchCollective(Collective):
         dist.recv(tensor, src, tag=tag, group=self.group)
         return tensor
 
+    @override
     def barrier(self, device_ids: list[int] | None = None) -> None:
-        """Wait until all processes are here."""
         dist.barrier(group=self.group, device_ids=device_ids)
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
@@ -318,13 +309,7 @@ class SingleDeviceCollective(Collective):
         """Return the tensor."""
         return tensor
 
-    def all_reduce(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Return the tensor."""
-        return tensor
-
-    def reduce(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Return the tensor."""
-        return tensor
+    all_reduce = reduce = recv = broadcast
 
     def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, **kwargs: object) -> list[Tensor]:
         """Return the tensor in a list."""
@@ -350,10 +335,6 @@ class SingleDeviceCollective(Collective):
 
     def send(self, *args: object, **kwargs: object) -> None:
         """Nobody to send to."""
-
-    def recv(self, tensor: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """Return the tensor."""
-        return tensor
 
     def barrier(self, *args: object, **kwargs: object) -> None:
         """Return at once."""

@@ -6,8 +6,8 @@ import atexit
 import os
 import time
 from abc import ABC
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch.nn import Module
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from levin.checkpoint.io import save_tree
 from levin.strategies import collectives
+from levin.strategies.contexts import environment_variables
 from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
@@ -124,8 +126,8 @@ class ParallelStrategy(Strategy, ABC):
         return len(self.parallel_devices)
 
     @property
+    @override
     def root_device(self) -> torch.device:
-        """The device of this process."""
         if not self.parallel_devices:
             raise RuntimeError(
                 f"{type(self).__name__} has no devices yet. Pass it to Trainer(strategy=...), or give it parallel_devices=..."
@@ -133,30 +135,30 @@ class ParallelStrategy(Strategy, ABC):
         return self.parallel_devices[self.local_rank]
 
     @property
+    @override
     def is_global_zero(self) -> bool:
-        """Whether this process is the first of all."""
         return self.global_rank == 0
 
     @property
+    @override
     def world_size(self) -> int:
-        """Number of processes over all machines."""
         return self.environment.world_size() if self.environment is not None else 1
 
     @property
+    @override
     def global_rank(self) -> int:
-        """Index of this process among all."""
         return self.environment.global_rank() if self.environment is not None else 0
 
     @property
+    @override
     def local_rank(self) -> int:
-        """Index of this process on its machine."""
         if self._started_local_rank is not None:
             return self._started_local_rank
         return self.environment.local_rank() if self.environment is not None else 0
 
     @property
+    @override
     def node_rank(self) -> int:
-        """Index of this machine."""
         return self.environment.node_rank() if self.environment is not None else 0
 
     @property
@@ -189,8 +191,8 @@ class ParallelStrategy(Strategy, ABC):
 
     # From set-up to teardown
 
+    @override
     def setup_environment(self) -> None:
-        """Prepare the device of this process and connect it with the others. Runs in every process, once."""
         super().setup_environment()
         self.set_world_ranks()
         share_processors(self.num_processes)
@@ -251,14 +253,14 @@ class ParallelStrategy(Strategy, ABC):
             self._data_control.is_closed = self.control.is_closed
         return self._data_control
 
+    @override
     def abandon_peers(self) -> None:
-        """Answer for this process alone from here on; see :meth:`Strategy.abandon_peers`."""
         self.control.is_closed = True
         if self._data_control is not None:
             self._data_control.is_closed = True
 
+    @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Return whether all processes (or any of them) say yes, the same answer everywhere."""
         if self.control.is_closed:
             return decision
         return collectives.agree(decision, all_must=all, device=self._transport_device)
@@ -345,26 +347,12 @@ def connect_processes(environment: ClusterEnvironment, backend: str, timeout: ti
     # The flight recorder: torch keeps the last collectives in memory, and NCCL writes them to a file when one is late.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    with _environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
+    with environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
         store = environment.store(timeout)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)
     # torch warns, and NCCL may hang, when a process leaves without this.
     atexit.register(disconnect_processes)
     rank_zero_info(f"{world_size} processes are connected through {backend}.")
-
-
-@contextmanager
-def _environment_variables(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def disconnect_processes() -> None:

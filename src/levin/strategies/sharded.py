@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from levin.checkpoint.io import CheckpointIO
 from levin.checkpoint.layout import is_sharded
@@ -67,8 +68,8 @@ class ShardedStrategy(ParallelStrategy, ABC):
         """Return what writes folders, or one file."""
         return ShardedCheckpointIO() if self.saves_folders else super().default_checkpoint_io()
 
+    @override
     def setup_environment(self) -> None:
-        """Connect the processes and lay them out; see :meth:`Strategy.setup_environment`."""
         super().setup_environment()
         if self.saves_folders and not self.checkpoint_io.is_collective:
             raise MisconfigurationException(
@@ -98,8 +99,8 @@ class ShardedStrategy(ParallelStrategy, ABC):
             step = run_as_forward(module, module, step)
         return in_forward_context(step, self.precision, name)
 
+    @override
     def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
-        """Return a context in which gradients stay whole and on this process; see :meth:`Strategy.no_sync`."""
         return _without_reduction(module) if enabled else nullcontext()
 
     # State
@@ -121,8 +122,8 @@ class ShardedStrategy(ParallelStrategy, ABC):
         """Load the state of an optimizer that is whole, or in a folder; each process takes its part."""
         state_of.load_optimizer_state(self.model if module is None else module, optimizer, state)
 
+    @override
     def window_gradients(self, module: Module) -> list[Tensor | None]:
-        """Return the gradients of an open window; see :meth:`Strategy.window_gradients`."""
         return window_gradients(module)
 
     def load_window_gradients(self, module: Module, gradients: list[Tensor | None]) -> None:
