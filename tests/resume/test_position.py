@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from levin.data.combined import Joint
 from levin.resume.position import Position
@@ -84,6 +85,7 @@ class Run:
         self.lookahead = lookahead
         self.position = Position()
         self.seen: list[Any] = []
+        self.place = (0, 0)
 
     def go(self, state: Any = None, stop: tuple[int, int] | None = None) -> Any:
         """Return the state at batch ``stop`` = (epoch, number of batches done), or None at the end."""
@@ -95,12 +97,14 @@ class Run:
             set_rng_states(state["rng"])
         for epoch in range(first, self.epochs):
             num_done = begun if epoch == first else 0
+            self.place = (epoch, num_done)
             batches = with_lookahead(self.position.iterate(self.loader, self.lookahead), self.lookahead)
             if num_done != self.limit:
                 for batch, _held in batches:
                     self.seen.append((epoch, num_done, batch))
                     train_step()
                     num_done += 1
+                    self.place = (epoch, num_done)
                     if stop == (epoch, num_done):
                         return self.state(epoch, num_done)
                     if num_done == self.limit:
@@ -165,6 +169,46 @@ def test_loader_without_workers_goes_on_exactly(config, stop, limit, lookahead):
 @given(config=in_workers, stop=stops, limit=st.none() | st.integers(1, 9), lookahead=st.integers(0, 2))
 def test_loader_with_workers_goes_on_exactly(config, stop, limit, lookahead):
     check(config.make, stop, limit, lookahead)
+
+
+class Ended(RuntimeError):
+    """What torch raises in the main process, wherever it is, when a worker was ended by a signal."""
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("kind", ["index", "iterable"])
+def test_an_epoch_whose_workers_end_when_they_get_work_is_begun_again(kind, persistent, lookahead, monkeypatch):
+    index = Config(num_workers=2, sources="tpo", sampler="shuffle_generator", persistent=persistent).make
+    iterable = stream_loader(StatefulStream, [5], 2, batch_size=1, persistent=persistent)
+    make = index if kind == "index" else iterable
+    seed(11)
+    unbroken = Run(make, 6, lookahead)
+    unbroken.go()
+    put_index = _MultiProcessingDataLoaderIter._try_put_index
+    num_left = 0
+
+    def put(iterator):
+        nonlocal num_left
+        num_left -= 1
+        if num_left < 0:
+            raise Ended
+        put_index(iterator)
+
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_put_index", put)
+    seed(11)
+    state, seen = None, []
+    # Starting takes four of them, so that each epoch fails to begin, also where another was gone through before.
+    for num_left in (0, 6, 0, 2, 9, 1, 12, 3, 4, 20, 1, 100):
+        run = Run(make, 6, lookahead)
+        try:
+            run.go(state)
+        except Ended:
+            state = run.state(*run.place)
+            seed(99)
+        seen += run.seen
+    assert num_left > 0
+    assert seen == unbroken.seen
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -303,6 +347,12 @@ def test_data_set_with_state_in_workers_goes_on_exactly(
 ):
     make = stream_loader(kind, sizes, num_workers, batch_size=batch_size, persistent=persistent, resets=resets)
     check(make, stop, None, lookahead)
+
+
+@pytest.mark.parametrize("kind", [StatefulStream, ContinuingStream, CountingStream])
+@pytest.mark.parametrize(("limit", "batch_size"), [(None, 1), (3, 1), (None, 2)])
+def test_a_worker_that_lives_on_and_has_given_nothing_in_its_epoch_begins_it(kind, limit, batch_size):
+    check(stream_loader(kind, [5], 2, batch_size=batch_size, persistent=True), (1, 1), limit)
 
 
 @pytest.mark.parametrize("stop", [(0, 1), (0, 2)])

@@ -49,7 +49,7 @@ class Cursor(ABC):
 
     @abstractmethod
     def resume(self, state: StateDict) -> Iterator[Any]:
-        """Go on in the epoch that ``state`` was saved in; the global generators stay as they are."""
+        """Go on in the epoch that ``state`` was saved in; the caller sets the global generators back afterwards."""
 
     @abstractmethod
     def state(self, num_done: int, num_in_flight: int) -> StateDict:
@@ -61,7 +61,7 @@ class Cursor(ABC):
         """
 
     def leave(self, state: StateDict) -> None:
-        """Set everything to what it was when ``state`` was saved, after the end of an epoch."""
+        """Set everything to what it was when ``state`` was saved, after the end of an epoch; as for :meth:`resume`."""
 
     def stop(self) -> None:
         """End what still works for an epoch that is over or left."""
@@ -105,9 +105,10 @@ class StatefulCursor(Cursor):
 
     def start(self) -> Iterator[Any]:
         """Begin an epoch."""
+        self.epoch_start = self.rng.read()
         if self.unread is not None:
             self._leave(self.unread, is_ended=False)
-        self.epoch_start = self.rng.read()
+            self.rng.write(self.epoch_start)
         return iter(self.loader)
 
     def resume(self, state: StateDict) -> Iterator[Any]:
@@ -116,12 +117,10 @@ class StatefulCursor(Cursor):
         if state["is_ended"]:
             self._leave(state["loader_state"], is_ended=True)
             return iter(())
-        present = self.rng.read()
         self.rng.write(self.epoch_start)
         self.loader.load_state_dict(state["loader_state"])
         iterator: Iterator[Any] = iter(self.loader)
         self.unread = state["loader_state"]
-        self.rng.write(present)
         return iterator
 
     def leave(self, state: StateDict) -> None:
@@ -142,9 +141,7 @@ class StatefulCursor(Cursor):
 
     def _leave(self, loader_state: object, is_ended: bool) -> None:
         self.unread = None
-        present = self.rng.read()
         leave_epoch(self.loader, loader_state, is_ended)
-        self.rng.write(present)
 
 
 class ReplayCursor(Cursor):
@@ -172,7 +169,6 @@ class ReplayCursor(Cursor):
                 f"{type(self.loader).__name__} cannot say where it is: its first {num_done} batches are read again and "
                 "dropped. Give it `state_dict` and `load_state_dict` to go on at once, and exactly."
             )
-        present = self.rng.read()
         self.epoch_start = state["epoch_start"]
         self.main.write_left(self.epoch_start, is_ended=False)
         self.rng.write(self.epoch_start["globals"])
@@ -184,14 +180,11 @@ class ReplayCursor(Cursor):
         for before in state["in_flight_states"]:
             self.rng.write(before)
             taken.append(next(iterator, END))
-        self.rng.write(present)
         return taken_first([batch for batch in taken if batch is not END], iterator)
 
     def leave(self, state: StateDict) -> None:
         """Set what the loader holds to what it was when its epoch was left."""
-        present = self.rng.read()
         self.main.write_left(state["at_save"], state["is_ended"])
-        self.rng.write(present)
 
     def state(self, num_done: int, num_in_flight: int) -> StateDict:
         """Return the states when the epoch began, before each batch in flight, and now."""

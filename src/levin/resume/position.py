@@ -50,21 +50,16 @@ class Position:
         """
         cursor = self._cursor
         if cursor is None or cursor.loader is not loader or cursor.lookahead != lookahead:
-            self._cursor = cursor = cursor_for(loader, lookahead)
-        loaded, self._loaded = self._loaded, None
-        self._is_finished = False
-        self.num_pulled = 0
-        self.num_left = cursor.num_left = None
-        if loaded is not None and not loaded["is_finished"]:
-            cursor.is_ended = loaded["is_ended"]
-            iterator = cursor.resume(loaded)
-            self.num_pulled = loaded["num_done"]
-            self.num_left = cursor.num_left
+            cursor = cursor_for(loader, lookahead)
+        loaded, cursor.num_left = self._loaded, None
+        iterator = None if loaded is None else _go_on(cursor, loaded)
+        if loaded is None or iterator is None:
+            iterator, num_done, is_ended = cursor.start(), 0, False
         else:
-            if loaded is not None:
-                cursor.leave(loaded)
-            cursor.is_ended = False
-            iterator = cursor.start()
+            num_done, is_ended = loaded["num_done"], loaded["is_ended"]
+        # Until here it was the place before, also for a checkpoint: a worker may be ended while it is being started.
+        self._cursor, self._loaded, self._is_finished = cursor, None, False
+        self.num_pulled, self.num_left, cursor.is_ended = num_done, cursor.num_left, is_ended
         return self._pull(cursor, iterator)
 
     def finish(self) -> None:
@@ -78,13 +73,14 @@ class Position:
         """Return what a restart needs: numbers, strings, bytes, and what the user's own states hold.
 
         Args:
-            num_done: How many batches of this epoch are done with; by default all that were taken.
+            num_done: How many batches of this epoch are done with; by default, and after :meth:`finish`, all that were
+                taken.
         """
         if self._loaded is not None:
             return self._loaded
         if self._cursor is None:
             return {}
-        num_done = self.num_pulled if num_done is None else min(num_done, self.num_pulled)
+        num_done = self.num_pulled if num_done is None or self._is_finished else min(num_done, self.num_pulled)
         return {
             "kind": self._cursor.kind,
             "is_finished": self._is_finished,
@@ -109,6 +105,18 @@ class Position:
         finally:
             cursor.stop()
         cursor.is_ended = True
+
+
+def _go_on(cursor: Cursor, loaded: StateDict) -> Iterator[Any] | None:
+    """Go on in the epoch that was loaded, or leave it if it is over; the global generators stay as they are."""
+    present = cursor.rng.read()
+    try:
+        if not loaded["is_finished"]:
+            return cursor.resume(loaded)
+        cursor.leave(loaded)
+        return None
+    finally:
+        cursor.rng.write(present)
 
 
 class JointCursor(Cursor):

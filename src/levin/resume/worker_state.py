@@ -216,9 +216,9 @@ class RestoringInit:
         if state is None or info is None:
             return
         worker = WorkerState(info.dataset, self.collate_fn)
-        if state.get("ended"):
-            # It gives no batch in this epoch (see `Workers.release`).
-            worker.write_left(state, is_ended=True)
+        if state.get("ended") or state.get("left"):
+            # It gives no batch in this epoch (see `Workers.release`), or has given none yet.
+            worker.write_left(state, is_ended=bool(state.get("ended")))
         else:
             worker.write_own(state)
         ProcessRng().write(state["globals"])

@@ -14,6 +14,7 @@ This is how a loader with workers goes on after its first ``n`` batches, as if i
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,15 +53,19 @@ class Workers:
         self.offset: int = 0
         self._states: Mapping[int, StateDict] = states or {}
         # Workers that gave their last batch of this epoch before they were started again.
-        self._ended: set[int] = {worker for worker, state in self._states.items() if state.get("ended")}
+        self._ended: set[int] = {
+            worker for worker, state in self._states.items() if state.get("ended") and not state.get("left")
+        }
         self._made_before: list[int] = [0] * loader.num_workers
         self._log: WorkerStateLog = WorkerStateLog(loader.num_workers, (loader.prefetch_factor or 2) + lookahead + 3)
 
-    def begin_epoch(self) -> None:
-        """Remember what the workers have made so far; call it when they are idle."""
-        self._made_before = [self._log.count(worker) for worker in range(self.num_workers)]
-        self._ended = set()
-        self.offset = 0
+    def next_epoch(self) -> Workers:
+        """Return the same workers in an epoch that begins now; call it when they are idle."""
+        workers = copy.copy(self)
+        workers._made_before = [self._log.count(worker) for worker in range(self.num_workers)]
+        workers._ended = set()
+        workers.offset = 0
+        return workers
 
     def num_made(self, worker: int) -> int:
         """Return how many batches of this epoch ``worker`` has made."""
@@ -78,8 +83,8 @@ class Workers:
             total = self._made_before[worker] + count
             recorded = self._log.read(worker, total) if total else None
             if recorded is not None:
-                # Written by our own worker a moment ago.
-                states.append(pickle.loads(recorded))
+                # Written by our own worker a moment ago; the state of an epoch before is none to go on from.
+                states.append({**pickle.loads(recorded), **({} if count else {"left": True})})
             else:
                 states.append(LOST if total else self._states.get(worker))
         return states
@@ -139,8 +144,7 @@ def start_workers(
         iterator._index_sampler = held
         iter(loader)
         # The workers have finished what they had to do, and have nothing new yet.
-        workers.begin_epoch()
-        return workers, iterator
+        return workers.next_epoch(), iterator
     workers = Workers(loader, lookahead, epoch_start)
     return workers, _start(loader, workers, held)
 
