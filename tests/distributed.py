@@ -157,6 +157,9 @@ def _run_rank(
                 warnings.simplefilter("error")
                 warnings.filterwarnings("ignore", category=DeprecationWarning)
                 warnings.filterwarnings("ignore", category=FutureWarning)
+                warnings.filterwarnings(
+                    "ignore", message=".*sync_dist=True", category=UserWarning
+                )  # a hint, tested once
                 function = _find(*source)
                 if connect:
                     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

@@ -132,6 +132,8 @@ class Slot:
         """
         before = None
         if is_filler:
+            if self.sync is None:
+                return  # it would add nothing, and a rank that has seen none but fillers has no value
             before = self.step_value() if self.has_value else None
             value, weight = _NEUTRAL[self.reduction], 0.0
         position = self.filled

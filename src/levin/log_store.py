@@ -18,6 +18,7 @@ from levin.utilities.collections import leaves
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
+from levin.utilities.warnings import PossibleUserWarning
 
 _STEP_HOOKS = [
     "training_step",
@@ -159,6 +160,12 @@ class LogStore:
                 )
         if arguments.logger and not self._has_loggers:
             rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
+        if on_epoch and metric is None and self._sync and not arguments.sync_dist and not arguments.rank_zero_only:
+            rank_zero_warn(
+                f"Each rank has its own value of the epoch for self.log({name!r}, ...), and that of rank 0 is logged. "
+                f"Use self.log({name!r}, ..., sync_dist=True) for the one of all ranks.",
+                category=PossibleUserWarning,
+            )
         index = self.dataloader_idx
         if not arguments.add_dataloader_idx and index and (hook, name, index - 1) in self._slots:
             raise MisconfigurationException(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sized
+from itertools import chain, cycle, islice
 from typing import Any, cast
 
 from torch.utils.data import BatchSampler, Sampler
@@ -30,11 +31,10 @@ class UnrepeatedDistributedSampler(DistributedSampler[Any]):
 
 
 class _SampledIndices:
-    """The indices of a user's sampler as a dataset; drawn anew in each epoch."""
+    """The indices of a user's sampler as a dataset, of which the length alone is asked for."""
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
-        self.drawn: list[Any] = []
 
     def __len__(self) -> int:
         try:
@@ -44,9 +44,6 @@ class _SampledIndices:
                 f"The sampler {type(self.sampler).__name__} must have a length to be split between ranks. Define __len__, "
                 "or pass Trainer(use_distributed_sampler=False)."
             ) from None
-
-    def __getitem__(self, index: int) -> Any:
-        return self.drawn[index]
 
 
 class DistributedSamplerWrapper(DistributedSampler[Any]):
@@ -62,9 +59,10 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         return source.sampler
 
     def __iter__(self) -> Iterator[Any]:
-        source: Any = self.dataset
-        source.drawn = list(source.sampler)
-        return (source[index] for index in super().__iter__())
+        # As many as it really draws: its length may be an estimate.
+        drawn = list(self.sampler)
+        lacking = -len(drawn) % self.num_replicas
+        return islice(chain(drawn, islice(cycle(drawn), lacking)), self.rank, None, self.num_replicas)
 
 
 class UnrepeatedSamplerWrapper(DistributedSamplerWrapper):
@@ -76,8 +74,7 @@ class UnrepeatedSamplerWrapper(DistributedSamplerWrapper):
         self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
 
     def __iter__(self) -> Iterator[Any]:
-        source: Any = self.dataset
-        return iter(list(source.sampler)[self.rank : self.total_size : self.num_replicas])
+        return iter(list(self.sampler)[self.rank :: self.num_replicas])
 
 
 class IndexBatchSampler(BatchSampler):

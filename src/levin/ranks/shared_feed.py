@@ -3,8 +3,8 @@
 A rank whose data is used up goes on with *fillers*: its last batch again, which counts for nothing. So every collective
 of a step, of the gradient reduction, of the user's own, and of every hook, finds all ranks.
 
-    lengths known     one exchange of numbers when the epoch begins
-    length unknown    the next few batches are fetched ahead, and the ranks exchange how many they have got
+    lengths known     one exchange of numbers when the epoch begins (torch's own samplers, lists)
+    others            the next few batches are fetched ahead, and the ranks exchange how many they have got
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, Optional
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from levin.data.combined import Joint, iterate
 from levin.data.feed import Feed, drawn
+from levin.data.samplers import DistributedSamplerWrapper, IndexBatchSampler
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 
 WINDOW = 8
 """Batches of unknown number are fetched so far ahead at most."""
 UNKNOWN = -1
-_END: object = object()
 
 
 @dataclass
@@ -85,6 +85,7 @@ class SharedFeed(Feed):
         self._talks: bool = False
         self._num_heard: int = 0
         self._has_told_loss: bool = False
+        self._num_own: int = 0
 
     def listen(self) -> None:
         """Look from here on whether the step talks to other ranks; what levin itself says between steps does not count."""
@@ -102,13 +103,16 @@ class SharedFeed(Feed):
         if iterator is None and start:
             # Only then it is known how much is left.
             iterator = self._open(0, start)
-        table = self.peers.exchange([float(self._num_left(i, first)) for i, first in enumerate(starts)])
+        numbers = [float(self._num_left(i, first)) for i, first in enumerate(starts)]
+        table = self.peers.exchange(numbers + [float(_is_length_sure(source)) for source in self.sources])
         columns = [[int(row[i]) for row in table] for i in range(len(self.sources))]
+        are_sure = [all(row[len(self.sources) + i] for row in table) for i in range(len(self.sources))]
         last_source = max((i for i, column in enumerate(columns) if any(column)), default=-1)
         for dataloader_idx, column in enumerate(columns):
             first = starts[dataloader_idx]
             self.is_last = False
-            is_known = min(column) >= 0
+            has_lengths = min(column) >= 0
+            is_known = has_lengths and are_sure[dataloader_idx]
             if not any(column):
                 continue
             if iterator is None:
@@ -122,9 +126,14 @@ class SharedFeed(Feed):
                 windows = iter([self._agree_once(column)])
                 ahead: deque[object] = deque()
             else:
+                if has_lengths and self.rule is not None and min(column) != max(column):
+                    self._tell(column)
                 ahead = deque()
                 windows = self._agree_by_windows(iterator, ahead)
             yield from self._steps(windows, ahead, iterator, first, dataloader_idx, dataloader_idx == last_source)
+            is_cut = self.rule == "shortest" and not is_known
+            if self._num_own + first < cap and self.lengths[dataloader_idx] < float("inf") and not is_cut:
+                self._distrust(dataloader_idx, self._num_own + first)
             iterator = None
 
     def _steps(
@@ -136,21 +145,17 @@ class SharedFeed(Feed):
         listens = self.rule is None
         kept: object = None
         self._talks = False
+        self._num_own = 0
         for counts, num_steps, is_end, lender in windows:
             own, fewest = counts[self.peers.rank], min(counts)
+            self._num_own += own
             for number in range(num_steps):
                 is_filler = number >= own
                 if not is_filler:
                     if ahead:
                         batch = ahead.popleft()
                     else:
-                        batch = next(iterator, _END)
-                        if batch is _END:
-                            raise RuntimeError(
-                                f"Loader {dataloader_idx} of rank {self.peers.rank} has a length of "
-                                f"{self.lengths[dataloader_idx]}, but ended after {index} batches. Let its `__len__` say how "
-                                "many it gives."
-                            )
+                        batch = next(iterator)
                 if number == 0 and lender is not None:
                     lent = self.peers.share(batch if self.peers.rank == lender else None, lender)
                     if is_filler:
@@ -190,14 +195,15 @@ class SharedFeed(Feed):
         source = self.sources[dataloader_idx]
         if self.positions is None:
             return iterate(source)
-        lookahead = WINDOW + 1 if self._num_left(dataloader_idx, start) == UNKNOWN else 0
+        is_known = self._num_left(dataloader_idx, start) != UNKNOWN and _is_length_sure(source)
+        lookahead = 0 if is_known else WINDOW + 1
         return self.positions[dataloader_idx].iterate(source, lookahead)
 
     def _num_left(self, dataloader_idx: int, start: int) -> int:
         limit, length = self.limits[dataloader_idx], self.lengths[dataloader_idx]
         if limit <= 0 or length <= 0:
             return 0
-        if length == float("inf") or _may_end_early(self.sources[dataloader_idx]):
+        if length == float("inf") or _is_said_of_all_ranks(self.sources[dataloader_idx]):
             return UNKNOWN
         return max(0, int(self.end_of(dataloader_idx, start)) - start)
 
@@ -254,8 +260,28 @@ def _lender(counts: list[int], has_batch: list[bool]) -> Optional[int]:
     return next(rank for rank, count in enumerate(counts) if count)
 
 
-def _may_end_early(source: object) -> bool:
+def _is_said_of_all_ranks(source: object) -> bool:
     """Whether the length of ``source`` is what an iterable data set says of itself, which may hold for all ranks together."""
     if isinstance(source, Joint):
-        return any(_may_end_early(loader) for loader in source.loaders)
+        return any(_is_said_of_all_ranks(loader) for loader in source.loaders)
     return isinstance(getattr(source, "dataset", None), IterableDataset)
+
+
+def _is_length_sure(source: object) -> bool:
+    """Whether ``source`` gives as many batches as its length says, which only lists and torch's own samplers are known to."""
+    if isinstance(source, Joint):
+        return all(_is_length_sure(loader) for loader in source.loaders)
+    if isinstance(source, (list, tuple)):
+        return True
+    if not isinstance(source, DataLoader) or isinstance(source.dataset, IterableDataset):
+        return False
+    samplers = [source.sampler, source.batch_sampler, *map(_inner, (source.sampler, source.batch_sampler))]
+    homes = {type(sampler).__module__.split(".")[0] for sampler in samplers if sampler is not None}
+    return homes <= {"torch", "levin"}
+
+
+def _inner(sampler: Any) -> Any:
+    """Return the user's sampler inside of one that levin put around it, None if there is none."""
+    if isinstance(sampler, DistributedSamplerWrapper):
+        return sampler.sampler
+    return sampler._batch_sampler if isinstance(sampler, IndexBatchSampler) else None
