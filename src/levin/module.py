@@ -364,6 +364,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             TypeError: ``gradient_clip_val`` is not a number.
         """
         trainer = self.trainer
+        is_under_fabric = self._fabric is not None and self._trainer is None
         for name, value, own in (
             ("gradient_clip_val", gradient_clip_val, trainer.gradient_clip_val),
             ("gradient_clip_algorithm", gradient_clip_algorithm, trainer.gradient_clip_algorithm),
@@ -380,9 +381,13 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             raise MisconfigurationException(
                 f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
             )
-        if value > 0:
+        if is_under_fabric and gradient_clip_val is None:
+            raise MisconfigurationException(
+                "clip_gradients has no value under Fabric, which keeps none, received gradient_clip_val=None. "
+                "Pass clip_gradients(optimizer, gradient_clip_val=1.0)."
+            )
+        if value > 0 or is_under_fabric:
             bound: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": value}
-            is_under_fabric = self._fabric is not None and self._trainer is None
             owner = self._fabric if is_under_fabric else trainer.strategy
             owner.clip_gradients(self, optimizer, **bound)
 

@@ -484,6 +484,11 @@ MODULE_CALLS: dict[str, Callable[[Any, Any, Any], Any]] = {
         module.manual_backward(model.training_step(torch.ones(2, 2), 0)),
         module.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="value"), module.layer.weight.grad,
     ),
+    "clip without a value": lambda module, model, optimizer: module.clip_gradients(optimizer),
+    "clip to nothing": lambda module, model, optimizer: (
+        module.manual_backward(model.training_step(torch.ones(2, 2), 0)),
+        module.clip_gradients(optimizer, gradient_clip_val=0), module.layer.weight.grad,
+    ),
     "log a word": lambda module, model, optimizer: module.log("a", "b"),
     "log two values": lambda module, model, optimizer: module.log("a", torch.ones(2)),
     "gather": lambda module, model, optimizer: module.all_gather(torch.ones(2)),
@@ -525,6 +530,29 @@ def test_a_lightning_module_finds_its_surroundings(name):
         return module.fabric is fabric, MODULE_CALLS[name](module, model, optimizer), logger.seen
 
     assert_same(run)
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.0, 1.0, 9.0], [2.0, 1.0, float("nan")], [1.0, 1.1, 1.2, 1.0]], ids=str)
+def test_a_loop_finds_spikes_of_its_loss(losses, tmp_path):
+    from lightning.fabric.utilities import spike
+
+    from levin.compat.fabric_spike import SpikeDetection
+
+    def run(framework):
+        kind = SpikeDetection if framework is OurFabric else spike.SpikeDetection
+        path = tmp_path / f"{framework.__module__}.json"
+        fabric = framework(accelerator="cpu", devices=1)
+        detection = kind(window=3, warmup=1, exclude_batches_path=str(path))
+        seen = []
+        for number, loss in enumerate(losses):
+            try:
+                detection.on_train_batch_end(fabric, torch.tensor(loss), None, number)
+            except RuntimeError as error:
+                seen.append((type(error).__name__, str(error), path.read_text()))
+        return seen
+
+    found = assert_same(run)
+    assert bool(found) == (max(losses) == 9.0 or losses[-1] != losses[-1])
 
 
 def test_compiled_modules_are_compiled_again_around_the_wrapper():
@@ -603,6 +631,8 @@ class Stream(IterableDataset):
 
 @world_size(2)
 def test_two_processes_compute_sample_and_talk_as_lightnings_do():
+    # A machine with SLURM: the oracle says so.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     found = {}
     for name in ("lightning", "levin"):
         framework = lightning.Fabric if name == "lightning" else OurFabric
@@ -616,6 +646,7 @@ def test_two_processes_compute_sample_and_talk_as_lightnings_do():
 def test_files_of_two_processes_hold_the_same(tmp_path):
     import torch.distributed as dist
 
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
     contents = {}
     for name, framework in (("lightning", lightning.Fabric), ("levin", OurFabric)):
         fabric = framework(accelerator="cpu", devices=2, strategy="ddp")

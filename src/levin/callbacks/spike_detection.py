@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from levin.hooks import Callback
@@ -18,6 +19,7 @@ from levin.utilities.exceptions import value_error
 if TYPE_CHECKING:
     from levin.module import LightningModule
     from levin.protocols import Trainer
+    from levin.strategies import Strategy
     from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 _FILE = "skip_batches.json"
@@ -35,29 +37,8 @@ class TrainingSpikeException(RuntimeError):
         self.batch_idx: int = batch_idx
 
 
-class SpikeDetection(Callback):
-    """Raises when the loss is much worse than its running mean, and writes down the batch and the one before it.
-
-    Start again from a checkpoint and leave these batches out. Each batch waits for the device, since a spike must be
-    known before the next step.
-
-    Args:
-        mode: ``"min"`` if a larger loss is worse, ``"max"`` if a smaller one is.
-        window: Number of batches of the running mean.
-        warmup: Number of batches of each epoch before the first look.
-        atol: Least distance from the mean, in units of the loss.
-        rtol: Least distance from the mean, as a share of it. With both, both must be exceeded.
-        exclude_batches_path: JSON file for the list of batch indices, or a folder for ``skip_batches.json``; by default
-            in the Trainer's ``default_root_dir``.
-        finite_only: Whether NaN and infinity are spikes.
-
-    Raises:
-        MisconfigurationException: Arguments out of range.
-        TrainingSpikeException: During training, a spike.
-
-    Example:
-        >>> detection = SpikeDetection(window=100, warmup=200, rtol=3.0)
-    """
+class SpikeDetector:
+    """Compares each loss with the running mean of the last ones; see :class:`SpikeDetection`, which a Trainer calls."""
 
     def __init__(
         self,
@@ -69,7 +50,6 @@ class SpikeDetection(Callback):
         exclude_batches_path: str | os.PathLike[str] | None = None,
         finite_only: bool = True,
     ) -> None:
-        super().__init__()
         if mode not in ("min", "max"):
             raise value_error("mode", mode, "must be 'min' or 'max'")
         if window < 1:
@@ -84,26 +64,25 @@ class SpikeDetection(Callback):
         self.bad_batches: list[int] = []
         self._window: deque[float] = deque(maxlen=window)
 
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        path = trainer.default_root_dir if self.exclude_batches_path is None else self.exclude_batches_path
-        self.exclude_batches_path = path if path.endswith(".json") else os.path.join(path, _FILE)
+    def look_at(self, loss: Tensor | float, batch_idx: int, strategy: Strategy) -> None:
+        """Take note of a loss, in all processes together.
 
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
-    ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if loss is None:
-            return
+        Args:
+            loss: A number, or a tensor with one element.
+            batch_idx: Index of the batch in its epoch.
+            strategy: Of the run.
+
+        Raises:
+            TrainingSpikeException: It is a spike in one of them.
+        """
         value = float(torch.as_tensor(loss).detach())
         is_looking = batch_idx >= self.warmup
         is_spike = is_looking and self.is_spike(value)
-        if is_looking and trainer.strategy.reduce_boolean_decision(is_spike, all=False):
+        if is_looking and strategy.reduce_boolean_decision(is_spike, all=False):
             self.bad_batches.extend(index for index in (batch_idx - 1, batch_idx) if index >= 0)
-            if trainer.is_global_zero:
+            if strategy.is_global_zero:
                 self._write()
-            trainer.strategy.barrier()
+            strategy.barrier()
             raise TrainingSpikeException(batch_idx)
         if math.isfinite(value):
             self._window.append(value)
@@ -132,8 +111,8 @@ class SpikeDetection(Callback):
         with open(path, "w") as file:
             json.dump(self.bad_batches, file, indent=4)
 
-    @override
     def state_dict(self) -> StateDict:
+        """Return the running values and what was found."""
         return {
             "last_val": self.last_val,
             "mode": self.mode,
@@ -145,8 +124,8 @@ class SpikeDetection(Callback):
             "window": list(self._window),
         }
 
-    @override
     def load_state_dict(self, state_dict: StateDict) -> None:
+        """Take up :meth:`state_dict`."""
         self.last_val = state_dict["last_val"]
         self.mode = state_dict["mode"]
         self.warmup = state_dict["warmup"]
@@ -155,3 +134,41 @@ class SpikeDetection(Callback):
         self.bad_batches = list(state_dict["bad_batches"])
         self.exclude_batches_path = state_dict["bad_batches_path"]
         self._window.extend(state_dict.get("window", ()))
+
+
+class SpikeDetection(SpikeDetector, Callback):
+    """Raises when the loss is much worse than its running mean, and writes down the batch and the one before it.
+
+    Start again from a checkpoint and leave these batches out. Each batch waits for the device, since a spike must be
+    known before the next step.
+
+    Args:
+        mode: ``"min"`` if a larger loss is worse, ``"max"`` if a smaller one is.
+        window: Number of batches of the running mean.
+        warmup: Number of batches of each epoch before the first look.
+        atol: Least distance from the mean, in units of the loss.
+        rtol: Least distance from the mean, as a share of it. With both, both must be exceeded.
+        exclude_batches_path: JSON file for the list of batch indices, or a folder for ``skip_batches.json``; by default
+            in the Trainer's ``default_root_dir``.
+        finite_only: Whether NaN and infinity are spikes.
+
+    Raises:
+        MisconfigurationException: Arguments out of range.
+        TrainingSpikeException: During training, a spike.
+
+    Example:
+        >>> detection = SpikeDetection(window=100, warmup=200, rtol=3.0)
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        path = trainer.default_root_dir if self.exclude_batches_path is None else self.exclude_batches_path
+        self.exclude_batches_path = path if path.endswith(".json") else os.path.join(path, _FILE)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:
+            self.look_at(loss, batch_idx, trainer.strategy)

@@ -19,7 +19,8 @@ from levin.checkpoint.verify import verify
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.types import PathLike, StateDict
 
-_VERSION_KEY = "pytorch-lightning_version"
+VERSION_KEY = "pytorch-lightning_version"
+"""What a Trainer's checkpoints have, and a Fabric's have not."""
 # What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
 _CLASSES_OF_THE_INDEX = {
     "torch.distributed.checkpoint.metadata": (
@@ -61,7 +62,7 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
     verify(folder)
     meta = load(os.path.join(folder, META_FILE), "cpu", weights_only)
     shards = _read_shards(folder)
-    if _VERSION_KEY not in meta:
+    if VERSION_KEY not in meta:
         return {**shards, **meta}
     weights = shards.pop("model") if "model" in shards else shards.pop("state_dict", None)
     if weights is None:

@@ -1,7 +1,8 @@
 """Checkpoints as folders: every process writes and reads its own part, by ``torch.distributed.checkpoint``.
 
 A folder holds the files of torch (``.metadata`` and ``*.distcp``) with the weights under ``model`` and the state of each
-optimizer under ``optimizer_N``, and ``meta.pt`` with the rest. It appears under its name when all of it is there: it is
+optimizer under ``optimizer_N``, and ``meta.pt`` with the rest. In one of a Fabric modules and optimizers have the user's
+names. It appears under its name when all of it is there: it is
 written under another name beside it, ``meta.pt`` last, and renamed.
 """
 
@@ -23,8 +24,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-from levin.checkpoint.folder import IndexUnpickler, consolidate
-from levin.checkpoint.io import CheckpointIO, atomic_save, reject_storage_options
+from levin.checkpoint.folder import VERSION_KEY, IndexUnpickler, consolidate
+from levin.checkpoint.io import CheckpointIO, atomic_save, own_parts, reject_storage_options
 from levin.checkpoint.layout import META_FILE, is_sharded
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
@@ -100,10 +101,7 @@ class ShardedCheckpointIO(CheckpointIO):
         self.connect()
         folder = _local_folder(path)
         unfinished = f"{folder}.part"
-        meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        shards: StateDict = {"model": checkpoint.get("state_dict", {})}
-        for number, state in enumerate(checkpoint.get("optimizer_states", [])):
-            shards[f"optimizer_{number}"] = state
+        shards, meta = _parted(checkpoint)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
         if is_first:
             remove(unfinished)
@@ -154,12 +152,30 @@ def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
     folder = _local_folder(path)
     verify(folder)
     checkpoint: StateDict = load(os.path.join(folder, META_FILE), "cpu", weights_only)
-    keys = {name.split(".", 1)[0] for name in _names_of(folder)}
+    keys = _keys_of(folder)
+    if VERSION_KEY not in checkpoint:
+        return {**checkpoint, **{key: ShardedEntry(folder, key) for key in keys}}
     checkpoint["state_dict"] = ShardedEntry(folder, "model" if "model" in keys else "state_dict")
     optimizers = sorted((key for key in keys if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     if optimizers:
         checkpoint["optimizer_states"] = [ShardedEntry(folder, key) for key in optimizers]
     return checkpoint
+
+
+def _parted(checkpoint: StateDict) -> tuple[StateDict, StateDict]:
+    """Return what every process writes its part of, and what one process writes."""
+    if VERSION_KEY in checkpoint:
+        meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        states = checkpoint.get("optimizer_states", [])
+        optimizers = {f"optimizer_{number}": state for number, state in enumerate(states)}
+        return {"model": checkpoint.get("state_dict", {}), **optimizers}, meta
+    shards = {key: value for key, value in checkpoint.items() if _is_of_all(value)}
+    return shards, {key: value for key, value in checkpoint.items() if key not in shards}
+
+
+def _is_of_all(value: object) -> bool:
+    """Whether this is the state of a module that is cut, or of an optimizer, in which case some of it may be."""
+    return isinstance(value, dict) and (value.keys() == {"state", "param_groups"} or own_parts(value) is not value)
 
 
 def _local_folder(path: PathLike) -> str:
@@ -183,6 +199,12 @@ def _put_in_place(unfinished: str, folder: str) -> None:
 
 def _names_of(folder: str) -> set[str]:
     return {str(name) for name in _Reader(folder).read_metadata().state_dict_metadata}
+
+
+def _keys_of(folder: str) -> set[str]:
+    index = _Reader(folder).read_metadata()
+    paths: Any = index.planner_data or {key: str(key).split(".", 1) for key in index.state_dict_metadata}
+    return {str(path[0]) for path in paths.values()}
 
 
 class _Reader(FileSystemReader):

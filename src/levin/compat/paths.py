@@ -10,6 +10,8 @@ from __future__ import annotations
 ABSENT = "levin.compat.absent"
 """Names of features that are not there: they can be imported and mentioned; using one says what to use instead."""
 
+EQUIVALENT_SPIKE = "levin.compat.fabric_spike"
+EQUIVALENT_STRATEGIES = "levin.compat.fabric_strategies"
 EQUIVALENT_LOGGERS = "levin.compat.fabric_loggers"
 """The loggers of Fabric, which name their folder in another way."""
 
@@ -354,7 +356,8 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
     "fabric.strategies": {
-        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        _STRATEGIES: "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        EQUIVALENT_STRATEGIES: "FSDPStrategy ModelParallelStrategy",
         ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
         f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
@@ -362,9 +365,9 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
     "fabric.strategies.dp": {ABSENT: "DataParallelStrategy"},
     "fabric.strategies.fsdp": {
-        _STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
+        EQUIVALENT_STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
     },
-    "fabric.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
+    "fabric.strategies.model_parallel": {EQUIVALENT_STRATEGIES: "ModelParallelStrategy"},
     "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
     "fabric.strategies.strategy": {_STRATEGIES: "Strategy"},
@@ -412,7 +415,7 @@ TABLE: dict[str, dict[str, str]] = {
         "levin": "seed_everything",
         "levin.utilities.seed": "pl_worker_init_function reset_seed max_seed_value:MAX_SEED",
     },
-    "fabric.utilities.spike": {_CALLBACKS: "SpikeDetection TrainingSpikeException"},
+    "fabric.utilities.spike": {EQUIVALENT_SPIKE: "SpikeDetection", _CALLBACKS: "TrainingSpikeException"},
     "fabric.utilities.throughput": {
         "levin.fabric.throughput": "ThroughputMonitor",
         "levin.utilities.throughput": "Throughput get_available_flops measure_flops",

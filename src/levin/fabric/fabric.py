@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Any
@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from levin.accelerators import Accelerator
+from levin.checkpoint.folder import consolidate
+from levin.checkpoint.layout import is_sharded
 from levin.data.loaders import prepare_dataloader, shuffles
 from levin.fabric.processes import Processes
 from levin.fabric.state import Filter, check_filter, collect, restore, restore_one
@@ -29,6 +31,8 @@ from levin.fabric.wrappers import (
     unwrap,
 )
 from levin.module import LightningModule
+from levin.ranks.hang_watchdog import RunLocation
+from levin.ranks.weighted import divide_by_weight
 from levin.strategies import Strategy
 from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import to_numbers
@@ -38,6 +42,8 @@ from levin.utilities.types import PathLike
 
 ENTRY_POINTS = "lightning.fabric.callbacks_factory"
 """Group under which installed packages register callbacks."""
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""In the names of parameters whose module computes its activations again in backward."""
 
 
 class Fabric(Processes):
@@ -85,6 +91,7 @@ class Fabric(Processes):
             plugins,
         )
         self._modules: list[weakref.ref[nn.Module]] = []
+        self._loaders: weakref.WeakSet[FabricDataLoader] = weakref.WeakSet()
         self._loggers: list[Any] = _as_list(loggers)
         self._callbacks: list[Any] = _as_list(callbacks)
         for entry in entry_points(group=ENTRY_POINTS):
@@ -138,7 +145,9 @@ class Fabric(Processes):
         self._check_launched()
         _check_new(module, *optimizers)
         original, compiler = split_compiled(module) if _reapply_compile else (module, None)
+        names = {parameter: name for name, parameter in original.named_parameters()}
         set_up = self._strategy.setup_module(original, move_to_device=move_to_device)
+        _follow_parameters(optimizers, names, self._strategy.unwrap(set_up))
         self._modules.append(weakref.ref(set_up))
         wrapped = FabricModule(set_up, self._strategy, self._guard, compiler)
         steppers = [self._setup_optimizer(optimizer, set_up) for optimizer in optimizers]
@@ -218,7 +227,13 @@ class Fabric(Processes):
                 raise TypeError(f"setup_dataloaders takes torch's DataLoader, received {type(loader).__name__}.")
             own = prepare_dataloader(loader, stage="train", sampler_kwargs=kwargs, shuffle=shuffles(loader))
             loaders.append(FabricDataLoader(own, self.device if move_to_device else None))
+        self._loaders.update(loaders)
         return loaders if len(loaders) > 1 else loaders[0]
+
+    def _locate(self) -> RunLocation:
+        places = [loader.place for loader in list(self._loaders)]
+        text = "; ".join(f"batch {batch} of epoch {epoch}" for epoch, batch in places if batch)
+        return RunLocation(sum(max(0, batch - 1) + epoch for epoch, batch in places), text or "before the first batch")
 
     # The step
 
@@ -240,6 +255,33 @@ class Fabric(Processes):
             self._strategy.backward(tensor, None, *args, module=module, **kwargs)
         finally:
             self._guard.is_open = False
+
+    def average_gradients(self, optimizer: Optimizer, weight: Any) -> None:
+        """Divide the gradients of sums by the number of samples (or tokens) that all processes have summed over.
+
+        For batches of unequal size, in an accumulation window or over processes: call :meth:`backward` with sums, and
+        this once before the step, in all processes. It comes to the average over all samples, as if they were one batch.
+
+        Args:
+            optimizer: Its parameters have the gradients.
+            weight: How many this process has summed over since the last step, all together.
+
+        Raises:
+            ValueError: There is none.
+
+        Example:
+            >>> fabric = Fabric(accelerator="cpu", devices=1)
+            >>> model = nn.Linear(1, 1)
+            >>> model, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> for batch in (torch.ones(3, 1), torch.ones(1, 1)):
+            ...     fabric.backward(model(batch).sum())
+            >>> fabric.average_gradients(optimizer, weight=4)
+            >>> model.weight.grad
+            tensor([[1.]])
+        """
+        if not self._strategy.is_distributed and not weight > 0:
+            raise ValueError(f"weight must be the number of samples of this window, received {weight!r}.")
+        divide_by_weight(unwrap(optimizer), weight, self._strategy)
 
     def clip_gradients(
         self,
@@ -366,6 +408,8 @@ class Fabric(Processes):
             KeyError: A name of ``state`` is not in the file.
         """
         self._check_launched()
+        if not state and is_sharded(path):
+            return consolidate(path)
         checkpoint = self._strategy.load_checkpoint(path, weights_only=weights_only)
         self.barrier()
         return restore(checkpoint, state, self._strategy, strict, weights_only) if state else checkpoint
@@ -433,6 +477,24 @@ class Fabric(Processes):
 
 def _as_list(given: object) -> list[object]:
     return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _follow_parameters(optimizers: Sequence[Any], names: Mapping[nn.Parameter, str], module: nn.Module) -> None:
+    """Let optimizers step the parameters that the strategy put in the place of those of the same names.
+
+    Raises:
+        RuntimeError: An optimizer has a state of its own already.
+    """
+    now = {name.replace(CHECKPOINTED, ""): parameter for name, parameter in module.named_parameters()}
+    for optimizer in optimizers:
+        for group in getattr(optimizer, "param_groups", ()):
+            found = [now.get(names.get(parameter, ""), parameter) for parameter in group["params"]]
+            if optimizer.state and any(new is not old for new, old in zip(found, group["params"])):
+                raise RuntimeError(
+                    f"setup puts other parameters in the place of those that this {type(optimizer).__name__} has stepped "
+                    "already. Call setup before the first step, and load states after it."
+                )
+            group["params"] = found
 
 
 def _check_new(*objects: object) -> None:

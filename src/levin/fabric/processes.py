@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import inspect
+import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from levin.accelerators import Accelerator
+from levin.accelerators import Accelerator, CPUAccelerator
+from levin.checkpoint import CheckpointIO
 from levin.engine import build_engine
 from levin.fabric.settings import is_launched_by_command, with_environment
+from levin.ranks.hang_watchdog import RunLocation, Watchdog, start_watchdog
 from levin.ranks.signals import Signals, listen_for_sigterm
 from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
 
+_SHARDED = ("fsdp", "fsdp_cpu_offload")
+
 
 def _do_nothing(fabric: Processes) -> None:
     """Stand in for the function of ``launch`` where a script goes on by itself."""
+
+
+def _answer_dp(strategy: Strategy) -> None:
+    """Say what became of ``strategy="dp"``, one process that copies its module to several GPUs in every step.
+
+    Raises:
+        ValueError: There are GPUs.
+    """
+    if not isinstance(strategy.accelerator, CPUAccelerator):
+        raise ValueError(
+            "strategy='dp' copies the module to every GPU in every step, which nobody should wait for, received "
+            f"accelerator={strategy.accelerator.name()!r}. Use strategy='ddp', with a process for each GPU."
+        )
+    rank_zero_warn("strategy='dp' is for several GPUs of one process, received accelerator='cpu'. Using 'ddp'.")
+
+
+def _saving_folders(name: str, plugins: Any) -> Strategy:
+    """Return a strategy that was asked for by name, and that saves folders here by default, where a Trainer's saves one file."""
+    from levin.strategies.fsdp import FSDPStrategy  # slow to import
+
+    given = plugins if isinstance(plugins, (list, tuple)) else [plugins]
+    writes_files = any(isinstance(plugin, CheckpointIO) and not plugin.is_collective for plugin in given)
+    kind: Literal["full", "sharded"] = "full" if writes_files else "sharded"
+    return FSDPStrategy(cpu_offload="offload" in name, state_dict_type=kind)
 
 
 class Requests:
@@ -49,10 +80,15 @@ class Processes:
 
     def __init__(self, settings: dict[str, Any], plugins: Any) -> None:
         settings = with_environment(settings)
-        if settings["strategy"] == "dp" and settings["accelerator"] == "cpu":
-            rank_zero_warn("strategy='dp' is for several GPUs of one process, received accelerator='cpu'. Using 'ddp'.")
+        is_dp = settings["strategy"] == "dp"
+        if is_dp:
             settings["strategy"] = "ddp"
+        elif settings["strategy"] in _SHARDED:
+            settings["strategy"] = _saving_folders(settings["strategy"], plugins)
         self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy
+        if is_dp:
+            _answer_dp(self._strategy)
+        self._watchdog: Watchdog | None = None
         self._is_launched: bool = False
         self._is_running: bool = False
         self._requests: Requests | None = None
@@ -169,10 +205,39 @@ class Processes:
 
     def _run_launched(self, function: Callable[..., object], *args: object, **kwargs: object) -> object:
         self._enter()
-        return function(*args, **kwargs)
+        if self._watchdog is None or not multiprocessing.parent_process():
+            return function(*args, **kwargs)
+        # Processes of multiprocessing end without the hooks of a script.
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            self._watchdog.annotate_error(error)
+            raise
+        finally:
+            self._watchdog.stop(has_left=True)
+
+    def _locate(self) -> RunLocation:
+        """Return where this process is, for the other processes' messages; the watchdog asks from its own thread."""
+        return RunLocation(0, "the loop")
+
+    def _watch(self) -> None:
+        """Look out for other processes that hang or are gone, until the script ends."""
+        self._watchdog = watchdog = start_watchdog(self._strategy)
+        if watchdog is None:
+            return
+        watchdog.watch_progress(self._locate)
+        previous = sys.excepthook
+
+        def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            watchdog.annotate_error(error)
+            previous(kind, error, trace)
+
+        sys.excepthook = tell
+        atexit.register(watchdog.stop, has_left=True)
 
     def _enter(self) -> None:
         self._strategy.setup_environment()
+        self._watch()
         # A function that talks to nobody could be over in rank 0, where the others still meet.
         self._strategy.barrier("launch")
         self._is_launched = True

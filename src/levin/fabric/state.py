@@ -82,7 +82,10 @@ def restore(
     for key in [key for key in state if key in checkpoint]:
         if not restore_one(checkpoint[key], state[key], strategy, strict, weights_only):
             state[key] = checkpoint[key]
-    return {key: value for key, value in checkpoint.items() if key not in state}
+    # The part of a module or an optimizer that nobody asked for stays where it is.
+    return {
+        key: value for key, value in checkpoint.items() if key not in state and type(value).__name__ != "ShardedEntry"
+    }
 
 
 def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool, weights_only: bool | None) -> bool:

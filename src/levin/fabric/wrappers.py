@@ -89,6 +89,17 @@ class FabricModule(nn.Module):
         # Inputs and outputs are converted as the precision says; where it does not, this is the module itself.
         vars(self)["forward"] = self._compose(in_forward_context(compiled, strategy.precision, "forward"))
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module; what torch looks up around a call it looks up around that of the original."""
+        has_hooks = (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or self._compiled_call_impl
+        )
+        return super().__call__(*args, **kwargs) if has_hooks else self.forward(*args, **kwargs)
+
     @property
     def module(self) -> nn.Module:
         """The original module."""
@@ -201,7 +212,9 @@ class FabricOptimizer:
         on_step: Called with strategy and optimizer after each step; None for nothing.
     """
 
-    _OWN = frozenset({"_optimizer", "_strategy", "_module", "_on_step", "_steps_alone", "__class__", "step"})
+    _OWN = frozenset(
+        {"_optimizer", "_strategy", "_module", "_on_step", "_steps_alone", "__class__", "step", "zero_grad"}
+    )
 
     def __init__(
         self,
@@ -219,6 +232,7 @@ class FabricOptimizer:
             and type(strategy).optimizer_step is Strategy.optimizer_step
             and type(strategy.precision).optimizer_step is Precision.optimizer_step
         )
+        self.zero_grad = optimizer.zero_grad
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
         self.__class__ = type("Fabric" + type(optimizer).__name__, (FabricOptimizer, type(optimizer)), {})
 
@@ -252,10 +266,6 @@ class FabricOptimizer:
         if self._on_step is not None:
             self._on_step(self._strategy, self._optimizer)
         return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Zero the gradients of the original's parameters."""
-        self._optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> StateDict:
         """Return the original's state; parts that are spread over processes are gathered."""
@@ -306,6 +316,11 @@ class FabricDataLoader:
     def device(self) -> torch.device | None:
         """Where batches go."""
         return self._device
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The epoch, and the number of batches of it that were taken."""
+        return max(0, self._num_iter_calls - 1), self._position.num_pulled
 
     def __len__(self) -> int:
         return len(self._dataloader)

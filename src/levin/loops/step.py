@@ -22,6 +22,7 @@ from levin.loops.run import Run, Step, step_arguments
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
+from levin.ranks.weighted import divide_by_weight, scale_gradients
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import has_own
@@ -303,17 +304,11 @@ class AutomaticStep:
     def _average_window(self) -> None:
         """Divide the summed gradients by what the window really held, where that was not known beforehand."""
         if self.is_weighted:
-            weight = self.weight
-            if self.is_distributed:
-                strategy = self.run.strategy
-                total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
-                data = strategy.data_parallel
-                weight = strategy.reduce(total, group=data.group, reduce_op="sum") / data.size
-            _scale_gradients(self.optimizer, 1.0 / weight)
+            divide_by_weight(self.optimizer, self.weight, self.run.strategy)
         elif (self.held != self.window or self.lacks) and not self.handles_accumulation:
             # Every rank divides by the window, and the reduction by the number of ranks.
             size = 1 if self.uneven is None else self.uneven.size
-            _scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
+            scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
@@ -422,9 +417,3 @@ def _own(module: object, name: str, is_profiled: bool = False) -> Optional[Calla
     """Return the method ``name`` where the user overrode it; a profiler measures the default one as well."""
     is_own = is_profiled or has_own(name, module, LightningModule)
     return getattr(module, name) if is_own else None
-
-
-def _scale_gradients(optimizer: Any, factor: Any) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)

@@ -24,6 +24,20 @@ class Collective(ABC):
     def __init__(self) -> None:
         self._group: object = None
 
+    @staticmethod
+    def is_available() -> bool:
+        """Return whether this build of torch can do it."""
+        return True
+
+    @staticmethod
+    def is_initialized() -> bool:
+        """Return whether this process is connected with the others."""
+        return True
+
+    @staticmethod
+    def init_group(**kwargs: Any) -> None:
+        """Connect this process with the others."""
+
     @property
     def group(self) -> Any:
         """The group.
@@ -140,6 +154,21 @@ class TorchCollective(Collective):
             raise RuntimeError("This torch was built without torch.distributed. Install another build.")
         super().__init__()
         self._owns_world: bool = False
+
+    @staticmethod
+    def is_available() -> bool:
+        """Return whether this build of torch has torch.distributed."""
+        return dist.is_available()
+
+    @staticmethod
+    def is_initialized() -> bool:
+        """Return whether this process is connected with the others."""
+        return dist.is_initialized()
+
+    @staticmethod
+    def init_group(**kwargs: Any) -> None:
+        """Connect this process with the others; see ``torch.distributed.init_process_group``."""
+        dist.init_process_group(**kwargs)
 
     @property
     @override
