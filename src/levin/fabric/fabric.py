@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
 from typing import Any
@@ -25,6 +25,7 @@ from levin.fabric.wrappers import (
     FabricDataLoader,
     FabricModule,
     FabricOptimizer,
+    follow_parameters,
     is_wrapped,
     set_up_module,
     split_compiled,
@@ -42,8 +43,6 @@ from levin.utilities.types import PathLike
 
 ENTRY_POINTS = "lightning.fabric.callbacks_factory"
 """Group under which installed packages register callbacks."""
-CHECKPOINTED = "_checkpoint_wrapped_module."
-"""In the names of parameters whose module computes its activations again in backward."""
 
 
 class Fabric(Processes):
@@ -147,7 +146,7 @@ class Fabric(Processes):
         original, compiler = split_compiled(module) if _reapply_compile else (module, None)
         names = {parameter: name for name, parameter in original.named_parameters()}
         set_up = self._strategy.setup_module(original, move_to_device=move_to_device)
-        _follow_parameters(optimizers, names, self._strategy.unwrap(set_up))
+        follow_parameters(optimizers, names, self._strategy.unwrap(set_up))
         self._modules.append(weakref.ref(set_up))
         wrapped = FabricModule(set_up, self._strategy, self._guard, compiler)
         steppers = [self._setup_optimizer(optimizer, set_up) for optimizer in optimizers]
@@ -477,24 +476,6 @@ class Fabric(Processes):
 
 def _as_list(given: object) -> list[object]:
     return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _follow_parameters(optimizers: Sequence[Any], names: Mapping[nn.Parameter, str], module: nn.Module) -> None:
-    """Let optimizers step the parameters that the strategy put in the place of those of the same names.
-
-    Raises:
-        RuntimeError: An optimizer has a state of its own already.
-    """
-    now = {name.replace(CHECKPOINTED, ""): parameter for name, parameter in module.named_parameters()}
-    for optimizer in optimizers:
-        for group in getattr(optimizer, "param_groups", ()):
-            found = [now.get(names.get(parameter, ""), parameter) for parameter in group["params"]]
-            if optimizer.state and any(new is not old for new, old in zip(found, group["params"])):
-                raise RuntimeError(
-                    f"setup puts other parameters in the place of those that this {type(optimizer).__name__} has stepped "
-                    "already. Call setup before the first step, and load states after it."
-                )
-            group["params"] = found
 
 
 def _check_new(*objects: object) -> None:

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +22,8 @@ from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
 from levin.utilities.types import Batch, StateDict
 
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""In the names of parameters whose module computes its activations again in backward."""
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -292,6 +294,24 @@ class FabricOptimizer:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FabricOptimizer:
         return FabricOptimizer(copy.deepcopy(self._optimizer, memo), self._strategy, self._module, self._on_step)
+
+
+def follow_parameters(optimizers: Sequence[Any], names: Mapping[nn.Parameter, str], module: nn.Module) -> None:
+    """Let optimizers step the parameters that the strategy put in the place of those of the same names.
+
+    Raises:
+        RuntimeError: An optimizer has a state of its own already.
+    """
+    now = {name.replace(CHECKPOINTED, ""): parameter for name, parameter in module.named_parameters()}
+    for optimizer in optimizers:
+        for group in getattr(optimizer, "param_groups", ()):
+            found = [now.get(names.get(parameter, ""), parameter) for parameter in group["params"]]
+            if optimizer.state and any(new is not old for new, old in zip(found, group["params"])):
+                raise RuntimeError(
+                    f"setup puts other parameters in the place of those that this {type(optimizer).__name__} has stepped "
+                    "already. Call setup before the first step, and load states after it."
+                )
+            group["params"] = found
 
 
 class FabricDataLoader:
