@@ -33,7 +33,7 @@ from levin.precision import Precision
 from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
 from levin.strategies.parallel import is_connected
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
@@ -223,7 +223,8 @@ def _check_strategy(strategy: object) -> None:
         return
     names = ", ".join(["auto", *StrategyRegistry.available_strategies()])
     raise MisconfigurationException(
-        f"strategy must be a Strategy object or one of {names}, received {strategy!r}. Use 'auto' to let levin choose."
+        f"strategy must be a Strategy object or one of {names}, received {strategy!r}."
+        f"{did_you_mean(strategy, StrategyRegistry.available_strategies())} Use 'auto' to let levin choose."
     )
 
 
@@ -294,8 +295,8 @@ def _choose_accelerator(accelerator: object, strategy: object) -> Accelerator:
     ):
         names = ", ".join(["auto", "gpu", *AcceleratorRegistry])
         raise MisconfigurationException(
-            f"accelerator must be an Accelerator object or one of {names}, received {accelerator!r}. "
-            "Use 'auto' to let levin choose."
+            f"accelerator must be an Accelerator object or one of {names}, received {accelerator!r}."
+            f"{did_you_mean(accelerator, ['auto', 'gpu', *AcceleratorRegistry])} Use 'auto' to let levin choose."
         )
     if accelerator == "auto":
         if isinstance(strategy, Strategy):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import inspect
 import math
@@ -13,7 +12,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Optional, TypeVar, Union, cast
 
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
 from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import GradClipAlgorithmType
@@ -197,8 +196,7 @@ def defaults_from_environment(init: F) -> F:
                 f"Write {type(self).__name__}(max_epochs=10)."
             )
         for name in kwargs.keys() - set(names):
-            meant = difflib.get_close_matches(name, names, n=1)
-            hint = f" Did you mean {meant[0]}?" if meant else ""
+            hint = did_you_mean(name, names)
             raise TypeError(f"{type(self).__name__} has no argument {name!r}, received {name}={kwargs[name]!r}.{hint}")
         prefix = f"PL_{type(self).__name__.upper()}_"
         for name in names:

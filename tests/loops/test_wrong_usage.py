@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import levin
 from levin import LightningModule, Trainer
+from levin.callbacks import EarlyStopping, ModelCheckpoint
+from levin.demos.boring_classes import BoringModel
 
 
 def sgd(module: Any) -> torch.optim.SGD:
@@ -134,3 +136,56 @@ def test_a_dataset_in_place_of_a_loader_is_pointed_out():
     ):
         trainer.fit(module, Rows())
     assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "wrong", "meant"),
+    [
+        ("strategy", "dpp", "ddp"), ("strategy", "fdsp", "fsdp"), ("strategy", "ddp-spawn", "ddp_spawn"),
+        ("precision", "bf16_mixed", "bf16-mixed"), ("precision", "16mixed", "16-mixed"), ("accelerator", "cdua", "cuda"),
+        ("accelerator", "gpus", "gpu"), ("profiler", "simpel", "simple"),
+        ("profiler", "py-torch", "pytorch"), ("logger", "csv", "CSVLogger"), ("logger", "tensorboard", "TensorBoardLogger"),
+    ],
+)  # fmt: skip
+def test_a_mistyped_name_gets_the_nearest(argument, wrong, meant):
+    with pytest.raises(ValueError, match=rf"received '{wrong}'.*\bDid you mean {meant}\?"):
+        Trainer(**{argument: wrong})
+
+
+@pytest.mark.parametrize("argument", ["strategy", "precision", "accelerator", "profiler", "logger"])
+def test_a_name_like_no_other_gets_no_guess(argument):
+    with pytest.raises(ValueError, match="received 'qqqqqq'") as caught:
+        Trainer(**{argument: "qqqqqq"})
+    assert "Did you mean" not in str(caught.value)
+
+
+class Watches(BoringModel):
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", 1.0)
+
+
+class WatchesRate(Watches):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val-loss"}}
+
+
+@pytest.mark.parametrize(
+    ("module", "callback"),
+    [
+        (Watches, EarlyStopping("val/loss")),
+        (Watches, EarlyStopping("valloss")),
+        (Watches, ModelCheckpoint(monitor="validation_loss")),
+        (WatchesRate, []),
+    ],
+    ids=["stop", "stop, joined", "file", "rate"],
+)
+def test_a_mistyped_metric_gets_the_nearest(tmp_path, module, callback):
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, max_epochs=1, limit_train_batches=2, limit_val_batches=2,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=callback, num_sanity_val_steps=0,
+        enable_checkpointing=isinstance(callback, ModelCheckpoint),
+    )  # fmt: skip
+    with pytest.raises((RuntimeError, ValueError), match=r"Did you mean val_loss\?"):
+        trainer.fit(module())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from levin.callbacks.checkpoint import Checkpoint
 from levin.checkpoint.io import Save
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
@@ -341,7 +341,7 @@ def report_missing(monitor: str, metrics: dict[str, Tensor], is_error: bool) -> 
     """
     message = (
         f"`ModelCheckpoint(monitor={monitor!r})` could not find the monitored key in the returned metrics: "
-        f"{list(metrics)}. HINT: Did you call `log({monitor!r}, value)` in the `LightningModule`?"
+        f"{list(metrics)}.{did_you_mean(monitor, metrics)} HINT: Did you call `log({monitor!r}, value)` in the `LightningModule`?"
     )
     if is_error:
         raise MisconfigurationException(message)

@@ -12,7 +12,8 @@ from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.hooks import Callback
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.loggers import __all__ as all_loggers
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
 from levin.utilities.rank_zero import rank_zero_info
 
 ENTRY_POINTS = "lightning.pytorch.callbacks_factory"
@@ -185,7 +186,8 @@ def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
     loggers = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
     for each in loggers:
         if not hasattr(each, "log_metrics"):
-            raise value_error("logger", each, "must be True, False, a Logger or a list of them")
+            meant = did_you_mean(f"{each}Logger", set(all_loggers) - {"Logger"}) if isinstance(each, str) else ""
+            raise value_error("logger", each, "must be True, False, a Logger or a list of them", meant.strip())
     return loggers
 
 

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
-from levin.utilities.exceptions import value_error
+from levin.utilities.exceptions import did_you_mean, value_error
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -153,10 +153,15 @@ class EarlyStopping(Callback):
 
     def _run_early_stopping_check(self, trainer: Trainer) -> None:
         metrics = trainer.callback_metrics
-        if not self._validate_condition_metric(metrics):
+        is_here = self.monitor in metrics
+        # A rank that had no batch has no value, and goes by those of the others.
+        is_there = trainer.strategy.reduce_boolean_decision(is_here, all=False)
+        if not is_there and not self._validate_condition_metric(metrics):
             return
-        current = torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze()
-        should_stop, reason = self._evaluate_stopping_criteria(current)
+        should_stop, reason = False, None
+        if is_here:
+            current = torch.as_tensor(metrics[self.monitor]).detach().cpu().squeeze()
+            should_stop, reason = self._evaluate_stopping_criteria(current)
         if trainer.strategy.reduce_boolean_decision(should_stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
@@ -173,7 +178,8 @@ class EarlyStopping(Callback):
             return True
         message = (
             f"Early stopping conditioned on metric `{self.monitor}` which is not available. "
-            f"Pass in or modify your `EarlyStopping` callback to use any of the following: `{'`, `'.join(metrics)}`"
+            f"Pass in or modify your `EarlyStopping` callback to use any of the following: `{'`, `'.join(metrics)}`."
+            f"{did_you_mean(self.monitor, metrics)}"
         )
         if self.strict:
             raise RuntimeError(message)

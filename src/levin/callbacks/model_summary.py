@@ -45,9 +45,8 @@ class ModelSummary(Callback):
         # Every rank runs the example input: a sharded model answers only when all ranks ask.
         summary = self._summary(trainer, pl_module)
         if trainer.is_global_zero:
-            columns = summary._get_summary_data()
             self.summarize(
-                columns if summary.total_flops else [column for column in columns if column[0] != "FLOPs"],
+                summary._get_summary_data(),
                 summary.total_parameters,
                 summary.trainable_parameters,
                 summary.model_size,

@@ -8,7 +8,7 @@ from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.ranks.agreement import agreed_value
 from levin.resume.optimizer_groups import schedule_new_groups
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig
@@ -43,8 +43,8 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
             value = agreed_value(run, str(config.monitor), metrics.get(str(config.monitor)))
             if value is None:
                 text = (
-                    f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. Logged are {sorted(metrics)}. "
-                    "Log it with self.log, or set 'strict': False in the scheduler dict."
+                    f"ReduceLROnPlateau watches {config.monitor!r}, which was not logged. Logged are {sorted(metrics)}."
+                    f"{did_you_mean(config.monitor, metrics)} Log it with self.log, or set 'strict': False in the scheduler dict."
                 )
                 if config.strict:
                     raise MisconfigurationException(text)

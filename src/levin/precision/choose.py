@@ -5,7 +5,7 @@ from __future__ import annotations
 from levin.precision.mixed import MixedPrecision
 from levin.precision.precision import Precision
 from levin.precision.true import DoublePrecision, HalfPrecision
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.rank_zero import rank_zero_warn
 
 PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
@@ -31,7 +31,8 @@ def check_precision_name(precision: object) -> None:
     if not is_known or (precision not in PRECISIONS and precision not in _SHORT_FORMS):
         allowed = ", ".join(repr(name) for name in (*PRECISIONS, *_SHORT_FORMS))
         raise MisconfigurationException(
-            f"precision must be one of {allowed}, received {precision!r}. Use '32-true' for single precision."
+            f"precision must be one of {allowed}, received {precision!r}."
+            f"{did_you_mean(precision, PRECISIONS)} Use '32-true' for single precision."
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from levin import profilers
 from levin.profilers.profiler import PassThroughProfiler, Profiler
-from levin.utilities.exceptions import value_error
+from levin.utilities.exceptions import did_you_mean, value_error
 
 
 def resolve_profiler(profiler: Any) -> Profiler:
@@ -29,6 +29,11 @@ def resolve_profiler(profiler: Any) -> Profiler:
         "xla": "XLAProfiler",
     }
     if profiler.lower() not in names:
-        raise value_error("profiler", profiler, f"must be one of {', '.join(names)}, a Profiler or None")
+        raise value_error(
+            "profiler",
+            profiler,
+            f"must be one of {', '.join(names)}, a Profiler or None",
+            did_you_mean(profiler, names).strip(),
+        )
     chosen: Profiler = getattr(profilers, names[profiler.lower()])()
     return chosen

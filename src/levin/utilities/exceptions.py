@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
+import re
+from collections.abc import Iterable
 
 
 class MisconfigurationException(ValueError):
@@ -25,6 +28,24 @@ class SIGTERMException(SystemExit):
     def __reduce__(self) -> tuple[type[SIGTERMException], tuple[()]]:
         """Be made again without arguments: exceptions are sent from process to process."""
         return type(self), ()
+
+
+def did_you_mean(word: object, choices: Iterable[str]) -> str:
+    """Return the question that names the nearest of ``choices``, with a space in front; empty where none is near.
+
+    Args:
+        word: What the user wrote.
+        choices: What there is.
+
+    Example:
+        >>> did_you_mean("dpp", ["ddp", "fsdp"]), did_you_mean(3, ["ddp"])
+        (' Did you mean ddp?', '')
+    """
+    if not isinstance(word, str):
+        return ""
+    by_form = {re.sub("[-_ /.]", "", choice.lower()): choice for choice in choices}
+    meant = difflib.get_close_matches(re.sub("[-_ /.]", "", word.lower()), by_form, n=1)
+    return f" Did you mean {by_form[meant[0]]}?" if meant else ""
 
 
 def value_error(argument: str, received: object, expected: str, remedy: str = "") -> MisconfigurationException:

@@ -250,8 +250,9 @@ class ModelSummary:
             columns.append(("Params per Device", [get_human_readable_count(number) for number in local]))
         columns += [
             ("Mode", ["train" if mode else "eval" for mode in self.training_modes]),
-            ("FLOPs", [get_human_readable_count(count) for count in self.flop_counts.values()]),
         ]
+        if self.total_flops:  # 0: nothing was counted
+            columns.append(("FLOPs", [get_human_readable_count(count) for count in self.flop_counts.values()]))
         if self._example_input is not None:
             columns += [
                 ("In sizes", [str(size) for size in self.in_sizes]),
