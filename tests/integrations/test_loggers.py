@@ -27,7 +27,9 @@ from tests.distributed import _free_port
 from tests.integrations.proxy import Proxy, running
 
 # What the packages warn of is no matter of ours.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore:Checkpoint directory"
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -248,16 +250,29 @@ def run_program(program: str, *arguments: Any, **environment: str) -> subprocess
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """What the file of a run holds: blocks of 32 KiB with pieces of records, as LevelDB writes its logs."""
+    """What the file of a run holds, once it holds the end of the run."""
+    (file,) = folder.glob("wandb/*run-*/*.wandb")
+    deadline = time.monotonic() + 20
+    while True:
+        records = parsed(file.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < deadline, records
+        time.sleep(0.2)
+
+
+def parsed(data: bytes) -> list[Any]:
+    """The records of blocks of 32 KiB with pieces of them, as LevelDB writes its logs."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.glob("wandb/*run-*/*.wandb")
-    data, place, record, records = file.read_bytes(), 7, b"", []
+    place, record, records = 7, b"", []
     while place + 7 <= len(data):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
             continue
         _, size, kind = struct.unpack_from("<IHB", data, place)
+        if place + 7 + size > len(data):
+            break
         record += data[place + 7 : place + 7 + size]
         place += 7 + size
         if kind in (1, 4):
@@ -355,7 +370,7 @@ from levin.loggers import TrackioLogger
 from tests.integrations.test_loggers import Line, loader, trainer
 folder, epochs = Path(sys.argv[1]), int(sys.argv[2])
 logger = TrackioLogger("p", name="r", prefix="x", auto_log_cpu=False)
-trainer(folder, logger, max_epochs=epochs).fit(Line(), loader(3), ckpt_path="last" if epochs > 1 else None)
+trainer(folder, logger, max_epochs=epochs).fit(Line(), loader(3), ckpt_path="auto")
 pickle.loads(pickle.dumps(logger)).log_metrics({"late": 1.0}, step=99)
 logger.finalize("success")
 """
@@ -385,7 +400,8 @@ if __name__ == "__main__":
     ]
     fit = trainer(folder, loggers, devices=2, strategy="ddp", max_epochs=1)
     fit.fit(Line(), loader(8))
-    fit.loggers[-1].experiment.log_text("0", "by hand", "note.txt") if fit.is_global_zero else None
+    if fit.is_global_zero:
+        loggers[-1].experiment.log_text(loggers[-1].run_id, "by hand", "note.txt")
 """
 
 

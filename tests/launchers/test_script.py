@@ -10,12 +10,13 @@ import textwrap
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from levin.environments import KubeflowEnvironment, LightningEnvironment
 from levin.launchers import SubprocessLauncher
-from levin.launchers.restart import script_command
+from levin.launchers.restart import hydra_arguments, script_command
 from levin.launchers.script import end_processes
 
 PROGRAM = """
@@ -302,3 +303,23 @@ def test_processes_that_do_not_end_are_made_to():
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
     assert time.monotonic() - start_s < 10
+
+
+@pytest.mark.parametrize(
+    ("given", "mode", "expected"),
+    [
+        (["a=1", "-cn", "small", "b=2"], "RUN", ["--config-name=small", "a=1", "b=2"]),
+        (
+            ["-m", "a=1,2", "-cp", "conf", "b=3"],
+            "MULTIRUN",
+            ["--config-path=conf", "a=2", "b=3", "hydra.job.chdir=True"],
+        ),
+    ],
+)
+def test_another_process_gets_one_job_of_hydra(given, mode, expected):
+    overrides = SimpleNamespace(task=["a=2", "b=3"], hydra=["hydra.job.chdir=True", f"hydra.mode={mode}"])
+    job = SimpleNamespace(overrides=overrides, runtime=SimpleNamespace(output_dir="/an out/0"))
+    arguments = hydra_arguments(given, job, 1)
+    more = ["hydra.mode=MULTIRUN", "hydra.mode=RUN"] if mode == "MULTIRUN" else []
+    place = ["hydra.run.dir='/an out/0'", "hydra.job.name=train_ddp_process_1", "hydra.output_subdir=null"]
+    assert arguments == [*expected, *more, *place]

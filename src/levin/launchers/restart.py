@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import __main__
 from levin.utilities.exceptions import MisconfigurationException
@@ -96,9 +97,14 @@ def script_command(local_rank: int) -> tuple[list[str], str]:
         )
     # Another program, such as a profiler, may have been started and run this one: then only that one goes to all ranks.
     options, arguments = (started.options, started.arguments) if is_own else ([], sys.argv[1:])
-    return _with_hydra(
-        [sys.executable, *options, *target, *arguments], _start_directory(started, file or ""), local_rank
-    )
+    directory = _start_directory(started, file or "")
+    if "hydra" in sys.modules:
+        from hydra.core.hydra_config import HydraConfig  # used when present
+        from hydra.utils import get_original_cwd  # used when present
+
+        if HydraConfig.initialized():
+            arguments, directory = hydra_arguments(arguments, HydraConfig.get(), local_rank), get_original_cwd()
+    return [sys.executable, *options, *target, *arguments], directory
 
 
 def _start_directory(started: CommandLine, file: str) -> str:
@@ -119,15 +125,23 @@ def _start_directory(started: CommandLine, file: str) -> str:
     return said if is_true else _DIRECTORY_AT_IMPORT
 
 
-def _with_hydra(command: list[str], directory: str, local_rank: int) -> tuple[list[str], str]:
-    # Hydra changes into a directory of its own for each run; the others must use the first one's.
-    if "hydra" not in sys.modules:
-        return command, directory
-    from hydra.core.hydra_config import HydraConfig  # used when present
-    from hydra.utils import get_original_cwd  # used when present
+def hydra_arguments(arguments: Sequence[str], job: Any, local_rank: int) -> list[str]:
+    """Return the arguments with which another process does the same job of Hydra, in the same directory.
 
-    if not HydraConfig.initialized():
-        return command, directory
-    output = HydraConfig.get().runtime.output_dir
-    name = f"hydra.job.name=train_ddp_process_{local_rank}"
-    return [*command, f"hydra.run.dir={output!r}", name, "hydra.output_subdir=null"], get_original_cwd()
+    Args:
+        arguments: Those that started all jobs.
+        job: Hydra's own settings in this job.
+        local_rank: The other process.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir"), ("-p", "--package")):
+        parser.add_argument(*names)
+    for names in (("-m", "--multirun"), ("-r", "--run")):
+        parser.add_argument(*names, action="store_true")
+    given, overrides = parser.parse_known_args(arguments)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in vars(given).items() if isinstance(value, str)]
+    if "hydra.mode=MULTIRUN" in job.overrides.hydra:
+        # One job out of many: its own values, not the lists of them.
+        overrides = [*job.overrides.task, *job.overrides.hydra, "hydra.mode=RUN"]
+    place = [f"hydra.run.dir={job.runtime.output_dir!r}", f"hydra.job.name=train_ddp_process_{local_rank}"]
+    return [*options, *overrides, *place, "hydra.output_subdir=null"]

@@ -84,12 +84,14 @@ class TrackioLogger(Logger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
-        """Add hyper-parameters to the configuration of the run, which is written with the first values.
+        """Add hyper-parameters to the configuration of the run, which is written with the next values.
 
         Args:
             params: Name -> value, nested as you like.
         """
-        self.experiment.config.update(json_values(to_dict(params)))
+        # Kept for a run that is gone on with, whose first values bring the whole configuration again.
+        config = self._init["config"] = {**(self._init.get("config") or {}), **json_values(to_dict(params))}
+        self.experiment.config.update(config)
 
     @rank_zero_only
     @override
