@@ -23,7 +23,7 @@ from lightning_utilities.core.enums import StrEnum
 from torch.utils.data import IterableDataset
 
 from levin.accelerators import Accelerator, CPUAccelerator
-from levin.data.combined import known_length
+from levin.data.loaders import known_length
 from levin.engine import Engine, build_engine
 from levin.precision import DoublePrecision
 from levin.strategies import Strategy

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, cast
 
-from levin.data.loaders import stop_workers
+from levin.data.loaders import known_length, stop_workers
 from levin.utilities.collections import is_namedtuple
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
+NumberedBatch = tuple[Batch, int, int]
+"""``(batch, batch_idx, dataloader_idx)``."""
 Rebuild = Callable[[Sequence[Any]], Any]
 
 MODES: tuple[Mode, ...] = ("min_size", "max_size_cycle", "max_size", "sequential")
@@ -20,7 +22,7 @@ _PRIMITIVES = (bool, int, float, str)
 _END: Any = object()
 
 
-class CombinedLoader(Iterable[Any]):
+class CombinedLoader(Iterable[Batch]):
     """Iterates several loaders together or one after the other, and yields ``(batch, batch_idx, dataloader_idx)``.
 
     Args:
@@ -52,7 +54,7 @@ class CombinedLoader(Iterable[Any]):
         self._flattened: list[Any] = flatten(iterables)
         self._rebuild: Rebuild = rebuilder(iterables)
         self._limits: list[int | float] | None = None
-        self._iterator: Iterator[tuple[Any, int, int]] | None = None
+        self._iterator: Iterator[NumberedBatch] | None = None
         self.is_settled: bool = False  # set where the loaders are prepared: from then on the length is known
 
     @property
@@ -129,7 +131,7 @@ class CombinedLoader(Iterable[Any]):
             raise TypeError(f"len() needs iterables with a length in mode {self._mode!r}. Set `limits`.")
         return int(length)
 
-    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+    def __iter__(self) -> Iterator[NumberedBatch]:
         self.reset()
         if self._mode == "sequential":
             limits = self._limits or [math.inf] * len(self._flattened)
@@ -143,7 +145,7 @@ class CombinedLoader(Iterable[Any]):
             self._iterator = _numbered(batches)
         return self._iterator
 
-    def __next__(self) -> tuple[Any, int, int]:
+    def __next__(self) -> NumberedBatch:
         if self._iterator is None:
             raise RuntimeError("next(combined_loader) needs iter(combined_loader) to be called first.")
         return next(self._iterator)
@@ -179,19 +181,6 @@ def is_stateful(obj: object) -> bool:
     return callable(getattr(obj, "state_dict", None)) and callable(getattr(obj, "load_state_dict", None))
 
 
-def known_length(iterable: Any) -> int | float:
-    """Return ``len(iterable)``, or inf if it has none.
-
-    Example:
-        >>> known_length(range(3)), known_length(iter(range(3)))
-        (3, inf)
-    """
-    try:
-        return len(iterable)
-    except (TypeError, NotImplementedError):
-        return math.inf
-
-
 def combined_length(lengths: Sequence[int | float], mode: Mode) -> int | float:
     """Return how many batches iterables of these ``lengths`` give together.
 
@@ -207,7 +196,7 @@ def combined_length(lengths: Sequence[int | float], mode: Mode) -> int | float:
     return min(lengths) if mode == "min_size" else max(lengths)
 
 
-class Joint(Iterable[Any]):
+class Joint(Iterable[Batch]):
     """Several loaders whose items make joint batches; see :func:`joint`.
 
     Args:
@@ -221,11 +210,11 @@ class Joint(Iterable[Any]):
     """
 
     def __init__(self, loaders: Sequence[Iterable[object]], mode: Mode, rebuild: Rebuild) -> None:
-        self.loaders: list[Iterable[Any]] = list(loaders)
+        self.loaders: list[Iterable[Batch]] = list(loaders)
         self.mode: Mode = mode
         self.rebuild: Rebuild = rebuild
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return joint([_opener(loader) for loader in self.loaders], self.mode, self.rebuild)
 
 
@@ -234,7 +223,7 @@ def joint(
     mode: Mode,
     rebuild: Rebuild,
     exhausted: list[bool] | None = None,
-) -> Iterator[Any]:
+) -> Iterator[Batch]:
     """Iterate several iterables at once.
 
     Args:
@@ -300,7 +289,7 @@ def _numbered(batches: Iterator[object]) -> Iterator[tuple[object, int, int]]:
         yield batch, batch_idx, 0
 
 
-def _numbered_sequence(iterables: Sequence[Any], limits: Sequence[int | float]) -> Iterator[tuple[Any, int, int]]:
+def _numbered_sequence(iterables: Sequence[Any], limits: Sequence[int | float]) -> Iterator[NumberedBatch]:
     for dataloader_idx, (iterable, limit) in enumerate(zip(iterables, limits, strict=True)):
         if limit <= 0:
             continue
@@ -315,7 +304,7 @@ def _opener(iterable: object) -> Callable[[], Iterator[object]]:
     return lambda: iterate(iterable)
 
 
-def iterate(iterable: Any) -> Iterator[Any]:
+def iterate(iterable: Any) -> Iterator[Batch]:
     """Begin to iterate ``iterable``; what is returned may be handed to ``for``, ``zip`` and the like.
 
     These call ``iter`` of what they get. A loader that is its own iterator begins anew then: with the next shard, or in

@@ -7,7 +7,7 @@ from typing import Any, Optional, Protocol
 
 import torch
 
-from levin.data.combined import iterate
+from levin.data.combined import NumberedBatch, iterate
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import Batch
@@ -19,7 +19,7 @@ class Position(Protocol):
     num_left: Optional[int]
     """How many batches are left of the epoch, where the length of the source does not tell."""
 
-    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[Any]:
+    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[Batch]:
         """Return the batches of the source, or those that are left; ``lookahead`` of them are taken ahead."""
 
 
@@ -84,7 +84,7 @@ class Feed:
             return move_data_to_device(batch, self.device)
         return self._transfer(batch, self.device, dataloader_idx)
 
-    def __iter__(self) -> Iterator[tuple[Any, int, int]]:
+    def __iter__(self) -> Iterator[NumberedBatch]:
         return self.iterate(0)
 
     def track(self, positions: Sequence[Position]) -> None:
@@ -100,9 +100,7 @@ class Feed:
         # Another number of ranks began the epoch: what is left of it is not what the length of the loader says.
         return start + left if limit >= length else min(limit, start + left)
 
-    def iterate(
-        self, start: int, iterator: Optional[Iterator[Any]] = None
-    ) -> Generator[tuple[Any, int, int], None, None]:
+    def iterate(self, start: int, iterator: Optional[Iterator[Batch]] = None) -> Generator[NumberedBatch, None, None]:
         """Yield the batches.
 
         Args:
@@ -112,7 +110,7 @@ class Feed:
         batches = self._batches(start, iterator)
         return self._on_demand(batches) if self.is_on_demand else batches
 
-    def _on_demand(self, batches: Generator[tuple[object, int, int], None, None]) -> Generator[Any, None, None]:
+    def _on_demand(self, batches: Generator[NumberedBatch, None, None]) -> Generator[Batch, None, None]:
         """Yield an :class:`OnDemand` in place of each batch, and note what the steps take."""
         counted = self._counted(batches)
         self.first_take, self.later_takes = 0, None
@@ -133,12 +131,12 @@ class Feed:
         """Whether the first step took more batches than each of the others, as steps do that keep some for later."""
         return self.later_takes is not None and 0 < self.later_takes < self.first_take
 
-    def _counted(self, batches: Iterator[tuple[object, int, int]]) -> Iterator[tuple[Any, int, int]]:
+    def _counted(self, batches: Iterator[NumberedBatch]) -> Iterator[NumberedBatch]:
         for item in batches:
             self.num_taken = item[1] + 1
             yield item
 
-    def _batches(self, start: int, iterator: Optional[Iterator[object]]) -> Generator[tuple[Any, int, int], None, None]:
+    def _batches(self, start: int, iterator: Optional[Iterator[object]]) -> Generator[NumberedBatch, None, None]:
         place = self.place
         last_source = max((i for i, limit in enumerate(self.limits) if limit > 0 and self.lengths[i] > 0), default=-1)
         for dataloader_idx, source in enumerate(self.sources):
@@ -182,7 +180,7 @@ class Feed:
         self.lengths[dataloader_idx] = float("inf")
 
 
-class OnDemand(Iterator[tuple[Any, int, int]]):
+class OnDemand(Iterator[NumberedBatch]):
     """What a step with an argument ``dataloader_iter`` gets: its batch, and after it those that follow.
 
     Args:
@@ -195,13 +193,13 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
         (('a', 0, 0), ('b', 1, 0))
     """
 
-    def __init__(self, item: tuple[object, int, int], following: Iterator[tuple[object, int, int]]) -> None:
+    def __init__(self, item: NumberedBatch, following: Iterator[NumberedBatch]) -> None:
         self.batch: Batch = item[0]
         """The batch that was taken last; before the step, the one that comes."""
-        self._item: Optional[tuple[Any, int, int]] = item
+        self._item: Optional[NumberedBatch] = item
         self._following = following
 
-    def __next__(self) -> tuple[Any, int, int]:
+    def __next__(self) -> NumberedBatch:
         item, self._item = self._item, None
         if item is None:
             item = next(self._following)
@@ -209,14 +207,14 @@ class OnDemand(Iterator[tuple[Any, int, int]]):
         return item
 
 
-def drawn(iterator: Iterator[object], draw: Callable[[Iterator[object], object], object]) -> Iterator[Any]:
+def drawn(iterator: Iterator[object], draw: Callable[[Iterator[object], object], object]) -> Iterator[Batch]:
     """Yield the items of ``iterator``, each fetched by ``draw(iterator, default)``."""
     end = object()
     while (item := draw(iterator, end)) is not end:
         yield item
 
 
-def with_end(iterator: Iterator[object], limit: int | float) -> Iterator[tuple[Any, bool]]:
+def with_end(iterator: Iterator[object], limit: int | float) -> Iterator[tuple[Batch, bool]]:
     """Yield at most ``limit`` items, each with whether it is the last, by fetching one ahead."""
     if limit <= 0:
         return

@@ -83,15 +83,30 @@ def _recording(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def has_len(loader: Any) -> bool:
-    """Return whether the number of batches is known."""
+def known_length(iterable: Any) -> int | float:
+    """Return ``len(iterable)``, or inf if it has none.
+
+    Example:
+        >>> known_length(range(3)), known_length(iter(range(3)))
+        (3, inf)
+    """
     try:
-        length = len(loader)
+        return len(iterable)
     except (TypeError, NotImplementedError):
-        return False
+        return math.inf
+
+
+def length_of(loader: object) -> int | float:
+    """Return the number of batches, inf when unknown; warn if there are none."""
+    length = known_length(loader)
     if length == 0:
         rank_zero_warn(f"`{type(loader).__name__}` returned 0 length. Make sure this was your intention.")
-    return True
+    return length
+
+
+def has_len(loader: object) -> bool:
+    """Return whether the number of batches is known."""
+    return math.isfinite(length_of(loader))
 
 
 def prepare_dataloader(
@@ -300,8 +315,3 @@ def end_workers(loader: Any) -> None:
     if isinstance(iterator, _MultiProcessingDataLoaderIter):
         iterator._shutdown_workers()
         loader._iterator = None
-
-
-def length_of(loader: Any) -> int | float:
-    """Return the number of batches, inf when unknown."""
-    return len(loader) if has_len(loader) else math.inf

@@ -12,7 +12,7 @@ from levin.resume.stateful import leave_epoch
 from levin.resume.worker_state import WorkerState
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import ProcessRng
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 END: Any = object()
 
@@ -44,11 +44,11 @@ class Cursor(ABC):
         self.states_before: deque[Any] = deque(maxlen=lookahead + 1)
 
     @abstractmethod
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[Batch]:
         """Begin an epoch."""
 
     @abstractmethod
-    def resume(self, state: StateDict) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on in the epoch that ``state`` was saved in; the caller sets the global generators back afterwards."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Cursor(ABC):
         """Do what must be done right before the first batch is taken."""
         self.unread = None
 
-    def followed(self, iterator: Iterator[object]) -> Iterator[Any]:
+    def followed(self, iterator: Iterator[Batch]) -> Iterator[Batch]:
         """Yield from ``iterator``, keeping the state before each batch."""
         while True:
             before = self.before_pull()
@@ -103,7 +103,7 @@ class StatefulCursor(Cursor):
 
     kind = "stateful"
 
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[Batch]:
         """Begin an epoch."""
         self.epoch_start = self.rng.read()
         if self.unread is not None:
@@ -111,7 +111,7 @@ class StatefulCursor(Cursor):
             self.rng.write(self.epoch_start)
         return iter(self.loader)
 
-    def resume(self, state: StateDict) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on through the loader's own state."""
         self.epoch_start = state["epoch_start"]
         if state["is_ended"]:
@@ -119,7 +119,7 @@ class StatefulCursor(Cursor):
             return iter(())
         self.rng.write(self.epoch_start)
         self.loader.load_state_dict(state["loader_state"])
-        iterator: Iterator[Any] = iter(self.loader)
+        iterator: Iterator[Batch] = iter(self.loader)
         self.unread = state["loader_state"]
         return iterator
 
@@ -154,12 +154,12 @@ class ReplayCursor(Cursor):
         self.is_builtin: bool = isinstance(loader, (list, tuple, range, str))
         self.main: WorkerState = WorkerState(getattr(loader, "dataset", loader), getattr(loader, "collate_fn", None))
 
-    def start(self) -> Iterator[Any]:
+    def start(self) -> Iterator[Batch]:
         """Begin an epoch."""
         self.epoch_start = {} if self.is_builtin else self.main.read()
         return iter(self.loader)
 
-    def resume(self, state: StateDict) -> Iterator[Any]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Begin the epoch again and drop what was seen, with a warning."""
         num_done = state["num_done"]
         if self.is_builtin:
@@ -199,7 +199,7 @@ class ReplayCursor(Cursor):
         return {} if self.is_builtin else self.rng.read()
 
 
-def taken_first(taken: list[object], iterator: Iterator[object]) -> Iterator[Any]:
+def taken_first(taken: list[object], iterator: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches that were taken already, then the rest."""
     yield from taken
     # `chain` would call `iter` of the iterator, and a loader that is its own iterator would begin anew.

@@ -12,8 +12,7 @@ from typing import Any, cast
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.combined import known_length
-from levin.data.loaders import stop_workers
+from levin.data.loaders import known_length, stop_workers
 from levin.resume.cursors import END, Cursor, taken_first
 from levin.resume.order import Order, Rest, describe_order
 from levin.resume.sampler_state import (
@@ -29,7 +28,7 @@ from levin.resume.worker_state import WorkerState
 from levin.resume.workers import LOST, Workers, restart_workers, start_workers
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import PROCESS
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 
 @dataclass
@@ -68,7 +67,7 @@ class _LoaderCursor(Cursor):
         # Iterating a data set moves it on; a state loaded meanwhile would count for its next iteration.
         self._left_out: set[str] = {"dataset"} if isinstance(loader.dataset, IterableDataset) else set()
 
-    def start(self) -> Iterator[object]:
+    def start(self) -> Iterator[Batch]:
         """Begin an epoch; where that fails, nothing is drawn and the epoch before is still the present one."""
         epoch = _Epoch(self._read_start())
         try:
@@ -77,7 +76,7 @@ class _LoaderCursor(Cursor):
             self._set_back(epoch.start)
             raise
         self.epoch = epoch
-        return cast("Iterator[object]", epoch.iterator)
+        return cast("Iterator[Batch]", epoch.iterator)
 
     @abstractmethod
     def _read_start(self) -> StateDict:
@@ -105,6 +104,11 @@ class _LoaderCursor(Cursor):
         lasts = self.num_workers and self.loader.persistent_workers
         return bool(lasts and len(state.get("worker_states", [])) == self.num_workers)
 
+    def _start_workers(self, epoch: _Epoch, is_checked: bool) -> HeldSampler:
+        held = HeldSampler(index_sampler(self.loader), is_checked)
+        epoch.workers, epoch.iterator = start_workers(self.loader, self.lookahead, epoch.start, held)
+        return held
+
     def _restart_workers(self, epoch: _Epoch, state: StateDict, held: HeldSampler) -> None:
         epoch.workers, epoch.iterator = restart_workers(
             self.loader, self.lookahead, epoch.start, state.get("workers_started_at", epoch.start),
@@ -127,7 +131,7 @@ class _LoaderCursor(Cursor):
             )
         return {index: worker for index, worker in enumerate(states) if isinstance(worker, dict)}
 
-    def _take_again(self, iterator: Iterator[object], befores: list[Any]) -> Iterator[object]:
+    def _take_again(self, iterator: Iterator[Batch], befores: list[Any]) -> Iterator[Batch]:
         """Take the batches again that were in flight, each from the state it was taken from."""
         taken = []
         for before in befores:
@@ -159,7 +163,7 @@ class IndexCursor(_LoaderCursor):
         super().before_first()
         self._note_order(self.epoch)
 
-    def resume(self, state: StateDict) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on after the indices of the batches that were seen, without loading them."""
         iterator = self._reopen(state, *self._rest_of_epoch(state))
         if self.num_workers == 0:
@@ -199,9 +203,7 @@ class IndexCursor(_LoaderCursor):
 
     def _begin(self, epoch: _Epoch) -> None:
         if self.num_workers:
-            held = HeldSampler(index_sampler(self.loader), self.is_checked)
-            epoch.workers, epoch.iterator = start_workers(self.loader, self.lookahead, epoch.start, held)
-            self._release(epoch, held)
+            self._release(epoch, self._start_workers(epoch, self.is_checked))
         else:
             epoch.iterator = iter(self.loader)
             self._put_stream(epoch, IndexStream(epoch.iterator._sampler_iter, self.is_checked))
@@ -229,7 +231,7 @@ class IndexCursor(_LoaderCursor):
 
     def _reopen(
         self, state: StateDict, sampler: Iterable[object], num_skipped: int, shared_epoch: StateDict | None = None
-    ) -> Iterator[object]:
+    ) -> Iterator[Batch]:
         """Begin the saved epoch again and go through the first ``num_skipped`` indices of ``sampler``."""
         self.epoch = epoch = _Epoch(
             state["epoch_start"], order_drawn_at=state["order_drawn_at"], order=state["order"], shared=shared_epoch,
@@ -239,7 +241,7 @@ class IndexCursor(_LoaderCursor):
             held = HeldSampler(sampler, self.is_checked)
             self._restart_workers(epoch, state, held)
             self._release(epoch, held)
-            return cast("Iterator[object]", epoch.iterator)
+            return cast("Iterator[Batch]", epoch.iterator)
         self._set_back(epoch.start)
         epoch.iterator = iter(self.loader)
         self.rng.write(epoch.order_drawn_at)
@@ -251,7 +253,7 @@ class IndexCursor(_LoaderCursor):
             stream.draw_order()
         stream.skip(num_skipped)
         self._put_stream(epoch, stream)
-        return cast("Iterator[object]", epoch.iterator)
+        return cast("Iterator[Batch]", epoch.iterator)
 
     def _rest_of_epoch(self, state: StateDict) -> tuple[Iterable[object], int, StateDict | None]:
         """Return the sampler to go on with, how many batches to leave out, and what was done under other settings."""
@@ -295,13 +297,9 @@ class IndexCursor(_LoaderCursor):
 
     def _compare(self, saved: StateDict) -> None:
         """Say so if the sampler gave other indices than before."""
-        stream = self.epoch.stream
-        if (
-            not saved
-            or stream is None
-            or stream.num_taken != saved["num_taken"]
-            or stream.checksum == saved["checksum"]
-        ):
+        indices = {} if self.epoch.stream is None else self.epoch.stream.state()
+        # Another number of them was drawn where settings changed, which is told of already.
+        if not saved or indices == saved or indices.get("num_taken") != saved["num_taken"]:
             return
         kind = type(innermost(index_sampler(self.loader))).__name__
         rank_zero_warn(
@@ -323,7 +321,7 @@ class IterableCursor(_LoaderCursor):
         self._givers: deque[int] = deque(maxlen=lookahead + 2)
         self._num_given: list[int] = [0] * loader.num_workers
 
-    def resume(self, state: StateDict) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on through the data set's own state."""
         iterator = self._reopen(state)
         if not self.num_workers:
@@ -380,9 +378,7 @@ class IterableCursor(_LoaderCursor):
             self._set_back(epoch.start)
             self.unread = None
         if self.num_workers:
-            held = HeldSampler(index_sampler(self.loader), is_checked=False)
-            epoch.workers, epoch.iterator = start_workers(self.loader, self.lookahead, epoch.start, held)
-            self._release(epoch, held, -1)
+            self._release(epoch, self._start_workers(epoch, is_checked=False), -1)
         else:
             epoch.iterator = iter(self.loader)
 
@@ -397,14 +393,14 @@ class IterableCursor(_LoaderCursor):
         self._givers.clear()
         self._givers.append(last_giver)
 
-    def _reopen(self, state: StateDict) -> Iterator[object]:
+    def _reopen(self, state: StateDict) -> Iterator[Batch]:
         self.epoch = epoch = _Epoch(state["epoch_start"])
         if self.num_workers:
             held = HeldSampler(index_sampler(self.loader), is_checked=False)
             self._restart_workers(epoch, state, held)
             is_same = len(state["worker_states"]) == self.num_workers
             self._release(epoch, held, state["last_giver"] if is_same else -1)
-            return cast("Iterator[object]", epoch.iterator)
+            return cast("Iterator[Batch]", epoch.iterator)
         self._set_back(epoch.start)
         if state["is_ended"]:
             self.main.write_left(state["at_save"], is_ended=True)
@@ -412,4 +408,4 @@ class IterableCursor(_LoaderCursor):
         else:
             self.main.write_own(state["at_save"])
             epoch.iterator = iter(self.loader)
-        return cast("Iterator[object]", epoch.iterator)
+        return cast("Iterator[Batch]", epoch.iterator)

@@ -7,7 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,9 +19,11 @@ from levin.utilities.rng_states import (
     unpack_arrays,
     unpack_python,
 )
+from levin.utilities.types import StateDict
 
 Path = tuple[str | int, ...]
 
+_LEAVES = (str, bytes, int, float, type, ModuleType, FunctionType, torch.Tensor, torch.dtype, torch.device, type(None))
 _MAX_DEPTH = 6
 _MAX_OBJECTS = 1000
 _MAX_ITEMS = 64
@@ -65,7 +67,7 @@ def find_generators(root: object, leave_out: Collection[int] = ()) -> dict[Path,
 
 def read_generators(generators: Mapping[Path, object]) -> dict[Path, tuple[str, object]]:
     """Return the kind and state of each generator that :func:`find_generators` found."""
-    return {path: (kind, _READ[kind](obj)) for path, obj in generators.items() if (kind := _kind(obj)) is not None}
+    return {path: (kind, _of(kind).read(obj)) for path, obj in generators.items() if (kind := _kind(obj)) is not None}
 
 
 def write_generators(root: object, states: Mapping[Path, tuple[str, object]], leave_out: Collection[int] = ()) -> None:
@@ -77,10 +79,10 @@ def write_generators(root: object, states: Mapping[Path, tuple[str, object]], le
     for path, (kind, state) in states.items():
         generator = present.get(path)
         if generator is None or _kind(generator) != kind:
-            generator = _NEW[kind](state)
+            generator = _of(kind).new(state)
             if not _put(root, path, generator):
                 continue
-        _WRITE[kind](generator, state)
+        _of(kind).write(generator, state)
 
 
 def _put(root: object, path: Path, generator: object) -> bool:
@@ -110,20 +112,7 @@ _of_type: Callable[[object], object] = type  # mypy does not take a `type[Any]` 
 
 @functools.lru_cache(maxsize=4096)
 def _is_leaf(kind: type) -> bool:
-    leaves = (
-        str,
-        bytes,
-        int,
-        float,
-        type,
-        ModuleType,
-        FunctionType,
-        torch.Tensor,
-        torch.dtype,
-        torch.device,
-        type(None),
-    )
-    return issubclass(kind, leaves)
+    return issubclass(kind, _LEAVES)
 
 
 def _children(obj: object) -> Iterator[tuple[str | int, object]]:
@@ -171,18 +160,19 @@ def _kind(obj: Any) -> str | None:
     return f"numpy.{type(obj.bit_generator).__name__}" if family == "numpy" else family
 
 
-class _ByKind(dict[str, Callable[..., Any]]):
-    """The functions for each kind of generator; those of numpy's bit generators share one."""
+class _Family(NamedTuple):
+    """How the generators of one kind are read, set, and made for a state."""
 
-    def __missing__(self, kind: str) -> Callable[..., object]:
-        return self["numpy"]
+    read: Callable[[Any], object]
+    write: Callable[[Any, Any], object]
+    new: Callable[[Any], object]
 
 
-def _write_numpy(generator: Any, state: Any) -> None:
+def _write_numpy(generator: Any, state: object) -> None:
     generator.bit_generator.state = unpack_arrays(state)
 
 
-def _new_numpy(state: Any) -> Any:
+def _new_numpy(state: StateDict) -> object:
     import numpy
 
     return numpy.random.Generator(getattr(numpy.random, state["bit_generator"])())
@@ -194,31 +184,26 @@ def _new_random_state(state: object) -> object:
     return numpy.random.RandomState(0)
 
 
-def _new_torch(state: Any) -> torch.Generator:
-    return torch.Generator(device=state[0])
+_FAMILIES = {
+    "torch": _Family(
+        lambda generator: (str(generator.device), tensor_bytes(generator.get_state())),
+        lambda generator, state: generator.set_state(bytes_tensor(state[1])),
+        lambda state: torch.Generator(device=state[0]),
+    ),
+    "python": _Family(
+        lambda generator: pack_python(generator.getstate()),
+        lambda generator, state: generator.setstate(unpack_python(state)),
+        lambda state: random.Random(0),
+    ),
+    "numpy": _Family(lambda generator: pack_arrays(generator.bit_generator.state), _write_numpy, _new_numpy),
+    "numpy.RandomState": _Family(
+        lambda generator: pack_arrays(generator.get_state(legacy=False)),
+        lambda generator, state: generator.set_state(unpack_arrays(state)),
+        _new_random_state,
+    ),
+}
 
 
-_READ = _ByKind(
-    {
-        "torch": lambda generator: (str(generator.device), tensor_bytes(generator.get_state())),
-        "python": lambda generator: pack_python(generator.getstate()),
-        "numpy": lambda generator: pack_arrays(generator.bit_generator.state),
-        "numpy.RandomState": lambda generator: pack_arrays(generator.get_state(legacy=False)),
-    }
-)
-_WRITE = _ByKind(
-    {
-        "torch": lambda generator, state: generator.set_state(bytes_tensor(state[1])),
-        "python": lambda generator, state: generator.setstate(unpack_python(state)),
-        "numpy": _write_numpy,
-        "numpy.RandomState": lambda generator, state: generator.set_state(unpack_arrays(state)),
-    }
-)
-_NEW = _ByKind(
-    {
-        "torch": _new_torch,
-        "python": lambda state: random.Random(0),
-        "numpy": _new_numpy,
-        "numpy.RandomState": _new_random_state,
-    }
-)
+def _of(kind: str) -> _Family:
+    # Those of numpy's bit generators have one way.
+    return _FAMILIES.get(kind, _FAMILIES["numpy"])

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from levin.data.combined import Joint, is_stateful, joint
 from levin.resume.cursors import END, Cursor, ReplayCursor, StatefulCursor
 from levin.resume.dataloader_cursor import IndexCursor, IterableCursor
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 
 class Position:
@@ -37,7 +37,7 @@ class Position:
         self._loaded: StateDict | None = None
         self._is_finished: bool = False
 
-    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[object]:
+    def iterate(self, loader: Iterable[object], lookahead: int = 0) -> Iterator[Batch]:
         """Begin an epoch of ``loader``, or go on in the middle of the one that was loaded.
 
         Args:
@@ -93,7 +93,7 @@ class Position:
         """Take what :meth:`state_dict` returned; the next :meth:`iterate` goes on there."""
         self._loaded = state or None
 
-    def _pull(self, cursor: Cursor, iterator: Iterator[object]) -> Iterator[object]:
+    def _pull(self, cursor: Cursor, iterator: Iterator[Batch]) -> Iterator[Batch]:
         cursor.before_first()
         if cursor.follows_pulls:
             iterator = cursor.followed(iterator)
@@ -107,7 +107,7 @@ class Position:
         cursor.is_ended = True
 
 
-def _go_on(cursor: Cursor, loaded: StateDict) -> Iterator[Any] | None:
+def _go_on(cursor: Cursor, loaded: StateDict) -> Iterator[Batch] | None:
     """Go on in the epoch that was loaded, or leave it if it is over; the global generators stay as they are."""
     present = cursor.rng.read()
     try:
@@ -137,11 +137,11 @@ class JointCursor(Cursor):
         # Looking for another batch at the end takes items and sets marks; this is what was there before.
         self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
-    def start(self) -> Iterator[object]:
+    def start(self) -> Iterator[Batch]:
         """Begin an epoch."""
         return self._begin([False] * len(self.positions))
 
-    def resume(self, state: StateDict) -> Iterator[object]:
+    def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on in the epoch that ``state`` was saved in."""
         if state["is_ended"]:
             self.leave(state)
@@ -195,7 +195,7 @@ class JointCursor(Cursor):
         """Remember what was there before the end."""
         self._before_end = before
 
-    def _begin(self, exhausted: list[bool]) -> Iterator[object]:
+    def _begin(self, exhausted: list[bool]) -> Iterator[Batch]:
         self.exhausted = exhausted
         self._givers.clear()
         self._before_end = None
@@ -203,10 +203,10 @@ class JointCursor(Cursor):
         openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)
 
-    def _opener(self, index: int) -> Callable[[], Iterator[object]]:
+    def _opener(self, index: int) -> Callable[[], Iterator[Batch]]:
         position = self.positions[index]
 
-        def open_loader() -> Iterator[object]:
+        def open_loader() -> Iterator[Batch]:
             if self.lookahead and self._num_opened[index]:
                 self._before_last[index] = position.state_dict(max(0, position.num_pulled - 1))
             self._num_opened[index] += 1
@@ -221,7 +221,7 @@ def cursor_for(loader: Any, lookahead: int = 0) -> Cursor:
         return JointCursor(loader, lookahead)
     if is_stateful(loader):
         return StatefulCursor(loader, lookahead)
-    if _is_plain(loader):
+    if _gives_the_batches_of_its_sampler(loader):
         if not isinstance(loader.dataset, IterableDataset):
             return IndexCursor(loader, lookahead)
         if is_stateful(loader.dataset):
@@ -229,7 +229,7 @@ def cursor_for(loader: Any, lookahead: int = 0) -> Cursor:
     return ReplayCursor(loader, lookahead)
 
 
-def _is_plain(loader: Any) -> bool:
+def _gives_the_batches_of_its_sampler(loader: Any) -> bool:
     """Whether the batches of ``loader`` correspond to the indices of its sampler, one to one."""
     kind: Any = type(loader)
     return (

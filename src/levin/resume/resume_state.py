@@ -7,26 +7,34 @@ A validation that was under way is begun again, from the random states and the p
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Optional
 
+from torch import Tensor
+from torch.nn import Parameter
+
 from levin.log_store import LogStore
 from levin.resume import checkpoint_tree as tree
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.resume.optimizer_groups import groups_by_name
-from levin.resume.plain_values import copied, is_plain
 from levin.resume.position import Position
+from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
 from levin.utilities.states import TrainerFn
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
     from levin.protocols import Run, StageLoaders
+
+
+# What loads without running code, beside tensors and collections.
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Phase(IntEnum):
@@ -104,7 +112,7 @@ class ResumeState:
             state["optimizer_groups"] = (run.configured_groups, groups)
         unfinished = self._find_unfinished(run)
         if unfinished is not None:
-            state["unfinished"] = _as_dict(unfinished)
+            state["unfinished"] = {**vars(unfinished), "phase": int(unfinished.phase)}
             if unfinished.phase == Phase.VALIDATION:
                 state.update(self._validation or {})
         return state
@@ -181,7 +189,7 @@ class ResumeState:
         mid_epoch = epoch.current.started > epoch.current.processed and batch.current.processed > 0
         loop.restarted_mid_epoch = mid_epoch
         if exact is not None and "unfinished" in exact:
-            self._unfinished = _from_dict(exact["unfinished"])
+            self._unfinished = InterruptedPhase(**{**exact["unfinished"], "phase": Phase(exact["unfinished"]["phase"])})
         else:
             self._unfinished = self._guess_unfinished(run) if mid_epoch else None
         if mid_epoch:
@@ -279,7 +287,7 @@ class ResumeState:
             arguments = (outputs, batch, batch_idx)
         run.call(name, *arguments, num_last=unfinished.num_hooks)
 
-    def batches(self, feed: Feed, start: int) -> Generator[Any, None, None]:
+    def batches(self, feed: Feed, start: int) -> Generator[Batch, None, None]:
         """Return the batches of the epoch from index ``start`` on."""
         loaded, self._loaded = self._loaded, None
         if start and (loaded is None or "data" not in loaded):
@@ -330,13 +338,23 @@ def _has_only_begun(data: dict[str, object]) -> bool:
     return is_open and data["kind"] == "index" and not data["num_done"]
 
 
-def _as_dict(unfinished: InterruptedPhase) -> dict[str, object]:
-    return {
-        "phase": int(unfinished.phase),
-        "num_hooks": unfinished.num_hooks,
-        "arguments": unfinished.arguments,
-    }
+def is_plain(value: Any) -> bool:
+    """Return whether ``value`` is made of tensors and plain values only.
+
+    Example:
+        >>> is_plain({"x": [1, 2.0, "a"]}), is_plain(object())
+        (True, False)
+    """
+    kind = type(value)
+    if kind in _SCALARS or kind in (Tensor, Parameter):
+        return True
+    if kind in (list, tuple):
+        return all(is_plain(item) for item in value)
+    if kind in (dict, OrderedDict):
+        return all(type(key) in _SCALARS and is_plain(item) for key, item in value.items())
+    return False
 
 
-def _from_dict(state: StateDict) -> InterruptedPhase:
-    return InterruptedPhase(Phase(state["phase"]), state["num_hooks"], state["arguments"])
+def copied(value: object) -> Any:
+    """Return ``value`` with a detached copy of each tensor in it, on its own device."""
+    return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().clone())

@@ -25,7 +25,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.combined import is_stateful, known_length
+from levin.data.combined import is_stateful
+from levin.data.loaders import known_length
 from levin.data.samplers import UnrepeatedDistributedSampler
 from levin.resume.held_generators import find_generators, read_generators, write_generators
 from levin.utilities.types import StateDict
@@ -68,7 +69,6 @@ def shape_of(loader: DataLoader[object]) -> StateDict:
     return {
         "batch_size": loader.batch_size if isinstance(loader.batch_size, int) else getattr(sampler, "batch_size", None),
         "num_replicas": getattr(inner, "num_replicas", 1),
-        "num_workers": loader.num_workers,
         "num_samples": known_length(inner),
     }
 

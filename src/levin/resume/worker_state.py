@@ -23,7 +23,6 @@ from levin.utilities.types import StateDict
 
 # The three global generators take 10 kB; the rest is for those of the data set.
 _SLOT_BYTES = 32 * 1024
-_NUMBER_BYTES = 8
 _TOO_LARGE = 2**63 - 1
 
 
@@ -46,46 +45,36 @@ class WorkerStateLog:
         self.num_slots: int = num_slots
         self.slot_bytes: int = slot_bytes
         # What a fork or a new process inherits; no lock is needed, since each part has one writer.
-        self._worker_bytes: int = _NUMBER_BYTES + num_slots * (_NUMBER_BYTES + slot_bytes)
-        self._memory: Any = RawArray("B", num_workers * self._worker_bytes)
+        self._counts = RawArray("Q", num_workers)
+        self._sizes = RawArray("Q", num_workers * num_slots)
+        self._states = RawArray("B", num_workers * num_slots * slot_bytes)
 
     def write(self, worker: int, state: bytes) -> None:
         """Add the state of ``worker`` after its next batch."""
-        view = memoryview(self._memory).cast("B")
-        count = self._number(view, worker * self._worker_bytes)
-        start = self._slot(worker, count + 1)
-        size = len(state)
-        if size <= self.slot_bytes:
-            view[start + _NUMBER_BYTES : start + _NUMBER_BYTES + size] = state
-        else:
-            size = _TOO_LARGE
-        view[start : start + _NUMBER_BYTES] = size.to_bytes(_NUMBER_BYTES, "little")
+        count = self._counts[worker] + 1
+        slot = self._slot(worker, count)
+        fits = len(state) <= self.slot_bytes
+        if fits:
+            start = slot * self.slot_bytes
+            memoryview(self._states).cast("B")[start : start + len(state)] = state
+        self._sizes[slot] = len(state) if fits else _TOO_LARGE
         # The count comes last: a state that is counted is whole.
-        header = worker * self._worker_bytes
-        view[header : header + _NUMBER_BYTES] = (count + 1).to_bytes(_NUMBER_BYTES, "little")
+        self._counts[worker] = count
 
     def count(self, worker: int) -> int:
         """Return how many batches ``worker`` has made."""
-        return self._number(memoryview(self._memory).cast("B"), worker * self._worker_bytes)
+        return int(self._counts[worker])
 
     def read(self, worker: int, count: int) -> bytes | None:
         """Return the state of ``worker`` after batch number ``count`` (from 1), None if it is not kept."""
-        view = memoryview(self._memory).cast("B")
         if not self.count(worker) - self.num_slots < count <= self.count(worker):
             return None
-        start = self._slot(worker, count)
-        size = self._number(view, start)
-        if size == _TOO_LARGE:
-            return None
-        return bytes(view[start + _NUMBER_BYTES : start + _NUMBER_BYTES + size])
+        slot = self._slot(worker, count)
+        size, start = self._sizes[slot], slot * self.slot_bytes
+        return None if size == _TOO_LARGE else bytes(memoryview(self._states).cast("B")[start : start + size])
 
     def _slot(self, worker: int, count: int) -> int:
-        slot = count % self.num_slots
-        return worker * self._worker_bytes + _NUMBER_BYTES + slot * (_NUMBER_BYTES + self.slot_bytes)
-
-    @staticmethod
-    def _number(view: memoryview, start: int) -> int:
-        return int.from_bytes(view[start : start + _NUMBER_BYTES], "little")
+        return worker * self.num_slots + count % self.num_slots
 
 
 class RecordingCollate:

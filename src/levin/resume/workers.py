@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from levin.resume.sampler_state import HeldSampler
 from levin.resume.worker_state import RecordingCollate, RestoringInit, WorkerStateLog
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 # Stands for the state of a worker that was too large for its memory.
 LOST = "lost"
@@ -129,7 +129,7 @@ class Workers:
 
 def start_workers(
     loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, held: HeldSampler
-) -> tuple[Workers, Iterator[Any]]:
+) -> tuple[Workers, Iterator[Batch]]:
     """Begin an epoch of a loader with workers; they wait for :meth:`Workers.release`.
 
     Args:
@@ -152,7 +152,7 @@ def start_workers(
 def restart_workers(
     loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, started_at: StateDict, states: Mapping[int, StateDict],
     held: HeldSampler, set_back: Callable[[StateDict], None],
-) -> tuple[Workers, Iterator[Any]]:  # fmt: skip
+) -> tuple[Workers, Iterator[Batch]]:  # fmt: skip
     """Begin an epoch again that was under way; the workers wait for :meth:`Workers.release`.
 
     Args:
