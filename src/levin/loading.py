@@ -20,7 +20,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from levin.utilities.types import _MAP_LOCATION_TYPE, Kwargs, StateDict
+    from levin.utilities.types import _MAP_LOCATION_TYPE, Function, Kwargs, StateDict
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class _RestrictedClassMethod:
         self.function: Callable[..., object] = function
         functools.update_wrapper(cast(Any, self), function)
 
-    def __get__(self, instance: object, owner: type) -> Callable[..., Any]:
+    def __get__(self, instance: object, owner: type) -> Function:
         # Reading the attribute of an instance must work: torch.jit and inspect look at every attribute there is.
         @functools.wraps(self.function)
         def bound(*args: object, **kwargs: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Callable, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from levin.hooks import Callback
     from levin.log_store import LogStore
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, OptimizerLRScheduler, StateDict
+    from levin.utilities.types import STEP_OUTPUT, Closure, OptimizerLRScheduler, StateDict, Tree
 
 log = logging.getLogger("levin")
 
@@ -319,7 +319,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         epoch: int,
         batch_idx: int,
         optimizer: Any,
-        optimizer_closure: Optional[Callable[[], Any]] = None,
+        optimizer_closure: Optional[Closure] = None,
     ) -> None:
         """Step the optimizer; an override must run ``optimizer_closure``, by hand or through ``optimizer.step``."""
         optimizer.step(closure=optimizer_closure)
@@ -431,7 +431,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             param.requires_grad = True
         return self.train()
 
-    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: Tree, group: Any = None, sync_grads: bool = False) -> Tree:
         """Gather tensors or numbers, alone or in a collection, from all ranks along a new first dimension.
 
         Without other ranks there is no new dimension: numbers become tensors, tensors stay as they are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import LRSchedulerConfig, StateDict
+from levin.utilities.types import Closure, Function, LRSchedulerConfig, StateDict
 
 if TYPE_CHECKING:
     from levin.hooks import LightningModule
@@ -32,8 +32,8 @@ class LightningOptimizer:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._on_step: Optional[Callable[..., Any]] = None
-        self._no_sync: Callable[[], Any] = nullcontext
+        self._on_step: Optional[Function] = None
+        self._no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
         self._module: Optional[LightningModule] = None
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
         self.__class__ = type("Lightning" + type(optimizer).__name__, (type(self), type(optimizer)), {})
@@ -43,7 +43,7 @@ class LightningOptimizer:
         """The torch optimizer itself."""
         return self._optimizer
 
-    def step(self, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+    def step(self, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         """Update the parameters.
 
         Args:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Optional, TypeVar, Union, cast
@@ -16,9 +16,10 @@ from levin.utilities.exceptions import MisconfigurationException, did_you_mean, 
 from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import GradClipAlgorithmType
+from levin.utilities.types import Function
 
 Limit = Union[int, float]
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Function)
 
 
 @dataclass(frozen=True)

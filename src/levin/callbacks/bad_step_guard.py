@@ -321,7 +321,7 @@ class _Batches:
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
 
     def __len__(self) -> int:

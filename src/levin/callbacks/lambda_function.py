@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from levin.hooks import Callback
-
-Function = Callable[..., Any]
+from levin.utilities.types import Function
 
 
 class LambdaCallback(Callback):

@@ -14,7 +14,7 @@ import torch
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
 from levin.checkpoint.reading import load
 from levin.utilities.filesystem import atomic_open, remove
-from levin.utilities.types import PathLike, StateDict
+from levin.utilities.types import PathLike, StateDict, Tree
 
 if TYPE_CHECKING:
     from levin.checkpoint.worker import Worker
@@ -237,7 +237,7 @@ def reject_storage_options(storage_options: object | None, checkpoint_io: Checkp
         )
 
 
-def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
+def whole(tree: Tree, is_kept: bool = True, is_alone: bool = False) -> Tree:
     """Return ``tree`` with whole tensors, on the CPU, in the place of those that are spread over ranks.
 
     All ranks call this with trees of one form; one tensor is gathered after the other.
@@ -251,7 +251,7 @@ def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
         RuntimeError: There are such tensors, and the other ranks do not take part.
     """
 
-    def gather(tensor: Any) -> Any:
+    def gather(tensor: Tree) -> Any:
         if is_alone:
             raise RuntimeError(
                 "A tensor whose parts are on several ranks cannot be saved by one of them, and the others do not answer "
@@ -263,18 +263,18 @@ def whole(tree: Any, is_kept: bool = True, is_alone: bool = False) -> Any:
     return _replaced(tree, gather)
 
 
-def own_parts(tree: Any) -> Any:
+def own_parts(tree: Tree) -> Tree:
     """Return ``tree`` with this rank's parts in the place of tensors that are spread over ranks."""
     return _replaced(tree, lambda tensor: tensor.to_local())
 
 
-def _replaced(tree: Any, function: Callable[[Any], Any]) -> Any:
+def _replaced(tree: Tree, function: Callable[[Any], Any]) -> Tree:
     # Without this module nobody can have made one.
     module = sys.modules.get("torch.distributed.tensor")
     return tree if module is None else _walk(tree, module.DTensor, function)
 
 
-def _walk(value: Any, spread: type, function: Callable[[Any], Any]) -> Any:
+def _walk(value: Tree, spread: type, function: Callable[[Any], Any]) -> Tree:
     kind = type(value)
     if kind in (dict, OrderedDict):
         # Called for each tensor of a model: most entries need no call of their own.

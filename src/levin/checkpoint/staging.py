@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
+from levin.utilities.types import Tree
 
 _ALIGNMENT = 64
 # Below this, handing a copy to another thread costs more than it gains.
@@ -65,7 +66,7 @@ class Snapshot:
         taken_s: When it was made, in seconds since the epoch.
     """
 
-    tree: Any
+    tree: Tree
     memory: memoryview
     events: list[Any] = field(default_factory=list)
     taken_s: float = field(default_factory=time.time)
@@ -259,7 +260,7 @@ class _Copier:
         self.storages: dict[int, _StagedStorage] = {}
         self._done: dict[int, Any] = {}
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, value: Tree) -> Tree:
         kind = type(value)
         if kind is torch.Tensor:
             return self._copy_tensor(value)
@@ -314,7 +315,7 @@ class _Restorer:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._done: dict[int, Any] = {}
 
-    def restore(self, value: Any) -> Any:
+    def restore(self, value: Tree) -> Tree:
         kind = type(value)
         if kind not in (dict, OrderedDict, list, tuple, _StagedTensor, _Pickled):
             return value

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 from levin.hparams import given_hyperparameters
+from levin.utilities.types import Function
 
 T = TypeVar("T")
 
@@ -72,7 +72,7 @@ def class_config(class_path: str, arguments: dict[str, object]) -> dict[str, Any
 
 def saving_instantiator(
     class_type: type, config: dict[str, Any], key: str = "", is_subclass: bool = False
-) -> tuple[Callable[..., Any], type, bool]:
+) -> tuple[Function, type, bool]:
     """Return an instantiator for jsonargparse that lets the object save ``config`` as its hyper-parameters.
 
     Args:

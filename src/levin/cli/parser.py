@@ -7,7 +7,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Optional, Union
 
 import torch
@@ -24,6 +24,7 @@ from levin.profilers import Profiler
 from levin.strategies import Strategy
 from levin.trainer import Trainer
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Function
 
 try:
     import jsonargparse
@@ -39,7 +40,7 @@ jsonargparse.register_unresolvable_import_paths(torch)
 
 __all__ = ["ActionConfigFile", "LightningArgumentParser", "class_from_function", "nearest"]
 
-AnyClass = Union[type, Callable[..., Any]]
+AnyClass = Union[type, Function]
 
 
 class LightningArgumentParser(ArgumentParser):

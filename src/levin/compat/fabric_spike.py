@@ -6,6 +6,7 @@ from typing import Any
 
 from levin.callbacks.spike_detection import SpikeDetector
 from levin.fabric import Fabric
+from levin.utilities.types import Batch
 
 
 class SpikeDetection(SpikeDetector):
@@ -15,7 +16,7 @@ class SpikeDetection(SpikeDetector):
         >>> detection = SpikeDetection(window=100, warmup=200, rtol=3.0)
     """
 
-    def on_train_batch_end(self, fabric: Fabric, loss: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, fabric: Fabric, loss: Any, batch: Batch, batch_idx: int) -> None:
         """Look at the loss of a batch, in all processes together.
 
         Args:

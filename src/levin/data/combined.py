@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from levin.data.loaders import known_length, stop_workers
 from levin.utilities.collections import is_namedtuple
-from levin.utilities.types import Batch, StateDict
+from levin.utilities.types import Batch, StateDict, Tree
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 NumberedBatch = tuple[Batch, int, int]
@@ -333,7 +333,7 @@ def is_nothing(tree: object) -> bool:
     return isinstance(tree, (list, tuple, Mapping)) and not tree
 
 
-def flatten(tree: Any) -> list[Any]:
+def flatten(tree: Tree) -> list[Any]:
     """Return the iterables in a nesting of dicts, lists and tuples, depth first.
 
     Example:
@@ -348,7 +348,7 @@ def flatten(tree: Any) -> list[Any]:
     return [leaf for child in children for leaf in ([child] if is_leaf(child) else flatten(child))]
 
 
-def rebuilder(tree: Any) -> Rebuild:
+def rebuilder(tree: Tree) -> Rebuild:
     """Return a function that puts a flat sequence of items into the structure of ``tree``.
 
     Example:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple, Optional
 
+from levin.utilities.types import Function
+
 
 class Place(NamedTuple):
     """A batch of training."""
@@ -30,7 +32,7 @@ class Node:
     """
 
     text: str
-    function: Optional[Callable[..., Any]] = None
+    function: Optional[Function] = None
     due: Optional[Callable[[Place], bool]] = None
     when: str = ""
     counts: Optional[tuple[str, Callable[[int], int]]] = None
@@ -43,7 +45,7 @@ class Node:
             yield from node.walk()
 
 
-def code_of(function: Callable[..., Any]) -> Optional[CodeType]:
+def code_of(function: Function) -> Optional[CodeType]:
     """Return the code that runs when ``function`` is called, without what wraps it."""
     while True:
         if isinstance(function, functools.partial):
@@ -62,7 +64,7 @@ def _shows_batch(function: functools.partial[Any]) -> bool:
     return function.func.__name__ == "_call_with_batch" if hasattr(function.func, "__name__") else False
 
 
-def owner_of(function: Callable[..., Any]) -> Any:
+def owner_of(function: Function) -> Any:
     """Return the object whose method ``function`` is, or None."""
     while isinstance(function, functools.partial):
         function = function.args[0] if _shows_batch(function) else function.func

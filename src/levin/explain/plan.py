@@ -18,6 +18,7 @@ from levin.loops.step import AutomaticStep, compose_step
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.utilities.overrides import has_own, is_overridden
+from levin.utilities.types import Function
 
 _ARGUMENTS = {
     "on_train_batch_start": "batch, batch_idx",
@@ -371,7 +372,7 @@ class Plan:
 
     @staticmethod
     def _call(
-        function: Callable[..., Any],
+        function: Function,
         arguments: str,
         due: Optional[Callable[[Place], bool]] = None,
         when: str = "",

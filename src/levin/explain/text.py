@@ -6,7 +6,7 @@ import ast
 import inspect
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Optional
 
 from levin.datamodule import LightningDataModule
@@ -17,6 +17,7 @@ from levin.log_store import DEFAULTS
 from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.utilities.overrides import has_own
+from levin.utilities.types import Function
 
 _HOUSE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -91,7 +92,7 @@ def _place(thing: Any) -> str:
     return f"{name}:{line}"
 
 
-def _logged(function: Callable[..., Any]) -> Iterator[str]:
+def _logged(function: Function) -> Iterator[str]:
     """Say what the source of a user's function logs: the calls of ``self.log`` with a literal name in it."""
     code = code_of(function)
     if code is None or code.co_filename.startswith(_HOUSE):

@@ -315,11 +315,11 @@ class Fabric(Processes):
             set_up_module(module), plain, clip_val, max_norm, norm_type=norm_type, error_if_nonfinite=error_if_nonfinite
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Return a context in which operations run in the precision; a module that was set up does so by itself."""
         return self._strategy.precision.forward_context()
 
-    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_backward_sync(self, module: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
         """Return a context in which gradients stay in this process, for all but the last batch of an accumulation.
 
         Args:
@@ -345,11 +345,11 @@ class Fabric(Processes):
         self._strategy.module_to_device(obj)
         return obj
 
-    def init_tensor(self) -> AbstractContextManager[Any]:
+    def init_tensor(self) -> AbstractContextManager[object]:
         """Return a context in which new tensors are on the device and in the precision."""
         return self._strategy.tensor_init_context()
 
-    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[object]:
         """Return a context in which new modules are on the device and in the precision.
 
         Args:
@@ -358,7 +358,7 @@ class Fabric(Processes):
         self._check_launched()
         return self._strategy.module_init_context(empty_init=empty_init)
 
-    def sharded_model(self) -> AbstractContextManager[Any]:
+    def sharded_model(self) -> AbstractContextManager[object]:
         """Return :meth:`init_module`, which is its present name."""
         rank_zero_deprecation("`Fabric.sharded_model()` is deprecated. Use `Fabric.init_module()`.")
         return self.init_module()

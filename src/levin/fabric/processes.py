@@ -24,6 +24,7 @@ from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
+from levin.utilities.types import Tree
 
 _SHARDED = ("fsdp", "fsdp_cpu_offload")
 
@@ -266,7 +267,7 @@ class Processes:
         self._check_launched()
         return self._strategy.broadcast(obj, src=src)
 
-    def all_gather(self, data: object, group: object = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, data: object, group: object = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes along a new first dimension; of one process as they are.
 
         Args:
@@ -278,7 +279,7 @@ class Processes:
         gather = functools.partial(self._strategy.all_gather, group=group, sync_grads=sync_grads)
         return self._over_tensors(data, gather)
 
-    def all_reduce(self, data: object, group: object = None, reduce_op: object = "mean") -> Any:
+    def all_reduce(self, data: object, group: object = None, reduce_op: object = "mean") -> Tree:
         """Return the tensors reduced over all processes.
 
         Args:

@@ -20,7 +20,7 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.strategy import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
-from levin.utilities.types import Batch, StateDict
+from levin.utilities.types import Batch, Closure, Function, StateDict
 
 CHECKPOINTED = "_checkpoint_wrapped_module."
 """In the names of parameters whose module computes its activations again in backward."""
@@ -108,7 +108,7 @@ class FabricModule(nn.Module):
         original: nn.Module = vars(self)["_original_module"]
         return original
 
-    def mark_forward_method(self, method: Callable[..., Any] | str) -> None:
+    def mark_forward_method(self, method: Function | str) -> None:
         """Let a method of the original run through the strategy, as ``forward`` does.
 
         Args:
@@ -136,7 +136,7 @@ class FabricModule(nn.Module):
         """Load the original's state."""
         return self._original_module.load_state_dict(*args, **kwargs)
 
-    def _compose(self, run: Callable[..., Any]) -> Callable[..., Any]:
+    def _compose(self, run: Function) -> Function:
         """Return ``run`` with what stands around it; ``run`` itself where nothing does."""
         precision, guard = self._strategy.precision, self._guard
         kind = type(precision)
@@ -155,7 +155,7 @@ class FabricModule(nn.Module):
 
         return run_converted
 
-    def _refusing(self, method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _refusing(self, method: Function, name: str) -> Function:
         """Return the method such that it may not run submodules: the strategy would not hear of it."""
         original = self._original_module
 
@@ -252,7 +252,7 @@ class FabricOptimizer:
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self._optimizer.param_groups = groups
 
-    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+    def step(self, closure: Closure | None = None, **kwargs: Any) -> Any:
         """Update the parameters.
 
         Args:
@@ -330,7 +330,7 @@ class FabricDataLoader:
         self._device = device
         self._position = Position()
         self._num_iter_calls: int = 0
-        self._running: weakref.ref[Generator[Any, None, None]] | None = None
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     @property
     def device(self) -> torch.device | None:
@@ -345,7 +345,7 @@ class FabricDataLoader:
     def __len__(self) -> int:
         return len(self._dataloader)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         set_epoch(self._dataloader, self._num_iter_calls)
         self._num_iter_calls += 1
         if self._is_running:
@@ -374,7 +374,7 @@ class FabricDataLoader:
     def _placed(self, batch: Batch) -> Any:
         return batch if self._device is None else move_data_to_device(batch, self._device)
 
-    def _follow(self, batches: Iterator[Any]) -> Generator[Any, None, None]:
+    def _follow(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
         device = self._device
         try:
             for batch in batches:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
+
+from levin.utilities.types import Function
 
 SIGTERM_STATUS = 143
 """Exit status of a process that was asked to terminate, as a shell says it: 128 and the number of the signal."""
@@ -24,7 +25,7 @@ class Launcher(ABC):
         return False
 
     @abstractmethod
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    def launch(self, function: Function, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run ``function(*args, **kwargs)`` in every process.
 
         Args:

@@ -26,7 +26,7 @@ from levin.launchers.launcher import Launcher
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
-from levin.utilities.types import Kwargs
+from levin.utilities.types import Function, Kwargs
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -80,7 +80,7 @@ class MultiProcessingLauncher(Launcher):
         """True: this process only waits."""
         return True
 
-    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+    def launch(self, function: Function, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run the function in new processes and return the result of rank 0.
 
         Raises:
@@ -193,7 +193,7 @@ class _Settings:
 class _Call:
     """What each process runs."""
 
-    function: Callable[..., Any]
+    function: Function
     args: tuple[Any, ...]
     kwargs: Kwargs
     trainer: Any

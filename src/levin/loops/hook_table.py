@@ -16,9 +16,9 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.timing import action_name
-from levin.utilities.types import Batch
+from levin.utilities.types import Batch, Function
 
-Hooks = tuple[Callable[..., Any], ...]
+Hooks = tuple[Function, ...]
 
 STAGES = ("validation", "test", "predict")
 RUN_HOOKS: tuple[str, ...] = (
@@ -151,7 +151,7 @@ def transfer_hooks(
     profile: Optional[Timed] = None,
     strategy: Optional[Strategy] = None,
     move: Optional[Callable[[Any, torch.device], Any]] = None,
-) -> Optional[Callable[[Any, torch.device, int], Any]]:
+) -> Optional[Callable[[Batch, torch.device, int], Batch]]:
     """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
 
     Args:

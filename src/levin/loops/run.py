@@ -33,7 +33,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
-from levin.utilities.types import LRSchedulerConfig, PathLike, StateDict
+from levin.utilities.types import Batch, LRSchedulerConfig, PathLike, StateDict
 
 
 class Step(Protocol):
@@ -106,7 +106,7 @@ class Run:
         self.is_setting_up: bool = False
         # Composed in set-up.
         self.hooks = HookTable(self.trainer, self.module, ())
-        self.transfer: Optional[Callable[[Any, torch.device, int], Any]] = None
+        self.transfer: Optional[Callable[[Batch, torch.device, int], Batch]] = None
         self.timed: Timed = untimed
         self.is_profiled: bool = False
         self.store: LogStore = new_store(self, training=False)
@@ -119,7 +119,7 @@ class Run:
         self.uneven: Optional[Uneven] = None
         self.agreement: Optional[Agreement] = None
         # How training and validation go on.
-        self.val_step: Optional[Callable[[Any, int, int], Any]] = None
+        self.val_step: Optional[Callable[[Batch, int, int], Any]] = None
         self.last_validation_s: float = time.monotonic()
         self.eval_log_steps: dict[int, int] = {}
         self.has_explained_minima: bool = False

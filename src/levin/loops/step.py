@@ -27,7 +27,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import Batch, StateDict
+from levin.utilities.types import Batch, Closure, StateDict
 
 
 def compose_step(run: Run) -> Step:
@@ -311,7 +311,7 @@ class AutomaticStep:
             scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
             self.window = self.held
 
-    def _step_through_strategy(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+    def _step_through_strategy(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
         return None if closure is None else result
 
@@ -376,7 +376,7 @@ class ManualStep:
             loss = loss * self.uneven.share
         self._backward(loss, *args, **kwargs)
 
-    def _step(self, optimizer: Any, closure: Optional[Callable[[], Any]] = None, **kwargs: Any) -> Any:
+    def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         self.progress.increment_ready()
         result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
         self.progress.increment_completed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +15,7 @@ from typing_extensions import override
 from levin.precision.precision import Precision
 from levin.precision.true import convert_floats
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import StateDict
+from levin.utilities.types import Closure, StateDict, Tree
 
 
 class MixedPrecision(Precision):
@@ -52,7 +51,7 @@ class MixedPrecision(Precision):
         self.scaler = GradScaler(device=device) if scaler is None and precision == "16-mixed" else scaler
         self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float16
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def forward_context(self) -> AbstractContextManager[object]:
         """Return torch's autocast for this device and type."""
         return self.autocast_context_manager()
 
@@ -61,7 +60,7 @@ class MixedPrecision(Precision):
         # Copies of the weights would be kept to the end of the forward pass, for the rare weight that is used twice.
         return torch.autocast(self.device, dtype=self.dtype, cache_enabled=False)
 
-    def convert_output(self, data: object) -> Any:
+    def convert_output(self, data: object) -> Tree:
         """Return the output with its floating tensors in torch's default type."""
         return convert_floats(data, torch.get_default_dtype())
 
@@ -73,7 +72,7 @@ class MixedPrecision(Precision):
         self,
         optimizer: Optimizer,
         model: Module | None = None,
-        closure: Callable[[], object] | None = None,
+        closure: Closure | None = None,
         **kwargs: object,
     ) -> Any:
         """Step the optimizer unless the scaled gradients overflowed; see :meth:`Precision.optimizer_step`.

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import StateDict
+from levin.utilities.types import Closure, StateDict, Tree
 
 if TYPE_CHECKING:
     from torch.amp import GradScaler
@@ -38,39 +38,39 @@ class Precision:
         """Return ``module`` with its parameters in the type of this precision."""
         return module
 
-    def convert_input(self, data: Any) -> Any:
+    def convert_input(self, data: Tree) -> Tree:
         """Return a batch with its floating tensors in the type that the module takes."""
         return data
 
-    def convert_output(self, data: Any) -> Any:
+    def convert_output(self, data: Tree) -> Tree:
         """Return what the module gave with its floating tensors in torch's default type."""
         return data
 
-    def tensor_init_context(self) -> AbstractContextManager[Any]:
+    def tensor_init_context(self) -> AbstractContextManager[object]:
         """Return a context in which new floating tensors have the type of this precision."""
         return nullcontext()
 
-    def module_init_context(self) -> AbstractContextManager[Any]:
+    def module_init_context(self) -> AbstractContextManager[object]:
         """Return a context in which new modules have the type of this precision."""
         return nullcontext()
 
-    def forward_context(self) -> AbstractContextManager[Any]:
+    def forward_context(self) -> AbstractContextManager[object]:
         """Return a context for the forward pass."""
         return nullcontext()
 
-    def train_step_context(self) -> AbstractContextManager[Any]:
+    def train_step_context(self) -> AbstractContextManager[object]:
         """Return a context for ``training_step``."""
         return self.forward_context()
 
-    def val_step_context(self) -> AbstractContextManager[Any]:
+    def val_step_context(self) -> AbstractContextManager[object]:
         """Return a context for ``validation_step``."""
         return self.forward_context()
 
-    def test_step_context(self) -> AbstractContextManager[Any]:
+    def test_step_context(self) -> AbstractContextManager[object]:
         """Return a context for ``test_step``."""
         return self.forward_context()
 
-    def predict_step_context(self) -> AbstractContextManager[Any]:
+    def predict_step_context(self) -> AbstractContextManager[object]:
         """Return a context for ``predict_step``."""
         return self.forward_context()
 
@@ -105,7 +105,7 @@ class Precision:
         self,
         optimizer: Optimizer,
         model: Module | None = None,
-        closure: Callable[[], Any] | None = None,
+        closure: Closure | None = None,
         **kwargs: Any,
     ) -> Any:
         """Step the optimizer, with :attr:`before_step` between the closure and the update.
@@ -127,7 +127,7 @@ class Precision:
         if before_step is None:
             return optimizer.step(closure=closure, **kwargs)
 
-        def whole() -> Any:
+        def whole() -> Tree:
             loss = closure()
             before_step(optimizer)
             return loss

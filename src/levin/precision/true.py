@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch.nn import Module
 from levin.precision.precision import Precision, default_dtype
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Tree
 
 
 class _TruePrecision(Precision):
@@ -31,11 +31,11 @@ class _TruePrecision(Precision):
         converted: Module = module._apply(self._convert)
         return converted
 
-    def convert_input(self, data: object) -> Any:
+    def convert_input(self, data: object) -> Tree:
         """Return the batch with its floating tensors in this type, complex ones in that of its pairs."""
         return apply_to_collection(data, Tensor, self._convert)
 
-    def convert_output(self, data: object) -> Any:
+    def convert_output(self, data: object) -> Tree:
         """Return the output with its floating tensors in torch's default type."""
         return convert_floats(data, torch.get_default_dtype())
 
@@ -87,7 +87,7 @@ class DoublePrecision(_TruePrecision):
         super().__init__("64-true", torch.float64)
 
 
-def convert_floats(data: object, dtype: torch.dtype) -> Any:
+def convert_floats(data: object, dtype: torch.dtype) -> Tree:
     """Return ``data`` with every floating tensor in it converted to ``dtype``."""
 
     def convert(tensor: Tensor) -> Tensor:

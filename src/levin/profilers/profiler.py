@@ -7,13 +7,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 from typing_extensions import override
 
 from levin.utilities.filesystem import get_filesystem, is_local
 from levin.utilities.rank_zero import rank_zero_info
-from levin.utilities.types import PathLike
+from levin.utilities.types import Function, PathLike
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -169,7 +169,7 @@ class PassThroughProfiler(Profiler):
         pass
 
 
-Timed = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+Timed = Callable[[str, Function], Function]
 """``timed(action_name, function)`` returns a function in place of ``function``."""
 
 
@@ -191,6 +191,6 @@ def timer(profiler: Profiler) -> Timed:
     return wrap
 
 
-def untimed(name: str, function: Callable[..., object]) -> Callable[..., Any]:
+def untimed(name: str, function: Callable[..., object]) -> Function:
     """Return ``function``: what a run without a profiler has in place of :func:`timer`."""
     return function

@@ -75,7 +75,7 @@ class SharedFeed(Feed):
         *args: Any,
         peers: Peers,
         rule: Optional[str],
-        uneven: Callable[[bool, int], AbstractContextManager[Any]],
+        uneven: Callable[[bool, int], AbstractContextManager[object]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)

@@ -13,7 +13,7 @@ from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.strategies.collectives import num_collectives
 from levin.strategies.parallel import is_connected
-from levin.utilities.types import StateDict
+from levin.utilities.types import Batch, StateDict
 
 if TYPE_CHECKING:
     from levin.data.feed import Feed
@@ -67,7 +67,7 @@ class Uneven:
                 # Where nothing was ever seen, metrics would otherwise warn that they were not updated.
                 state["update_count"] = max(1, state["update_count"])
             load_metric_states(self._run.module, metrics)
-            children: Iterator[Any] = self._run.module.modules()
+            children: Iterator[Batch] = self._run.module.modules()
             for child in children:
                 if hasattr(child, "_update_count") and hasattr(child, "_computed"):
                     child._computed = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Tree
 
 T = TypeVar("T")
 _NUMBERS = (Tensor, bool, int, float)
@@ -21,7 +22,7 @@ _NUM_ON_THE_WAY = 8
 _OP_NAMES = ("sum", "min", "max", "product", "band", "bor", "bxor")
 
 
-def reduce(data: Any, group: Any = None, reduce_op: Any = "mean", device: torch.device | None = None) -> Any:
+def reduce(data: Tree, group: Any = None, reduce_op: Any = "mean", device: torch.device | None = None) -> Tree:
     """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
 
     Args:
@@ -39,7 +40,7 @@ def reduce(data: Any, group: Any = None, reduce_op: Any = "mean", device: torch.
     """
     is_mean, op = parse_reduce_op(reduce_op)
 
-    def reduce_one(leaf: Any) -> Tensor:
+    def reduce_one(leaf: Tree) -> Tensor:
         tensor = _as_tensor(leaf, device).detach()
         if is_mean and not (torch.is_floating_point(tensor) or torch.is_complex(tensor)):
             tensor = tensor.to(torch.get_default_dtype())
@@ -86,7 +87,9 @@ def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
     )
 
 
-def all_gather(data: object, group: object = None, sync_grads: bool = False, device: torch.device | None = None) -> Any:
+def all_gather(
+    data: object, group: object = None, sync_grads: bool = False, device: torch.device | None = None
+) -> Tree:
     """Return the tensors of all processes of ``group``, stacked along a new first dimension.
 
     Args:
@@ -106,7 +109,7 @@ def all_gather(data: object, group: object = None, sync_grads: bool = False, dev
     return apply_to_collection(data, _NUMBERS, gather_one)
 
 
-def check_same_shapes(data: Any, group: Any = None) -> None:
+def check_same_shapes(data: Tree, group: Any = None) -> None:
     """Check that the tensors of all processes have one shape and type: transports crash or mix them up otherwise.
 
     Args:

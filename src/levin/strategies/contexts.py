@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from levin.precision.precision import Precision
-from levin.utilities.types import Kwargs
+from levin.utilities.types import Function, Kwargs
 
 _STEP_CONTEXTS = {
     "training_step": "train_step_context",
@@ -22,7 +22,7 @@ _STEP_CONTEXTS = {
 }
 
 
-def in_forward_context(step: Callable[..., object], precision: Precision, name: str) -> Callable[..., Any]:
+def in_forward_context(step: Callable[..., object], precision: Precision, name: str) -> Function:
     """Return ``step`` run inside the precision's forward context; ``step`` itself where there is none.
 
     Args:
@@ -61,7 +61,7 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def run_as_forward(caller: Module, module: Module, step: Callable[..., object]) -> Callable[..., Any]:
+def run_as_forward(caller: Module, module: Module, step: Callable[..., object]) -> Function:
     """Return a callable that runs ``step`` where ``caller`` runs ``module.forward``, with all that it puts around that.
 
     For the time of that call the module's ``forward`` is ``step``; inside of the step it is the module's own again.

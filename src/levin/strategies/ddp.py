@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from levin.strategies import collectives
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import Kwargs
+from levin.utilities.types import Function, Kwargs
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -78,8 +78,8 @@ class DDPStrategy(ParallelStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision: Precision | None = None,
         ddp_comm_state: object | None = None,
-        ddp_comm_hook: Callable[..., Any] | None = None,
-        ddp_comm_wrapper: Callable[..., Any] | None = None,
+        ddp_comm_hook: Function | None = None,
+        ddp_comm_wrapper: Function | None = None,
         model_averaging_period: int | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
@@ -197,7 +197,7 @@ class DDPStrategy(ParallelStrategy):
 
     # The step
 
-    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+    def compose_step(self, module: Module, name: str) -> Function:
         """Return the method; but for steps of evaluation it goes through the wrapper's ``forward``."""
         if not isinstance(module, DistributedDataParallel) or name in _EVALUATION_STEPS:
             return super().compose_step(self.unwrap(module), name)
@@ -230,7 +230,7 @@ class DDPStrategy(ParallelStrategy):
             wrapper.reducer._delay_all_reduce()  # type: ignore[attr-defined]  # torch leaves it out of its stubs
             wrapper._static_graph_delay_allreduce_enqueued = True
 
-    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:
         """Return a context in which backward leaves the gradients of this process to itself.
 
         Raises:
@@ -246,7 +246,7 @@ class DDPStrategy(ParallelStrategy):
         if _is_learning_its_graph(module):
             # Its first backward pass has to be reduced. The sum of the window is the same: means of means.
             return nullcontext()
-        context: AbstractContextManager[Any] = module.no_sync()
+        context: AbstractContextManager[object] = module.no_sync()
         return context
 
     def on_validation_start(self) -> None:
@@ -285,7 +285,7 @@ def average_after_steps(optimizer: Optimizer, period: int, warmup_steps: int) ->
     return optimizer.register_step_post_hook(average)
 
 
-def run_through(wrapper: DistributedDataParallel, module: Module, step: Callable[..., Any]) -> Callable[..., Any]:
+def run_through(wrapper: DistributedDataParallel, module: Module, step: Function) -> Function:
     """Return a callable that runs ``step`` where ``wrapper.forward`` expects ``module.forward``.
 
     The wrapper prepares and finishes its work in its own ``forward``, and calls the module there. For the time of that

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from levin.strategies.contexts import SkipInit
 from levin.utilities.move import move_data_to_device
-from levin.utilities.types import Batch, StateDict
+from levin.utilities.types import Batch, Function, StateDict, Tree
 
 if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
@@ -37,8 +37,8 @@ class ExtensionPoints:
         self.lr_scheduler_configs: list[Any] = []
         # Given by the Trainer for the time of a run, so that the defaults below do what it does.
         self.configure_optimizers: Callable[[], tuple[list[Optimizer], list[Any]]] | None = None
-        self.transfer_batch: Callable[[Any, torch.device, int], Any] | None = None
-        self._run_backward: Callable[..., Any] | None = None
+        self.transfer_batch: Callable[[Batch, torch.device, int], Batch] | None = None
+        self._run_backward: Function | None = None
 
     @property
     def _strategy(self) -> Any:
@@ -137,22 +137,22 @@ class ExtensionPoints:
     def post_backward(self, closure_loss: Tensor) -> None:
         """Run after each backward pass."""
 
-    def block_backward_sync(self) -> AbstractContextManager[Any]:
+    def block_backward_sync(self) -> AbstractContextManager[object]:
         """Return a context in which backward leaves the gradients of this process to itself."""
-        context: AbstractContextManager[Any] = self._strategy.no_sync(self.model)
+        context: AbstractContextManager[object] = self._strategy.no_sync(self.model)
         return context
 
     # Talking to the other processes
 
-    def all_reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def all_reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
         """Return the tensor reduced over all processes; another name for :meth:`Strategy.reduce`."""
         return self._strategy.reduce(tensor, group=group, reduce_op=reduce_op)
 
     # Batches and state
 
     def transfer_function(
-        self, chain: Callable[[Any, torch.device, int], Any] | None
-    ) -> Callable[[Any, torch.device, int], Any] | None:
+        self, chain: Callable[[Batch, torch.device, int], Batch] | None
+    ) -> Callable[[Batch, torch.device, int], Batch] | None:
         """Return what brings the Trainer's batches to the device: ``chain``, or an override of :meth:`batch_to_device`.
 
         Args:

@@ -27,7 +27,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
 from levin.utilities.seed import reset_seed
-from levin.utilities.types import StateDict
+from levin.utilities.types import StateDict, Tree
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -212,13 +212,13 @@ class ParallelStrategy(Strategy, ABC):
 
     # Talking to the other processes
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
         if self.control.is_closed:
             return tensor
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
-    def all_gather(self, tensor: Any, group: Any = None, sync_grads: bool = False) -> Any:
+    def all_gather(self, tensor: Tree, group: Any = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`.
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import StateDict
+from levin.utilities.types import Function, StateDict
 
 
 class ShardedStrategy(ParallelStrategy, ABC):
@@ -92,7 +92,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     # The step
 
-    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+    def compose_step(self, module: Module, name: str) -> Function:
         """Return the method, for the time of which the weights that belong to no block are gathered."""
         step = getattr(module, name)
         if isinstance(module, FSDPModule) and name != "forward":
@@ -100,7 +100,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
         return in_forward_context(step, self.precision, name)
 
     @override
-    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:
         return _without_reduction(module) if enabled else nullcontext()
 
     # State

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from levin.strategies.strategy import Strategy
+from levin.utilities.types import Tree
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -59,7 +60,7 @@ class SingleDeviceStrategy(Strategy):
         """True: this is the only process."""
         return True
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
         """Return ``tensor``."""
         return tensor
 

@@ -24,7 +24,7 @@ from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
-from levin.utilities.types import StateDict
+from levin.utilities.types import Closure, Function, StateDict, Tree
 
 if TYPE_CHECKING:
     import os
@@ -204,7 +204,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     # The step
 
-    def step_function(self, module: Module, name: str) -> Callable[..., Any]:
+    def step_function(self, module: Module, name: str) -> Function:
         """Return the callable that runs a method of a module that was set up.
 
         On one device in single precision this is the module's own bound method.
@@ -224,10 +224,10 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         if module is not self.model or not hasattr(ExtensionPoints, name):
             return self.compose_step(module, name)
         # A strategy of the user's may replace a step of the Trainer's module; then that is what runs.
-        step: Callable[..., Any] = getattr(self, name) if self.is_overridden(name) else self.compose_step(module, name)
+        step: Function = getattr(self, name) if self.is_overridden(name) else self.compose_step(module, name)
         return self._followed(step) if name == "training_step" and self.is_overridden("post_training_step") else step
 
-    def compose_step(self, module: Module, name: str) -> Callable[..., Any]:
+    def compose_step(self, module: Module, name: str) -> Function:
         """Return the module's method in what the strategy puts around it; see :meth:`step_function`."""
         return in_forward_context(getattr(module, name), self.precision, name)
 
@@ -239,7 +239,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
         return followed
 
-    def backward_function(self, optimizer: Optimizer | None, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def backward_function(self, optimizer: Optimizer | None, inner: Function) -> Function:
         """Return ``backward(loss, *args, **kwargs)`` for the Trainer: ``inner`` in what strategy and precision add.
 
         Args:
@@ -291,7 +291,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         self.post_backward(loss)
         return loss
 
-    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[Any]:
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:
         """Return a context in which backward leaves the gradients of this process to itself.
 
         Args:
@@ -303,7 +303,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     def optimizer_step(
         self,
         optimizer: Optimizer,
-        closure: Callable[[], Any] | None = None,
+        closure: Closure | None = None,
         model: Module | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -365,7 +365,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     # Talking to the other processes
 
     @abstractmethod
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
         """Return the tensor reduced over all processes.
 
         Args:

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Callable, Iterator, Union
+from typing import Any, Iterator, Union
+
+from levin.utilities.types import Function, Tree
 
 Types = Union[type, tuple[type, ...]]
 
@@ -16,7 +18,7 @@ def is_namedtuple(obj: object) -> bool:
     return isinstance(obj, tuple) and hasattr(obj, "_asdict") and hasattr(obj, "_fields")
 
 
-def apply_to_collection(data: Any, dtype: Types, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: Any, **kwargs: Any) -> Tree:
     """Return a copy of ``data`` in which each leaf of type ``dtype`` is replaced by ``function(leaf)``.
 
     Args:
@@ -50,7 +52,7 @@ def apply_to_collection(data: Any, dtype: Types, function: Callable[..., Any], *
     return data
 
 
-def _like(data: Any, items: list[tuple[Any, Any]]) -> Any:
+def _like(data: Tree, items: list[tuple[Any, Any]]) -> Tree:
     """Return a mapping of the kind of ``data`` that holds ``items``."""
     try:
         return type(data)(OrderedDict(items))

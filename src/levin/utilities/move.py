@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from levin.utilities.collections import apply_to_collection
+from levin.utilities.types import Tree
 
 # A copy to these devices returns before it is done without the result being safe to read.
 _BLOCKING_DEVICES = ("cpu", "mps")
@@ -26,7 +27,7 @@ class Movable(metaclass=_Movable):
 
 def move_data_to_device(
     batch: object, device: torch.device | str, move_tensor: Optional[Callable[[Tensor, torch.device], Tensor]] = None
-) -> Any:
+) -> Tree:
     """Return ``batch`` with every leaf that has a ``to`` method on ``device``.
 
     Args:
@@ -57,7 +58,7 @@ def move_data_to_device(
                 return batch
     non_blocking = kind not in _BLOCKING_DEVICES
 
-    def move(leaf: Any) -> Any:
+    def move(leaf: Tree) -> Any:
         if not isinstance(leaf, Tensor):
             moved = leaf.to(device)
             return leaf if moved is None else moved

@@ -14,6 +14,15 @@ from torch.optim import Optimizer
 Batch = Any
 """What a loader gives: whatever the user's data set and collate function make. Hooks name the type that they expect."""
 
+Tree = Any
+"""A tensor or another value, or lists, tuples and dicts of them, nested as one likes."""
+
+Closure = Callable[[], Any]
+"""Computes the loss and its gradients, and returns the loss."""
+
+Function = Callable[..., Any]
+"""Whatever can be called: a method of the user's, which takes and returns what it likes."""
+
 StateDict = dict[str, Any]
 """What ``state_dict()`` returns, and a checkpoint is: a value of any kind under each name."""
 
