@@ -208,9 +208,12 @@
     const { ctx, bbox } = plot, ratio = devicePixelRatio || 1;
     ctx.save();
     ctx.font = `${11 * ratio}px sans-serif`;
+    ctx.textAlign = "left";
+    ctx.textBaseline = "alphabetic";
     let free = -Infinity;
     for (const { x, kind, text } of marks) {
-      const left = plot.valToPos(x, "x", true);
+      let left = plot.valToPos(x, "x", true);
+      if (kind === "end" && plot.scales.x.max === plot.data[0].at(-1)) left = Math.min(left, bbox.left + bbox.width);
       if (x === null || left < bbox.left - 1 || left > bbox.left + bbox.width + 1) continue;
       ctx.strokeStyle = kind === "epoch" ? style("--line") : kind === "resume" ? style("--accent") : "#d0453e";
       ctx.setLineDash(kind === "epoch" ? [2 * ratio, 3 * ratio] : []);
@@ -303,7 +306,7 @@
       ],
       series: [{}, ...curves.map((curve) => ({
         label: curve.run.name, stroke: color(curve.index), width: curves.length > 20 ? 1 : 1.6, spanGaps: false,
-        dash: curve.index >= 24 ? [6, 3] : undefined, points: { show: isPoint(curve), size: 5 },
+        dash: curve.index >= 24 && curves.length < 40 ? [6, 3] : undefined, points: { show: isPoint(curve), size: 5 },
       }))],
       hooks: { draw: [(plot) => drawMarks(plot, marks, bad)], setCursor: [(plot) => say(entry, curves, plot.cursor.idx)] },
     };
