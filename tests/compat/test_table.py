@@ -107,6 +107,43 @@ def test_every_documented_name_of_lightning_is_in_the_table():
     assert [name for name in missing if not any(part in name for part in (*other, "._"))] == []
 
 
+def test_every_public_name_of_lightning_resolves_through_the_alias():
+    """All names of all `__all__` lists of the installed package, found by importing every module of it."""
+    walk = """
+import importlib, json, pkgutil, warnings
+warnings.simplefilter("ignore")
+found = {}
+for root in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    package = importlib.import_module(root)
+    below = [] if root == "lightning" else [each.name for each in pkgutil.walk_packages(package.__path__, root + ".")]
+    for name in [root, *below]:
+        if "_graveyard" in name or name.endswith(".__main__"):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # needs a package that is not there
+            continue
+        found[name] = list(getattr(module, "__all__", []))
+print(json.dumps(found))
+"""
+    theirs = subprocess.run([sys.executable, "-c", walk], capture_output=True, text=True, timeout=200)
+    names = json.loads(theirs.stdout.splitlines()[-1])
+    assert sum(map(len, names.values())) > 150, theirs.stderr
+    resolve = """
+import importlib, json, sys
+from levin.compat import install
+install()
+for path, names in json.loads(sys.argv[1]).items():
+    for name in names:
+        try:
+            if not hasattr(importlib.import_module(path), name):
+                importlib.import_module(f"{path}.{name}")
+        except Exception as error:
+            print(path, name, error)
+"""
+    assert in_fresh_process(resolve, json.dumps({path: each for path, each in names.items() if each})) == ""
+
+
 def test_an_absent_feature_leaves_the_table_when_it_comes():
     import levin
 

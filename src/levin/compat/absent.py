@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from levin.hooks import Callback
 from levin.loggers.logger import Logger
 from levin.precision.precision import Precision
 from levin.strategies.strategy import Strategy
@@ -40,8 +39,6 @@ _ONE_DEVICE_HOLDS_IT = 'Use `strategy="ddp"` where the model fits on one device.
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
 _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 
-ModelPruning = _absent("ModelPruning", "Call `torch.nn.utils.prune` in a callback of your own.", Callback)
-
 _OTHER_LOGGER = "Use one of levin.loggers, or subclass levin.loggers.Logger."
 LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)
 NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)
@@ -51,6 +48,7 @@ DeepSpeedStrategy = _absent("DeepSpeedStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
 SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)
 XLAFSDPStrategy = _absent("XLAFSDPStrategy", _XLA, Strategy)
 XLAStrategy = _absent("XLAStrategy", _XLA, Strategy)
+_XLALauncher = _absent("_XLALauncher", _XLA)
 _get_full_state_dict_context = _absent("_get_full_state_dict_context", "Use torch.distributed.fsdp itself.")
 _setup_activation_checkpointing = _absent(
     "_setup_activation_checkpointing", "Use torch.utils.checkpoint in the module's forward."
@@ -62,10 +60,11 @@ FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
 TransformerEnginePrecision = _absent("TransformerEnginePrecision", _BUILT_IN, Precision)
 XLACheckpointIO = _absent("XLACheckpointIO", _XLA)
 XLAPrecision = _absent("XLAPrecision", _XLA, Precision)
-
-
-ServableModule = _absent("ServableModule", "Export the module with `to_onnx` or `to_torchscript` and serve that.")
-ServableModuleValidator = _absent("ServableModuleValidator", "Check the server in a test of your own.", Callback)
+convert_zero_checkpoint_to_fp32_state_dict = _absent(
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "Install `deepspeed` and run the `zero_to_fp32.py` that it writes beside each checkpoint.",
+)
+_runif_reasons = _absent("_runif_reasons", "Use `pytest.mark.skipif`.")
 
 _CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")
 _ResultCollection = _absent("_ResultCollection", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")

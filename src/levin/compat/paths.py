@@ -67,9 +67,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.callbacks": {
         _CALLBACKS: "BackboneFinetuning BaseFinetuning BasePredictionWriter Callback Checkpoint DeviceStatsMonitor "
         "EMAWeightAveraging EarlyStopping GradientAccumulationScheduler LambdaCallback LearningRateMonitor "
-        "ModelCheckpoint ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar "
+        "ModelCheckpoint ModelPruning ModelSummary OnExceptionCheckpoint ProgressBar RichModelSummary RichProgressBar "
         "SpikeDetection StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
-        _TUNER: "BatchSizeFinder LearningRateFinder", ABSENT: "ModelPruning",
+        _TUNER: "BatchSizeFinder LearningRateFinder",
     },
     "pytorch.callbacks.batch_size_finder": {_TUNER: "BatchSizeFinder"},
     "pytorch.callbacks.callback": {_CALLBACKS: "Callback"},
@@ -103,7 +103,7 @@ TABLE: dict[str, dict[str, str]] = {
         f"{_BARS}.tqdm_progress": "Tqdm",
         f"{_BARS}.progress_bar": "convert_inf",
     },
-    "pytorch.callbacks.pruning": {ABSENT: "ModelPruning"},
+    "pytorch.callbacks.pruning": {_CALLBACKS: "ModelPruning"},
     "pytorch.callbacks.rich_model_summary": {_CALLBACKS: "RichModelSummary"},
     "pytorch.callbacks.spike": {_CALLBACKS: "SpikeDetection"},
     "pytorch.callbacks.stochastic_weight_avg": {_CALLBACKS: "StochasticWeightAveraging"},
@@ -210,9 +210,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.profilers.pytorch": {_PROFILERS: "PyTorchProfiler", EQUIVALENTS: "_KINETO_AVAILABLE"},
     "pytorch.profilers.simple": {_PROFILERS: "SimpleProfiler"},
     "pytorch.profilers.xla": {_PROFILERS: "XLAProfiler"},
-    "pytorch.serve": {ABSENT: "ServableModule ServableModuleValidator"},
-    "pytorch.serve.servable_module": {ABSENT: "ServableModule"},
-    "pytorch.serve.servable_module_validator": {ABSENT: "ServableModuleValidator"},
+    "pytorch.serve": {_CALLBACKS: "ServableModule ServableModuleValidator"},
+    "pytorch.serve.servable_module": {_CALLBACKS: "ServableModule"},
+    "pytorch.serve.servable_module_validator": {_CALLBACKS: "ServableModuleValidator"},
     "pytorch.strategies": {
         _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy "
         "StrategyRegistry",
@@ -223,6 +223,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.strategies.fsdp": {_STRATEGIES: "FSDPStrategy"},
     "pytorch.strategies.launchers": {
         _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
+        ABSENT: "_XLALauncher",
     },
     "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
     "pytorch.strategies.launchers.multiprocessing": {_LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher"},
@@ -254,8 +255,10 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.data.combined": "CombinedLoader",
         "levin.utilities.states": "GradClipAlgorithmType",
         EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON LightningEnum is_picklable "
-        "suggested_max_num_workers",
+        "is_shared_filesystem suggested_max_num_workers",
     },
+    "pytorch.utilities.deepspeed": {ABSENT: "convert_zero_checkpoint_to_fp32_state_dict"},
+    "pytorch.utilities.testing": {ABSENT: "_runif_reasons"},
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
     "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
@@ -367,6 +370,10 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.strategies.fsdp": {
         EQUIVALENT_STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
     },
+    "fabric.strategies.launchers": {
+        _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
+        ABSENT: "_XLALauncher",
+    },
     "fabric.strategies.model_parallel": {EQUIVALENT_STRATEGIES: "ModelParallelStrategy"},
     "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
@@ -380,8 +387,9 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.fabric.throughput": "ThroughputMonitor",
         "levin.utilities.throughput": "Throughput measure_flops",
         "levin.utilities.warnings": "disable_possible_user_warnings",
-        EQUIVALENTS: "LightningEnum suggested_max_num_workers",
+        EQUIVALENTS: "LightningEnum is_shared_filesystem suggested_max_num_workers",
     },
+    "fabric.utilities.testing": {ABSENT: "_runif_reasons"},
     "fabric.utilities.apply_func": {
         "levin.utilities.move": "move_data_to_device",
         "levin.utilities.collections": "apply_to_collection",

@@ -16,8 +16,6 @@ from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 MIN_SAMPLES = 50
 """How often it must have been looked before anything is said about where the time went: 5 seconds."""
-LONG_SAMPLES = 100
-"""From how many samples on a fit without a progress bar leaves a page: 10 seconds."""
 HELD_UP_SHARE = 0.2
 """Part of the time above which something is said to have held training up."""
 _WAYS_OUT = {
@@ -29,15 +27,6 @@ _WAYS_OUT = {
     "moving batches": "moving batches to the device. Let the DataLoader pin its memory (pin_memory=True)",
 }
 """Part of the work -> what it is, and the setting that helps."""
-
-
-def is_worth_a_report(run: Run) -> bool:
-    """Whether somebody watches the run, or it took a while: hundreds of short fits in a search or in tests leave no pages."""
-    shares = run.time_shares
-    is_watched = any(
-        getattr(callback, "is_enabled", False) for callback in run.callbacks if hasattr(callback, "get_metrics")
-    )
-    return shares is not None and (is_watched or shares.num_samples >= LONG_SAMPLES)
 
 
 def write_report(run: Run, error: Optional[BaseException]) -> Optional[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from copy import copy, deepcopy
-from typing import Any, Optional, Protocol
+from typing import TYPE_CHECKING, Any, Optional, Protocol
 
 from levin.callbacks.defaults import merge_model_callbacks
 from levin.callbacks.timer import Timer
@@ -13,8 +13,6 @@ from levin.checkpoint.select import select_checkpoint
 from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
-from levin.explain.explained_run import explain_sequence
-from levin.explain.text import Explanation
 from levin.loops import run_call
 from levin.loops.on_error import fail
 from levin.loops.run import Run
@@ -23,7 +21,7 @@ from levin.module import LightningModule
 from levin.profilers.profiler import PassThroughProfiler
 from levin.protocols import Trainer
 from levin.ranks.signals import as_ended, second_interrupt_ends, signal_handlers
-from levin.report.at_end import is_worth_a_report, say_where, write_report
+from levin.report.when import is_worth_a_report
 from levin.strategies.ddp import DDPStrategy
 from levin.strategies.single_device import SingleDeviceStrategy
 from levin.strategies.strategy import Strategy
@@ -35,6 +33,9 @@ from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.states import RunningStage, StopFlags, TrainerFn, TrainerStatus
 from levin.utilities.streams import lenient_streams
 from levin.utilities.types import PathLike
+
+if TYPE_CHECKING:
+    from levin.explain.text import Explanation
 
 
 class Caller(Trainer, Protocol):
@@ -142,12 +143,21 @@ def execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional
         try:
             result = _execute(trainer, run, ckpt_path, weights_only, model_given)
         except BaseException as error:
-            if is_worth_a_report(run):
-                write_report(run, error)
+            _report(run, error)
             raise
-        if is_worth_a_report(run):
-            say_where(run, write_report(run, None))
+        _report(run, None)
         return result
+
+
+def _report(run: Run, error: Optional[BaseException]) -> None:
+    """Write the page of a fit, and say where things are if it came to its end."""
+    if not is_worth_a_report(run):
+        return
+    from levin.report.at_end import say_where, write_report
+
+    page = write_report(run, error)
+    if error is None:
+        say_where(run, page)
 
 
 def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> object:
@@ -190,6 +200,8 @@ def explain(
     trainer: Caller, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
 ) -> Explanation:
     """Return what ``fit`` would do; afterwards the Trainer is as it was."""
+    from levin.explain.explained_run import explain_sequence
+
     kept = {name: getattr(trainer, name) for name in ("run", "loops", "callbacks", "datamodule")}
     flags, state = copy(trainer._flags), copy(trainer.state)
     trainer.loops = deepcopy(trainer.loops)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Any, Literal, Optional, Union
 
 import torch
 
@@ -18,7 +18,6 @@ from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.counters import EvaluationLoop, FitLoop, Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine, build_engine, describe_devices, use_deterministic
-from levin.explain.text import Explanation
 from levin.hooks import Callback
 from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
@@ -35,6 +34,9 @@ from levin.trainer.properties import callbacks_of, first_of, of_run, part, reads
 from levin.utilities.numbers import to_numbers
 from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
 from levin.utilities.types import Kwargs, LRSchedulerConfig, PathLike, StateDict
+
+if TYPE_CHECKING:
+    from levin.explain.text import Explanation
 
 Limit = Union[int, float]
 
