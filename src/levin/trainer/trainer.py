@@ -367,11 +367,7 @@ class Trainer:
         It is read out of the run that set-up composes, so the hooks of set-up (``prepare_data``, ``setup``,
         ``configure_optimizers``) and those that give loaders are called. No batch is drawn, and nothing is logged or saved.
 
-        Args:
-            model: The module.
-            train_dataloaders: As in :meth:`fit`.
-            val_dataloaders: As in :meth:`fit`.
-            datamodule: As in :meth:`fit`.
+        The arguments are those of :meth:`fit`.
 
         Example:
             >>> print(trainer.explain(model, loader))  # doctest: +SKIP
