@@ -56,6 +56,10 @@ gpu:  ## Test and measure on a CUDA device, with the python that is there
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
 
+.PHONY: test-parity-fuzz
+test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and on Lightning
+	LEVIN_FUZZ_RUNS=1000 $(RUN) $(BIN)/python -m pytest -q tests/parity/test_module_generated_fits.py
+
 .PHONY: test-downstream
 test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin
 	$(RUN) $(BIN)/python tests/downstream/run.py --table docs/downstream.md

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests.parity import both, trace
 
@@ -33,6 +36,9 @@ class Plan:
     has_callback: bool = True
     validates: bool = True
     num_batches: int = 4
+    data: str = "shuffled"
+    is_manual: bool = False
+    fails_in: str = ""
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,6 +51,7 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
             torch.manual_seed(1)
             self.layer = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
             self.dropout = torch.nn.Dropout(0.2)
+            self.automatic_optimization = not plan.is_manual
 
         def training_step(self, batch, batch_idx):
             at = (self.current_epoch, batch_idx)
@@ -57,6 +64,11 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
                 raise StopIteration
             loss = self.dropout(self.layer(batch)).pow(2).mean()
             self.log("train", loss, on_step=True, on_epoch=True)
+            if plan.is_manual:
+                optimizer = self.optimizers()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
             if batch_idx in plan.none_at:
                 return None
             return {"loss": loss, "extra": batch_idx} if plan.form == "dict" else loss
@@ -113,15 +125,66 @@ def comparable(hooks: list[str], plan: Plan) -> list[str]:
     return [name for name in hooks if name != "on_train_batch_end" or not is_divided]
 
 
+class Stream(IterableDataset):
+    """Batches of unknown number."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(trace.batches(self.num_batches).dataset.split(2))
+
+
+class Sized:
+    """A loader of the user's own; it draws no random numbers, since Lightning iterates it twice when training begins."""
+
+    def __init__(self, num_batches: int) -> None:
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(trace.batches(self.num_batches).dataset.split(2))
+
+
+class Unsized(Stream):
+    """The same without a length."""
+
+
+KINDS_OF_DATA: dict[str, Callable[[int], Any]] = {
+    "shuffled": lambda number: trace.batches(number, shuffle=True),
+    "stream": lambda number: DataLoader(Stream(number), batch_size=None),
+    "sized": Sized,
+    "unsized": Unsized,
+}
+
+
+def failing(framework: Any, hook: str) -> Any:
+    """Return a callback that raises when the hook is called for the second time."""
+    calls: list[int] = []
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError("meant")
+
+    return type("Failing", (framework.Callback,), {hook: fail})()
+
+
 def user_code(seen: trace.Trace, plan: Plan) -> None:
     module = make_module(seen, plan)
     callbacks = [seen.callback(comparable(both.HOOKS_OF_CALLBACK, plan))] if plan.has_callback else []
+    if plan.fails_in:
+        callbacks.append(failing(seen.framework, plan.fails_in))
     trainer = seen.trainer(**{"max_epochs": 2, "callbacks": callbacks, "log_every_n_steps": 1, **plan.trainer})
-    loaders = [trace.batches(plan.num_batches, shuffle=True)] + ([trace.batches(2, 5)] if plan.validates else [])
+    loaders = [KINDS_OF_DATA[plan.data](plan.num_batches)] + ([trace.batches(2, 5)] if plan.validates else [])
     seen.attempt(trainer.fit, module, *loaders)
     seen.note("end", trainer.global_step, trainer.current_epoch)
     seen.note("weights", *module.state_dict().values())
-    seen.note("modes", [child.training for child in module.modules()])
+    if not plan.fails_in:
+        # After an error in a hook of validation Lightning leaves the module in eval mode, levin gives it its own back.
+        seen.note("modes", [child.training for child in module.modules()])
 
 
 QUIET_HOOKS = [
@@ -129,17 +192,33 @@ QUIET_HOOKS = [
     "optimizer_zero_grad", "backward", "lr_scheduler_step", "configure_gradient_clipping", *trace.TRANSFER,
 ]  # fmt: skip
 
+FAILING_HOOKS = [
+    "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_start",
+    "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_before_optimizer_step", "on_before_backward",
+]  # fmt: skip
+
+# How many programs run, and whether each time others: `make test-parity-fuzz` says so.
+NUM_RUNS = int(os.environ.get("LEVIN_FUZZ_RUNS", "0"))
+
 moments = st.none() | st.tuples(st.integers(0, 1), st.integers(0, 3))
 
 
 @st.composite
 def plans(draw: Any) -> Plan:
-    accumulate = draw(st.sampled_from([1, 1, 2, 4]))
+    num_batches = draw(st.sampled_from([4, 4, 4, 1, 2, 3, 6]))
+    # A last window that is shorter than the others differs on purpose.
+    accumulate = draw(st.sampled_from([number for number in (1, 1, 2, 4) if num_batches % number == 0]))
     trainer: dict[str, Any] = {"accumulate_grad_batches": accumulate}
-    if draw(st.booleans()):
+    is_manual = accumulate == 1 and draw(st.integers(0, 4)) == 0
+    data = draw(st.sampled_from(list(KINDS_OF_DATA)))
+    # Lightning refuses the others.
+    intervals = [1.0, 1.0, 2 if num_batches > 1 else 1]
+    if data in ("shuffled", "sized") and num_batches >= 4:
+        intervals.append(0.25)
+    if not is_manual and draw(st.booleans()):
         trainer["gradient_clip_val"] = draw(st.sampled_from([0.05, 0.5]))
         trainer["gradient_clip_algorithm"] = draw(st.sampled_from(["norm", "value", None]))
-    trainer["val_check_interval"] = draw(st.sampled_from([1.0, 1.0, 2, 0.25]))
+    trainer["val_check_interval"] = draw(st.sampled_from(intervals))
     if draw(st.integers(0, 4)) == 0:
         trainer["max_steps"] = draw(st.integers(1, 5))
     if draw(st.integers(0, 4)) == 0:
@@ -149,7 +228,7 @@ def plans(draw: Any) -> Plan:
     names = {"none": [], "all": [n for n in both.HOOKS_OF_MODULE if "checkpoint" not in n]}.get(hooks)
     if names is None:
         names = draw(st.lists(st.sampled_from(QUIET_HOOKS), unique=True, max_size=5))
-    optimizer = draw(st.sampled_from(["sgd", "sgd", "adam", "lbfgs"]))
+    optimizer = draw(st.sampled_from(["sgd", "sgd", "adam", *([] if is_manual else ["lbfgs"])]))
     return Plan(
         hooks=tuple(names),
         form=draw(st.sampled_from(["tensor", "dict"])),
@@ -160,7 +239,10 @@ def plans(draw: Any) -> Plan:
         optimizer=optimizer,
         has_callback=draw(st.booleans()),
         validates=draw(st.integers(0, 3)) > 0,
-        num_batches=4,
+        num_batches=num_batches,
+        data=data,
+        is_manual=is_manual,
+        fails_in=draw(st.sampled_from(["", "", "", *FAILING_HOOKS])),
         trainer=trainer,
         **({special: draw(moments)} if special else {}),
     )
@@ -168,7 +250,7 @@ def plans(draw: Any) -> Plan:
 
 @pytest.mark.lightning_raises("RuntimeError")
 @settings(
-    max_examples=120, derandomize=True, deadline=None, database=None,
+    max_examples=NUM_RUNS or 120, derandomize=not NUM_RUNS, deadline=None, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(plan=plans())
