@@ -29,6 +29,7 @@ from levin.environments import (
     TorchElasticEnvironment,
 )
 from levin.launchers import MultiProcessingLauncher
+from levin.launchers.script import leave_hydra_job
 from levin.precision import Precision
 from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
@@ -160,6 +161,7 @@ def build_engine(
         check_precision_name(precision)
     _check_conflicts(strategy, accelerator, precision, given_plugins)
 
+    leave_hydra_job()
     chosen_accelerator = _choose_accelerator(accelerator, strategy)
     parallel_devices = _choose_devices(chosen_accelerator, devices, strategy)
     detected = _choose_environment(given_plugins, strategy)

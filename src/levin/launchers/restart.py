@@ -98,12 +98,10 @@ def script_command(local_rank: int) -> tuple[list[str], str]:
     # Another program, such as a profiler, may have been started and run this one: then only that one goes to all ranks.
     options, arguments = (started.options, started.arguments) if is_own else ([], sys.argv[1:])
     directory = _start_directory(started, file or "")
-    if "hydra" in sys.modules:
-        from hydra.core.hydra_config import HydraConfig  # used when present
+    if (job := hydra_job()) is not None:
         from hydra.utils import get_original_cwd  # used when present
 
-        if HydraConfig.initialized():
-            arguments, directory = hydra_arguments(arguments, HydraConfig.get(), local_rank), get_original_cwd()
+        arguments, directory = hydra_arguments(arguments, job, local_rank), get_original_cwd()
     return [sys.executable, *options, *target, *arguments], directory
 
 
@@ -123,6 +121,15 @@ def _start_directory(started: CommandLine, file: str) -> str:
             os.path.realpath(os.path.join(said, started.target))
         )
     return said if is_true else _DIRECTORY_AT_IMPORT
+
+
+def hydra_job() -> Any:
+    """Return Hydra's own settings in the job that this process does now; None without one."""
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.core.hydra_config import HydraConfig  # used when present
+
+    return HydraConfig.get() if HydraConfig.initialized() else None
 
 
 def hydra_arguments(arguments: Sequence[str], job: Any, local_rank: int) -> list[str]:

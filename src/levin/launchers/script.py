@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
 from levin.launchers.launcher import SIGTERM_STATUS, Launcher
-from levin.launchers.restart import script_command
+from levin.launchers.restart import hydra_job, script_command
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log
 
@@ -27,6 +30,36 @@ GRACE_S = 10.0
 _POLL_S = 0.2
 # How long another process may take to end after its failure was felt here.
 _ECHO_S = 1.0
+
+
+# What was started in a job of Hydra, by the process that started it.
+_JOB = "LEVIN_HYDRA_JOB"
+
+
+def leave_hydra_job() -> None:
+    """Let go of the processes that were started in an earlier job of Hydra: they do that job alone, and end with it."""
+    job = hydra_job()
+    if _JOB not in os.environ or job is None:
+        return
+    started = json.loads(os.environ[_JOB])
+    if started["folder"] == job.runtime.output_dir:
+        return
+    deadline = time.monotonic() + GRACE_S
+    while any(_is_alive(pid) for pid in started["pids"]) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    for name in (*started["added"], _JOB):
+        os.environ.pop(name, None)
+
+
+def _is_alive(pid: int) -> bool:
+    # The watcher of the launcher that started it collects those that have ended.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class SubprocessLauncher(Launcher):
@@ -103,7 +136,11 @@ class SubprocessLauncher(Launcher):
             self._processes.append(subprocess.Popen(command, env=environment, cwd=directory))
         if self._processes:
             # From here on this process looks like the others: LOCAL_RANK also keeps a second run from starting more.
+            added = sorted({*shared, "LOCAL_RANK"} - os.environ.keys())
             os.environ.update(shared, LOCAL_RANK="0")
+            if (job := hydra_job()) is not None:
+                pids = [process.pid for process in self._processes]
+                os.environ[_JOB] = json.dumps({"folder": job.runtime.output_dir, "added": added, "pids": pids})
             self._watcher = _Watcher(self._processes)
             self._watcher.start()
             atexit.register(self._wait_at_exit)
