@@ -33,6 +33,7 @@ from levin.launchers.script import leave_hydra_job
 from levin.precision import Precision
 from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
+from levin.strategies.mesh import check_mesh, is_mesh, strategy_of_mesh
 from levin.strategies.parallel import is_connected
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
@@ -134,7 +135,8 @@ def build_engine(
     Args:
         accelerator: ``"cpu"``, ``"gpu"``, ``"cuda"``, ``"mps"``, ``"tpu"``, ``"auto"``, another registered name, or an
             :class:`~levin.accelerators.Accelerator`.
-        strategy: ``"auto"``, a registered name, or a :class:`~levin.strategies.Strategy`.
+        strategy: ``"auto"``, a registered name, the short form of a mesh (``"mesh:dp=2,tp=2"``), or a
+            :class:`~levin.strategies.Strategy`.
         devices: How many, or which; ``"auto"`` for those the accelerator proposes, -1 for all.
         num_nodes: Number of machines.
         precision: ``"32-true"``, ``"64-true"``, ``"16-true"``, ``"bf16-true"``, ``"16-mixed"`` or ``"bf16-mixed"``.
@@ -156,6 +158,9 @@ def build_engine(
             f"num_nodes must be an int >= 1, received {num_nodes!r}. Use 1 for a single machine."
         )
     _check_strategy(strategy)
+    mesh = strategy if isinstance(strategy, str) and is_mesh(strategy) else None
+    if mesh is not None:
+        strategy = strategy_of_mesh(mesh)
     given_plugins = _sort_plugins(plugins, sync_batchnorm)
     if precision is not None:
         check_precision_name(precision)
@@ -166,6 +171,8 @@ def build_engine(
     parallel_devices = _choose_devices(chosen_accelerator, devices, strategy)
     detected = _choose_environment(given_plugins, strategy)
     chosen_strategy = _choose_strategy(strategy, chosen_accelerator, parallel_devices, num_nodes)
+    if mesh is not None:
+        check_mesh(mesh, len(parallel_devices) * num_nodes, len(parallel_devices), num_nodes)
     chosen_precision = given_plugins.precision or chosen_strategy.user_parts.precision
     if chosen_precision is None:
         name = resolve_precision_name("32-true" if precision is None else precision)
@@ -220,6 +227,8 @@ def describe_devices(engine: Engine) -> None:
 
 def _check_strategy(strategy: object) -> None:
     if isinstance(strategy, Strategy):
+        return
+    if is_mesh(strategy):
         return
     if isinstance(strategy, str) and (strategy == "auto" or strategy.lower() in StrategyRegistry):
         return

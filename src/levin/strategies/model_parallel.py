@@ -126,9 +126,19 @@ class ModelParallelStrategy(ShardedStrategy):
             collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
         if self.plan:
             apply_plan(module, self.device_mesh[TENSOR], self.plan)
+        if self.device_mesh[TENSOR].size() > 1 and not any(map(_is_cut_over_layers, module.parameters())):
+            raise MisconfigurationException(
+                f"{self.device_mesh[TENSOR].size()} processes are to share each layer, and no layer of "
+                f"{type(module).__name__} is cut. Cut it in `configure_model` with self.device_mesh['{TENSOR}'], or pass "
+                "ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
+            )
         if not any(isinstance(part, FSDPModule) for part in parts) and self.device_mesh[DATA].size() > 1:
             return apply_sharding(module, ShardingPlan(mesh=self.device_mesh[DATA]))
         return module
+
+
+def _is_cut_over_layers(parameter: torch.nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ())
 
 
 def apply_plan(module: Module, mesh: DeviceMesh, plan: Mapping[str, str | ParallelStyle]) -> None:
