@@ -15,6 +15,7 @@ STOREYS = {
         ["cli"],
         ["tuner"],
         ["codemod"],
+        ["planning"],
         ["compat"],
         ["trainer", "fabric"],
         ["explain", "report"],

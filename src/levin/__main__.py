@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
     "fabric": ("levin.fabric.command", "run a script that uses Fabric"),
+    "plan": ("levin.planning", "say what each process of a run on many will need, without them"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun"),
 }
 """Name of a command -> the module whose ``main(words)`` runs it, or the function itself, and what it does.

@@ -1,0 +1,162 @@
+"""What a run on many processes will need, found out without them, and what two real ones need."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from levin import LightningModule
+from levin.planning import Collectives, main, plan_run
+from levin.strategies.model_parallel import apply_plan
+from levin.strategies.sharding import ShardingPlan, apply_sharding
+from tests.distributed import world_size
+
+PLAN = {"blocks.*.up": "column", "blocks.*.down": "row"}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, width), nn.Linear(width, 50)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).tanh()
+
+
+def make():
+    return Net(), torch.zeros(2, 8, dtype=torch.int64)
+
+
+def make_large():
+    return Net(1024, 6), torch.zeros(2, 64, dtype=torch.int64)
+
+
+def train(net: nn.Module, batch: torch.Tensor, **settings) -> tuple[list[int], dict]:
+    """Train two steps, and return what is kept and what was sent in the second."""
+    optimizer = torch.optim.AdamW(net.parameters(), **settings)
+    for _ in range(2):
+        moved = Collectives()
+        optimizer.zero_grad()
+        with moved:
+            net(batch).sum().backward()
+        optimizer.step()
+    parameters = list(net.parameters())
+    states = [value for values in optimizer.state.values() for value in values.values()]
+    kept = [
+        sum(part.numel() * part.element_size() for part in (getattr(t, "to_local", lambda t=t: t)() for t in tensors))
+        for tensors in (parameters, [parameter.grad for parameter in parameters], states)
+    ]
+    return kept, moved.seen
+
+
+@pytest.mark.parametrize("kind", ["dp", "tp"])
+@world_size(2, timeout_s=120)
+def test_the_plan_is_what_two_processes_keep_and_send(kind):
+    net, batch = make()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tensor_parallel",))
+    if kind == "dp":
+        apply_sharding(net, ShardingPlan(mesh=mesh))
+    else:
+        apply_plan(net, mesh, PLAN)
+    kept, moved = train(net, batch)
+    torch.distributed.destroy_process_group()
+    plan = plan_run(make, f"mesh:{kind}=2", plan=PLAN)
+    assert [plan.parameters, plan.gradients, plan.optimizer_states] == kept
+    assert dict(plan.collectives) == moved
+    assert moved
+
+
+@pytest.mark.slow
+@world_size(2, timeout_s=300)
+def test_the_peak_is_what_two_processes_need():
+    mesh = init_device_mesh("cpu", (2,))
+    with torch.device("meta"):
+        net, _ = make_large()
+    batch = torch.zeros(2, 64, dtype=torch.int64)
+    # Memory that is freed goes back at once, so that what is resident is in use.
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    allocator.mallopt(-1, 0)  # M_TRIM_THRESHOLD
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    apply_sharding(net, ShardingPlan(mesh=mesh))
+    train(net, batch, foreach=False)
+    needed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    torch.distributed.destroy_process_group()
+    plan = plan_run(make_large, "mesh:dp=2", optimizer=lambda params: torch.optim.AdamW(params, foreach=False))
+    assert plan.peak == pytest.approx(needed, rel=0.2)
+
+
+def test_weights_fall_with_the_number_of_processes():
+    plans = {size: plan_run(make, f"mesh:dp={size}") for size in (1, 2, 64)}
+    total = sum(parameter.numel() for parameter in Net().parameters()) * 4
+    assert plans[1].parameters == total
+    assert plans[2].parameters == pytest.approx(total / 2, rel=0.01)
+    assert plans[64].parameters < total / 30
+    assert plans[1].collectives == {}
+    assert plan_run(make, "mesh:ddp=64").collectives == {"all_reduce": (1, total)}
+    both = plan_run(make, "mesh:dp=4,tp=2", plan=PLAN)
+    assert both.num_processes == 8
+    assert {"all_gather", "reduce_scatter", "all_reduce"} == set(both.collectives)
+
+
+class Module(LightningModule):
+    def __init__(self, reads: bool = False) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def configure_model(self):
+        self.net = Net()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch).mean()
+        return {"loss": loss * loss.item() if self.reads else loss}
+
+    def configure_optimizers(self):
+        return {"optimizer": torch.optim.SGD(self.parameters(), lr=0.1)}
+
+
+def test_a_lightning_module_has_its_own_step_and_optimizer():
+    plan = plan_run(lambda: (Module(), make()[1]), "mesh:dp=4")
+    assert plan.optimizer_states == 0
+    assert plan.gradients == plan.parameters
+
+
+def test_what_goes_wrong_on_many_processes_goes_wrong_here():
+    with pytest.raises(ValueError, match="has 128 output features, which 3 processes cannot share"):
+        plan_run(make, "mesh:tp=3", plan=PLAN)
+    with pytest.raises(ValueError, match="fits no submodule"):
+        plan_run(make, "mesh:tp=2", plan={"layers.*": "row"})
+    with pytest.raises(RuntimeError, match=r"reads a value of a tensor"):
+        plan_run(lambda: (Module(reads=True), make()[1]), "mesh:dp=2")
+    assert not torch.distributed.is_initialized()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "large.py").write_text("from tests.test_planning import make\n")
+    monkeypatch.chdir(tmp_path)
+    cuts = [word for pattern, style in PLAN.items() for word in ("--cut", f"{pattern}={style}")]
+    assert main(["large:make", "mesh:dp=4,tp=2", *cuts]) == 0
+    assert "each of 8 processes" in capsys.readouterr().out
+    for words in (["large:nothing", "mesh:dp=2"], ["nothing:make", "mesh:dp=2"], ["large:make", "mesh:zz=2"]):
+        with pytest.raises(SystemExit):
+            main(words)
+    assert "zz" in capsys.readouterr().err
