@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, Optional
 
 from levin.loops.run import Run
-from levin.report.page import make_page, short_names, write_page
-from levin.report.read import PAGE, read_run
 from levin.report.record import record_of
 from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -34,6 +32,10 @@ def write_report(run: Run, error: Optional[BaseException]) -> Optional[Path]:
     folder = _folder(run)
     if folder is None:
         return None
+    # Not before there is a page to write: they would make every `import levin` slower.
+    from levin.report.page import make_page, short_names, write_page
+    from levin.report.read import PAGE, read_run
+
     page = folder / PAGE
     try:
         logged = read_run(folder)
