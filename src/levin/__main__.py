@@ -27,6 +27,7 @@ COMMANDS = {
         "rewrite checkpoints of older Lightning versions",
     ),
     "consolidate": ("levin.checkpoint.folder", "turn the folder of a sharded checkpoint into one file"),
+    "export": ("levin.checkpoint.safetensors_files", "write the weights of a checkpoint as safetensors"),
     "fabric": ("levin.fabric.command", "run a script that uses Fabric"),
     "plan": ("levin.planning", "say what each process of a run on many will need, without them"),
     "launch": ("levin.launchers.torchrun", "run a script in several processes, by torchrun"),
