@@ -56,6 +56,11 @@ gpu:  ## Test and measure on a CUDA device, with the python that is there
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
 
+.PHONY: mutants
+mutants: $(STAMP)  ## Change the code at random and see whether the tests notice (PATHS, TESTS, NUMBER say what)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
+	$(RUN) $(BIN)/python tests/mutants.py --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(or $(TESTS),tests)
+
 .PHONY: test-parity-fuzz
 test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and on Lightning
 	LEVIN_FUZZ_RUNS=1000 $(RUN) $(BIN)/python -m pytest -q tests/parity/test_module_generated_fits.py

@@ -244,7 +244,8 @@ def plans(draw: Any) -> Plan:
         is_manual=is_manual,
         fails_in=draw(st.sampled_from(["", "", "", *FAILING_HOOKS])),
         trainer=trainer,
-        **({special: draw(moments)} if special else {}),
+        # With manual optimization a StopIteration differs on purpose.
+        **({special: draw(moments)} if special and not (is_manual and special == "stop_iteration_at") else {}),
     )
 
 

@@ -1,0 +1,160 @@
+"""Change the code at random, one place at a time, and see whether a test notices.
+
+    python tests/mutants.py --number 60 --paths src/levin/callbacks -- tests/callbacks tests/parity/test_callbacks.py
+
+The tests run once under coverage, which knows who came by each line; each mutant then meets those tests alone. What no
+test notices is printed with its place, and the share of those that were noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+_COMPARED = {
+    ast.Lt: ">=", ast.GtE: "<", ast.Gt: "<=", ast.LtE: ">", ast.Eq: "!=", ast.NotEq: "==", ast.Is: "is not",
+    ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in",
+}  # fmt: skip
+_COMPUTED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*"}
+
+
+class Mutant(NamedTuple):
+    """One change: the bytes from ``start`` to ``end`` of a file become ``text``."""
+
+    path: Path
+    line: int
+    start: int
+    end: int
+    text: str
+
+
+def mutants(path: Path) -> Iterator[Mutant]:
+    """Yield the changes that a file may get: comparisons, arithmetic, constants, conditions, returns, calls left out."""
+    source = path.read_bytes()
+    starts = [0]
+    for line in source.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def code(node: ast.expr) -> str:
+        return ast.unparse(node)
+
+    for node in ast.walk(ast.parse(source)):
+        text = None
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            text = f"({code(node.left)} {_COMPARED[type(node.ops[0])]} {code(node.comparators[0])})"
+        elif isinstance(node, ast.BoolOp):
+            word = " or " if isinstance(node.op, ast.And) else " and "
+            text = "(" + word.join(f"({code(value)})" for value in node.values) + ")"
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            text = f"bool({code(node.operand)})"
+        elif isinstance(node, ast.BinOp) and type(node.op) in _COMPUTED:
+            text = f"(({code(node.left)}) {_COMPUTED[type(node.op)]} ({code(node.right)}))"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int)):
+            text = str(not node.value) if isinstance(node.value, bool) else str(node.value + 1)
+        elif isinstance(node, ast.IfExp):
+            text = f"(({code(node.orelse)}) if ({code(node.test)}) else ({code(node.body)}))"
+        elif isinstance(node, ast.Return) and node.value is not None and code(node.value) != "None":
+            text = "return None"
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            text = "pass"
+        if text is not None and isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno and node.end_col_offset:
+            start = starts[node.lineno - 1] + node.col_offset
+            yield Mutant(path, node.lineno, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
+
+
+def who_comes_by(tests: list[str], folder: Path) -> dict[tuple[str, int], list[str]]:
+    """Return file and line -> the tests that run it."""
+    from coverage import CoverageData
+
+    data = folder / "coverage"
+    settings = folder / "settings"
+    settings.write_text(f"[run]\ndynamic_context = test_function\ndata_file = {data}\nsource = {ROOT / 'src'}\n")
+    run = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m"]
+    done = subprocess.run(
+        [*run, *_pytest(tests)], cwd=ROOT, env=_environment(ROOT / "src"), stdout=subprocess.PIPE, text=True
+    )
+    if done.returncode:
+        sys.exit(f"The tests must pass before the code is changed:\n{done.stdout[-3000:]}")
+    found = CoverageData(str(data))
+    found.read()
+    return {
+        (file, line): [
+            f"{name.rpartition('.')[0].replace('.', '/')}.py::{name.rpartition('.')[2]}" for name in names if name
+        ]
+        for file in found.measured_files()
+        for line, names in found.contexts_by_lineno(file).items()
+    }
+
+
+def is_noticed(mutant: Mutant, tests: list[str], copy: Path) -> bool:
+    """Run ``tests`` on a copy of the code that holds the mutant."""
+    target = copy / mutant.path.relative_to(ROOT / "src")
+    source = mutant.path.read_bytes()
+    target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
+    try:
+        run = [sys.executable, "-m", *_pytest(["-x", *tests])]
+        return subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=300).returncode != 0
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        target.write_bytes(source)
+
+
+def _pytest(arguments: list[str]) -> list[str]:
+    return ["pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not timing", *arguments]
+
+
+def _environment(source: Path) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])}
+
+
+def main() -> int:
+    """Return 0 if at least nine of ten are noticed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=300, help="how many mutants")
+    parser.add_argument("--seed", type=int, default=None, help="which ones")
+    parser.add_argument("--paths", nargs="+", default=["src/levin"], help="what may be changed")
+    parser.add_argument("--tests-each", type=int, default=20, help="how many tests a mutant meets at most")
+    parser.add_argument("tests", nargs="*", default=["tests"], help="what pytest runs")
+    arguments = parser.parse_args()
+    draw = random.Random(arguments.seed)
+    files = [
+        file
+        for path in arguments.paths
+        for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"))
+    ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        visitors = who_comes_by(arguments.tests, folder)
+        found = [mutant for file in sorted(files) for mutant in mutants(file) if visitors.get((str(file), mutant.line))]
+        sample = draw.sample(found, min(arguments.number, len(found)))
+        copy = folder / "src"
+        shutil.copytree(ROOT / "src", copy)
+        survivors = 0
+        for number, mutant in enumerate(sample, 1):
+            tests = sorted(set(visitors[str(mutant.path), mutant.line]))
+            if not is_noticed(mutant, draw.sample(tests, min(len(tests), arguments.tests_each)), copy):
+                survivors += 1
+                old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
+                print(f"{mutant.path.relative_to(ROOT)}:{mutant.line}: {old!r} -> {mutant.text!r}", flush=True)
+            if number % 10 == 0:
+                print(f"{number} of {len(sample)}, {survivors} not noticed", file=sys.stderr, flush=True)
+    share = 1 - survivors / max(1, len(sample))
+    print(
+        f"{len(sample) - survivors} of {len(sample)} mutants were noticed ({share:.0%}), of {len(found)} possible ones."
+    )
+    return int(share < 0.9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What differs on purpose, row by row of docs/migrating.md: what Lightning does, and what levin does."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.parity import both
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*val_dataloader", "ignore:.*validation loader")
+
+
+def pair() -> list[Any]:
+    return [both.lightning(), both.levin()]
+
+
+class TooLong:
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        return iter([torch.full((2, 4), float(index)) for index in range(3)])
+
+
+def make(framework: Any, schedule: Any = None, thaws: bool = False) -> Any:
+    class Model(framework.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+            self.num_validated = 0
+
+        def training_step(self, batch, batch_idx):
+            return self.head(self.backbone(batch)).pow(2).mean()
+
+        def validation_step(self, batch, batch_idx):
+            self.num_validated += 1
+
+        def on_train_epoch_start(self):
+            if thaws and self.current_epoch == 1:
+                self.trainer.optimizers[0].add_param_group({"params": self.backbone.parameters(), "lr": 0.01})
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9)
+            if schedule is None:
+                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+            return [optimizer], [{"scheduler": schedule(optimizer), "interval": "step"}]
+
+    return Model()
+
+
+def data() -> DataLoader:
+    return DataLoader(torch.ones(6, 4), batch_size=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*has a length of 5 and ended")
+def test_a_length_that_is_too_long(tmp_path):
+    seen = []
+    for framework in pair():
+        module = make(framework)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=0)
+        trainer.fit(module, TooLong(), data())
+        seen.append((trainer.global_step, module.num_validated, trainer.optimizers[0].param_groups[0]["lr"]))
+    assert seen == [(6, 0, 0.1), (6, 6, pytest.approx(0.001))]
+
+
+@pytest.mark.parametrize("kind", ["OneCycleLR", "LambdaLR", "CyclicLR"])
+@pytest.mark.lightning_raises("KeyError", "ValueError")
+def test_a_new_group_under_a_scheduler(tmp_path, kind):
+    schedulers = torch.optim.lr_scheduler
+    schedule = {
+        "OneCycleLR": lambda o: schedulers.OneCycleLR(o, 0.1, total_steps=20),
+        "LambdaLR": lambda o: schedulers.LambdaLR(o, lambda step: 0.9),
+        "CyclicLR": lambda o: schedulers.CyclicLR(o, 0.01, 0.1),
+    }[kind]
+    theirs, ours = pair()
+    with pytest.raises((KeyError, ValueError)) as error:
+        both.quiet(theirs, tmp_path, max_epochs=3).fit(make(theirs, schedule, thaws=True), data())
+    both.caught(error.value)
+    trainer = both.quiet(ours, tmp_path, max_epochs=3)
+    trainer.fit(make(ours, schedule, thaws=True), data())
+    assert [len(group["params"]) for group in trainer.optimizers[0].param_groups] == [2, 2]
+
+
+@pytest.mark.lightning_raises("ValueError")
+def test_a_resume_after_a_new_group(tmp_path):
+    schedule = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # noqa: E731
+    ends = []
+    for framework in pair():
+        path = tmp_path / f"{framework.name}.ckpt"
+        first = both.quiet(framework, tmp_path, max_epochs=2)
+        first.fit(make(framework, schedule, thaws=True), data())
+        first.save_checkpoint(path)
+        second = both.quiet(framework, tmp_path, max_epochs=3)
+        try:
+            second.fit(make(framework, schedule, thaws=True), data(), ckpt_path=path)
+        except ValueError as error:
+            both.caught(error)
+            ends.append(type(error))
+        else:
+            ends.append(len(second.optimizers[0].param_groups))
+    assert ends == [ValueError, 2]
+
+
+def test_the_longest_of_an_empty_iterable():
+    lengths = []
+    for name in ("lightning.pytorch.utilities", "levin.data"):
+        loader = importlib.import_module(name).CombinedLoader([DataLoader([]), [1, 2, 3]], "max_size_cycle")
+        iter(loader)
+        lengths.append((len(loader), len(list(loader))))
+    assert lengths == [(3, 0), (0, 0)]
+
+
+def test_a_wrong_setting_is_a_value_error():
+    errors = [importlib.import_module(f"{name}.utilities.exceptions") for name in ("lightning.fabric", "levin")]
+    assert [issubclass(each.MisconfigurationException, ValueError) for each in errors] == [False, True]
+
+
+def test_a_step_of_manual_optimization_that_ends_the_epoch(tmp_path):
+    seen = []
+    for framework in pair():
+        module = make(framework)
+        module.automatic_optimization = False
+        batches = []
+
+        def step(batch, batch_idx, batches=batches):
+            batches.append(batch_idx)
+            raise StopIteration
+
+        module.training_step = step
+        both.quiet(framework, tmp_path, max_epochs=2).fit(module, data())
+        seen.append(batches)
+    assert seen == [[0, 1, 2, 0, 1, 2], [0, 0]]
