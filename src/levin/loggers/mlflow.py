@@ -358,7 +358,7 @@ def _held(path: str, folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     held = Path(tempfile.mkdtemp(dir=os.path.abspath(folder)), os.path.basename(path))
     try:
-        os.link(path, held)
+        os.link(os.path.realpath(path), held)
     except OSError:  # Another file system, or one without links.
         shutil.copyfile(path, held)
     return str(held)
