@@ -279,6 +279,25 @@ def test_checkpoints_go_to_mlflow(calls_of, tmp_path, log_model, epochs):
     assert callback.best_model_path.endswith("epoch=1.ckpt")
 
 
+@pytest.mark.parametrize("kind", ["a file", "a link to one"])
+def test_a_checkpoint_that_waits_for_mlflow_is_held_as_it_is(kind, tmp_path):
+    from levin.loggers.mlflow import _held
+
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    path = saved / "last.ckpt"
+    (saved / "epoch=0.ckpt").write_text("first")
+    if kind == "a file":
+        (saved / "epoch=0.ckpt").rename(path)
+    else:
+        path.symlink_to("epoch=0.ckpt")
+    held = _held(str(path), str(tmp_path / "unsent"))
+    for file in saved.iterdir():
+        file.unlink()
+    path.write_text("second")
+    assert Path(held).name == "last.ckpt" and Path(held).read_text() == "first"
+
+
 @pytest.mark.parametrize(
     "name", ["wandb.WandbLogger", "comet.CometLogger", "mlflow.MLFlowLogger", "trackio.TrackioLogger"]
 )
