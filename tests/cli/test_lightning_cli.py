@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import levin
 from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -177,3 +178,33 @@ def test_the_configuration_is_saved_where_the_ranks_are_spawned(tmp_path):
     assert done.returncode == 0, done.stderr
     saved = list(tmp_path.rglob("config.yaml"))
     assert len(saved) == 1 and "strategy: ddp_spawn" in saved[0].read_text()
+
+
+def test_a_configuration_is_read_from_a_remote_file():
+    import fsspec
+
+    with fsspec.open("memory://runs/config.yaml", "w") as file:
+        file.write("model: {lr: 0.7}\ntrainer: {max_epochs: 4}\n")
+    cli = LightningCLI(Net, args=["--config=memory://runs/config.yaml", "--model.width=8", *QUIET], run=False)
+    assert (cli.model.hparams.lr, cli.model.hparams.width, cli.trainer.max_epochs) == (0.7, 8, 4)
+
+
+def test_a_configuration_in_jsonnet(tmp_path):
+    pytest.importorskip("_jsonnet")
+    (tmp_path / "config.jsonnet").write_text("local lr = 0.25; {model: {lr: 2 * lr}, trainer: {max_epochs: 1 + 2}}")
+    words = [f"--config={tmp_path / 'config.jsonnet'}", *QUIET]
+    cli = LightningCLI(Net, args=words, run=False, parser_kwargs={"parser_mode": "jsonnet"})
+    assert (cli.model.hparams.lr, cli.trainer.max_epochs) == (0.5, 3)
+
+
+def test_optimizer_and_scheduler_that_were_defaults_are_in_the_saved_configuration(tmp_path):
+    class CLI(LightningCLI):
+        def add_arguments_to_parser(self, parser):
+            parser.add_optimizer_args(torch.optim.Adam)
+            parser.add_lr_scheduler_args(torch.optim.lr_scheduler.StepLR)
+            parser.set_defaults({"optimizer.lr": 0.2, "lr_scheduler.step_size": 3})
+
+    CLI(Net, args=["fit", *QUIET, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path}"])
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert saved["optimizer"]["lr"] == 0.2 and saved["optimizer"]["eps"] == 1e-8
+    assert saved["lr_scheduler"]["step_size"] == 3 and saved["lr_scheduler"]["gamma"] == 0.1
