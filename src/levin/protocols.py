@@ -63,7 +63,7 @@ class Run(Protocol):
     ckpt_path: Optional[PathLike]
     strategy: Strategy
     store: LogStore
-    optimizers: list[Any]
+    optimizers: list[torch.optim.Optimizer]
     configured_groups: list[list[list[str]]]
     schedulers: list[LRSchedulerConfig]
     eval_log_steps: dict[int, int]
@@ -148,7 +148,7 @@ class Trainer(Protocol):
     num_test_batches: list[int | float]
     num_training_batches: int | float
     num_val_batches: list[int | float]
-    optimizers: list[Any]
+    optimizers: list[torch.optim.Optimizer]
     precision: str
     precision_plugin: Precision
     predict_dataloaders: Any

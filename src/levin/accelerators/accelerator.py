@@ -83,7 +83,7 @@ class Accelerator(ABC):
             trainer: The Trainer that runs.
         """
 
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         """Return measurements of a device, by name.
 
         Args:

@@ -66,7 +66,7 @@ class CPUAccelerator(Accelerator):
             )
 
     @override
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         """Return the load of processor, memory and swap in percent.
 
         Raises:

@@ -66,7 +66,7 @@ class CUDAAccelerator(Accelerator):
         torch.cuda.empty_cache()
 
     @override
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         return dict(torch.cuda.memory_stats(device))
 
     @override

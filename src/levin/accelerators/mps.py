@@ -54,7 +54,7 @@ class MPSAccelerator(Accelerator):
             )
 
     @override
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         return {
             "mps.current_allocated_bytes": torch.mps.current_allocated_memory(),
             "mps.driver_allocated_bytes": torch.mps.driver_allocated_memory(),

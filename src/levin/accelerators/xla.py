@@ -80,7 +80,7 @@ class XLAAccelerator(Accelerator):
         return XLAAccelerator.auto_device_count() > 0
 
     @override
-    def get_device_stats(self, device: torch.device | str | int) -> dict[str, Any]:
+    def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         import torch_xla.core.xla_model as xm
 
         info = xm.get_memory_info(device)

@@ -110,7 +110,7 @@ class Run:
         self.timed: Timed = untimed
         self.is_profiled: bool = False
         self.store: LogStore = new_store(self, training=False)
-        self.optimizers: list[Any] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         # What `configure_optimizers` gave to each of them, by the names of the parameters.
         self.configured_groups: list[list[list[str]]] = []
         self.lightning_optimizers: list[LightningOptimizer] = []

@@ -171,7 +171,9 @@ class Trainer:
     is_last_batch: bool = reads(
         "loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether the present batch is the last of its epoch."
     )
-    optimizers: list[Any] = part("strategy.optimizers", "The torch optimizers of the present or last fit.")
+    optimizers: list[torch.optim.Optimizer] = part(
+        "strategy.optimizers", "The torch optimizers of the present or last fit."
+    )
     lr_scheduler_configs: list[LRSchedulerConfig] = reads(
         "strategy.lr_scheduler_configs", "The schedulers of the present or last fit, with when they are stepped."
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 from levin.hooks import Callback
 from levin.loops.run import Run
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.tuner.batch_size import MODES, scale_batch_size
 from levin.tuner.learning_rate import LRFinder, lr_find
 from levin.tuner.search import holders
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from levin.utilities.types import Kwargs
 
 
 class LearningRateFinder(Callback):
@@ -52,14 +55,14 @@ class LearningRateFinder(Callback):
         if mode.lower() not in self.SUPPORTED_MODES:
             raise MisconfigurationException(f"mode must be either of {self.SUPPORTED_MODES}, received {mode!r}.")
         self.optimal_lr: Optional[LRFinder] = None
-        self._search: dict[str, Any] = dict(
+        self._search: Kwargs = dict(
             min_lr=min_lr, max_lr=max_lr, num_training=num_training_steps, mode=mode.lower(),
             early_stop_threshold=early_stop_threshold,
         )  # fmt: skip
         self._update_attr: bool = update_attr
         self._attr_name: str = attr_name
 
-    def lr_find(self, trainer: Any, pl_module: Any) -> None:
+    def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search now; the result is ``self.optimal_lr``."""
         if trainer.fast_dev_run:
             rank_zero_warn("The learning rate is not searched with fast_dev_run.")
@@ -88,7 +91,7 @@ class LearningRateFinder(Callback):
                 config.scheduler.base_lrs = [lr] * len(config.scheduler.base_lrs)
         rank_zero_info(f"Learning rate set to {lr}")
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""
         self.lr_find(trainer, pl_module)
 
@@ -143,31 +146,31 @@ class BatchSizeFinder(Callback):
         if mode.lower() not in self.SUPPORTED_MODES:
             raise MisconfigurationException(f"mode must be either of {self.SUPPORTED_MODES}, received {mode!r}.")
         self.optimal_batch_size: Optional[int] = init_val
-        self._search: dict[str, Any] = dict(
+        self._search: Kwargs = dict(
             mode=mode.lower(), steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
             batch_arg_name=batch_arg_name, margin=margin, max_val=max_val,
         )  # fmt: skip
 
-    def scale_batch_size(self, trainer: Any, pl_module: Any) -> None:
+    def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search now; the result is ``self.optimal_batch_size``."""
         if trainer.fast_dev_run:
             rank_zero_warn("The batch size is not searched with fast_dev_run.")
             return
         self.optimal_batch_size = scale_batch_size(trainer.run, **self._search)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""
         self.scale_batch_size(trainer, pl_module)
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, where ``validate`` was called."""
         if trainer.state.fn == "validate":
             self.scale_batch_size(trainer, pl_module)
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""
         self.scale_batch_size(trainer, pl_module)
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""
         self.scale_batch_size(trainer, pl_module)

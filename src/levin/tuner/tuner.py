@@ -130,7 +130,14 @@ class Tuner:
         return None if self._trainer.fast_dev_run else finder.optimal_batch_size
 
     def _search(
-        self, finder: Callback, method: str, model: Any, train: Any, val: Any, dataloaders: Any, datamodule: Any
+        self,
+        finder: Callback,
+        method: str,
+        model: LightningModule,
+        train: object,
+        val: object,
+        dataloaders: object,
+        datamodule: Optional[LightningDataModule],
     ) -> None:
         trainer = self._trainer
         if any(isinstance(callback, type(finder)) for callback in trainer.callbacks):
