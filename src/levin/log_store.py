@@ -74,6 +74,7 @@ class LogStore:
         modules: Returns attribute name -> submodule, to know the metrics of the module.
         sync: Reduces a tensor over the ranks, ``sync(tensor, reduction, group)``; None on one device.
         has_loggers: Whether there is anything to log to.
+        num_ranks: How many ranks see data of their own.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class LogStore:
         modules: Callable[[], dict[str, object]],
         sync: Optional[Callable[[Tensor, str, object], Tensor]] = None,
         has_loggers: bool = True,
+        num_ranks: int = 1,
     ) -> None:
         self.training = training
         self.hook: Optional[str] = None
@@ -96,6 +98,7 @@ class LogStore:
         self._modules = modules
         self._sync = sync
         self._has_loggers = has_loggers
+        self._is_of_many = num_ranks > 1
 
     def start_batch(self, batch: object, dataloader_idx: Optional[int] = None) -> None:
         """A new batch: its size is found when a mean needs it."""
@@ -160,7 +163,7 @@ class LogStore:
                 )
         if arguments.logger and not self._has_loggers:
             rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
-        if on_epoch and metric is None and self._sync and not arguments.sync_dist and not arguments.rank_zero_only:
+        if on_epoch and metric is None and self._is_of_many and not (arguments.sync_dist or arguments.rank_zero_only):
             rank_zero_warn(
                 f"Each rank has its own value of the epoch for self.log({name!r}, ...), and that of rank 0 is logged. "
                 f"Use self.log({name!r}, ..., sync_dist=True) for the one of all ranks.",

@@ -67,7 +67,7 @@ def fit(train, val=None, **how):
         **{
             **QUIET,
             "strategy": "ddp",
-            "devices": 2,
+            "devices": int(os.environ["WORLD_SIZE"]),
             "max_epochs": 2,
             "num_sanity_val_steps": 0,
             "enable_checkpointing": False,
@@ -123,3 +123,9 @@ def test_an_epoch_value_that_is_not_synced_is_pointed_out():
             if each.category is PossibleUserWarning and f"'{name}', ..., sync_dist=True" in str(each.message)
         }
         assert told == (wanted if os.environ["RANK"] == "0" else set())
+
+
+@world_size(1, connect=False)
+def test_the_epoch_value_of_one_process_needs_no_sync():
+    *_, caught = fit([torch.ones(2, 4)] * 2, [torch.ones(2, 4)])
+    assert not [each for each in caught if "sync_dist" in str(each.message)]

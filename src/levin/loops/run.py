@@ -295,7 +295,8 @@ def new_store(run: Run, training: bool) -> LogStore:
         reduced: Tensor = strategy.reduce(value.to(strategy.root_device), group=group, reduce_op=reduction)
         return reduced
 
-    return LogStore(training, modules, sync if strategy.is_distributed else None, bool(run.loggers))
+    by_ranks = sync if strategy.is_distributed else None
+    return LogStore(training, modules, by_ranks, bool(run.loggers), strategy.data_parallel.size)
 
 
 def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Optional[str]:
