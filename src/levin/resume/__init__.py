@@ -30,11 +30,14 @@ so that another number of ranks, or batches of another size, go on with what is 
 **Random augmentation** (``workers.py``, ``worker_state.py``). Workers run ahead of the loop: when a run is saved they have drawn
 numbers for batches that nobody has seen. So each leaves its random states in shared memory after every batch
 (``worker_states``), and a resumed worker begins with the one after its last batch that was done with. ``workers_started_at`` has the
-states from which persistent workers got their seed, perhaps epochs ago. Without workers, batches that the feed took ahead are taken again
+states from which persistent workers got their seed, perhaps epochs ago. One that has given nothing of its epoch has the state of the
+epoch before, marked as ``left``, from which it begins. Without workers, batches that the feed took ahead are taken again
 from the states before each (``in_flight_states``). Generators that data sets hold are found by ``held_generators.py``.
 
 **When.** Nothing is read per batch but where the numbers could not be known otherwise: by workers, and before batches that are taken ahead.
-Everything else is read when an epoch begins and when a checkpoint is saved.
+Everything else is read when an epoch begins and when a checkpoint is saved. An epoch begins as a
+whole or not at all: until its iterator is there, the place is the one before, and the generators are set back when it fails
+(a signal to all processes may end a worker that is being started).
 
 **In the middle of something.** A checkpoint that a hook saved is saved between the hooks of one moment, or in a validation. The counters
 and ``InterruptedPhase`` say which hooks are left; a validation is begun again from the states that it began with.

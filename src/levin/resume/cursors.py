@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from typing_extensions import override
+
 from levin.resume.stateful import leave_epoch
 from levin.resume.worker_state import WorkerState
 from levin.utilities.rank_zero import rank_zero_warn
@@ -103,8 +105,8 @@ class StatefulCursor(Cursor):
 
     kind = "stateful"
 
+    @override
     def start(self) -> Iterator[Batch]:
-        """Begin an epoch."""
         self.epoch_start = self.rng.read()
         if self.unread is not None:
             self._leave(self.unread, is_ended=False)
@@ -154,8 +156,8 @@ class ReplayCursor(Cursor):
         self.is_builtin: bool = isinstance(loader, (list, tuple, range, str))
         self.main: WorkerState = WorkerState(getattr(loader, "dataset", loader), getattr(loader, "collate_fn", None))
 
+    @override
     def start(self) -> Iterator[Batch]:
-        """Begin an epoch."""
         self.epoch_start = {} if self.is_builtin else self.main.read()
         return iter(self.loader)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
 
 from levin.data.combined import Joint, is_stateful, joint
 from levin.resume.cursors import END, Cursor, ReplayCursor, StatefulCursor
@@ -137,12 +138,12 @@ class JointCursor(Cursor):
         # Looking for another batch at the end takes items and sets marks; this is what was there before.
         self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
+    @override
     def start(self) -> Iterator[Batch]:
-        """Begin an epoch."""
         return self._begin([False] * len(self.positions))
 
+    @override
     def resume(self, state: StateDict) -> Iterator[Batch]:
-        """Go on in the epoch that ``state`` was saved in."""
         if state["is_ended"]:
             self.leave(state)
             self.exhausted = list(state["exhausted"])
@@ -160,8 +161,8 @@ class JointCursor(Cursor):
             position.load_state_dict(loaded)
             position.finish()
 
+    @override
     def state(self, num_done: int, num_in_flight: int) -> StateDict:
-        """Return what :meth:`resume` needs."""
         givers = list(self._givers)[len(self._givers) - num_in_flight :] if num_in_flight else []
         exhausted = list(self.exhausted)
         pulled = [position.num_pulled for position in self.positions]
