@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-report test-mpi test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
+.PHONY: help demo test test-report test-mpi test-deepspeed test-precision test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -20,7 +20,7 @@ demo: $(STAMP)  ## Train on handwritten digits, evaluate, save, show
 	$(BIN)/python examples/digits.py
 
 test: $(STAMP)  ## Run the tests
-	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing"
+	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages and not xla"
 	$(RUN) $(BIN)/python -m pytest -q -m "timing and not slow"
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
@@ -39,6 +39,18 @@ test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 
 test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
 	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
+
+# In a folder of its own, without torch, which is there: nothing that DeepSpeed compiles is needed.
+test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes of the CPU
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/deepspeed --no-deps \
+		--no-build-isolation deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops pydantic pydantic-core \
+		annotated-types typing-inspection
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(RUN) $(BIN)/python -m pytest -q -m deepspeed tests/strategies
+
+test-precision: $(STAMP)  ## Run the tests that need torchao and bitsandbytes, on the CPU
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/precision --no-deps torchao==0.18.0 bitsandbytes==0.50.2
+	PYTHONPATH=$(CURDIR)/$(VENV)/precision $(RUN) $(BIN)/python -m pytest -q -m packages tests/precision
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

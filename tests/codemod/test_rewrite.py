@@ -93,11 +93,11 @@ def test_what_must_not_change(source):
 
 
 def test_what_levin_does_not_have_stays_and_is_told():
-    source = "import lightning.pytorch as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom lightning.pytorch.loggers import CSVLogger, LitLogger\npl.plugins.BitsandbytesPrecision()\n"
+    source = "import lightning.pytorch as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom lightning.pytorch.loggers import CSVLogger, LitLogger\npl.loggers.NeptuneLogger()\n"
     rewritten = rewrite_python(source)
     assert rewritten.text == (
         "import levin as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom levin.loggers import CSVLogger\n"
-        "from lightning.pytorch.loggers import LitLogger\npl.plugins.BitsandbytesPrecision()\n"
+        "from lightning.pytorch.loggers import LitLogger\npl.loggers.NeptuneLogger()\n"
     )
     assert [line for line, _ in rewritten.remarks] == [2, 3, 4]
     assert "levin has nothing for `lightning.pytorch.loggers.LitLogger`" in rewritten.remarks[1][1]
@@ -125,12 +125,12 @@ def test_configurations():
     before = (
         "model: # lightning.pytorch.Trainer\n  class_path: pytorch_lightning.callbacks.early_stopping.EarlyStopping\n"
         '  name: lightning.pytorch.callbacks.Timer\ncallbacks:\n  - class_path: "lightning.pytorch.callbacks.Timer"  # clock\n'
-        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.strategies.DeepSpeedStrategy\n"
+        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.loggers.NeptuneLogger\n"
     )
     after = (
         "model: # lightning.pytorch.Trainer\n  class_path: levin.callbacks.EarlyStopping\n"
         '  name: lightning.pytorch.callbacks.Timer\ncallbacks:\n  - class_path: "levin.callbacks.Timer"  # clock\n'
-        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.strategies.DeepSpeedStrategy\n"
+        "  - _target_: mine.lightning.pytorch.Thing\n  - class_path: lightning.pytorch.loggers.NeptuneLogger\n"
     )
     rewritten = rewrite_yaml(before)
     assert rewritten.text == after

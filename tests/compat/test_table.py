@@ -159,7 +159,7 @@ def test_an_absent_feature_leaves_the_table_when_it_comes():
     [
         ("XLACheckpointIO", None),
         ("XLAStrategy", "Strategy"),
-        ("BitsandbytesPrecision", "Precision"),
+        ("FSDPPrecision", "Precision"),
         ("NeptuneLogger", "Logger"),
     ],
 )

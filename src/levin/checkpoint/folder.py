@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from levin.checkpoint.io import atomic_save
-from levin.checkpoint.layout import META_FILE
+from levin.checkpoint.layout import META_FILE, is_zero
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
+from levin.checkpoint.zero import consolidate_zero
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.types import PathLike, StateDict
 
@@ -40,7 +41,8 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
     """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
 
     Args:
-        folder: Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``.
+        folder: Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``, or is one of DeepSpeed, which gives
+            weights in single precision and no states of optimizers.
         weights_only: For ``meta.pt``, as for :func:`levin.checkpoint.load`.
 
     Returns:
@@ -59,6 +61,8 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
         raise ValueError(
             f"{folder!r} is no folder. Give the folder of a sharded checkpoint; a file needs no consolidation."
         )
+    if is_zero(folder):
+        return consolidate_zero(folder, weights_only)
     verify(folder)
     meta = load(os.path.join(folder, META_FILE), "cpu", weights_only)
     shards = _read_shards(folder)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 
-from levin.utilities.filesystem import is_local, local_path
+from levin.utilities.filesystem import is_local, local_path, remove
 from levin.utilities.types import PathLike
 
 COMPATIBLE_VERSION = "2.6.6"
 """The Lightning version whose file layout is written."""
 OWN_KEY = "levin"
 """Where everything lies that Lightning's layout has no place for."""
+ZERO_FOLDER = "checkpoint"
+"""Where in its folder DeepSpeed's own files lie."""
 META_FILE = "meta.pt"
 """What the folder of a sharded checkpoint holds beside the parts: everything but weights and optimizer states."""
 
@@ -23,9 +25,38 @@ def is_sharded(path: PathLike) -> bool:
     """
     if not is_local(path) or not os.path.isdir(local_path(path)):
         return False
-    if not os.path.isfile(os.path.join(local_path(path), META_FILE)):
+    if not os.path.isfile(os.path.join(local_path(path), META_FILE)) and not is_zero(local_path(path)):
         raise ValueError(
             f"{os.fspath(path)!r} is a folder without {META_FILE}, so it is no complete checkpoint. Give the folder of a "
             "save that came to its end, or a file."
         )
     return True
+
+
+def is_zero(folder: str) -> bool:
+    """Return whether a folder is a checkpoint of DeepSpeed, which writes ``latest`` when all else is there."""
+    return os.path.isfile(os.path.join(folder, "latest")) and os.path.isdir(os.path.join(folder, ZERO_FOLDER))
+
+
+def local_folder(path: PathLike) -> str:
+    """Return the path of a folder for the functions of the operating system.
+
+    Raises:
+        ValueError: It is not on the file system.
+    """
+    if not is_local(path):
+        raise ValueError(
+            f"A sharded checkpoint needs a folder of the file system, received {os.fspath(path)!r}. "
+            "Give a local path that all processes see, or save one file (state_dict_type='full')."
+        )
+    return os.fspath(local_path(path)).rstrip("/")
+
+
+def put_in_place(unfinished: str, folder: str) -> None:
+    """Rename a complete folder, in the place of what has that name."""
+    before = f"{folder}.before"
+    remove(before)
+    if os.path.lexists(folder):
+        os.rename(folder, before)
+    os.rename(unfinished, folder)
+    remove(before)

@@ -26,10 +26,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 from levin.checkpoint.folder import VERSION_KEY, IndexUnpickler, consolidate
 from levin.checkpoint.io import CheckpointIO, atomic_save, own_parts, reject_storage_options
-from levin.checkpoint.layout import META_FILE, is_sharded
+from levin.checkpoint.layout import META_FILE, is_sharded, is_zero, local_folder, put_in_place
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
-from levin.utilities.filesystem import is_local, local_path, remove
+from levin.checkpoint.zero import consolidate_zero
+from levin.utilities.filesystem import remove
 from levin.utilities.types import PathLike, StateDict
 
 
@@ -99,7 +100,7 @@ class ShardedCheckpointIO(CheckpointIO):
         """
         reject_storage_options(storage_options, self)
         self.connect()
-        folder = _local_folder(path)
+        folder = local_folder(path)
         unfinished = f"{folder}.part"
         shards, meta = _parted(checkpoint)
         is_first = not dist.is_initialized() or dist.get_rank() == 0
@@ -114,7 +115,7 @@ class ShardedCheckpointIO(CheckpointIO):
             raise _cause(error) from error
         if is_first:
             atomic_save(meta, os.path.join(unfinished, META_FILE))
-            _put_in_place(unfinished, folder)
+            put_in_place(unfinished, folder)
         self._wait_for_all()
 
     def load_checkpoint(
@@ -149,7 +150,9 @@ def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
     Raises:
         ValueError: It is no complete sharded checkpoint, or is damaged.
     """
-    folder = _local_folder(path)
+    folder = local_folder(path)
+    if is_zero(folder):
+        return consolidate_zero(folder, weights_only)
     verify(folder)
     checkpoint: StateDict = load(os.path.join(folder, META_FILE), "cpu", weights_only)
     keys = _keys_of(folder)
@@ -176,25 +179,6 @@ def _parted(checkpoint: StateDict) -> tuple[StateDict, StateDict]:
 def _is_of_all(value: object) -> bool:
     """Whether this is the state of a module that is cut, or of an optimizer, in which case some of it may be."""
     return isinstance(value, dict) and (value.keys() == {"state", "param_groups"} or own_parts(value) is not value)
-
-
-def _local_folder(path: PathLike) -> str:
-    if not is_local(path):
-        raise ValueError(
-            f"A sharded checkpoint needs a folder of the file system, received {os.fspath(path)!r}. "
-            "Give a local path that all processes see, or save one file (state_dict_type='full')."
-        )
-    return os.fspath(local_path(path)).rstrip("/")
-
-
-def _put_in_place(unfinished: str, folder: str) -> None:
-    """Rename the complete folder, in the place of what has that name."""
-    before = f"{folder}.before"
-    remove(before)
-    if os.path.lexists(folder):
-        os.rename(folder, before)
-    os.rename(unfinished, folder)
-    remove(before)
 
 
 def _names_of(folder: str) -> set[str]:

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO
 
+from levin.checkpoint.layout import META_FILE, ZERO_FOLDER, is_zero
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import get_filesystem, is_local, local_path
 from levin.utilities.rank_zero import rank_zero_warn
@@ -214,12 +215,16 @@ def _check_structure(file: IO[bytes], archive: zipfile.ZipFile, records: list[zi
 
 
 def _verify_folder(folder: str) -> None:
-    meta = os.path.join(folder, "meta.pt")
+    meta = os.path.join(folder, META_FILE)
     if not os.path.isfile(meta):
         raise DamagedCheckpointError(
             f"{folder} is a folder without `meta.pt`, so it is no complete sharded checkpoint."
         )
     verify(meta)
+    if is_zero(folder):
+        for name in os.listdir(os.path.join(folder, ZERO_FOLDER)):
+            verify(os.path.join(folder, ZERO_FOLDER, name))
+        return
     names = os.listdir(folder)
     if ".metadata" not in names or not any(name.endswith(".distcp") for name in names):
         raise DamagedCheckpointError(

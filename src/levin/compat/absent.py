@@ -1,6 +1,6 @@
 """Names of features that levin does not have: to be imported and mentioned, not used.
 
-Many packages import ``Tuner`` or ``DeepSpeedStrategy`` at their top and use it in one function. They run as long as nobody calls
+Many packages import ``XLAStrategy`` or ``NeptuneLogger`` at their top and use it in one function. They run as long as nobody calls
 that function; whoever does reads what to use instead.
 """
 
@@ -35,7 +35,6 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
     return type(name, (base,), {**body, "__module__": __name__})
 
 
-_ONE_DEVICE_HOLDS_IT = 'Use `strategy="ddp"` where the model fits on one device.'
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
 _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 
@@ -44,7 +43,6 @@ LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)
 NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)
 
 DataParallelStrategy = _absent("DataParallelStrategy", 'Use `strategy="ddp"`.', Strategy)
-DeepSpeedStrategy = _absent("DeepSpeedStrategy", _ONE_DEVICE_HOLDS_IT, Strategy)
 SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)
 XLAFSDPStrategy = _absent("XLAFSDPStrategy", _XLA, Strategy)
 XLAStrategy = _absent("XLAStrategy", _XLA, Strategy)
@@ -54,16 +52,9 @@ _setup_activation_checkpointing = _absent(
     "_setup_activation_checkpointing", "Use torch.utils.checkpoint in the module's forward."
 )
 
-BitsandbytesPrecision = _absent("BitsandbytesPrecision", _BUILT_IN, Precision)
-DeepSpeedPrecision = _absent("DeepSpeedPrecision", _BUILT_IN, Precision)
 FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
-TransformerEnginePrecision = _absent("TransformerEnginePrecision", _BUILT_IN, Precision)
 XLACheckpointIO = _absent("XLACheckpointIO", _XLA)
 XLAPrecision = _absent("XLAPrecision", _XLA, Precision)
-convert_zero_checkpoint_to_fp32_state_dict = _absent(
-    "convert_zero_checkpoint_to_fp32_state_dict",
-    "Install `deepspeed` and run the `zero_to_fp32.py` that it writes beside each checkpoint.",
-)
 _runif_reasons = _absent("_runif_reasons", "Use `pytest.mark.skipif`.")
 
 _CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")

@@ -39,8 +39,9 @@ _EARLIER_PRECISIONS = (
     "DoublePrecisionPlugin:DoublePrecision HalfPrecisionPlugin:HalfPrecision MixedPrecisionPlugin:MixedPrecision "
     "PrecisionPlugin:Precision"
 )
-_OTHER_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision FSDPPrecision TransformerEnginePrecision XLAPrecision"
-_OTHER_STRATEGIES = "DeepSpeedStrategy SingleDeviceXLAStrategy XLAStrategy"
+_PACKAGE_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision TransformerEnginePrecision"
+_OTHER_PRECISIONS = "FSDPPrecision XLAPrecision"
+_OTHER_STRATEGIES = "SingleDeviceXLAStrategy XLAStrategy"
 _RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
 _RANK_ZERO_MODULE = {
     _RANK_ZERO: f"rank_prefixed_message rank_zero_debug {_RANK_ZERO_NAMES}",
@@ -175,7 +176,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins": {
         _CHECKPOINT: "AsyncCheckpointIO CheckpointIO TorchCheckpointIO",
         _ENVIRONMENTS: "ClusterEnvironment",
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS}",
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}",
         _STRATEGIES: "LayerSync TorchSyncBatchNorm",
         ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
     },
@@ -188,18 +189,18 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins.io.torch_plugin": {_CHECKPOINT: "TorchCheckpointIO"},
     "pytorch.plugins.layer_sync": {_STRATEGIES: "LayerSync TorchSyncBatchNorm"},
     "pytorch.plugins.precision": {
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
     },
     "pytorch.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
-    "pytorch.plugins.precision.bitsandbytes": {ABSENT: "BitsandbytesPrecision"},
-    "pytorch.plugins.precision.deepspeed": {ABSENT: "DeepSpeedPrecision"},
+    "pytorch.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
+    "pytorch.plugins.precision.deepspeed": {_PRECISION: "DeepSpeedPrecision"},
     "pytorch.plugins.precision.double": {
         _PRECISION: "DoublePrecision", EQUIVALENTS: "LightningDoublePrecisionModule",
     },
     "pytorch.plugins.precision.fsdp": {ABSENT: "FSDPPrecision"},
     "pytorch.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "pytorch.plugins.precision.precision": {_PRECISION: "Precision"},
-    "pytorch.plugins.precision.transformer_engine": {ABSENT: "TransformerEnginePrecision"},
+    "pytorch.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
     "pytorch.plugins.precision.xla": {ABSENT: "XLAPrecision"},
     "pytorch.profilers": {
         _PROFILERS: "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler",
@@ -214,12 +215,12 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.serve.servable_module": {_CALLBACKS: "ServableModule"},
     "pytorch.serve.servable_module_validator": {_CALLBACKS: "ServableModuleValidator"},
     "pytorch.strategies": {
-        _STRATEGIES: "DDPStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy SingleDeviceStrategy Strategy "
-        "StrategyRegistry",
+        _STRATEGIES: "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
+        "SingleDeviceStrategy Strategy StrategyRegistry",
         ABSENT: _OTHER_STRATEGIES,
     },
     "pytorch.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
-    "pytorch.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
+    "pytorch.strategies.deepspeed": {_STRATEGIES: "DeepSpeedStrategy"},
     "pytorch.strategies.fsdp": {_STRATEGIES: "FSDPStrategy"},
     "pytorch.strategies.launchers": {
         _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
@@ -257,13 +258,13 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON LightningEnum is_picklable "
         "is_shared_filesystem suggested_max_num_workers",
     },
-    "pytorch.utilities.deepspeed": {ABSENT: "convert_zero_checkpoint_to_fp32_state_dict"},
     "pytorch.utilities.testing": {ABSENT: "_runif_reasons"},
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
     "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
     "pytorch.utilities.consolidate_checkpoint": {},
     "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
+    "pytorch.utilities.deepspeed": {"levin.checkpoint.zero": "convert_zero_checkpoint_to_fp32_state_dict"},
     "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},
     "pytorch.utilities.exceptions": {
         "levin.utilities.exceptions": "MisconfigurationException SIGTERMException",
@@ -331,7 +332,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins": {
         _CHECKPOINT: "CheckpointIO TorchCheckpointIO",
         _ENVIRONMENTS: "ClusterEnvironment",
-        _PRECISION: _PLAIN_PRECISIONS,
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}",
         ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
     },
     "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
@@ -353,19 +354,24 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins.io": {_CHECKPOINT: "CheckpointIO TorchCheckpointIO", ABSENT: "XLACheckpointIO"},
     "fabric.plugins.io.checkpoint_io": {_CHECKPOINT: "CheckpointIO"},
     "fabric.plugins.io.torch_io": {_CHECKPOINT: "TorchCheckpointIO"},
-    "fabric.plugins.precision": {_PRECISION: _PLAIN_PRECISIONS, ABSENT: _OTHER_PRECISIONS},
+    "fabric.plugins.precision": {
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
+    },
     "fabric.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
+    "fabric.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
+    "fabric.plugins.precision.deepspeed": {_PRECISION: "DeepSpeedPrecision"},
     "fabric.plugins.precision.double": {_PRECISION: "DoublePrecision"},
     "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
+    "fabric.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
     "fabric.strategies": {
-        _STRATEGIES: "DDPStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        _STRATEGIES: "DDPStrategy DeepSpeedStrategy ParallelStrategy SingleDeviceStrategy Strategy",
         EQUIVALENT_STRATEGIES: "FSDPStrategy ModelParallelStrategy",
         ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
         f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
     "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
-    "fabric.strategies.deepspeed": {ABSENT: "DeepSpeedStrategy"},
+    "fabric.strategies.deepspeed": {_STRATEGIES: "DeepSpeedStrategy"},
     "fabric.strategies.dp": {ABSENT: "DataParallelStrategy"},
     "fabric.strategies.fsdp": {
         EQUIVALENT_STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",

@@ -115,7 +115,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             look()
             _after_batch(run, batch_idx, is_last, validates)
-            if flags.received_sigterm and not _has_all_steps(run):
+            if flags.received_sigterm and not _has_all_steps(run) and _may_be_left(run, batch_idx, is_last):
                 raise SIGTERMException
             if flags.should_stop or loop.max_steps >= 0:
                 if _stops_in_epoch(run):
@@ -163,6 +163,11 @@ def accumulates_after(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether the accumulation window is still open after this batch."""
     every = run.settings.accumulate_grad_batches
     return every != 1 and not is_last and (batch_idx + 1) % every != 0
+
+
+def _may_be_left(run: Run, batch_idx: int, is_last: bool) -> bool:
+    """Whether all that was computed can be saved after this batch: the gradients of an open window cannot everywhere."""
+    return run.strategy.keeps_open_windows or not accumulates_after(run, batch_idx, is_last)
 
 
 def _after_batch(

@@ -22,7 +22,7 @@ from levin.loops.run import Run, Step, step_arguments
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
-from levin.ranks.weighted import divide_by_weight, scale_gradients
+from levin.ranks.weighted import divide_by_weight
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import has_own
@@ -308,7 +308,7 @@ class AutomaticStep:
         elif (self.held != self.window or self.lacks) and not self.handles_accumulation:
             # Every rank divides by the window, and the reduction by the number of ranks.
             size = 1 if self.uneven is None else self.uneven.size
-            scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
+            self.run.strategy.scale_gradients(self.optimizer, self.window * size / (self.held * size - self.lacks))
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:

@@ -1,7 +1,32 @@
 """Number formats: what is converted, where autocast holds, how the loss is scaled."""
 
+from typing import TYPE_CHECKING
+
 from levin.precision.mixed import MixedPrecision
 from levin.precision.precision import Precision
 from levin.precision.true import DoublePrecision, HalfPrecision
+from levin.utilities.lazy import lazy_face
 
-__all__ = ["DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision"]
+if TYPE_CHECKING:
+    from levin.precision.bitsandbytes import BitsandbytesPrecision as BitsandbytesPrecision
+    from levin.precision.deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+    from levin.precision.float8 import Float8Precision as Float8Precision
+    from levin.precision.transformer_engine import TransformerEnginePrecision as TransformerEnginePrecision
+
+_HOMES = {
+    "BitsandbytesPrecision": "levin.precision.bitsandbytes",
+    "DeepSpeedPrecision": "levin.precision.deepspeed",
+    "Float8Precision": "levin.precision.float8",
+    "TransformerEnginePrecision": "levin.precision.transformer_engine",
+}
+__getattr__, __dir__ = lazy_face(__name__, _HOMES)
+__all__ = [
+    "BitsandbytesPrecision",
+    "DeepSpeedPrecision",
+    "DoublePrecision",
+    "Float8Precision",
+    "HalfPrecision",
+    "MixedPrecision",
+    "Precision",
+    "TransformerEnginePrecision",
+]

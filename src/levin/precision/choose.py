@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
+
 from levin.precision.mixed import MixedPrecision
 from levin.precision.precision import Precision
 from levin.precision.true import DoublePrecision, HalfPrecision
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.rank_zero import rank_zero_warn
 
-PRECISIONS = ("32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed")
+PRECISIONS = (
+    "32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "float8", "transformer-engine",
+    "transformer-engine-float16",
+)  # fmt: skip
 # The value says whether the short form is so often misunderstood that levin points to the long one.
 _SHORT_FORMS: dict[object, tuple[str, bool]] = {
     64: ("64-true", False),
@@ -64,6 +69,7 @@ def choose_precision(name: str, device_type: str) -> Precision:
 
     Raises:
         ValueError: The device has no such numbers.
+        ModuleNotFoundError: A package that it needs is not installed.
     """
     if name == "16-mixed" and device_type == "cpu":
         rank_zero_warn(
@@ -75,6 +81,14 @@ def choose_precision(name: str, device_type: str) -> Precision:
         raise MisconfigurationException(
             "precision='64-true' cannot be used with accelerator='mps', which has no 64-bit numbers. Use '32-true'."
         )
+    if name == "float8":
+        from levin.precision.float8 import Float8Precision
+
+        return Float8Precision(device=device_type)
+    if name.startswith("transformer-engine"):
+        from levin.precision.transformer_engine import TransformerEnginePrecision
+
+        return TransformerEnginePrecision(weights_dtype=torch.float16 if name.endswith("16") else torch.bfloat16)
     if name in ("16-true", "bf16-true"):
         return HalfPrecision(name)
     if name in ("16-mixed", "bf16-mixed"):

@@ -10,13 +10,6 @@ from torch.optim import Optimizer
 from levin.strategies.strategy import Strategy
 
 
-def scale_gradients(optimizer: Optimizer, factor: Any) -> None:
-    """Multiply the gradients of the parameters of an optimizer."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
-
-
 def divide_by_weight(optimizer: Optimizer, weight: Any, strategy: Strategy) -> None:
     """Divide the gradients of sums by the weight that they have over all processes, so that they are those of an average.
 
@@ -29,4 +22,4 @@ def divide_by_weight(optimizer: Optimizer, weight: Any, strategy: Strategy) -> N
         total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
         data = strategy.data_parallel
         weight = strategy.reduce(total, group=data.group, reduce_op="sum") / data.size
-    scale_gradients(optimizer, 1.0 / weight)
+    strategy.scale_gradients(optimizer, 1.0 / weight)

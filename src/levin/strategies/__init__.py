@@ -11,6 +11,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
+    from levin.strategies.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
     from levin.strategies.fsdp import FSDPStrategy as FSDPStrategy
     from levin.strategies.group_collectives import Collective as Collective
     from levin.strategies.group_collectives import SingleDeviceCollective as SingleDeviceCollective
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # torch's parts for sharding take most of a second to import.
 _HOMES = {
     "Collective": "levin.strategies.group_collectives",
+    "DeepSpeedStrategy": "levin.strategies.deepspeed",
     "FSDPStrategy": "levin.strategies.fsdp",
     "ModelParallelStrategy": "levin.strategies.model_parallel",
     "SingleDeviceCollective": "levin.strategies.group_collectives",
@@ -29,6 +31,7 @@ __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [
     "Collective",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "LayerSync",
     "ModelParallelStrategy",
@@ -63,6 +66,19 @@ def _register() -> None:
     fsdp = "levin.strategies.fsdp:FSDPStrategy"
     StrategyRegistry.register("fsdp", fsdp, description="weights cut over all processes by fully_shard")
     StrategyRegistry.register("fsdp_cpu_offload", fsdp, description="the same, kept in host memory", cpu_offload=True)
+    deepspeed = "levin.strategies.deepspeed:DeepSpeedStrategy"
+    for name, text, arguments in (
+        ("deepspeed", "optimizer states and gradients cut over all processes by DeepSpeed", {}),
+        ("deepspeed_stage_1", "optimizer states cut over all processes by DeepSpeed", {"stage": 1}),
+        ("deepspeed_stage_2", "optimizer states and gradients cut over all processes by DeepSpeed", {"stage": 2}),
+        ("deepspeed_stage_2_offload", "the same, stepped on the host", {"stage": 2, "offload_optimizer": True}),
+        ("deepspeed_stage_3", "everything cut over all processes by DeepSpeed", {"stage": 3}),
+        ("deepspeed_stage_3_offload", "the same, kept in host memory", {"stage": 3, **_OFFLOADS}),
+        ("deepspeed_stage_3_offload_nvme", "the same, kept on a disk", {"stage": 3, **_OFFLOADS, **_TO_DISK}),
+    ):
+        StrategyRegistry.register(name, deepspeed, description=text, **arguments)
 
 
+_OFFLOADS = {"offload_optimizer": True, "offload_parameters": True}
+_TO_DISK = {"offload_optimizer_device": "nvme", "offload_params_device": "nvme", "remote_device": "nvme"}
 _register()

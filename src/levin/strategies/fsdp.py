@@ -204,7 +204,7 @@ class FSDPStrategy(ShardedStrategy):
 
 def _policy_of(precision: str) -> MixedPrecisionPolicy | None:
     """Return in which format weights are gathered for a precision; the sum of gradients stays in single precision."""
-    formats = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    formats = {"bf16-mixed": torch.bfloat16, "float8": torch.bfloat16, "16-mixed": torch.float16}
     if precision not in formats:
         return None
     # Autocast converts the inputs of each operation, and keeps those in single precision that need it.

@@ -43,7 +43,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         where is everything     root_device, is_global_zero, world_size, ..., data_parallel
         number formats          precision_for
         modules                 module_to_device, wrap_module, unwrap, compose_step
-        the step                backward, no_sync, optimizer_step, clip_gradients, setup_optimizer
+        the step                backward, no_sync, optimizer_step, scale_gradients, clip_gradients, setup_optimizer
         other processes         reduce, all_gather, broadcast, barrier, reduce_boolean_decision
         state                   module_state, load_module_state, optimizer_state, load_optimizer_state
         files                   save_checkpoint, load_checkpoint, remove_checkpoint
@@ -64,6 +64,9 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     handles_gradient_accumulation: bool = False
     """Whether the engine underneath accumulates gradients itself, so that the loop must not."""
+
+    keeps_open_windows: bool = True
+    """Whether the gradients of an accumulation window that is open can be saved; otherwise a signal waits for its end."""
 
     restore_checkpoint_after_setup: bool = False
     """Whether weights can be loaded only after the module was set up, because that is what shards it."""
@@ -317,6 +320,12 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         """
         owner = self.lightning_module if model is None else model
         return self.precision.optimizer_step(optimizer, model=owner, closure=closure, **kwargs)
+
+    def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
+        """Multiply the gradients of an optimizer's parameters by a number, or a tensor with one."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def clip_gradients(
         self,
