@@ -58,7 +58,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         run_program(words)
     parser = argparse.ArgumentParser(
         prog="levin",
-        description="A training framework for PyTorch.",
         usage="levin COMMAND|SCRIPT|-m MODULE [...]",
         epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.\n"
         "Each command has its own --help, with an example: levin fit --help.",
