@@ -124,6 +124,7 @@ class Part:
         num_batches: Different batches, taken in turn.
         tokens: Tokens of a step, for tokens per second.
         depth_dim: Blocks and width of a transformer, to count the operations of its attention.
+        modes: Of ``torch.compile``, in which it is run as well.
     """
 
     name: str
@@ -139,6 +140,7 @@ class Part:
     num_batches: int = 4
     tokens: int = 0
     depth_dim: tuple[int, int] = (0, 0)
+    modes: tuple[str, ...] = ()
 
 
 def parts(is_toy: bool) -> list[Part]:
@@ -163,16 +165,21 @@ def parts(is_toy: bool) -> list[Part]:
         )  # fmt: skip
 
     found = [
-        Part("tiny", "tiny linear model, nothing logged", Tiny, lambda: torch.randn(4, 32), 50, 1000, budget_s=25),
+        Part("tiny", "tiny linear model, nothing logged", Tiny, lambda: torch.randn(4, 32), 50, 1000, budget_s=25, modes=("default", "reduce-overhead")),
         Part("tiny", "tiny linear model, three self.log", Tiny, lambda: torch.randn(4, 32), 50, 1000, budget_s=25, num_logged=3),
-        transformer("gpt", "transformer of 124M", gpt, sizes[0], warmup=5, steps=25, num_logged=1),
+        transformer("gpt", "transformer of 124M", gpt, sizes[0], warmup=5, steps=25, num_logged=1, modes=("default",)),
         Part(
             "images", "batches of 105 MB from pinned memory", lambda: Images(width),
             lambda: torch.randn(pictures, 3, side, side), 5, 40, precision="bf16-mixed", budget_s=40, num_logged=1,
         ),
         transformer("large", "transformer of 1B, activation checkpointing", large, sizes[1], warmup=2, steps=8, rounds=3, budget_s=90, num_logged=1),
     ]  # fmt: skip
-    return [replace(part, warmup=1, steps=2, rounds=1) for part in found] if is_toy else found
+    if is_toy:  # one compilation is enough to see that it works
+        return [
+            replace(part, warmup=1, steps=2, rounds=1, modes=part.modes[:1] if part.name == "gpt" else ())
+            for part in found
+        ]
+    return found
 
 
 class Clock:
@@ -222,11 +229,14 @@ def forward_context(precision: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
 
 
-def run_bare(part: Part, batches: Batches, clock: Clock, device: torch.device) -> None:
-    """Train as people write it by hand."""
+def run_bare(part: Part, batches: Batches, clock: Clock, device: torch.device, mode: str = "") -> None:
+    """Train as people write it by hand, with ``torch.compile`` in a ``mode`` if one is given."""
     with device:
         net = part.make_net()
     optimizer = make_optimizer(net, device)
+    if mode:
+        torch._dynamo.reset()
+        net.compile(mode=mode)
     for index, batch in enumerate(batches):
         clock(index)
         batch = batch.to(device, non_blocking=True)
@@ -264,8 +274,12 @@ def run_ahead(part: Part, batches: Batches, clock: Clock, device: torch.device) 
         batch, index = following, index + 1
 
 
-def run_framework(library: Any, part: Part, batches: Batches, clock: Clock, device: torch.device) -> None:
+def run_framework(
+    library: Any, part: Part, batches: Batches, clock: Clock, device: torch.device, **settings: Any
+) -> None:
     """Train with a Trainer."""
+    if settings:
+        torch._dynamo.reset()
 
     class Module(library.LightningModule):
         def __init__(self) -> None:
@@ -284,7 +298,8 @@ def run_framework(library: Any, part: Part, batches: Batches, clock: Clock, devi
             return make_optimizer(self.net, device)
 
     runner = library.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, precision=part.precision, **QUIET
+        accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, max_epochs=1, precision=part.precision,
+        **QUIET, **settings,
     )  # fmt: skip
     runner.fit(Module(), batches)
 
@@ -300,6 +315,10 @@ def measure(part: Part, contestants: dict[str, Any], device: torch.device) -> di
         runs["bare, copying ahead"] = run_ahead
     for name, library in contestants.items():
         runs[name] = lambda *args, library=library: run_framework(library, *args)
+    for mode in part.modes:
+        runs[f"bare, compiled ({mode})"] = lambda *args, mode=mode: run_bare(*args, mode=mode)
+        library = contestants["levin"]
+        runs[f"levin, compile={mode!r}"] = lambda *args, mode=mode: run_framework(library, *args, compile=mode)
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, float] = {}
     begun_s = time.perf_counter()

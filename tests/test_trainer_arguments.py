@@ -58,6 +58,7 @@ WRONG = {
     "use_distributed_sampler": ["x"],
     "profiler": ["stopwatch", 3],
     "detect_anomaly": ["x"],
+    "compile": ["fast", 3, {"backends": "x"}],
     "plugins": ["x", 3],
     "sync_batchnorm": ["x"],
     "reload_dataloaders_every_n_epochs": [-1, 1.5, "2", None],

@@ -64,6 +64,14 @@ class Progress:
         self.total.completed += 1
         self.current.completed += 1
 
+    def increment_all(self) -> None:
+        """Done at once: about to start, started, processed and completed."""
+        for counter in (self.total, self.current):
+            counter.ready += 1
+            counter.started += 1
+            counter.processed += 1
+            counter.completed += 1
+
     def reset(self) -> None:
         """Start the present epoch or run from zero."""
         self.current.set_all(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from levin.utilities.types import StateDict
 
 BLOCK = 32
-"""Values that are folded into the running sum at once."""
+"""Values on a device that are folded into the running sum at once."""
 
 # What changes no mean (its weight is zero), sum, minimum or maximum.
 _NEUTRAL = {"mean": 0.0, "sum": 0.0, "min": float("inf"), "max": float("-inf")}
@@ -32,22 +32,93 @@ class Arguments(NamedTuple):
     rank_zero_only: bool
 
 
+def _combined(reduction: str, first: Tensor, second: Tensor) -> Tensor:
+    """Return the sum, minimum or maximum of two."""
+    if reduction == "min":
+        return torch.minimum(first, second)
+    return torch.maximum(first, second) if reduction == "max" else first + second
+
+
 def metric_class() -> type | tuple[()]:
     """Return torchmetrics' Metric if anybody imported it (no value can be one otherwise), else an empty tuple."""
     module = sys.modules.get("torchmetrics")
     return module.Metric if module is not None and hasattr(module, "Metric") else ()
 
 
+class Block:
+    """Values that stay on their device, folded into a running sum (or minimum, maximum) when it is full.
+
+    Args:
+        reduction: ``"mean"``, ``"sum"``, ``"min"`` or ``"max"``.
+        device: Where the values are.
+        dtype: Of the sum.
+        size: How many values are folded at once.
+    """
+
+    def __init__(self, reduction: str, device: torch.device, dtype: torch.dtype, size: int) -> None:
+        self.reduction = reduction
+        with torch.inference_mode(False):
+            self.values = torch.zeros(size, dtype=dtype, device=device)
+            self.cells: list[Tensor] = list(self.values.unbind())
+        # Of the values that are not folded yet, from the first cell on.
+        self.weights: list[float] = []
+        self.total: Optional[Tensor] = None
+
+    def put(self, value: Tensor) -> Tensor:
+        """Copy a one-element tensor into the next cell, and return the cell."""
+        if len(self.weights) == len(self.cells):
+            self.total = self.sum()
+            self.weights.clear()
+        return self.cells[len(self.weights)].copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
+
+    def sum(self) -> Tensor:
+        """Return what there is, reduced to one value."""
+        num = len(self.weights)
+        if num == 0 and self.total is not None:
+            return self.total
+        values = self.values[:num]
+        if self.reduction == "mean":
+            first = self.weights[0]
+            if all(weight == first for weight in self.weights):
+                folded = values.sum() * first
+            else:
+                folded = (values * values.new_tensor(self.weights)).sum()
+        else:
+            folded = (
+                values.sum() if self.reduction == "sum" else values.min() if self.reduction == "min" else values.max()
+            )
+        return folded if self.total is None else _combined(self.reduction, self.total, folded)
+
+    def moved_to(self, device: torch.device) -> Block:
+        """Return the same block on ``device``."""
+        moved = Block(self.reduction, device, self.values.dtype, len(self.cells))
+        moved.load_state_dict(self.state_dict())
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
+        return {"values": self.values.clone(), "weights": list(self.weights), "total": self.total}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up :meth:`state_dict`."""
+        total = state["total"]
+        self.values.copy_(state["values"])
+        self.weights = list(state["weights"])
+        self.total = None if total is None else total.to(self.values.device)
+
+
 class Slot:
-    """The values of one name in one hook."""
+    """The values of one name in one hook.
+
+    Numbers, and tensors in the memory of the host, are added at once; those on another device stay there in a block.
+    """
 
     __slots__ = (
         "arguments",
         "block",
-        "cells",
         "dataloader_idx",
+        "dtype",
         "epoch",
-        "filled",
         "has_value",
         "hook",
         "is_restored",
@@ -62,8 +133,7 @@ class Slot:
         "sync",
         "total",
         "weight",
-        "weights",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
@@ -88,17 +158,17 @@ class Slot:
         self.dataloader_idx = dataloader_idx
         self.metric = metric
         self.sync = sync if arguments.sync_dist and not arguments.rank_zero_only else None
-        self.block: Optional[Tensor] = None
-        self.cells: list[Tensor] = []
-        self.weights: list[float] = []
         self.has_value: bool = False
         self.is_restored: bool = False
-        self.filled: int = 0
-        self.total: Optional[Tensor] = None
+        # Of what is read: that of the first value, but never less than float32, in which a running sum soon stands still.
+        self.dtype: Optional[torch.dtype] = None
+        # The numbers of the epoch, reduced, and how much they and the values of the block weigh.
+        self.total: float = _NEUTRAL[reduction]
         self.weight: float = 0.0
-        # The value of the step where it is not the last cell, and that of the epoch once it was asked for: over ranks,
-        # each is reduced once, however often and on which rank it is read.
-        self.latest: Optional[Tensor] = None
+        self.block: Optional[Block] = None
+        # The value of the step, and that of the epoch once it was asked for: over ranks, each is reduced once, however
+        # often and on which rank it is read.
+        self.latest: Optional[float | Tensor] = None
         self.epoch: Optional[Tensor] = None
 
     @property
@@ -114,11 +184,12 @@ class Slot:
     def reset(self) -> None:
         """Forget all values; the slot itself stays."""
         self.has_value = False
-        self.filled = 0
-        self.weights.clear()
-        self.total = None
-        self.weight = 0.0
+        self.total = _NEUTRAL[self.reduction]
         self.latest = self.epoch = None
+        self.weight = 0.0
+        if self.block is not None:
+            self.block.weights.clear()
+            self.block.total = None
         if self.metric is not None:
             self.metric.reset()
 
@@ -136,82 +207,74 @@ class Slot:
                 return  # it would add nothing, and a rank that has seen none but fillers has no value
             before = self.step_value() if self.has_value else None
             value, weight = _NEUTRAL[self.reduction], 0.0
-        position = self.filled
-        is_tensor = isinstance(value, Tensor)
-        if self.block is None or (is_tensor and value.device != self.block.device and self.block.device.type == "cpu"):
-            is_double = torch.float64 in (torch.get_default_dtype(), value.dtype if is_tensor else None)
-            # Never less than float32: in half precision a running sum soon stands still.
-            dtype = torch.float64 if is_double else torch.float32
-            self._allocate(value.device if is_tensor else torch.device("cpu"), dtype)
-        elif position == BLOCK:
-            self._fold()
-            position = 0
-        if is_tensor:
-            cell = self.cells[position]
-            cell.copy_(value.detach() if value.dim() == 0 else value.detach().reshape(()))
+        if self.dtype is None:
+            is_double = torch.float64 in (torch.get_default_dtype(), value.dtype if isinstance(value, Tensor) else None)
+            self.dtype = torch.float64 if is_double else torch.float32
+        # To read a tensor of the host waits for nothing and costs less than to copy it.
+        latest: float | Tensor
+        if not isinstance(value, Tensor):
+            latest = number = float(value)
+        elif value.is_cpu:
+            latest = number = value.item()
         else:
-            cell = self.cells[position].fill_(value)
-        self.has_value = True
+            latest, number = self._put(value, weight), _NEUTRAL[self.reduction]
         if self.on_epoch:
-            self.weights.append(weight)
-            self.filled = position + 1
+            reduction = self.reduction
+            self.weight += weight
             self.epoch = None
+            if reduction == "mean":
+                self.total += number * weight
+            elif reduction == "sum":
+                self.total += number
+            elif number != number or (number < self.total if reduction == "min" else number > self.total):
+                self.total = number  # what is not a number stays
         if self.sync is not None and self.on_step:
-            self.latest = self._sync_step(cell, self.sync, is_filler)
-        elif self.latest is not None or before is not None:
-            self.latest = before
+            latest = self._sync_step(self._as_tensor(latest), self.sync, is_filler)
+        self.latest = latest if before is None or self.sync is not None else before
+        self.has_value = True
+
+    def _put(self, value: Tensor, weight: float) -> Tensor:
+        block = self.block
+        if block is None:
+            assert self.dtype is not None
+            block = Block(self.reduction, value.device, self.dtype, BLOCK if self.on_epoch else 1)
+        elif block.values.device != value.device:
+            block = block.moved_to(value.device)
+        self.block = block
+        cell = block.put(value)
+        if self.on_epoch:
+            block.weights.append(weight)
+        return cell
+
+    def _as_tensor(self, value: float | Tensor) -> Tensor:
+        """Return a new tensor with ``value``."""
+        return value.clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=self.dtype)
 
     def _sync_step(self, cell: Tensor, sync: Callable[[Tensor, str, Any], Tensor], is_filler: Optional[bool]) -> Tensor:
         group = self.arguments.sync_dist_group
         if is_filler is None or self.reduction != "mean":
-            return sync(cell.clone(), self.reduction, group)
+            return sync(cell, self.reduction, group)
         both = torch.stack([cell, torch.full_like(cell, 0.0 if is_filler else 1.0)])
         total, num_active = sync(both, "sum", group)
         step_value: Tensor = total / num_active.clamp(min=1.0)
         return step_value
 
-    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
-        with torch.inference_mode(False):
-            old, old_total = self.block, self.total
-            self.block = torch.zeros(BLOCK if self.on_epoch else 1, dtype=dtype, device=device)
-            if old is not None:
-                self.block.copy_(old)
-            self.cells = list(self.block.unbind())
-            self.total = None if old_total is None else old_total.to(device)
-
-    def _fold(self) -> None:
-        self.total = self._sum()
-        self.weight += sum(self.weights)
-        self.weights.clear()
-        self.filled = 0
-
     def _sum(self) -> Tensor:
-        """Return the running sum (or minimum, maximum) with the block taken in."""
-        assert self.block is not None
-        if self.filled == 0 and self.total is not None:
-            return self.total
-        values = self.block[: self.filled]
-        if self.reduction == "mean":
-            first = self.weights[0]
-            if all(weight == first for weight in self.weights):
-                folded = values.sum() * first
-            else:
-                folded = (values * values.new_tensor(self.weights)).sum()
-            return folded if self.total is None else self.total + folded
-        if self.reduction == "sum":
-            return values.sum() if self.total is None else self.total + values.sum()
-        folded, pick = (values.min(), torch.minimum) if self.reduction == "min" else (values.max(), torch.maximum)
-        return folded if self.total is None else pick(self.total, folded)
+        """Return the sum (or minimum, maximum) of the epoch: in double precision on the host, else on the device."""
+        if self.block is None or not (self.block.weights or self.block.total is not None):
+            return torch.tensor(self.total, dtype=torch.float64)
+        on_device = self.block.sum()
+        if self.total == _NEUTRAL[self.reduction]:
+            return on_device
+        return _combined(self.reduction, on_device, on_device.new_tensor(self.total))
 
     def step_value(self) -> Any:
         """Return the last value; None for a metric that was updated without computing it for the batch."""
         if self.metric is not None:
             value = self.metric._forward_cache
             return value.detach() if isinstance(value, Tensor) else value
-        if self.latest is not None:
-            return self.latest
-        assert self.block is not None
-        return self.cells[self.filled - 1 if self.filled else 0].clone()
+        assert self.latest is not None
+        return self._as_tensor(self.latest)
 
     def epoch_value(self) -> Any:
         """Return all values reduced to one."""
@@ -228,38 +291,37 @@ class Slot:
         return self.epoch.clone()
 
     def _reduce(self) -> Tensor:
-        total, weight = self._sum(), self.weight + sum(self.weights)
+        total = self._sum()
         if self.sync is None:
-            return total / weight if self.reduction == "mean" else total.clone()
+            return (total / self.weight if self.reduction == "mean" else total).to(self.dtype)
         group = self.arguments.sync_dist_group
         if self.reduction != "mean":
-            return self.sync(total.clone(), self.reduction, group)
-        both = torch.stack([total.double(), torch.tensor(weight, dtype=torch.float64, device=total.device)])
+            return self.sync(total.to(self.dtype, copy=True), self.reduction, group)
+        both = torch.stack([total.double(), torch.tensor(self.weight, dtype=torch.float64, device=total.device)])
         summed, weights = self.sync(both, "sum", group)
         epoch_value: Tensor = summed / weights
-        return epoch_value.to(total.dtype)
+        return epoch_value.to(self.dtype)
 
     def state_dict(self) -> StateDict:
-        """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
+        """Return the values, unreduced where they lie on a device, so that a resumed run adds in the same order."""
         plain = self.arguments._replace(reduce_fx=self.reduction, sync_dist_group=None)
         return {
             "name": self.name, "hook": self.hook, "dataloader_idx": self.dataloader_idx,
             "arguments": tuple(plain), "on_step": self.on_step, "on_epoch": self.on_epoch, "reduction": self.reduction,
-            "block": None if self.block is None else self.block.clone(), "weights": list(self.weights),
-            "filled": self.filled, "has_value": self.has_value, "total": self.total, "weight": self.weight,
+            "is_double": self.dtype == torch.float64, "has_value": self.has_value,
+            "latest": self.latest.clone() if isinstance(self.latest, Tensor) else self.latest,
+            "total": self.total, "weight": self.weight, "block": None if self.block is None else self.block.state_dict(),
             "of_step": None if self.metric is None else self.metric._forward_cache,
-            "latest": self.latest,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
-        if state["block"] is not None:
-            self._allocate(state["block"].device, state["block"].dtype)
-            assert self.block is not None
-            self.block.copy_(state["block"])
-        self.weights = list(state["weights"])
-        self.filled, self.has_value = state["filled"], state["has_value"]
+        self.dtype = torch.float64 if state["is_double"] else torch.float32
+        if (block := state["block"]) is not None:
+            values = block["values"]
+            self.block = Block(self.reduction, values.device, values.dtype, len(values))
+            self.block.load_state_dict(block)
+        self.has_value, self.latest = state["has_value"], state["latest"]
         self.total, self.weight = state["total"], state["weight"]
         if self.metric is not None:
             self.metric._forward_cache = state.get("of_step")
-        self.latest = state.get("latest")

@@ -1,8 +1,9 @@
 """What ``self.log`` writes into, and how it is reduced.
 
-A *slot* is made at the first call for a hook and a name; later calls find it and add. Values are copied, on their own
-device, into a small block and folded into a running sum when the block is full, so that a call neither waits for the
-device nor keeps a graph alive. Reduction to one value happens when someone reads.
+A *slot* is made at the first call for a hook and a name; later calls find it and add. Values in the memory of the host
+are added at once. Those on a device are copied there into a small block and folded into a running sum when the block is
+full, so that a call neither waits for the device nor keeps a graph alive. Reduction to one value happens when someone
+reads.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from levin.log_slot import Arguments, Slot, metric_class
 from levin.utilities.collections import leaves
@@ -19,6 +21,9 @@ from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 from levin.utilities.warnings import PossibleUserWarning
+
+Recorded = tuple[torch.dtype, Optional[str], str, object, tuple[object, ...], Optional[int]]
+"""A call of ``self.log`` in compiled code: the type of its numbers there, hook, name, value, arguments, batch size."""
 
 _STEP_HOOKS = [
     "training_step",
@@ -99,6 +104,8 @@ class LogStore:
         self._sync = sync
         self._has_loggers = has_loggers
         self._is_of_many = num_ranks > 1
+        # What was logged in compiled code, where a tensor has no value yet: taken up when that code has run.
+        self.recorded: list[Recorded] = []
 
     def start_batch(self, batch: object, dataloader_idx: Optional[int] = None) -> None:
         """A new batch: its size is found when a mean needs it."""
@@ -115,6 +122,10 @@ class LogStore:
     def log(self, name: str, value: object, arguments: tuple[object, ...], batch_size: Optional[int]) -> None:
         """Add ``value`` under ``name`` for the present hook. See ``LightningModule.log`` for the arguments."""
         hook = self.hook
+        if is_compiling():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.recorded.append((torch.get_default_dtype(), hook, name, value, arguments, batch_size))
+            return
         slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
         if slot is None:
             slot = self._new_slot(name, value, Arguments._make(arguments))
@@ -142,6 +153,16 @@ class LogStore:
             if size is None:
                 size = self._size = extract_batch_size(self.batch)
             slot.add(value, size, self.is_filler)
+
+    def take_recorded(self) -> None:
+        """Add what compiled code has logged."""
+        recorded = list(self.recorded)
+        self.recorded.clear()
+        previous = self.hook
+        for dtype, self.hook, name, value, arguments, batch_size in recorded:
+            kept = torch.tensor(value, dtype=dtype) if isinstance(value, (int, float)) else value
+            self.log(name, kept, arguments, batch_size)
+        self.hook = previous
 
     def _new_slot(self, name: str, value: object, arguments: Arguments) -> Slot:
         hook = self.hook
@@ -343,6 +364,11 @@ def extract_batch_size(batch: object) -> int:
     """
     if isinstance(batch, Tensor):
         return batch.size(0) if batch.dim() else 1
+    # The most frequent batch needs no walk.
+    if type(batch) is list or type(batch) is tuple:
+        sizes = {item.size(0) if type(item) is Tensor and item.dim() else None for item in batch}
+        if len(sizes) == 1 and (found := sizes.pop()) is not None:
+            return found
     size: Optional[int] = None
     for leaf in leaves(batch):
         if not isinstance(leaf, Tensor):

@@ -53,6 +53,7 @@ class Settings:
     gradient_clip_val: Optional[Union[int, float]]
     gradient_clip_algorithm: Optional[GradClipAlgorithmType]
     detect_anomaly: bool
+    compile: Optional[dict[str, Any]]
     inference_mode: bool
     # Around it
     barebones: bool
@@ -103,6 +104,7 @@ def check_settings(arguments: Mapping[str, Any]) -> Settings:
     if dry:
         values.update(_dry(int(dry), is_overfit=bool(values["overfit_batches"])))
     values["gradient_clip_algorithm"] = check_clipping(values["gradient_clip_val"], values["gradient_clip_algorithm"])
+    values["compile"] = check_compile(values["compile"])
     if values["detect_anomaly"]:
         rank_zero_info(
             "You have turned on `Trainer(detect_anomaly=True)`, which slows training down a lot. Use it to find a NaN."
@@ -135,6 +137,36 @@ def _dry(batches: int, is_overfit: bool) -> dict[str, object]:
         "val_check_seconds": None,
         "check_val_every_n_epoch": 1,
     }
+
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+COMPILE_OPTIONS = ("backend", "dynamic", "fullgraph", "mode", "options")
+
+
+def check_compile(value: object) -> Optional[dict[str, Any]]:
+    """Return the options of ``torch.compile`` for ``Trainer(compile=...)``, with "blocks" among them; None for off.
+
+    Raises:
+        MisconfigurationException: A mode or an option that there is not.
+
+    Example:
+        >>> check_compile("reduce-overhead"), check_compile(True), check_compile(False)
+        ({'mode': 'reduce-overhead'}, {}, None)
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return {}
+    if value == "blocks":
+        return {"blocks": True}
+    if isinstance(value, str):
+        value = {"mode": value}
+    hint = f"Use True, 'blocks', a mode of torch.compile {COMPILE_MODES}, or a dict with some of {COMPILE_OPTIONS} and 'blocks'."
+    if not isinstance(value, Mapping) or set(value) - {*COMPILE_OPTIONS, "blocks"}:
+        raise value_error("compile", value, "must be True, False, a string or a dict of options", hint)
+    if value.get("mode") not in (None, *COMPILE_MODES):
+        raise value_error("compile", value["mode"], "must name a mode of torch.compile", hint)
+    return dict(value)
 
 
 def check_val_interval(value: object, every_n_epoch: Optional[int], max_steps: int) -> tuple[Limit, Optional[float]]:

@@ -68,6 +68,7 @@ class Feed:
         self.later_takes: Optional[int] = None
         self._convert = convert
         self._transfer = transfer
+        self._is_moved_alone = convert is None and transfer is None and not on_demand
         self.is_on_demand = on_demand
         self._draw = draw
 
@@ -137,7 +138,7 @@ class Feed:
             yield item
 
     def _batches(self, start: int, iterator: Optional[Iterator[object]]) -> Generator[NumberedBatch, None, None]:
-        place = self.place
+        place, move, device, is_moved_alone = self.place, move_data_to_device, self.device, self._is_moved_alone
         last_source = max((i for i, limit in enumerate(self.limits) if limit > 0 and self.lengths[i] > 0), default=-1)
         for dataloader_idx, source in enumerate(self.sources):
             limit = min(self.limits[dataloader_idx], self.lengths[dataloader_idx])
@@ -162,7 +163,8 @@ class Feed:
             elif batch_idx < limit:
                 for batch in iterator:
                     self.is_last = is_final and batch_idx + 1 >= limit
-                    yield place(batch, dataloader_idx), batch_idx, dataloader_idx
+                    batch = move(batch, device) if is_moved_alone else place(batch, dataloader_idx)
+                    yield batch, batch_idx, dataloader_idx
                     batch_idx += 1
                     if batch_idx >= limit:
                         break

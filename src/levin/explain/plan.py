@@ -199,9 +199,9 @@ class Plan:
             yield node
         if step.own_clipping is not None:
             yield self._call(step.own_clipping, "optimizer, gradient_clip_val, gradient_clip_algorithm", due, when)
-        elif step.clip_val and step.clip_val > 0:
-            kind = "value" if step.clip_algorithm == "value" else "norm"
-            yield Node(f"clip_grad_{kind}_(parameters, {step.clip_val})", due=due, when=when)
+        elif (clip_val := self.run.settings.gradient_clip_val) and clip_val > 0:
+            kind = "value" if self.run.settings.gradient_clip_algorithm == "value" else "norm"
+            yield Node(f"clip_grad_{kind}_(parameters, {clip_val})", due=due, when=when)
         yield Node("the update of the parameters", due=due, when=when)
 
     def _manual(self) -> Iterator[Node]:

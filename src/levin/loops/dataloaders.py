@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Optional
 
@@ -50,7 +52,8 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     precision = run.strategy.precision
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
     step = {"train": "training_step", "val": "validation_step"}.get(loaders.stage, f"{loaders.stage}_step")
-    on_demand = "dataloader_iter" in inspect.signature(getattr(run.module, step)).parameters
+    function = getattr(run.module, step)
+    on_demand = _takes_iterator(getattr(function, "__func__", function))
     if on_demand:
         run.hooks.show_batches({"val": "validation"}.get(loaders.stage, loaders.stage))
     arguments = (
@@ -59,6 +62,11 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
         run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
     )  # fmt: skip
     return shared_feed(run, loaders.stage, *arguments) if is_shared(run.strategy) else Feed(*arguments)
+
+
+@functools.lru_cache(maxsize=16)
+def _takes_iterator(function: Callable[..., object]) -> bool:
+    return "dataloader_iter" in inspect.signature(function).parameters
 
 
 def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:

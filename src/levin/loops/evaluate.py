@@ -84,9 +84,10 @@ def end_validation_in_fit(run: Run, unfinished: InterruptedPhase) -> None:
 def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Callable[[object, int, int], object]:
     """Return ``step(batch, batch_idx, dataloader_idx)`` that passes what the user's step takes."""
     name = f"{stage}_step"
-    function = run.timed(
-        f"[Strategy]{type(run.strategy).__name__}.{name}", run.strategy.step_function(run.strategy.model, name)
-    )
+    function = run.strategy.step_function(run.strategy.model, name)
+    if run.compiler is not None and not run.compiler.only_blocks:
+        function = run.compiler.function(function, name)
+    function = run.timed(f"[Strategy]{type(run.strategy).__name__}.{name}", function)
     count = step_arguments(run.module, name, num_dataloaders)
     if count == 3:
         return function

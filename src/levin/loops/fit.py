@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Optional
 
+from levin.checkpoint.io import CheckpointIO
 from levin.data.feed import Feed
 from levin.loops import evaluate
 from levin.loops.dataloaders import prepare_epoch
@@ -15,6 +17,7 @@ from levin.loops.schedulers import step_schedulers
 from levin.ranks.same_everywhere import check_logged_names
 from levin.resume.resume_state import InterruptedPhase, Phase
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_debug, rank_zero_info, rank_zero_warn
 
 
@@ -79,7 +82,9 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
     agreement, flags = run.agreement, run.flags
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
-    look = run.strategy.checkpoint_io.check if agreement is None else agreement.maybe_sync
+    look: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
+    if look is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
+        look = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = run.enable_validation
     if resumed and progress.current.ready:
@@ -113,7 +118,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 _step_due_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            look()
+            if look is not None:
+                look()
             _after_batch(run, batch_idx, is_last, validates)
             if flags.received_sigterm and not _has_all_steps(run) and _may_be_left(run, batch_idx, is_last):
                 raise SIGTERMException
@@ -175,7 +181,7 @@ def _after_batch(
 ) -> None:
     """Log the step, validate when due, count the batch; or do what is left of that."""
     loop = run.loops.fit.epoch_loop
-    accumulates = accumulates_after(run, batch_idx, is_last)
+    accumulates = run.settings.accumulate_grad_batches != 1 and accumulates_after(run, batch_idx, is_last)
     if unfinished is None or unfinished.phase == Phase.BATCH_END:
         loop.batch_progress.increment_completed()
         if not accumulates and run.loggers and logs_step(run, loop._batches_that_stepped):

@@ -49,6 +49,8 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         for logger in run.loggers:
             logger.finalize("failed")
         detach_log_store(module)
+        if run.compiler is not None:
+            run.compiler.end()
         if is_agreed:
             _leave_together(run)
         _free_device(run)

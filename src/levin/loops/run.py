@@ -17,6 +17,7 @@ from levin.engine import Engine
 from levin.hooks import Callback, Trainer
 from levin.log_store import LogStore, Metrics
 from levin.loggers.logger import Logger
+from levin.loops.compiled import Compiler
 from levin.loops.hook_table import HookTable
 from levin.loops.stage_loaders import Loaders
 from levin.module import LightningModule
@@ -119,6 +120,7 @@ class Run:
         self.uneven: Optional[Uneven] = None
         self.agreement: Optional[Agreement] = None
         # How training and validation go on.
+        self.compiler: Optional[Compiler] = None
         self.val_step: Optional[Callable[[Batch, int, int], Any]] = None
         self.last_validation_s: float = time.monotonic()
         self.eval_log_steps: dict[int, int] = {}

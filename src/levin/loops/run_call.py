@@ -13,6 +13,7 @@ from levin.checkpoint.select import agree
 from levin.data.transfer import CopyStream
 from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
+from levin.loops.compiled import Compiler
 from levin.loops.dataloaders import (
     limit_of,
     load,
@@ -41,6 +42,7 @@ from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
 from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
+from levin.strategies.sharded import ShardedStrategy
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
@@ -70,6 +72,9 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     for logger in run.loggers:
         getattr(logger, "experiment", None)
     set_up_owners(run)
+    if run.settings.compile is not None:
+        run.compiler = Compiler(run.settings.compile, module, lambda: run.store)
+        run.compiler.begin(needs_blocks=isinstance(strategy, ShardedStrategy) or not module.automatic_optimization)
     checkpoint: Optional[StateDict] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
@@ -99,6 +104,8 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     result = run_stage(run, fn, checkpoint)
     run.activate(new_store(run, training=False))
     detach_log_store(module)
+    if run.compiler is not None:
+        run.compiler.end()
     strategy.teardown()
     run.stop_watchdog()
     run.move_metrics(torch.device("cpu"))

@@ -18,7 +18,9 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from levin.loops.compiled import CompiledStep, may_be_joint
 from levin.loops.run import Run, Step, step_arguments
+from levin.loops.torch_optimizer import update_of, zero_grad_of
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
@@ -46,6 +48,8 @@ def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
     before, after = hooks["on_before_backward"], hooks["on_after_backward"]
     own = _own(module, "backward")
     by_precision = type(precision).backward is not Precision.backward
+    if not (before or after or own or by_precision):
+        return run.strategy.backward_function(optimizer, Tensor.backward)
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if before:
@@ -55,16 +59,26 @@ def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
         elif own is not None:
             owner.call_own("backward", own, loss, *args, **kwargs)
         else:
-            try:
-                loss.backward(*args, **kwargs)
-            except RuntimeError as error:
-                if loss.requires_grad:
-                    raise
-                raise _graphless(loss) from error
+            loss.backward(*args, **kwargs)
         if after:
             owner.call("on_after_backward")
 
     return run.strategy.backward_function(optimizer, backward)
+
+
+def compose_compiled(
+    run: Run, step: Callable[..., object], backward: Callable[..., object]
+) -> tuple[Callable[..., object], Callable[..., object]]:
+    """Return ``step`` and ``backward`` compiled, where the user wants that; see :mod:`levin.loops.compiled`."""
+    compiler, settings, progress = run.compiler, run.settings, run.loops.fit.epoch_loop.batch_progress
+    if compiler is None or compiler.only_blocks:
+        return step, backward
+    is_joint = backward is Tensor.backward and not run.strategy.is_distributed and not settings.detect_anomaly
+    compiled = CompiledStep(
+        step, backward, compiler, is_joint=is_joint and may_be_joint(run.module),
+        is_one=lambda: run.settings.accumulate_grad_batches == 1, is_last=lambda: progress.is_last_batch,
+    )  # fmt: skip
+    return compiled, compiled.backward
 
 
 class AutomaticStep:
@@ -76,20 +90,15 @@ class AutomaticStep:
         self.optimizer: Any = run.optimizers[0]
         self.lightning_optimizer = run.lightning_optimizers[0]
         self.progress = run.loops.fit.epoch_loop.optim_progress
-        self.training_step = run.timed(
-            f"[Strategy]{type(strategy).__name__}.training_step",
-            strategy.step_function(strategy.model, "training_step"),
+        step, backward = compose_compiled(
+            run, strategy.step_function(strategy.model, "training_step"), compose_backward(run, self.optimizer)
         )
+        self.training_step = run.timed(f"[Strategy]{type(strategy).__name__}.training_step", step)
         self.num_arguments = step_arguments(module, "training_step", 1)
-        self.backward = run.timed(
-            f"[Strategy]{type(strategy).__name__}.backward", compose_backward(run, self.optimizer)
-        )
+        self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", backward)
         self.own_zero_grad = _own(module, "optimizer_zero_grad", run.is_profiled)
         self.own_optimizer_step = _own(module, "optimizer_step", run.is_profiled)
         self.own_clipping = _own(module, "configure_gradient_clipping", run.is_profiled)
-        self.clip_val = run.settings.gradient_clip_val
-        self.clip_algorithm = run.settings.gradient_clip_algorithm
-        self.clip: dict[str, Any] = {"clip_val" if self.clip_algorithm == "value" else "max_norm": self.clip_val}
         self.zero_grad_hooks = run.hooks["on_before_zero_grad"]
         self.step_hooks = run.hooks["on_before_optimizer_step"]
         self.is_distributed = strategy.is_distributed
@@ -102,10 +111,14 @@ class AutomaticStep:
         self.batch: Batch = None
         self.batch_idx: int = 0
         self.outputs: dict[str, Any] = {}
-        self._needs_before_step = bool(self.step_hooks or self.own_clipping or self.clip_val)
+        self._needs_before_step = bool(self.step_hooks or self.own_clipping or run.settings.gradient_clip_val)
         plain_strategy = type(strategy).optimizer_step is Strategy.optimizer_step
         plain_precision = type(strategy.precision).optimizer_step is Precision.optimizer_step
         self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
+        self.update = update_of(self.optimizer) if self.is_plain else None
+        self.zero_grad = zero_grad_of(self.optimizer)
+        # Kept for `on_train_batch_end` alone; without one, nobody sees what the step returned.
+        self.keeps_loss = not self.is_plain or bool(run.hooks["on_train_batch_end"])
         self.lightning_optimizer._on_step = self._step_through_strategy
         strategy.precision.before_step = self.before_step
         self._closure_ran: bool = False
@@ -143,7 +156,11 @@ class AutomaticStep:
         self.batch, self.batch_idx = batch, batch_idx
         accumulate = self.run.settings.accumulate_grad_batches
         if self.held == 0 or batch_idx % accumulate == 0:
-            self._open_window(accumulate, batch_idx)
+            # One that an epoch left open, ended by the user in its middle, is dropped.
+            self.held = self.lacks = 0
+            self.window = 1 if accumulate == 1 else self._size_of_window(accumulate, batch_idx)
+            if self.is_weighted:
+                self.weight, self.is_weighted = 0, False
         self.held += 1
         if self.uneven is not None:
             self.lacks += self.uneven.num_lacking
@@ -151,7 +168,12 @@ class AutomaticStep:
         if accumulate == 1 or is_last or (batch_idx + 1) % accumulate == 0 or self.handles_accumulation:
             step = self.progress.step
             step.increment_ready()
-            if self.is_plain:
+            if self.update is not None and not self.optimizer._optimizer_step_pre_hooks:
+                self.closure()
+                if self._needs_before_step or self.is_weighted or self.held != self.window or self.lacks:
+                    self.before_step(self.optimizer)
+                self.update()
+            elif self.is_plain:
                 self.optimizer.step(self.closure_and_before_step)
             elif self.own_optimizer_step is not None:
                 epoch = self.run.current_epoch
@@ -177,7 +199,7 @@ class AutomaticStep:
         """Step on the gradients of an open window, after whose last batch the data has ended unexpectedly."""
         if not self.held:
             return
-        loss = self.outputs.get("loss")
+        loss = self.outputs.get("loss") if self.keeps_loss else 0.0
         step = self.progress.step
         step.increment_ready()
         if self.own_optimizer_step is not None:
@@ -190,16 +212,10 @@ class AutomaticStep:
         step.increment_completed()
         self.held = self.lacks = 0
 
-    def _open_window(self, accumulate: int, batch_idx: int) -> None:
-        """Begin a window; one that an epoch left open, ended by the user in its middle, is dropped."""
-        self.held = self.lacks = 0
-        self.weight = 0
-        self.is_weighted = False
-        if accumulate == 1:
-            self.window = 1
-        else:
-            remaining = self.run.loops.fit.max_batches - batch_idx
-            self.window = accumulate if remaining > accumulate else max(1, int(remaining))
+    def _size_of_window(self, accumulate: int, batch_idx: int) -> int:
+        """Return of how many batches a window is that begins here."""
+        remaining = self.run.loops.fit.max_batches - batch_idx
+        return accumulate if remaining > accumulate else max(1, int(remaining))
 
     def closure(self) -> Optional[Tensor]:
         """Compute the loss and its gradients. Returns the loss, or None when the user skipped the batch."""
@@ -216,7 +232,11 @@ class AutomaticStep:
         else:
             output = self.training_step(self.batch)
         store.hook = previous
-        loss = self._take(output)
+        if isinstance(output, Tensor):
+            self.outputs = {"loss": output.detach()} if self.keeps_loss else {}
+            loss: Optional[Tensor] = output
+        else:
+            loss = self._take(output)
         if self.held == 1:
             self._zero_grad()
         if loss is None:
@@ -227,13 +247,16 @@ class AutomaticStep:
             loss = loss / self.window
         if self.lacks and self.uneven is not None and self.uneven.is_filler:
             loss = loss * 0.0
-        self.backward(loss)
+        try:
+            self.backward(loss)
+        except RuntimeError as error:
+            if loss.requires_grad:
+                raise
+            raise _graphless(loss) from error
         return loss
 
     def _take(self, output: object) -> Optional[Tensor]:
-        if isinstance(output, Tensor):
-            self.outputs = {"loss": output.detach()}
-            return output
+        """Return the loss of a step that did not return it alone."""
         if output is None:
             self.outputs = {}
             if self.is_distributed:
@@ -270,6 +293,10 @@ class AutomaticStep:
 
     def _zero_grad(self) -> None:
         progress = self.progress.zero_grad
+        if not self.zero_grad_hooks and self.own_zero_grad is None:
+            self.zero_grad()
+            progress.increment_all()
+            return
         progress.increment_ready()
         if self.zero_grad_hooks:
             self.run.call("on_before_zero_grad", self.optimizer)
@@ -278,7 +305,7 @@ class AutomaticStep:
             run = self.run
             run.call_own("optimizer_zero_grad", self.own_zero_grad, run.current_epoch, self.batch_idx, self.optimizer)
         else:
-            self.optimizer.zero_grad()
+            self.zero_grad()
         progress.increment_completed()
 
     def closure_and_before_step(self) -> Optional[Tensor]:
@@ -293,13 +320,15 @@ class AutomaticStep:
         self._average_window()
         if self.step_hooks:
             self.run.call("on_before_optimizer_step", optimizer)
+        clip_val, algorithm = self.run.settings.gradient_clip_val, self.run.settings.gradient_clip_algorithm
         if self.own_clipping is not None:
             self.run.call_own(
                 "configure_gradient_clipping", self.own_clipping, optimizer,
-                gradient_clip_val=self.clip_val, gradient_clip_algorithm=self.clip_algorithm,
+                gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm,
             )  # fmt: skip
-        elif self.clip_val and self.clip_val > 0:
-            self.run.strategy.clip_gradients(self.run.module, optimizer, **self.clip)
+        elif clip_val and clip_val > 0:
+            clip: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": clip_val}
+            self.run.strategy.clip_gradients(self.run.module, optimizer, **clip)
 
     def _average_window(self) -> None:
         """Divide the summed gradients by what the window really held, where that was not known beforehand."""
@@ -374,7 +403,12 @@ class ManualStep:
         """Run the backward pass of the user's ``manual_backward``."""
         if self.uneven is not None and self.uneven.num_lacking:
             loss = loss * self.uneven.share
-        self._backward(loss, *args, **kwargs)
+        try:
+            self._backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            if loss.requires_grad:
+                raise
+            raise _graphless(loss) from error
 
     def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         self.progress.increment_ready()

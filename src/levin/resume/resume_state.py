@@ -24,7 +24,7 @@ from levin.resume.position import Position
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.rng_states import collect_rng_states, set_rng_states
+from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng
 from levin.utilities.states import TrainerFn
 from levin.utilities.types import Batch, StateDict
 
@@ -82,6 +82,7 @@ class ResumeState:
         self._unfinished: Optional[InterruptedPhase] = None
         # What a validation that is under way began with.
         self._validation: Optional[StateDict] = None
+        self._rng = ProcessRng()
         # Where the validation data were, until validation begins.
         self._loaded_validation: Optional[StateDict] = None
         self._loaded_callbacks: StateDict = {}
@@ -152,7 +153,7 @@ class ResumeState:
         """Keep what it takes to begin this validation again."""
         progress = run.loops.fit.epoch_loop.val_loop.batch_progress
         self._validation = {
-            "validation_rng": collect_rng_states(),
+            "validation_rng": self._rng.read(PROCESS + DEVICES),
             "metrics": copied(collect_metric_states(run.module)),
             "eval_log_steps": dict(run.eval_log_steps),
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
@@ -250,7 +251,7 @@ class ResumeState:
             for name, value in zip(total.__slots__, exact["val_total"]):
                 setattr(total, name, value)
         tree.restore_rng(exact)
-        set_rng_states(exact.get("validation_rng", {}))
+        self._rng.write(exact.get("validation_rng", {}))
 
     def restore_after_start(self, run: Run) -> None:
         """Restore what ``on_train_start``, which is called after a restart too, would change."""

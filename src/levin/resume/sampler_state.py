@@ -85,6 +85,9 @@ class SamplerState:
         self._owners: StateDict = {"generator": loader.generator, "sampler": sampler}
         # What the data set holds is kept with the data set, in the process that loads the samples.
         self._leave_out: set[int] = {id(loader.dataset)}
+        # Torch's own samplers hold one generator at most: while it is the same, there is nothing to search.
+        self._inner: Any = innermost(sampler) if is_known(sampler) else None
+        self._found: tuple[Any, dict[Any, Any]] | None = None
         self._stateful: dict[int, Any] = {
             depth: nested for depth, nested in enumerate(_nested(sampler)) if is_stateful(nested)
         }
@@ -92,9 +95,17 @@ class SamplerState:
     def read(self) -> StateDict:
         """Return the present state."""
         return {
-            "generators": read_generators(find_generators(self._owners, self._leave_out)),
+            "generators": read_generators(self._find()),
             "own": {depth: copy.deepcopy(sampler.state_dict()) for depth, sampler in self._stateful.items()},
         }
+
+    def _find(self) -> dict[Any, Any]:
+        if self._inner is None:
+            return find_generators(self._owners, self._leave_out)
+        generator = getattr(self._inner, "generator", None)
+        if self._found is None or self._found[0] is not generator:
+            self._found = generator, find_generators(self._owners, self._leave_out)
+        return self._found[1]
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Set what :meth:`read` returned."""

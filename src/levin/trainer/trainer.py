@@ -60,8 +60,7 @@ class Trainer:
         max_time: Time at most, as ``"DD:HH:MM:SS"``, timedelta or dict.
         limit_train_batches: Batches of an epoch (int), or their fraction (float).
         limit_val_batches: The same for validation, per loader.
-        limit_test_batches: The same for test, per loader.
-        limit_predict_batches: The same for predict, per loader.
+        limit_test_batches, limit_predict_batches: The same for test and predict, per loader.
         overfit_batches: Train and validate on so many batches, or such a fraction, without shuffling.
         val_check_interval: Validate after such a fraction of an epoch (float), every so many batches (int) or so much time.
         check_val_every_n_epoch: Validate every so many epochs; None counts batches across epochs.
@@ -79,6 +78,7 @@ class Trainer:
         use_distributed_sampler: Whether to split the data between ranks.
         profiler: ``"simple"``, ``"advanced"``, ``"pytorch"``, ``"xla"`` or a Profiler.
         detect_anomaly: Whether autograd looks for NaNs and their origin.
+        compile: Whether to ``torch.compile`` the steps; also a mode, a dict of options, or ``"blocks"`` for repeated blocks.
         barebones: Switch off everything that costs time.
         plugins: Precision, CheckpointIO, ClusterEnvironment or LayerSync of your own.
         sync_batchnorm: Whether batch norms share their statistics between ranks.
@@ -237,6 +237,7 @@ class Trainer:
         use_distributed_sampler: bool = True,
         profiler: Optional[Union[Profiler, str]] = None,
         detect_anomaly: bool = False,
+        compile: Optional[Union[bool, str, dict[str, Any]]] = None,
         barebones: bool = False,
         plugins: Optional[object] = None,
         sync_batchnorm: bool = False,
