@@ -191,6 +191,11 @@ def make_weights(module: Module, device: torch.device) -> None:
     if not any(tensor.device == META for tensor in own):
         return
     reset: object = getattr(module, "reset_parameters", None)
+    if reset is None and hasattr(module, "_reset_parameters"):
+        # torch's MultiheadAttention, which gives values to a layer inside of it, too.
+        reset = module._reset_parameters
+        for child in module.children():
+            make_weights(child, device)
     if not callable(reset):
         raise MisconfigurationException(
             f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
