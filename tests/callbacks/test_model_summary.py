@@ -69,3 +69,22 @@ def test_rich_prints_the_table_and_the_totals(capsys, monkeypatch):
 def test_no_depth_prints_nothing(capsys):
     fit(RichModelSummary(max_depth=0))
     assert "Total params" not in capsys.readouterr().out
+
+
+class WithParameters(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(4, 3), torch.nn.Linear(2, 2)
+        self.scale = torch.nn.Parameter(torch.ones(7))
+        self.example_input_array = torch.ones(5, 4)
+
+    def forward(self, batch):
+        return self.used(batch)
+
+
+def test_parameters_of_the_module_itself_and_layers_that_are_not_called():
+    summary = summarize(WithParameters())
+    assert summary.flop_counts == {"used": 2 * 5 * 4 * 3, "unused": 0}
+    columns = dict(summary._get_summary_data())
+    assert [cell.strip() for cell in columns["Params"]] == ["15", "6", "7"]
+    assert len(columns["Name"]) == 3 and "FLOPs" in columns

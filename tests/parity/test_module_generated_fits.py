@@ -122,7 +122,10 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
 def comparable(hooks: list[str], plan: Plan) -> list[str]:
     """Return the hooks whose arguments are the same on both."""
     is_divided = plan.trainer.get("accumulate_grad_batches", 1) > 1
-    return [name for name in hooks if name != "on_train_batch_end" or not is_divided]
+    left_out = {"on_train_batch_end"} if is_divided else set()
+    if plan.scheduler == "plateau":
+        left_out.add("lr_scheduler_step")  # the last bits of a mean, see on_train_epoch_end
+    return [name for name in hooks if name not in left_out]
 
 
 class Stream(IterableDataset):
