@@ -84,6 +84,10 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
         yield variables
     finally:
         subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, timeout=30)
+        deadline = time.monotonic() + 30
+        # The steps end with the daemons' help alone.
+        while _output(environment, "squeue", "--noheader") and time.monotonic() < deadline:
+            time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
@@ -95,7 +99,8 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--Node", "--format=%T"], env=environment, capture_output=True, text=True, timeout=30
-    )
-    return done.stdout.split().count("idle")
+    return _output(environment, "sinfo", "--noheader", "--Node", "--format=%T").split().count("idle")
+
+
+def _output(environment: dict[str, str], *command: str) -> str:
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30).stdout
