@@ -160,3 +160,15 @@ def test_the_type_checker_looks_at_nearly_everything():
         lines += len({token.start[0] for token in tokens if token.type not in (tokenize.COMMENT, tokenize.STRING)})
     assert suppressions <= MOST_SUPPRESSIONS
     assert 1000 * anys / lines <= MOST_ANY, f"{1000 * anys / lines:.1f}"
+
+
+def test_every_room_is_in_the_design():
+    """A newcomer finds each room on the page that says what lies where."""
+    page = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    missing = [
+        room
+        for floor in FLOORS
+        for room in floor
+        if room != "__init__" and f"`{room}/`" not in page and f"`{room}.py`" not in page
+    ]
+    assert not missing
