@@ -401,7 +401,8 @@ class DeepSpeedStrategy(ParallelStrategy):
         Raises:
             ValueError: The folder was written by another number of processes.
         """
-        is_training = self.engine is not None and self.engine.optimizer is not None
+        # For evaluation in stage 3 DeepSpeed has an object in the place of its optimizer.
+        is_training = getattr(self.engine, "basic_optimizer", None) is not None
         if isinstance(state, ZeroEntry):
             if is_training:
                 self._load_folder(state, strict)
