@@ -323,21 +323,30 @@ def measure(part: Part, contestants: dict[str, Any], device: torch.device) -> di
         runs[f"levin, compile={mode!r}"] = lambda *args, mode=mode: run_framework(library, *args, compile=mode)
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, float] = {}
+    failed: dict[str, str] = {}
     begun_s = time.perf_counter()
     for turn in range(part.rounds):
         if turn and time.perf_counter() - begun_s > part.budget_s:
             break
         for name, run in runs.items():
+            if name in failed:
+                continue
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             clock = Clock(device, part.warmup, part.warmup + part.steps)
-            run(part, Batches(batches, part.warmup + part.steps + 1), clock, device)
+            try:
+                run(part, Batches(batches, part.warmup + part.steps + 1), clock, device)
+            except RuntimeError as error:
+                # What others measured is not lost for it.
+                failed[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                continue
             times[name].append(clock.step_s)
             if device.type == "cuda":
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-    row: dict[str, Any] = {"part": part.name, "title": part.title, "step_s": times, "peak_gib": peaks}
+    times = {name: values for name, values in times.items() if name not in failed}
+    row: dict[str, Any] = {"part": part.name, "title": part.title, "step_s": times, "peak_gib": peaks, "failed": failed}
     row["median_s"] = {name: statistics.median(values) for name, values in times.items()}
     row["ratio"] = {
         name: statistics.median(ours / bare for ours, bare in zip(values, times["bare"]))
@@ -390,6 +399,7 @@ def table(rows: list[dict[str, Any]], header: str) -> str:
             lines.append(
                 f"| {row['title']} | {name} | {median * 1e3:.3f} | x{row['ratio'][name]:.3f} | {tokens} | {mfu} | {peak} |"
             )
+        lines += [f"| {row['title']} | {name} | failed: {reason} | | | | |" for name, reason in row["failed"].items()]
         for name, alone_s in row.get("alone_s", {}).items():
             lines.append(f"| {row['title']} | {name} alone | {alone_s * 1e3:.3f} | | | | |")
     return "\n".join(lines) + "\n"
