@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import yaml
 import levin
 from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from levin.cli.class_paths import to_levin, to_lightning
-from levin.cli.parser import nearest
+from levin.cli.parser import OWN_ARGUMENTS, nearest
 
 QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
          "--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
@@ -170,6 +171,14 @@ def test_a_program_for_lightning_writes_a_configuration_that_both_frameworks_rea
         again = run_program(tmp_path, imports, "fit", "--config=config.yaml", "--print_config")
         assert again.returncode == 0, again.stderr
         assert "monitor: x" in again.stdout
+
+
+def test_arguments_of_the_trainer_that_lightning_lacks_are_those_that_configurations_leave_out():
+    import lightning.pytorch
+
+    ours, theirs = (set(inspect.signature(kind).parameters) for kind in (levin.Trainer, lightning.pytorch.Trainer))
+    # `suggest_integrations` is no argument of the command line.
+    assert ours - theirs - {"suggest_integrations"} == set(OWN_ARGUMENTS)
 
 
 def test_the_configuration_is_saved_where_the_ranks_are_spawned(tmp_path):

@@ -41,6 +41,8 @@ jsonargparse.register_unresolvable_import_paths(torch)
 __all__ = ["ActionConfigFile", "LightningArgumentParser", "class_from_function", "nearest"]
 
 AnyClass = Union[type, Function]
+# Of the Trainer: what Lightning's lacks.
+OWN_ARGUMENTS = ("compile",)
 
 
 class LightningArgumentParser(ArgumentParser):
@@ -72,6 +74,7 @@ class LightningArgumentParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", True)
         super().__init__(*args, description=description, env_prefix=env_prefix, default_env=default_env, **kwargs)
         self.callback_keys: list[str] = []
+        self._trainer_keys: list[str] = []
         # Key of the group -> (class or classes, key that it is linked to).
         self._optimizers: dict[str, tuple[Any, str]] = {}
         self._lr_schedulers: dict[str, tuple[Any, str]] = {}
@@ -109,6 +112,7 @@ class LightningArgumentParser(ArgumentParser):
             keys = self.add_subclass_arguments(lightning_class, nested_key, fail_untyped=False, required=required)
             return list(keys or ())
         is_trainer = issubclass(lightning_class, Trainer)
+        self._trainer_keys += [nested_key] * is_trainer
         added: list[str] = self.add_class_arguments(
             lightning_class,
             nested_key,
@@ -171,9 +175,18 @@ class LightningArgumentParser(ArgumentParser):
         # All values of files, environment variables and objects come this way.
         return super()._check_value_key(action, to_levin(value), *args, **kwargs)
 
-    def dump(self, *args: object, **kwargs: object) -> str:
-        """Return the configuration as text; a program for Lightning gets Lightning's class paths."""
-        text: str = super().dump(*args, **kwargs)
+    def dump(self, cfg: Any, *args: object, **kwargs: object) -> str:
+        """Return the configuration as text; a program for Lightning gets Lightning's class paths.
+
+        Arguments of the Trainer that Lightning lacks are left out where nobody gave them, so that it reads the text, too.
+        """
+        own = [f"{key}.{name}" for key in self._trainer_keys for name in OWN_ARGUMENTS]
+        if any(cfg.get(key, "") is None for key in own):
+            cfg = cfg.clone()
+            for key in own:
+                if cfg.get(key, "") is None:
+                    cfg.pop(key)
+        text: str = super().dump(cfg, *args, **kwargs)
         return to_lightning(text) if is_alias_installed() else text
 
     # ------------------------------------------------------------------ errors

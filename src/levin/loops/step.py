@@ -168,7 +168,9 @@ class AutomaticStep:
         if accumulate == 1 or is_last or (batch_idx + 1) % accumulate == 0 or self.handles_accumulation:
             step = self.progress.step
             step.increment_ready()
-            if self.update is not None and not self.optimizer._optimizer_step_pre_hooks:
+            optimizer = self.optimizer
+            # Schedulers, users and hooks may come at any time, and want the call that torch gives them.
+            if self.update is not None and "step" not in vars(optimizer) and not optimizer._optimizer_step_pre_hooks:
                 self.closure()
                 if self._needs_before_step or self.is_weighted or self.held != self.window or self.lacks:
                     self.before_step(self.optimizer)

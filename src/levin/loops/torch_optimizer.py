@@ -19,17 +19,16 @@ def update_of(optimizer: Any) -> Optional[Callable[[], Any]]:
 
     All but LBFGS of torch's optimizers call the closure first, once. Called before, it needs no gradients turned on again,
     and a profile tells the update from the rest. What torch puts around an update, names for profilers and a search for
-    hooks, costs more than the update of a small model: it is left out while nobody looks.
+    hooks, costs more than the update of a small model: it is left out while nobody looks. Whoever calls this sees to it that
+    nobody has put a ``step`` of his own on the optimizer, as schedulers of torch do.
     """
     step = type(optimizer).step
     if not inspect.isfunction(step) or not step.__module__.startswith("torch.optim."):
         return None
-    own = vars(optimizer).get("step")
-    # A scheduler of torch puts a function there that counts the calls.
-    if isinstance(optimizer, torch.optim.LBFGS) or (own is not None and not hasattr(own, "_wrapped_by_lr_sched")):
+    if isinstance(optimizer, torch.optim.LBFGS):
         return None
     inner: Optional[Callable[[Any], Any]] = getattr(step, "__wrapped__", None)
-    if own is not None or inner is None:
+    if inner is None:
         whole: Callable[[], Any] = optimizer.step
         return whole
 
@@ -45,11 +44,15 @@ _ZERO_GRAD = torch.optim.Optimizer.zero_grad
 
 def zero_grad_of(optimizer: Any) -> Callable[[], None]:
     """Return what ``optimizer.zero_grad()`` does; in a tenth of the time where it is torch's own."""
-    if getattr(type(optimizer), "zero_grad", None) is not _ZERO_GRAD or "zero_grad" in vars(optimizer):
+    attributes = vars(optimizer)
+    if getattr(type(optimizer), "zero_grad", None) is not _ZERO_GRAD:
         own: Callable[[], None] = optimizer.zero_grad
         return own
 
     def zero_grad() -> None:
+        if "zero_grad" in attributes:
+            optimizer.zero_grad()
+            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
