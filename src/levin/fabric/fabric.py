@@ -85,12 +85,13 @@ class Fabric(Processes):
         callbacks: object = None,
         loggers: object = None,
     ) -> None:
+        # The watchdog asks for their places as soon as the processes are connected.
+        self._loaders: list[weakref.ref[FabricDataLoader]] = []
         super().__init__(
             dict(accelerator=accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes, precision=precision),
             plugins,
         )
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._loaders: weakref.WeakSet[FabricDataLoader] = weakref.WeakSet()
         self._loggers: list[Any] = _as_list(loggers)
         self._callbacks: list[Any] = _as_list(callbacks)
         for entry in entry_points(group=ENTRY_POINTS):
@@ -226,11 +227,13 @@ class Fabric(Processes):
                 raise TypeError(f"setup_dataloaders takes torch's DataLoader, received {type(loader).__name__}.")
             own = prepare_dataloader(loader, stage="train", sampler_kwargs=kwargs, shuffle=shuffles(loader))
             loaders.append(FabricDataLoader(own, self.device if move_to_device else None))
-        self._loaders.update(loaders)
+        self._loaders = [known for known in self._loaders if known() is not None] + [
+            weakref.ref(own) for own in loaders
+        ]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def _locate(self) -> RunLocation:
-        places = [loader.place for loader in list(self._loaders)]
+        places = [loader.place for known in self._loaders if (loader := known()) is not None]
         text = "; ".join(f"batch {batch} of epoch {epoch}" for epoch, batch in places if batch)
         return RunLocation(sum(max(0, batch - 1) + epoch for epoch, batch in places), text or "before the first batch")
 

@@ -37,6 +37,11 @@ def compose_step(run: Run) -> Step:
     return AutomaticStep(run) if run.module.automatic_optimization else ManualStep(run)
 
 
+def plain_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Run ``loss.backward``, also that of a subclass of tensors."""
+    loss.backward(*args, **kwargs)
+
+
 def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
     """Return ``backward(loss, *args, **kwargs)``: precision, hooks and the user's override around ``loss.backward``.
 
@@ -49,7 +54,7 @@ def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
     own = _own(module, "backward")
     by_precision = type(precision).backward is not Precision.backward
     if not (before or after or own or by_precision):
-        return run.strategy.backward_function(optimizer, Tensor.backward)
+        return run.strategy.backward_function(optimizer, plain_backward)
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         if before:
@@ -73,7 +78,7 @@ def compose_compiled(
     compiler, settings, progress = run.compiler, run.settings, run.loops.fit.epoch_loop.batch_progress
     if compiler is None or compiler.only_blocks:
         return step, backward
-    is_joint = backward is Tensor.backward and not run.strategy.is_distributed and not settings.detect_anomaly
+    is_joint = backward is plain_backward and not run.strategy.is_distributed and not settings.detect_anomaly
     compiled = CompiledStep(
         step, backward, compiler, is_joint=is_joint and may_be_joint(run.module),
         is_one=lambda: run.settings.accumulate_grad_batches == 1, is_last=lambda: progress.is_last_batch,
