@@ -72,7 +72,10 @@ def outcome(lib, takes, limit):
 
 @pytest.mark.parametrize(("takes", "limit"), [(1, 1.0), (1, 3), (2, 1.0)])
 def test_a_run_is_that_of_lightning(takes, limit):
-    assert outcome(both.levin(), takes, limit) == outcome(both.lightning(), takes, limit)
+    ours, theirs = outcome(both.levin(), takes, limit), outcome(both.lightning(), takes, limit)
+    # Means of an epoch are summed in double precision here, in single precision there.
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-6)
+    assert ours[:1] + ours[2:] == theirs[:1] + theirs[2:]
 
 
 def test_an_iterator_that_ends_inside_of_a_step_ends_the_epoch():

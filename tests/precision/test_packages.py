@@ -96,9 +96,9 @@ def test_float8_is_refused_where_no_layer_fits():
 
 
 @pytest.mark.packages
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason=f"torchao is not installed; {WAY}")
 @world_size(2, connect=False, timeout_s=120)
 def test_float8_under_fsdp():
-    pytest.importorskip("torchao", reason=f"torchao is not installed; {WAY}")
     module, reference = Wide(), Wide()
     train(module, strategy=FSDPStrategy(), devices=2, precision="float8")
     train(reference, strategy=FSDPStrategy(), devices=2, precision="bf16-mixed")

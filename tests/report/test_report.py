@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -52,7 +53,8 @@ def in_page(text, name):
 
 
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_a_fit_leaves_its_page(tmp_path, kind, caplog):
+def test_a_fit_leaves_its_page(tmp_path, kind, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python", "train.py", "--lr", "0.1"])
     logger = kind(tmp_path, "net")
     with caplog.at_level("INFO", "levin"):
         fit(tmp_path, logger, 2, callbacks=[ModelCheckpoint(monitor="val_loss", save_top_k=2)])
@@ -63,7 +65,7 @@ def test_a_fit_leaves_its_page(tmp_path, kind, caplog):
     (record,) = run["records"]
     assert record["what"]["module"].endswith("Net") and record["steps"] == [0, 8] and record["epochs"] == [0, 2]
     assert "RandomDataset of 4, batch size 1" in record["what"]["data"] and record["ended_by"] == ""
-    assert record["versions"]["torch"] == torch.__version__ and "pytest" in record["what"]["command"]
+    assert record["versions"]["torch"] == torch.__version__ and "train.py --lr 0.1" in record["what"]["command"]
     assert record["settings"] == {"max_epochs": 2, "log_every_n_steps": 1}
     assert (
         len(record["best"]) == 2 and record["best"][0][1] == "val_loss" and record["best"][0][2] <= record["best"][1][2]

@@ -74,7 +74,6 @@ class LightningArgumentParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", True)
         super().__init__(*args, description=description, env_prefix=env_prefix, default_env=default_env, **kwargs)
         self.callback_keys: list[str] = []
-        self._trainer_keys: list[str] = []
         # Key of the group -> (class or classes, key that it is linked to).
         self._optimizers: dict[str, tuple[Any, str]] = {}
         self._lr_schedulers: dict[str, tuple[Any, str]] = {}
@@ -112,7 +111,6 @@ class LightningArgumentParser(ArgumentParser):
             keys = self.add_subclass_arguments(lightning_class, nested_key, fail_untyped=False, required=required)
             return list(keys or ())
         is_trainer = issubclass(lightning_class, Trainer)
-        self._trainer_keys += [nested_key] * is_trainer
         added: list[str] = self.add_class_arguments(
             lightning_class,
             nested_key,
@@ -180,12 +178,16 @@ class LightningArgumentParser(ArgumentParser):
 
         Arguments of the Trainer that Lightning lacks are left out where nobody gave them, so that it reads the text, too.
         """
-        own = [f"{key}.{name}" for key in self._trainer_keys for name in OWN_ARGUMENTS]
-        if any(cfg.get(key, "") is None for key in own):
+        unset = []
+        for key, value in cfg.items():
+            group, _, name = key.rpartition(".")
+            # Where the argument beside it is, too, it is that of a Trainer, under whichever subcommand and name.
+            if name in OWN_ARGUMENTS and value is None and f"{group}.barebones" in cfg:
+                unset.append(key)
+        if unset:
             cfg = cfg.clone()
-            for key in own:
-                if cfg.get(key, "") is None:
-                    cfg.pop(key)
+            for key in unset:
+                cfg.pop(key)
         text: str = super().dump(cfg, *args, **kwargs)
         return to_lightning(text) if is_alias_installed() else text
 
