@@ -8,6 +8,7 @@ import re
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,21 @@ def test_nothing_is_said_without_a_reason():
     assert held_up_by(shares) is None
     shares.counts = Counter(training=10, logging=30, data=20)
     assert "log_every_n_steps" in held_up_by(shares)
+
+
+def test_looking_keeps_nothing_of_a_step_alive(tmp_path):
+    class Large(Net):
+        def __init__(self):
+            super().__init__()
+            self.tensors = []
+
+        def training_step(self, batch, batch_idx):
+            large = torch.ones(10)
+            self.tensors.append(weakref.ref(large))
+            time.sleep(0.15)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            assert [tensor() for tensor in self.tensors] == [None] * len(self.tensors)
+
+    fit(tmp_path, CSVLogger(tmp_path), model=Large())

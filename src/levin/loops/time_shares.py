@@ -81,16 +81,20 @@ class TimeShares:
                 self._keep(run)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(INTERVAL_S):
-            run = self._run()
-            if run is None:
-                return
-            frame = sys._current_frames().get(self._thread_id)
-            part = part_of(frame)
-            self.counts[part] += 1
-            self._since[part] += 1
-            if self._since.total() >= self._stride * 10:
-                self._keep(run)
+        # In a function of its own: a frame that was kept until the next look would keep all tensors of its variables.
+        while not self._stopped.wait(INTERVAL_S) and self._look():
+            pass
+
+    def _look(self) -> bool:
+        run = self._run()
+        if run is None:
+            return False
+        part = part_of(sys._current_frames().get(self._thread_id))
+        self.counts[part] += 1
+        self._since[part] += 1
+        if self._since.total() >= self._stride * 10:
+            self._keep(run)
+        return True
 
     def _keep(self, run: Run) -> None:
         since, self._since = self._since, Counter()
