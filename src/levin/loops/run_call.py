@@ -42,7 +42,6 @@ from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
 from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
-from levin.strategies.sharded import ShardedStrategy
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
@@ -74,7 +73,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     set_up_owners(run)
     if run.settings.compile is not None:
         run.compiler = Compiler(run.settings.compile, module, lambda: run.store)
-        run.compiler.begin(needs_blocks=isinstance(strategy, ShardedStrategy) or not module.automatic_optimization)
+        run.compiler.begin(needs_blocks=strategy.restore_checkpoint_after_setup or not module.automatic_optimization)
     checkpoint: Optional[StateDict] = None
     if ckpt_path is not None:
         rank_zero_info(f"Restoring states from the checkpoint path at {ckpt_path}")
