@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import sys
+import types
+
 import pytest
 import torch
 
@@ -119,6 +123,21 @@ def test_tpu_without_its_package():
     assert XLAAccelerator.auto_device_count() == 0
     with pytest.raises(ModuleNotFoundError, match=r"needs the package torch_xla, which is not installed"):
         XLAAccelerator()
+
+
+def test_no_tpu_is_found_where_the_cloud_does_not_answer(monkeypatch):
+    def asks_the_metadata_server():
+        raise ConnectionError("metadata.google.internal")
+
+    tpu = types.ModuleType("torch_xla._internal.tpu")
+    tpu.num_available_devices = asks_the_metadata_server
+    internal = types.ModuleType("torch_xla._internal")
+    internal.tpu = tpu
+    monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
+    sys.modules["torch_xla"].__spec__ = importlib.machinery.ModuleSpec("torch_xla", None)
+    monkeypatch.setitem(sys.modules, "torch_xla._internal", internal)
+    assert XLAAccelerator.auto_device_count() == 0
+    assert not XLAAccelerator.is_available()
 
 
 def test_tpu_cores(monkeypatch):

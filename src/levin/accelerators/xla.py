@@ -72,7 +72,11 @@ class XLAAccelerator(Accelerator):
             return 0
         from torch_xla._internal import tpu
 
-        return int(tpu.num_available_devices())
+        try:
+            return int(tpu.num_available_devices())
+        except OSError:
+            # It asks the cloud's metadata server, which is not there elsewhere.
+            return 0
 
     @staticmethod
     @override
