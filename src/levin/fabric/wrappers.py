@@ -20,6 +20,7 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.strategy import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
+from levin.utilities.torch_optimizer import update_of, zero_grad_of
 from levin.utilities.types import Batch, Closure, Function, StateDict
 
 CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -215,7 +216,7 @@ class FabricOptimizer:
     """
 
     _OWN = frozenset(
-        {"_optimizer", "_strategy", "_module", "_on_step", "_steps_alone", "__class__", "step", "zero_grad"}
+        {"_optimizer", "_strategy", "_module", "_on_step", "_steps_alone", "_update", "__class__", "step", "zero_grad"}
     )
 
     def __init__(
@@ -234,7 +235,8 @@ class FabricOptimizer:
             and type(strategy).optimizer_step is Strategy.optimizer_step
             and type(strategy.precision).optimizer_step is Precision.optimizer_step
         )
-        self.zero_grad = optimizer.zero_grad
+        self._update: Callable[[], Any] | None = update_of(optimizer) if self._steps_alone else None
+        self.zero_grad = zero_grad_of(optimizer)
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
         self.__class__ = type("Fabric" + type(optimizer).__name__, (FabricOptimizer, type(optimizer)), {})
 
@@ -263,7 +265,13 @@ class FabricOptimizer:
             What the original's ``step`` returns.
         """
         if self._steps_alone:
-            return self._optimizer.step(**kwargs) if closure is None else self._optimizer.step(closure, **kwargs)
+            original = self._optimizer
+            if closure is not None:
+                return original.step(closure, **kwargs)
+            update = self._update
+            if update is None or kwargs or "step" in vars(original) or original._optimizer_step_pre_hooks:
+                return original.step(**kwargs)
+            return update()
         result = self._strategy.optimizer_step(self._optimizer, closure, self._module, **kwargs)
         if self._on_step is not None:
             self._on_step(self._strategy, self._optimizer)

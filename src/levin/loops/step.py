@@ -20,7 +20,6 @@ from torch import Tensor
 
 from levin.loops.compiled import CompiledStep, may_be_joint
 from levin.loops.run import Run, Step, step_arguments
-from levin.loops.torch_optimizer import update_of, zero_grad_of
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
@@ -29,6 +28,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.torch_optimizer import update_of, zero_grad_of
 from levin.utilities.types import Batch, Closure, StateDict
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from levin import LightningModule, Trainer
+from levin import Fabric, LightningModule, Trainer
 
 OPTIMIZERS = [
     kind
@@ -118,3 +118,32 @@ def test_a_scheduler_made_in_the_middle_of_a_run_sees_the_steps():
     module = Scheduled(put)
     trainer = fit(module)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.1**6)
+
+
+def bare_loop(module, optimizer, put=None):
+    for index, batch in enumerate(batches() * 2):
+        if put is not None and index == 6:
+            put(module, getattr(optimizer, "optimizer", optimizer))
+        optimizer.zero_grad()
+        module.training_step(batch, 0).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("put", [a_step, a_zero_grad, hooks_before, hooks_after])
+def test_what_is_put_on_an_optimizer_of_fabrics_is_called(put):
+    module, plain = Late(put), Module()
+    optimizer = Fabric(accelerator="cpu", devices=1).setup_optimizers(module.configure_optimizers())
+    bare_loop(module, optimizer, put)
+    bare_loop(plain, plain.configure_optimizers())
+    assert len(module.calls) == 6
+    assert torch.equal(module.net.weight, plain.net.weight)
+
+
+def test_fabrics_optimizers_keep_gradients_when_asked_to():
+    module = Module()
+    optimizer = Fabric(accelerator="cpu", devices=1).setup_optimizers(module.configure_optimizers())
+    module.training_step(batches()[0], 0).backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert module.net.weight.grad.eq(0).all()
+    optimizer.zero_grad()
+    assert module.net.weight.grad is None

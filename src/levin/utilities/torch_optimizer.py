@@ -42,14 +42,17 @@ def update_of(optimizer: Any) -> Optional[Callable[[], Any]]:
 _ZERO_GRAD = torch.optim.Optimizer.zero_grad
 
 
-def zero_grad_of(optimizer: Any) -> Callable[[], None]:
+def zero_grad_of(optimizer: Any) -> Callable[..., None]:
     """Return what ``optimizer.zero_grad()`` does; in a tenth of the time where it is torch's own."""
     attributes = vars(optimizer)
     if getattr(type(optimizer), "zero_grad", None) is not _ZERO_GRAD:
-        own: Callable[[], None] = optimizer.zero_grad
+        own: Callable[..., None] = optimizer.zero_grad
         return own
 
-    def zero_grad() -> None:
+    def zero_grad(set_to_none: bool = True) -> None:
+        if not set_to_none:
+            optimizer.zero_grad(set_to_none=False)
+            return
         if "zero_grad" in attributes:
             optimizer.zero_grad()
             return
