@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from levin.strategies.sharding import make_weights
 
 
-def test_torchs_attention_has_the_first_values_that_torch_gives_it():
+@pytest.mark.parametrize("is_named", [False, True], ids=["as it is", "with a public name for its reset"])
+def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, monkeypatch):
+    monkeypatch.delattr(nn.MultiheadAttention, "reset_parameters", raising=False)
+    if is_named:
+        monkeypatch.setattr(
+            nn.MultiheadAttention, "reset_parameters", nn.MultiheadAttention._reset_parameters, raising=False
+        )
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(8, 2, 16)
     for part in layer.modules():

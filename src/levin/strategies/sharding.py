@@ -190,10 +190,10 @@ def make_weights(module: Module, device: torch.device) -> None:
     own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     if not any(tensor.device == META for tensor in own):
         return
-    reset: object = getattr(module, "reset_parameters", None)
-    if reset is None and hasattr(module, "_reset_parameters"):
-        # torch's MultiheadAttention, which gives values to a layer inside of it, too.
-        reset = module._reset_parameters
+    inner: object = getattr(module, "_reset_parameters", None)
+    reset: object = getattr(module, "reset_parameters", inner)
+    if inner is not None:
+        # torch's MultiheadAttention, which gives values to a layer inside of it, too; some programs give it the public name.
         for child in module.children():
             make_weights(child, device)
     if not callable(reset):
