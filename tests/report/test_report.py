@@ -293,3 +293,17 @@ def test_looking_keeps_nothing_of_a_step_alive(tmp_path):
             assert [tensor() for tensor in self.tensors] == [None] * len(self.tensors)
 
     fit(tmp_path, CSVLogger(tmp_path), model=Large())
+
+
+def test_two_loggers_of_one_folder_make_one_page(tmp_path):
+    csv = CSVLogger(tmp_path, "net", version=0)
+    trainer = fit(tmp_path, [csv, TensorBoardLogger(tmp_path, "net", version="version_0")])
+    page = Path(csv.log_dir) / "report.html"
+    (run,) = in_page(page.read_text(), "runs")
+    assert trainer.global_step and len(run["series"]["train/loss"]["x"]) >= 4
+
+
+def test_a_page_that_cannot_be_made_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("levin.report.page.make_page", lambda *args: [][0])
+    with pytest.warns(UserWarning, match="could not be written: IndexError"):
+        assert fit(tmp_path, CSVLogger(tmp_path)).state.finished

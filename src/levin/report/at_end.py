@@ -41,8 +41,9 @@ def write_report(run: Run, error: Optional[BaseException]) -> Optional[Path]:
         logged = read_run(folder)
         logged.records = [*logged.records, record_of(run, error)]
         write_page(page, make_page([logged], short_names([folder])[0]))
-    except (OSError, ModuleNotFoundError) as failure:
-        rank_zero_warn(f"The report {page} could not be written: {failure}")
+    except Exception as failure:
+        # A run that is complete does not fail for its page.
+        rank_zero_warn(f"The report {page} could not be written: {type(failure).__name__}: {failure}")
         return None
     return page
 

@@ -100,7 +100,8 @@ def _curve(series: Series, limit: int) -> dict[str, Any]:
         "min": min(finite, default=None),
         "max": max(finite, default=None),
     }
-    if series.times:
+    # Two loggers of one folder may have written it, one of which knows no times.
+    if len(series.times) == len(series.steps):
         curve["t"] = [series.times[index] for index in kept]
     return curve
 
