@@ -20,7 +20,7 @@ demo: $(STAMP)  ## Train on handwritten digits, evaluate, save, show
 	$(BIN)/python examples/digits.py
 
 test: $(STAMP)  ## Run the tests
-	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages and not xla"
+	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages"
 	$(RUN) $(BIN)/python -m pytest -q -m "timing and not slow"
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)

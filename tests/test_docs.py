@@ -65,3 +65,11 @@ def test_every_proof_in_the_contract_exists():
 def test_every_capability_of_the_contract_stands_once():
     names = [(section, capability) for section, capability, _ in proofs()]
     assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
+
+
+def test_every_marker_that_a_target_names_is_declared(pytestconfig):
+    declared = {re.split(r"\W", line)[0] for line in pytestconfig.getini("markers")}
+    named = set()
+    for expression in re.findall(r'-m (?:"([^"]+)"|(?!pip|pytest|venv)(\w+))', (ROOT / "Makefile").read_text()):
+        named |= set(re.findall(r"\w+", "".join(expression))) - {"and", "or", "not"}
+    assert {"slow", "timing"} <= named <= declared
