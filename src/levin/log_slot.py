@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -259,9 +260,14 @@ class Slot:
         step_value: Tensor = total / num_active.clamp(min=1.0)
         return step_value
 
+    @property
+    def _is_of_host(self) -> bool:
+        """Whether all values of the epoch were numbers of the host."""
+        return self.block is None or not (self.block.weights or self.block.total is not None)
+
     def _sum(self) -> Tensor:
         """Return the sum (or minimum, maximum) of the epoch: in double precision on the host, else on the device."""
-        if self.block is None or not (self.block.weights or self.block.total is not None):
+        if self.block is None or self._is_of_host:
             return torch.tensor(self.total, dtype=torch.float64)
         on_device = self.block.sum()
         if self.total == _NEUTRAL[self.reduction]:
@@ -291,6 +297,9 @@ class Slot:
         return self.epoch.clone()
 
     def _reduce(self) -> Tensor:
+        if self.sync is None and self._is_of_host:
+            mean = self.total / self.weight if self.weight else math.nan
+            return torch.tensor(mean if self.reduction == "mean" else self.total, dtype=self.dtype)
         total = self._sum()
         if self.sync is None:
             return (total / self.weight if self.reduction == "mean" else total).to(self.dtype)
