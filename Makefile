@@ -74,8 +74,11 @@ mutants: $(STAMP)  ## Change the code at random and see whether the tests notice
 	$(RUN) $(BIN)/python tests/mutants.py --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(or $(TESTS),tests)
 
 .PHONY: test-parity-fuzz
-test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and on Lightning
-	LEVIN_FUZZ_RUNS=1000 $(RUN) $(BIN)/python -m pytest -q tests/parity/test_module_generated_fits.py
+test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and Lightning, one and two processes (SEED, SEEDS say which)
+	mkdir -p runs
+	LEVIN_PARITY_SEED=$(or $(SEED),0) LEVIN_PARITY_SEEDS=$(or $(SEEDS),9) $(RUN) $(BIN)/python -m pytest -q --show-capture=no \
+		tests/parity/test_module_generated_fits.py > runs/parity-fuzz.txt 2>&1; \
+		status=$$?; tail -n 100 runs/parity-fuzz.txt; exit $$status
 
 .PHONY: test-downstream
 test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning and on levin

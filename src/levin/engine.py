@@ -107,6 +107,11 @@ class Engine:
         return len(self.parallel_devices)
 
     @property
+    def _parallel_devices(self) -> list[torch.device]:
+        """The devices, under the name by which pina-mathlab asks ``trainer._accelerator_connector`` for them."""
+        return self.parallel_devices
+
+    @property
     def device_ids(self) -> list[int]:
         """Indices of the devices; on CPU those of the processes."""
         return [position if d.index is None else d.index for position, d in enumerate(self.parallel_devices)]

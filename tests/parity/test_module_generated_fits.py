@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset
 
+from tests.distributed import run_ranks
 from tests.parity import both, trace
 
 
@@ -39,6 +41,8 @@ class Plan:
     data: str = "shuffled"
     is_manual: bool = False
     fails_in: str = ""
+    fails_at: int = 2
+    then: str = ""
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,6 +57,10 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
             self.dropout = torch.nn.Dropout(0.2)
             self.automatic_optimization = not plan.is_manual
 
+        def forward(self, batch):
+            parts = batch if isinstance(batch, (list, tuple)) else [batch]
+            return torch.cat([self.layer(part) for part in parts if part is not None])
+
         def training_step(self, batch, batch_idx):
             at = (self.current_epoch, batch_idx)
             seen.note("training_step", at, self.global_step, batch)
@@ -62,7 +70,7 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
                 raise KeyError("meant")
             if plan.stop_iteration_at == at:
                 raise StopIteration
-            loss = self.dropout(self.layer(batch)).pow(2).mean()
+            loss = self.dropout(self(batch)).pow(2).mean()
             self.log("train", loss, on_step=True, on_epoch=True)
             if plan.is_manual:
                 optimizer = self.optimizers()
@@ -74,9 +82,18 @@ def make_module(seen: trace.Trace, plan: Plan) -> Any:
             return {"loss": loss, "extra": batch_idx} if plan.form == "dict" else loss
 
         def validation_step(self, batch, batch_idx):
-            value = self.layer(batch).pow(2).mean()
+            value = self(batch).pow(2).mean()
             seen.note("validation_step", batch_idx, value, self.training)
             self.log("val", value)
+
+        def test_step(self, batch, batch_idx):
+            value = self(batch).pow(2).mean()
+            seen.note("test_step", batch_idx, value, self.training)
+            self.log("test", value)
+
+        def predict_step(self, batch, batch_idx):
+            seen.note("predict_step", batch_idx, batch, self.training)
+            return self(batch)
 
         def on_train_batch_start(self, batch, batch_idx):
             if plan.skip_at == (self.current_epoch, batch_idx):
@@ -155,21 +172,35 @@ class Unsized(Stream):
     """The same without a length."""
 
 
-KINDS_OF_DATA: dict[str, Callable[[int], Any]] = {
-    "shuffled": lambda number: trace.batches(number, shuffle=True),
-    "stream": lambda number: DataLoader(Stream(number), batch_size=None),
-    "sized": Sized,
-    "unsized": Unsized,
+def combined(mode: str, framework: Any, number: int) -> Any:
+    """Return a loader of ``number`` batches, made of two loaders of which one is longer by a batch."""
+    package = "lightning.pytorch.utilities" if framework.name == "lightning" else "levin.data"
+    parts = [trace.batches(number), trace.batches(number + 1 if mode == "min_size" else max(1, number - 1), 7)]
+    return importlib.import_module(package).CombinedLoader(parts, mode)
+
+
+def in_batches_of_its_own(framework: Any, number: int) -> Any:
+    pairs = [[index, index + 1] for index in range(0, 2 * number, 2)]
+    return DataLoader(trace.batches(number).dataset, batch_sampler=pairs)
+
+
+KINDS_OF_DATA: dict[str, Callable[[Any, int], Any]] = {
+    "shuffled": lambda framework, number: trace.batches(number, shuffle=True),
+    "stream": lambda framework, number: DataLoader(Stream(number), batch_size=None),
+    "sized": lambda framework, number: Sized(number),
+    "unsized": lambda framework, number: Unsized(number),
+    "own batches": in_batches_of_its_own,
+    **{mode: functools.partial(combined, mode) for mode in ("min_size", "max_size", "max_size_cycle")},
 }
 
 
-def failing(framework: Any, hook: str) -> Any:
-    """Return a callback that raises when the hook is called for the second time."""
+def failing(framework: Any, hook: str, at: int) -> Any:
+    """Return a callback that raises when the hook is called for that time."""
     calls: list[int] = []
 
     def fail(*_: Any) -> None:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == at:
             raise OSError("meant")
 
     return type("Failing", (framework.Callback,), {hook: fail})()
@@ -179,15 +210,27 @@ def user_code(seen: trace.Trace, plan: Plan) -> None:
     module = make_module(seen, plan)
     callbacks = [seen.callback(comparable(both.HOOKS_OF_CALLBACK, plan))] if plan.has_callback else []
     if plan.fails_in:
-        callbacks.append(failing(seen.framework, plan.fails_in))
+        callbacks.append(failing(seen.framework, plan.fails_in, plan.fails_at))
     trainer = seen.trainer(**{"max_epochs": 2, "callbacks": callbacks, "log_every_n_steps": 1, **plan.trainer})
-    loaders = [KINDS_OF_DATA[plan.data](plan.num_batches)] + ([trace.batches(2, 5)] if plan.validates else [])
+    # Where a loader is split, each process has as many batches as one alone.
+    number = plan.num_batches * (plan.trainer.get("devices", 1) if plan.data in SPLIT else 1)
+    loaders = [KINDS_OF_DATA[plan.data](seen.framework, number)] + ([trace.batches(2, 5)] if plan.validates else [])
     seen.attempt(trainer.fit, module, *loaders)
     seen.note("end", trainer.global_step, trainer.current_epoch)
     seen.note("weights", *module.state_dict().values())
-    if not plan.fails_in:
-        # After an error in a hook of validation Lightning leaves the module in eval mode, levin gives it its own back.
-        seen.note("modes", [child.training for child in module.modules()])
+    if "validation" in plan.fails_in or "sanity" in plan.fails_in:
+        return  # Lightning leaves the module in eval mode, which differs on purpose.
+    seen.note("modes", [child.training for child in module.modules()])
+    if plan.then:
+        seen.attempt(after_the_fit, trainer, module, plan.then)
+
+
+def after_the_fit(trainer: Any, module: Any, method: str) -> Any:
+    result = getattr(trainer, method)(module, trace.batches(4, 6))
+    if method in ("validate", "test"):
+        # The last bits of a mean may differ, see on_train_epoch_end.
+        return [{name: f"{value:.4g}" for name, value in values.items()} for values in result]
+    return result
 
 
 QUIET_HOOKS = [
@@ -199,24 +242,38 @@ FAILING_HOOKS = [
     "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_start",
     "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_before_optimizer_step", "on_before_backward",
 ]  # fmt: skip
+ONCE_A_FIT = [
+    "setup",
+    "on_fit_start",
+    "on_sanity_check_start",
+    "on_sanity_check_end",
+    "on_train_start",
+    "on_train_end",
+    "on_fit_end",
+]
 
-# How many programs run, and whether each time others: `make test-parity-fuzz` says so.
-NUM_RUNS = int(os.environ.get("LEVIN_FUZZ_RUNS", "0"))
+# From which seed on, and how many: `make test-parity-fuzz` says so. One seed gives 120 programs, and 12 for two processes.
+FIRST = int(os.environ.get("LEVIN_PARITY_SEED", "0"))
+STARTS = range(FIRST, FIRST + int(os.environ.get("LEVIN_PARITY_SEEDS", "1")))
+SPLIT = ("shuffled", "own batches", "min_size", "max_size", "max_size_cycle")
 
 moments = st.none() | st.tuples(st.integers(0, 1), st.integers(0, 3))
 
 
 @st.composite
-def plans(draw: Any) -> Plan:
+def plans(draw: Any, strategies: tuple[str, ...] = ("auto",)) -> Plan:
+    strategy = draw(st.sampled_from(strategies))
     num_batches = draw(st.sampled_from([4, 4, 4, 1, 2, 3, 6]))
     # A last window that is shorter than the others differs on purpose.
     accumulate = draw(st.sampled_from([number for number in (1, 1, 2, 4) if num_batches % number == 0]))
     trainer: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    if strategy != "auto":
+        trainer |= {"strategy": strategy, "devices": 2}
     is_manual = accumulate == 1 and draw(st.integers(0, 4)) == 0
-    data = draw(st.sampled_from(list(KINDS_OF_DATA)))
+    data = draw(st.sampled_from([kind for kind in KINDS_OF_DATA if strategy == "auto" or kind != "own batches"]))
     # Lightning refuses the others.
     intervals = [1.0, 1.0, 2 if num_batches > 1 else 1]
-    if data in ("shuffled", "sized") and num_batches >= 4:
+    if data not in ("stream", "unsized") and num_batches >= 4:
         intervals.append(0.25)
     if not is_manual and draw(st.booleans()):
         trainer["gradient_clip_val"] = draw(st.sampled_from([0.05, 0.5]))
@@ -232,6 +289,7 @@ def plans(draw: Any) -> Plan:
     if names is None:
         names = draw(st.lists(st.sampled_from(QUIET_HOOKS), unique=True, max_size=5))
     optimizer = draw(st.sampled_from(["sgd", "sgd", "adam", *([] if is_manual else ["lbfgs"])]))
+    fails_in = draw(st.sampled_from(["", "", "", *FAILING_HOOKS, draw(st.sampled_from(ONCE_A_FIT))]))
     return Plan(
         hooks=tuple(names),
         form=draw(st.sampled_from(["tensor", "dict"])),
@@ -245,18 +303,50 @@ def plans(draw: Any) -> Plan:
         num_batches=num_batches,
         data=data,
         is_manual=is_manual,
-        fails_in=draw(st.sampled_from(["", "", "", *FAILING_HOOKS])),
+        fails_in=fails_in,
+        fails_at=1 if fails_in in ONCE_A_FIT else 2,
+        then=draw(st.sampled_from(["", "", "validate", "test", "predict", "fit"])),
         trainer=trainer,
         # With manual optimization a StopIteration differs on purpose.
         **({special: draw(moments)} if special and not (is_manual and special == "stop_iteration_at") else {}),
     )
 
 
+def drawn(start: int, number: int, **arguments: Any) -> Callable[[Callable[..., None]], Callable[[], None]]:
+    """Call a function with ``number`` drawn arguments, the same for the same start."""
+    own = settings(max_examples=number, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    return lambda test: seed(start)(own(given(**arguments)(test)))
+
+
 @pytest.mark.lightning_raises("RuntimeError")
-@settings(
-    max_examples=NUM_RUNS or 120, derandomize=not NUM_RUNS, deadline=None, database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
-)  # fmt: skip
-@given(plan=plans())
-def test_a_generated_fit_is_the_same(tmp_path: Path, plan: Plan) -> None:
-    trace.same(functools.partial(user_code, plan=plan), tmp_path)
+@pytest.mark.parametrize("start", STARTS)
+def test_a_generated_fit_is_the_same(tmp_path: Path, start: int) -> None:
+    @drawn(start, 120, plan=plans())
+    def program(plan: Plan) -> None:
+        trace.same(functools.partial(user_code, plan=plan), tmp_path)
+
+    program()
+
+
+def differences(programs: list[Plan], tmp_path: Path) -> None:
+    """Run each program on this rank, and raise with all that differ."""
+    found = []
+    for index, plan in enumerate(programs):
+        both.errors_of_lightning.clear()
+        try:
+            trace.same(functools.partial(user_code, plan=plan), tmp_path / str(index))
+            assert {type(error).__name__ for error in both.errors_of_lightning} <= {"RuntimeError"}
+        except AssertionError as error:
+            found.append(f"{plan}\n{error}")
+    assert not found, "\n\n".join(found)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_generated_fit_on_two_processes_is_the_same(tmp_path: Path, start: int) -> None:
+    plan = plans(("ddp", "ddp_find_unused_parameters_true"))
+
+    @drawn(start, 1, programs=st.lists(plan, min_size=12, max_size=12))
+    def ranks(programs: list[Plan]) -> None:
+        run_ranks(differences, 2, {"programs": programs, "tmp_path": tmp_path}, timeout_s=200.0)
+
+    ranks()

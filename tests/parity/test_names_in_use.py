@@ -50,6 +50,7 @@ t.sanity_checking
 t.is_global_zero
 t.world_size
 t.num_devices
+list(map(str, t._accelerator_connector._parallel_devices))
 t.num_nodes
 t.global_rank
 t.num_training_batches

@@ -134,3 +134,22 @@ def test_a_step_of_manual_optimization_that_ends_the_epoch(tmp_path):
         both.quiet(framework, tmp_path, max_epochs=2).fit(module, data())
         seen.append(batches)
     assert seen == [[0, 1, 2, 0, 1, 2], [0, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_epoch_end"])
+def test_the_modes_after_an_error_in_validation(tmp_path, hook):
+    seen = []
+    for framework in pair():
+        module = make(framework)
+        module.backbone.eval()
+
+        def fail(*_):
+            raise OSError("meant")
+
+        callback = type("Failing", (framework.Callback,), {hook: fail})()
+        trainer = both.quiet(framework, tmp_path, max_epochs=1, num_sanity_val_steps=0, callbacks=[callback])
+        with pytest.raises(OSError, match="meant"):
+            trainer.fit(module, data(), data())
+        seen.append([part.training for part in (module, module.backbone, module.head)])
+    assert seen == [[False, False, False], [True, False, True]]

@@ -66,7 +66,7 @@ def atomic_save(obj: object, path: PathLike) -> None:
             is left behind.
 
     Example:
-        >>> atomic_save({"weight": torch.zeros(2)}, f"{tempfile.mkdtemp()}/weights.ckpt")
+        >>> atomic_save({"weight": torch.zeros(2)}, "weights.ckpt")
     """
     with atomic_open(path) as file:
         try:
@@ -200,10 +200,9 @@ class TorchCheckpointIO(CheckpointIO):
     """One file for each checkpoint, in torch's format, on any file system that fsspec knows.
 
     Example:
-        >>> path = f"{tempfile.mkdtemp()}/last.ckpt"
         >>> checkpoint_io = TorchCheckpointIO()
-        >>> checkpoint_io.save_checkpoint({"epoch": 1}, path)
-        >>> checkpoint_io.load_checkpoint(path)
+        >>> checkpoint_io.save_checkpoint({"epoch": 1}, "last.ckpt")
+        >>> checkpoint_io.load_checkpoint("last.ckpt")
         {'epoch': 1}
     """
 

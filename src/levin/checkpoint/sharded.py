@@ -71,7 +71,7 @@ class ShardedCheckpointIO(CheckpointIO):
 
     Example:
         >>> from levin.strategies import FSDPStrategy
-        >>> FSDPStrategy(state_dict_type="sharded").checkpoint_io.is_collective
+        >>> FSDPStrategy(state_dict_type="sharded").default_checkpoint_io().is_collective
         True
     """
 

@@ -52,7 +52,7 @@ class Outbox:
     Example:
         >>> sent = []
         >>> outbox = Outbox("list", lambda kind, payloads: sent.extend(payloads), lambda error: False, str)
-        >>> outbox.put("metric", 1)
+        >>> _ = outbox.put("metric", 1)
         >>> outbox.close()
         >>> sent
         [1]

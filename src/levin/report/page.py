@@ -111,7 +111,7 @@ def thinned(values: Sequence[float], limit: int) -> list[int]:
 
     Example:
         >>> thinned([0, 5, 1, 2, 9, 3, 4, 4], 4)
-        [0, 1, 4, 7]
+        [0, 1, 4, 5, 7]
     """
     if len(values) <= limit:
         return list(range(len(values)))
