@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Callback": "levin.hooks",
-    "Fabric": "levin.fabric",
-    "LightningDataModule": "levin.datamodule",
-    "LightningModule": "levin.module",
-    "Trainer": "levin.trainer",
-    "seed_everything": "levin.utilities.seed",
+    "levin.datamodule": "LightningDataModule",
+    "levin.fabric": "Fabric fabric",
+    "levin.hooks": "Callback",
+    "levin.module": "LightningModule",
+    "levin.trainer": "Trainer",
+    "levin.utilities.seed": "seed_everything",
 }
 _ROOMS = (
     "accelerators",
@@ -57,4 +57,4 @@ __all__ = [
 ]
 
 
-__getattr__, __dir__ = lazy_face(__name__, {**_HOMES, **{room: f"levin.{room}" for room in _ROOMS}})
+__getattr__, __dir__ = lazy_face(__name__, {**{f"levin.{room}": room for room in _ROOMS}, **_HOMES})

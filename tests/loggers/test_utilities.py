@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from levin.loading import read_hparams_file
+from levin.loggers.uploads import new_checkpoints
 from levin.loggers.utilities import (
     add_prefix,
     flatten,
     join_path,
-    new_checkpoints,
     next_version,
     sanitize,
     to_dict,

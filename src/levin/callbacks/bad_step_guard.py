@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,15 +14,13 @@ from typing_extensions import override
 
 from levin.checkpoint.io import atomic_save
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import log
 from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, set_rng_states
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import Batch, PathLike, StateDict
+from levin.utilities.types import Batch, PathLike, StateDict
 
 
 class BadStepError(RuntimeError):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from levin.hooks import Callback
 from levin.utilities.types import StateDict
-
-if TYPE_CHECKING:
-    pass
 
 
 class Checkpoint(Callback):

@@ -7,20 +7,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from levin.callbacks.checkpoint import Checkpoint
 from levin.checkpoint.io import Save
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
-
-if TYPE_CHECKING:
-    from levin.protocols import Trainer
 
 Mode = Literal["min", "max"]
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from levin.protocols import Trainer
+from levin.protocols import Trainer
 
 
 def validates(trainer: Trainer) -> bool:

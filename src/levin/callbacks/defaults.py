@@ -6,8 +6,9 @@ import importlib.util
 from collections.abc import Iterable
 from datetime import timedelta
 from importlib.metadata import entry_points
-from typing import Any, Optional
+from typing import Any
 
+import levin.callbacks
 from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
@@ -87,14 +88,7 @@ def _add_progress_bar(callbacks: list[Callback], enable: bool) -> None:
         )
     if bars or not enable:
         return
-    if importlib.util.find_spec("rich"):
-        from levin.callbacks.progress.rich_progress import RichProgressBar
-
-        callbacks.append(RichProgressBar())
-    else:
-        from levin.callbacks.progress.tqdm_progress import TQDMProgressBar
-
-        callbacks.append(TQDMProgressBar())
+    callbacks.append(_with_rich_or("RichProgressBar", "TQDMProgressBar"))
 
 
 def _add_summary(callbacks: list[Callback], enable: bool) -> None:
@@ -105,12 +99,13 @@ def _add_summary(callbacks: list[Callback], enable: bool) -> None:
     if any(isinstance(callback, ModelSummary) for callback in callbacks):
         rank_zero_info("Trainer already configured with model summary callbacks. Skipping the default one.")
         return
-    if importlib.util.find_spec("rich"):
-        from levin.callbacks.rich_model_summary import RichModelSummary
+    callbacks.append(_with_rich_or("RichModelSummary", "ModelSummary"))
 
-        callbacks.append(RichModelSummary())
-    else:
-        callbacks.append(ModelSummary())
+
+def _with_rich_or(rich: str, plain: str) -> Callback:
+    """Return the callback that draws with Rich where that is installed, else the plain one."""
+    made: Callback = getattr(levin.callbacks, rich if importlib.util.find_spec("rich") else plain)()
+    return made
 
 
 def check_state_keys(callbacks: Iterable[Callback]) -> None:
@@ -193,18 +188,13 @@ def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
 
 def _default_logger(root: str) -> object:
     if importlib.util.find_spec("tensorboard") or importlib.util.find_spec("tensorboardX"):
+        from levin.environments.slurm import SLURMEnvironment
         from levin.loggers.tensorboard import TensorBoardLogger
 
-        return TensorBoardLogger(save_dir=root, version=_slurm_job_id())
+        return TensorBoardLogger(save_dir=root, version=SLURMEnvironment.job_id())
     from levin.loggers.csv_logs import CSVLogger
 
     rank_zero_info(
         "Logging to CSV files, since tensorboard is not installed. Install levin[tensorboard] for its pages."
     )
     return CSVLogger(save_dir=root)
-
-
-def _slurm_job_id() -> Optional[int]:
-    from levin.environments.slurm import SLURMEnvironment
-
-    return SLURMEnvironment.job_id()

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from levin.accelerators.cpu import CPUAccelerator
 from levin.callbacks.logging_steps import is_logging_step, log_values, require_logger
 from levin.hooks import Callback
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
+from levin.module import LightningModule
+from levin.protocols import Trainer
 
 
 def _logs(hook: str) -> Callable[..., None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from typing_extensions import override
 
 from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import did_you_mean, value_error
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from levin.utilities.types import StateDict
 
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
+_STATE = ("wait_count", "stopped_epoch", "best_score", "patience", "stopping_reason_message")
 
 
 class EarlyStoppingReason(Enum):
@@ -112,24 +111,14 @@ class EarlyStopping(Callback):
 
     @override
     def state_dict(self) -> StateDict:
-        return {
-            "wait_count": self.wait_count,
-            "stopped_epoch": self.stopped_epoch,
-            "best_score": self.best_score,
-            "patience": self.patience,
-            "stopping_reason": self.stopping_reason.value,
-            "stopping_reason_message": self.stopping_reason_message,
-        }
+        state = {name: getattr(self, name) for name in _STATE}
+        return {**state, "stopping_reason": self.stopping_reason.value}
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
-        self.wait_count = state_dict["wait_count"]
         # Files of Lightning before 0.10 hold less.
-        self.stopped_epoch = state_dict.get("stopped_epoch", self.stopped_epoch)
-        self.best_score = state_dict.get("best_score", self.best_score)
-        self.patience = state_dict["patience"]
+        vars(self).update({name: state_dict[name] for name in _STATE if name in state_dict})
         self.stopping_reason = EarlyStoppingReason(state_dict.get("stopping_reason", 0))
-        self.stopping_reason_message = state_dict.get("stopping_reason_message")
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,10 +184,10 @@ class EarlyStopping(Callback):
         if self.check_finite and not math.isfinite(value):
             reason = EarlyStoppingReason.NON_FINITE_METRIC
             message = f"Monitored metric {self.monitor} = {value} is not finite. Previous best value was {best:.3f}."
-        elif self.stopping_threshold is not None and self._is_better(current, self.stopping_threshold):
+        elif self.stopping_threshold is not None and self.monitor_op(current, self.stopping_threshold):
             reason = EarlyStoppingReason.STOPPING_THRESHOLD
             message = f"Stopping threshold reached: {self.monitor} = {value} {order} {self.stopping_threshold}."
-        elif self.divergence_threshold is not None and self._is_better(-current, -self.divergence_threshold):
+        elif self.divergence_threshold is not None and self.monitor_op(-current, -self.divergence_threshold):
             reason = EarlyStoppingReason.DIVERGENCE_THRESHOLD
             message = f"Divergence threshold reached: {self.monitor} = {value} {worse} {self.divergence_threshold}."
         elif self.monitor_op(current - self.min_delta, self.best_score):
@@ -217,9 +206,6 @@ class EarlyStopping(Callback):
         self.stopping_reason = reason
         self.stopping_reason_message = f"{message} Signaling Trainer to stop."
         return True, self.stopping_reason_message
-
-    def _is_better(self, score: Tensor, than: float) -> bool:
-        return bool(self.monitor_op(score, than))
 
     def _improvement_message(self, current: Tensor) -> str:
         if not torch.isfinite(self.best_score):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, Union
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,13 +11,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import StateDict
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 Modules = Union[nn.Module, Iterable[Union[nn.Module, Iterable[Any]]]]
 
@@ -320,7 +318,7 @@ class BackboneFinetuning(BaseFinetuning):
 
     @override
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        self.freeze(_backbone(pl_module), self.train_bn)
+        self.freeze(pl_module.get_submodule("backbone"), self.train_bn)
 
     @override
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
@@ -331,7 +329,11 @@ class BackboneFinetuning(BaseFinetuning):
             ratio_lr = head_lr * self.backbone_initial_ratio_lr
             lr = ratio_lr if self.backbone_initial_lr is None else self.backbone_initial_lr
             self.unfreeze_and_add_param_group(
-                _backbone(pl_module), optimizer, lr, initial_denom_lr=self.initial_denom_lr, train_bn=self.train_bn
+                pl_module.get_submodule("backbone"),
+                optimizer,
+                lr,
+                initial_denom_lr=self.initial_denom_lr,
+                train_bn=self.train_bn,
             )
         else:
             lr = self.lambda_func(epoch + 1) * self.previous_backbone_lr
@@ -349,7 +351,3 @@ class BackboneFinetuning(BaseFinetuning):
     def load_state_dict(self, state_dict: StateDict) -> None:
         self.previous_backbone_lr = state_dict["previous_backbone_lr"]
         super().load_state_dict(state_dict)
-
-
-def _backbone(pl_module: LightningModule) -> nn.Module:
-    return pl_module.get_submodule("backbone")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from levin.hooks import Callback
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException
-
-if TYPE_CHECKING:
-    from levin.hooks import Callback
-    from levin.protocols import Trainer
 
 
 def require_logger(trainer: Trainer, callback: Callback) -> None:

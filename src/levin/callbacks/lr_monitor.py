@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -13,13 +13,11 @@ from typing_extensions import override
 
 from levin.callbacks.logging_steps import is_logging_step, log_values, require_logger
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import Batch, LRSchedulerConfig
+from levin.utilities.types import Batch, LRSchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -47,21 +45,17 @@ def named_optimizers(
         configs: Its schedulers; they come first.
         prefix: Put in front of every name.
     """
+    named = [(config.scheduler.optimizer, config.name, config.interval) for config in configs]
+    scheduled = {id(optimizer) for optimizer, _, _ in named}
+    named += [(optimizer, None, None) for optimizer in optimizers if id(optimizer) not in scheduled]
     entries: list[NamedOptimizer] = []
     count: Counter[type[Optimizer]] = Counter()
-
-    def add(optimizer: Optimizer, name: str | None, interval: str | None) -> None:
+    for optimizer, name, interval in named:
         kind = type(optimizer)
         if name is None:
             name = f"lr-{kind.__name__}" + (f"-{count[kind]}" if count[kind] else "")
             count[kind] += 1
         entries.append(NamedOptimizer(prefix + name, optimizer, interval))
-
-    for config in configs:
-        add(config.scheduler.optimizer, config.name, config.interval)
-    for optimizer in optimizers:
-        if not any(optimizer is entry.optimizer for entry in entries):
-            add(optimizer, None, None)
     return entries
 
 
@@ -123,9 +117,7 @@ class LearningRateMonitor(Callback):
         self._entries = named_optimizers(trainer.optimizers, trainer.lr_scheduler_configs, self.log_key_prefix or "")
         self.lrs = {}
         self.last_momentum_values, self.last_weight_decay_values = {}, {}
-        has_momentum = all(
-            "momentum" in entry.optimizer.defaults or "betas" in entry.optimizer.defaults for entry in self._entries
-        )
+        has_momentum = all({"momentum", "betas"} & entry.optimizer.defaults.keys() for entry in self._entries)
         if self.log_momentum and not has_momentum:
             rank_zero_warn(
                 "log_momentum=True, but some optimizers do not have momentum. It is logged as 0.",
@@ -136,8 +128,8 @@ class LearningRateMonitor(Callback):
             names = [entry.name + group_suffix(groups, i) for i in range(len(groups))]
             _check_group_names(entry.name, groups)
             self.lrs.update({name: [] for name in names})
-            self.last_momentum_values.update({f"{name}-momentum": None for name in names})
-            self.last_weight_decay_values.update({f"{name}-weight_decay": None for name in names})
+            self.last_momentum_values.update(dict.fromkeys(f"{name}-momentum" for name in names))
+            self.last_weight_decay_values.update(dict.fromkeys(f"{name}-weight_decay" for name in names))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:

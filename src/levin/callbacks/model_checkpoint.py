@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,14 +14,12 @@ from levin.callbacks import checkpoint_files as files
 from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.checkpoint_arguments import check_choice, checked_triggers, resolved_folder
 from levin.callbacks.checkpoint_trigger import validates, validates_after_last_batch, validates_once_per_epoch
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
 from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, replace_link
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
+from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 
 class ModelCheckpoint(Checkpoint):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.model_summary import Column, check_max_depth, format_summary_table
 from levin.utilities.model_summary import ModelSummary as Summary
 from levin.utilities.model_summary import summarize as summarize_model
 from levin.utilities.rank_zero import rank_zero_info
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 
 class ModelSummary(Callback):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from levin.callbacks.checkpoint import Checkpoint
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import rank_zero_info
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 
 class OnExceptionCheckpoint(Checkpoint):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.types import Batch
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 _CPU = torch.device("cpu")
 

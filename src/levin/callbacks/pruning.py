@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +12,10 @@ from torch.nn.utils import prune
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_info
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 Parameters = Sequence[tuple[nn.Module, str]]
 
@@ -237,30 +235,22 @@ def _choose_method(
     pruning_fn: Any, pruning_dim: int | None, pruning_norm: int | None
 ) -> tuple[_Method, dict[str, Any]]:
     """Return the method of torch's, and the arguments it needs beside the amount."""
-    if isinstance(pruning_fn, str):
-        if pruning_fn.lower() not in _METHODS:
-            raise value_error("pruning_fn", pruning_fn, f"must be one of {list(_METHODS)}, or a BasePruningMethod")
-        name = pruning_fn.lower()
-        kwargs: dict[str, Any] = {}
-        if name.endswith("_structured"):
-            if pruning_dim is None:
-                raise value_error(
-                    "pruning_dim", None, f"must be given with {name!r}", "Use the dimension to prune along."
-                )
-            kwargs["dim"] = pruning_dim
-            if name == "ln_structured":
-                if pruning_norm is None:
-                    raise value_error("pruning_norm", None, f"must be given with {name!r}", "Use 1 or 2.")
-                kwargs["n"] = pruning_norm
-        return _METHODS[name], kwargs
     if isinstance(pruning_fn, type) and issubclass(pruning_fn, prune.BasePruningMethod):
         return pruning_fn, {}
-    raise value_error(
-        "pruning_fn",
-        pruning_fn,
-        f"must be one of {list(_METHODS)}, or a subclass of BasePruningMethod",
-        "Pass the class.",
-    )
+    name = pruning_fn.lower() if isinstance(pruning_fn, str) else ""
+    if name not in _METHODS:
+        expected = f"must be one of {list(_METHODS)}, or a subclass of BasePruningMethod"
+        raise value_error("pruning_fn", pruning_fn, expected)
+    kwargs: dict[str, Any] = {}
+    if name.endswith("_structured"):
+        kwargs["dim"] = pruning_dim
+        if pruning_dim is None:
+            raise value_error("pruning_dim", None, f"must be given with {name!r}", "Use the dimension to prune along.")
+    if name == "ln_structured":
+        kwargs["n"] = pruning_norm
+        if pruning_norm is None:
+            raise value_error("pruning_norm", None, f"must be given with {name!r}", "Use 1 or 2.")
+    return _METHODS[name], kwargs
 
 
 def _sanitized(module: nn.Module, given: Parameters, names: Sequence[str]) -> Parameters:

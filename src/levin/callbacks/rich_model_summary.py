@@ -8,7 +8,7 @@ from typing import Any
 from typing_extensions import override
 
 from levin.callbacks.model_summary import ModelSummary
-from levin.utilities.model_summary import Column, get_formatted_model_size, get_human_readable_count
+from levin.utilities.model_summary import Column, get_human_readable_count, summary_totals
 
 _RIGHT_ALIGNED = ("Params", "Params per Device", "FLOPs", "In sizes", "Out sizes")
 
@@ -71,14 +71,7 @@ class RichModelSummary(ModelSummary):
                 table.add_column(title, style="dim" if title == " " else None, overflow="fold")
         for row in zip(*(cells for _, cells in summary_data)):
             table.add_row(*(cell.strip() for cell in row))
-        totals = {
-            "Trainable params": get_human_readable_count(trainable_parameters),
-            "Non-trainable params": get_human_readable_count(total_parameters - trainable_parameters),
-            "Total params": get_human_readable_count(total_parameters),
-            "Total estimated model params size (MB)": get_formatted_model_size(model_size),
-            "Modules in train mode": str(total_training_modes["train"]),
-            "Modules in eval mode": str(total_training_modes["eval"]),
-        }
+        totals = summary_totals(total_parameters, trainable_parameters, model_size, total_training_modes)
         if total_flops:  # 0: there was no example input to count with
             totals["Total FLOPs"] = get_human_readable_count(total_flops)
         console = Console()

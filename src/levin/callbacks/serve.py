@@ -11,17 +11,15 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 Functions = dict[str, Callable[[Any], Any]]
 
@@ -145,11 +143,10 @@ class ServableModuleValidator(Callback):
             process.terminate()
             process.join()
         if not self.successful:
+            failure = f"The served module answered with an error: {self.resp.status_code} {self.resp.text}"
             if self.exit_on_failure:
-                raise RuntimeError(
-                    f"The served module answered with an error: {self.resp.status_code} {self.resp.text}"
-                )
-            rank_zero_info(f"The served module answered with an error: {self.resp.status_code} {self.resp.text}")
+                raise RuntimeError(failure)
+            rank_zero_info(failure)
         elif self.resp.json() != (expected := module.configure_response()):
             raise RuntimeError(
                 f"The served module answered {self.resp.json()}, expected {expected} (configure_response)."
@@ -215,9 +212,6 @@ def make_app(module: Any) -> Any:
     app = FastAPI()
     from_json, to_json = module.configure_serialization()
 
-    def ping() -> bool:
-        return True
-
     def serve(payload: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(payload.get("body"), dict):
             raise HTTPException(422, f"The request must be {{'body': {{name: value}}}}, received keys {list(payload)}.")
@@ -230,7 +224,7 @@ def make_app(module: Any) -> Any:
 
     serve.__annotations__ = {"payload": dict, "return": dict}
     serve.__defaults__ = (Body(),)
-    app.get("/ping")(ping)
+    app.get("/ping")(lambda: True)
     app.post("/serve")(serve)
     return app
 

@@ -7,22 +7,21 @@ import math
 import os
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
+from levin.strategies import Strategy
 from levin.utilities.exceptions import value_error
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.strategies import Strategy
-    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
+from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 _FILE = "skip_batches.json"
+_STATE = ("last_val", "mode", "warmup", "atol", "rtol", "bad_batches")
 
 
 class TrainingSpikeException(RuntimeError):
@@ -113,25 +112,13 @@ class SpikeDetector:
 
     def state_dict(self) -> StateDict:
         """Return the running values and what was found."""
-        return {
-            "last_val": self.last_val,
-            "mode": self.mode,
-            "warmup": self.warmup,
-            "atol": self.atol,
-            "rtol": self.rtol,
-            "bad_batches": self.bad_batches,
-            "bad_batches_path": self.exclude_batches_path,
-            "window": list(self._window),
-        }
+        state = {name: getattr(self, name) for name in _STATE}
+        return {**state, "bad_batches_path": self.exclude_batches_path, "window": list(self._window)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Take up :meth:`state_dict`."""
-        self.last_val = state_dict["last_val"]
-        self.mode = state_dict["mode"]
-        self.warmup = state_dict["warmup"]
-        self.atol = state_dict["atol"]
-        self.rtol = state_dict["rtol"]
-        self.bad_batches = list(state_dict["bad_batches"])
+        vars(self).update({name: state_dict[name] for name in _STATE})
+        self.bad_batches = list(self.bad_batches)
         self.exclude_batches_path = state_dict["bad_batches_path"]
         self._window.extend(state_dict.get("window", ()))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,11 @@ from typing_extensions import override
 
 from levin.callbacks.weight_averaging import require_whole_weights
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig, StateDict
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 AverageFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -92,7 +91,6 @@ class StochasticWeightAveraging(Callback):
         self._average_model_state: dict[str, object] | None = None
         self._is_restored: bool = False
         self._max_epochs: int = 0
-        self._momenta: dict[_BatchNorm, float | None] = {}
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -146,8 +144,7 @@ class StochasticWeightAveraging(Callback):
             # The state of the module's scheduler in the file is that of ours: none must take it.
             trainer.strategy.lr_scheduler_configs.clear()
         if self.pl_module_contains_batch_norm(pl_module):
-            trainer.fit_loop.max_epochs = max_epochs + 1
-            self._undo.append(lambda: setattr(trainer.fit_loop, "max_epochs", max_epochs))
+            self._set_for_now(trainer.fit_loop, "max_epochs", max_epochs + 1)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,22 +207,18 @@ class StochasticWeightAveraging(Callback):
         self._transfer(pl_module)
         for module in pl_module.modules():
             if isinstance(module, _BatchNorm):
-                self._momenta[module] = module.momentum
                 module.reset_running_stats()
                 # Without momentum the statistics are the plain mean over the epoch.
-                module.momentum = None
-        step, accumulate, backward = trainer.run.step, trainer.accumulate_grad_batches, trainer.run.step.backward
-        step.backward = lambda loss, *args, **kwargs: None
+                self._set_for_now(module, "momentum", None)
+        self._set_for_now(trainer.run.step, "backward", lambda loss, *args, **kwargs: None)
         # One window for the whole epoch: no reduction of gradients that are not there, and no more than one step.
-        trainer.accumulate_grad_batches = max(int(min(trainer.num_training_batches, 10**9)), 1)
-        self._undo.append(lambda: setattr(step, "backward", backward))
-        self._undo.append(lambda: setattr(trainer, "accumulate_grad_batches", accumulate))
-        self._undo.append(self._restore_momenta)
+        num_batches = max(int(min(trainer.num_training_batches, 10**9)), 1)
+        self._set_for_now(trainer, "accumulate_grad_batches", num_batches)
 
-    def _restore_momenta(self) -> None:
-        for module, momentum in self._momenta.items():
-            module.momentum = momentum
-        self._momenta = {}
+    def _set_for_now(self, owner: object, name: str, value: object) -> None:
+        """Set an attribute until training ends, however it does."""
+        self._undo.append(partial(setattr, owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from levin.callbacks.logging_steps import is_logging_step, log_values
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.throughput import Throughput, get_available_flops
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Batch, Kwargs
+from levin.utilities.types import STEP_OUTPUT, Batch, Kwargs
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
 
@@ -27,16 +25,12 @@ class _Meter:
 
     def __init__(self, throughput: Throughput) -> None:
         self.throughput = throughput
-        self.started_s: float = 0.0
-        self.elapsed_s: float = 0.0
-        self.batches: int = 0
-        self.samples: int = 0
-        self.lengths: int = 0
+        self.start()
 
     def start(self) -> None:
         self.throughput.reset()
-        self.started_s = time.perf_counter()
-        self.elapsed_s = 0.0
+        self.started_s: float = time.perf_counter()
+        self.elapsed_s: float = 0.0
         self.batches = self.samples = self.lengths = 0
 
     def tick(self) -> float:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
 from levin.settings import parse_duration
 from levin.utilities.exceptions import value_error
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import RunningStage
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
+from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 
 def _seconds(duration: str | timedelta | dict[str, int] | None) -> float | None:

@@ -17,17 +17,13 @@ if TYPE_CHECKING:
     from levin.checkpoint.verify import find_newest_intact as find_newest_intact
 
 _HOMES = {
-    "AsyncCheckpointIO": "levin.checkpoint.background",
-    "CheckpointIO": "levin.checkpoint.io",
-    "TorchCheckpointIO": "levin.checkpoint.io",
-    "atomic_save": "levin.checkpoint.io",
-    "consolidate": "levin.checkpoint.folder",
-    "find_newest_intact": "levin.checkpoint.verify",
-    "load": "levin.checkpoint.reading",
-    "upgrade": "levin.checkpoint.upgrade_file",
+    "levin.checkpoint.background": "AsyncCheckpointIO",
+    "levin.checkpoint.folder": "consolidate",
+    "levin.checkpoint.io": "CheckpointIO TorchCheckpointIO atomic_save",
+    "levin.checkpoint.reading": "load",
+    "levin.checkpoint.upgrade_file": "upgrade",
+    "levin.checkpoint.verify": "find_newest_intact",
 }
 
-__all__ = sorted(_HOMES)
-
-
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
+__all__ = __dir__()

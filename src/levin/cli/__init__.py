@@ -24,21 +24,13 @@ if TYPE_CHECKING:
     from levin.cli.save_config import SaveConfigCallback as SaveConfigCallback
 
 _HOMES = {
-    "ArgsType": "levin.cli.callables",
-    "LRSchedulerCallable": "levin.cli.callables",
-    "LRSchedulerType": "levin.cli.callables",
-    "LRSchedulerTypeTuple": "levin.cli.callables",
-    "LRSchedulerTypeUnion": "levin.cli.callables",
-    "LightningArgumentParser": "levin.cli.parser",
-    "LightningCLI": "levin.cli.lightning_cli",
-    "OptimizerCallable": "levin.cli.callables",
-    "ReduceLROnPlateau": "levin.cli.callables",
-    "SaveConfigCallback": "levin.cli.save_config",
-    "instantiate_class": "levin.cli.instantiate",
-    "instantiate_module": "levin.cli.instantiate",
+    "levin.cli.callables": "ArgsType LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion "
+    "OptimizerCallable ReduceLROnPlateau",
+    "levin.cli.instantiate": "instantiate_class instantiate_module",
+    "levin.cli.lightning_cli": "LightningCLI",
+    "levin.cli.parser": "LightningArgumentParser",
+    "levin.cli.save_config": "SaveConfigCallback",
 }
 
-__all__ = sorted(_HOMES)
-
-
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
+__all__ = __dir__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,27 +16,8 @@ EXAMPLES = {
 }
 
 
-def fit(words: Sequence[str]) -> int:
-    """Train."""
-    return _run("fit", words)
-
-
-def validate(words: Sequence[str]) -> int:
-    """Run one validation."""
-    return _run("validate", words)
-
-
-def test(words: Sequence[str]) -> int:
-    """Run the test."""
-    return _run("test", words)
-
-
-def predict(words: Sequence[str]) -> int:
-    """Predict on every batch."""
-    return _run("predict", words)
-
-
-def _run(subcommand: str, words: Sequence[str]) -> int:
+def run(subcommand: str, words: Sequence[str]) -> int:
+    """Run a subcommand of :class:`LightningCLI` with these words."""
     from levin.cli.lightning_cli import LightningCLI
 
     epilogs = {name: {"epilog": f"Example: {example}"} for name, example in EXAMPLES.items()}
@@ -55,3 +37,6 @@ def _command_line(words: list[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv, sys.path[:] = before, path
+
+
+fit, validate, test, predict = (functools.partial(run, subcommand) for subcommand in EXAMPLES)

@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import Namespace
 from torch.optim import Optimizer
 
+from levin import __version__
 from levin.checkpoint.reading import load
 from levin.cli.callables import ArgsType, LRSchedulerTypeUnion, ReduceLROnPlateau
 from levin.cli.instantiate import class_config, instantiate_class, saving_instantiator
@@ -101,7 +102,9 @@ class LightningCLI:
 
         self._subcommand_parsers: dict[str, LightningArgumentParser] = {}
         self._subcommand_arguments: dict[str, list[str]] = {}
-        self.setup_parser(run, *_split_parser_kwargs(self.parser_kwargs, list(self.subcommands())))
+        of_subcommands = {name: value for name, value in self.parser_kwargs.items() if name in self.subcommands()}
+        of_main = {name: value for name, value in self.parser_kwargs.items() if name not in of_subcommands}
+        self.setup_parser(run, of_main, of_subcommands)
         self.parse_arguments(self.parser, args)
         self.subcommand: Optional[str] = self.config["subcommand"] if run else None
         self._parse_ckpt_path()
@@ -128,7 +131,7 @@ class LightningCLI:
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Return a parser with ``--config``."""
-        kwargs.setdefault("dump_header", [f"{_package_name()}"])
+        kwargs.setdefault("dump_header", [f"levin=={__version__}"])
         parser = self.parser_class(**kwargs)
         parser.add_argument(
             "-c", "--config", action=ActionConfigFile, help="Path to a configuration file in json or yaml format."
@@ -378,12 +381,6 @@ def _as_class(kind: Any) -> type:
     return kind if inspect.isclass(kind) else class_from_function(kind)
 
 
-def _split_parser_kwargs(kwargs: Kwargs, subcommands: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of the main parser, and those of each subcommand."""
-    own = {name: value for name, value in kwargs.items() if name not in subcommands}
-    return own, {name: value for name, value in kwargs.items() if name in subcommands}
-
-
 def _configure(
     function: Callable[..., object],
     optimizer: dict[str, object],
@@ -409,9 +406,3 @@ def _as_list(value: object) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _package_name() -> str:
-    from levin import __version__
-
-    return f"levin=={__version__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import inspect
@@ -41,7 +42,7 @@ jsonargparse.register_unresolvable_import_paths(torch)
 __all__ = ["ActionConfigFile", "LightningArgumentParser", "class_from_function", "nearest"]
 
 AnyClass = Union[type, Function]
-# Of the Trainer: what Lightning's lacks.
+# Of the Trainer: what Lightning's lacks. They are in a configuration only where somebody gave them, so that it reads it.
 OWN_ARGUMENTS = ("compile",)
 
 
@@ -119,6 +120,8 @@ class LightningArgumentParser(ArgumentParser):
             sub_configs=True,
             skip={"suggest_integrations"} if is_trainer else None,
         )
+        own = {f"{nested_key}.{name}" for name in OWN_ARGUMENTS if is_trainer}
+        self.set_defaults(dict.fromkeys(own.intersection(added), argparse.SUPPRESS))
         return added
 
     def add_optimizer_args(
@@ -174,20 +177,7 @@ class LightningArgumentParser(ArgumentParser):
         return super()._check_value_key(action, to_levin(value), *args, **kwargs)
 
     def dump(self, cfg: Any, *args: object, **kwargs: object) -> str:
-        """Return the configuration as text; a program for Lightning gets Lightning's class paths.
-
-        Arguments of the Trainer that Lightning lacks are left out where nobody gave them, so that it reads the text, too.
-        """
-        unset = []
-        for key, value in cfg.items():
-            group, _, name = key.rpartition(".")
-            # Where the argument beside it is, too, it is that of a Trainer, under whichever subcommand and name.
-            if name in OWN_ARGUMENTS and value is None and f"{group}.barebones" in cfg:
-                unset.append(key)
-        if unset:
-            cfg = cfg.clone()
-            for key in unset:
-                cfg.pop(key)
+        """Return the configuration as text; a program for Lightning gets Lightning's class paths."""
         text: str = super().dump(cfg, *args, **kwargs)
         return to_lightning(text) if is_alias_installed() else text
 

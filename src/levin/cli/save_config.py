@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from levin.cli.parser import LightningArgumentParser
 from levin.hooks import Callback
 from levin.utilities.filesystem import get_filesystem
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
-
-    from levin.cli.parser import LightningArgumentParser
 
 
 class SaveConfigCallback(Callback):

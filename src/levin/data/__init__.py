@@ -11,4 +11,4 @@ if TYPE_CHECKING:
 
 __all__ = ["CombinedLoader"]
 
-__getattr__, __dir__ = lazy_face(__name__, {"CombinedLoader": "levin.data.combined"})
+__getattr__, __dir__ = lazy_face(__name__, {"levin.data.combined": "CombinedLoader"})

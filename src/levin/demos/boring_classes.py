@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,7 @@ class RandomDataset(Dataset[Tensor]):
 
 
 class RandomDictDataset(Dataset[dict[str, Tensor]]):
-    """Dicts with a random row ``a``, and ``b`` that is larger by two.
-
-    Args:
-        size: Numbers in a row.
-        length: Number of rows.
-    """
+    """Dicts with a random row ``a``, and ``b`` that is larger by two; arguments as of :class:`RandomDataset`."""
 
     def __init__(self, size: int, length: int) -> None:
         self.len: int = length
@@ -145,30 +140,48 @@ class ManualOptimBoringModel(BoringModel):
         return loss
 
 
-class _OneLoaderEach(LightningDataModule):
-    random_train: Dataset[Tensor]
-    random_val: Dataset[Tensor]
-    random_test: Dataset[Tensor]
-    random_predict: Dataset[Tensor]
+_MADE_FOR = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+"""Stage -> the loaders whose data is made when it begins."""
+
+Loaders = Union[DataLoader[Tensor], list[DataLoader[Tensor]]]
+
+
+class _DataOfEachStage(LightningDataModule):
+    """Keeps what :meth:`make` returns for a loader under ``attribute``, with the loader's name in it."""
+
+    attribute = "random_{}"
+
+    def make(self, name: str) -> object:
+        """Return the data for the loader of that name."""
+        raise NotImplementedError
+
+    def loader(self, name: str) -> Loaders:
+        """Return the loader of that name."""
+        return DataLoader(getattr(self, self.attribute.format(name)))
 
     @override
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_train)
+    def setup(self, stage: str) -> None:
+        for name in _MADE_FOR[str(stage)]:
+            setattr(self, self.attribute.format(name), self.make(name))
 
     @override
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_val)
+    def train_dataloader(self) -> Loaders:
+        return self.loader("train")
 
     @override
-    def test_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_test)
+    def val_dataloader(self) -> Loaders:
+        return self.loader("val")
 
     @override
-    def predict_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.random_predict)
+    def test_dataloader(self) -> Loaders:
+        return self.loader("test")
+
+    @override
+    def predict_dataloader(self) -> Loaders:
+        return self.loader("predict")
 
 
-class BoringDataModule(_OneLoaderEach):
+class BoringDataModule(_DataOfEachStage):
     """Four stretches of 64 random rows, one for each stage, out of one data set."""
 
     def __init__(self) -> None:
@@ -176,65 +189,32 @@ class BoringDataModule(_OneLoaderEach):
         self.random_full: Dataset[Tensor] = RandomDataset(32, 64 * 4)
 
     @override
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.random_train = Subset(self.random_full, indices=range(64))
-        if stage in ("fit", "validate"):
-            self.random_val = Subset(self.random_full, indices=range(64, 64 * 2))
-        if stage == "test":
-            self.random_test = Subset(self.random_full, indices=range(64 * 2, 64 * 3))
-        if stage == "predict":
-            self.random_predict = Subset(self.random_full, indices=range(64 * 3, 64 * 4))
+    def make(self, name: str) -> object:
+        start = 64 * ("train", "val", "test", "predict").index(name)
+        return Subset(self.random_full, indices=range(start, start + 64))
 
 
-class BoringDataModuleNoLen(_OneLoaderEach):
+class BoringDataModuleNoLen(_DataOfEachStage):
     """Streams of random rows that do not say how long they are."""
 
     @override
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.random_train = RandomIterableDataset(32, 512)
-        if stage in ("fit", "validate"):
-            self.random_val = RandomIterableDataset(32, 128)
-        if stage == "test":
-            self.random_test = RandomIterableDataset(32, 256)
-        if stage == "predict":
-            self.random_predict = RandomIterableDataset(32, 64)
+    def make(self, name: str) -> object:
+        return RandomIterableDataset(32, {"train": 512, "val": 128, "test": 256, "predict": 64}[name])
 
 
-class IterableBoringDataModule(LightningDataModule):
+class IterableBoringDataModule(_DataOfEachStage):
     """Two loaders for each stage: rows with a length, and a stream without one."""
 
-    @override
-    def setup(self, stage: str) -> None:
-        if stage == "fit":
-            self.train_datasets = _rows_and_stream(16)
-        if stage in ("fit", "validate"):
-            self.val_datasets = _rows_and_stream(32)
-        if stage == "test":
-            self.test_datasets = _rows_and_stream(64)
-        if stage == "predict":
-            self.predict_datasets = _rows_and_stream(128)
+    attribute = "{}_datasets"
 
     @override
-    def train_dataloader(self) -> list[DataLoader[Tensor]]:
-        return [DataLoader(dataset) for dataset in self.train_datasets]
+    def make(self, name: str) -> object:
+        length = {"train": 16, "val": 32, "test": 64, "predict": 128}[name]
+        return [RandomDataset(4, length), RandomIterableDataset(4, length)]
 
     @override
-    def val_dataloader(self) -> list[DataLoader[Tensor]]:
-        return [DataLoader(dataset) for dataset in self.val_datasets]
-
-    @override
-    def test_dataloader(self) -> list[DataLoader[Tensor]]:
-        return [DataLoader(dataset) for dataset in self.test_datasets]
-
-    @override
-    def predict_dataloader(self) -> list[DataLoader[Tensor]]:
-        return [DataLoader(dataset) for dataset in self.predict_datasets]
-
-
-def _rows_and_stream(length: int) -> list[Dataset[Tensor]]:
-    return [RandomDataset(4, length), RandomIterableDataset(4, length)]
+    def loader(self, name: str) -> Loaders:
+        return [DataLoader(dataset) for dataset in getattr(self, self.attribute.format(name))]
 
 
 class DemoModel(LightningModule):

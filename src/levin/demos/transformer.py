@@ -82,7 +82,7 @@ class Transformer(nn.Module):
 
     def generate_square_subsequent_mask(self, size: int) -> Tensor:
         """Return the mask of shape (size, size) that hides what comes later."""
-        return torch.full((size, size), float("-inf")).triu(diagonal=1)
+        return nn.Transformer.generate_square_subsequent_mask(size)
 
     def forward(self, inputs: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logarithms of the probabilities of the words, shape (batch * length, vocab_size)."""
@@ -98,27 +98,25 @@ class Dictionary:
 
     def __init__(self) -> None:
         self.word2idx: dict[str, int] = {}
-        self.idx2word: list[str] = []
 
     def add_word(self, word: str) -> int:
         """Return the number of ``word``, a new one for a new word."""
-        if word not in self.word2idx:
-            self.word2idx[word] = len(self.idx2word)
-            self.idx2word.append(word)
-        return self.word2idx[word]
+        return self.word2idx.setdefault(word, len(self.word2idx))
+
+    @property
+    def idx2word(self) -> list[str]:
+        """The words in the order of their numbers."""
+        return list(self.word2idx)
 
     def __len__(self) -> int:
-        return len(self.idx2word)
+        return len(self.word2idx)
 
 
 def tokenize(path: Path) -> tuple[Tensor, Dictionary]:
     """Return the words of a file as numbers, with ``<eos>`` at the end of each line, and the dictionary."""
     dictionary = Dictionary()
-    numbers = [
-        dictionary.add_word(word)
-        for line in path.read_text(encoding="utf8").splitlines()
-        for word in [*line.split(), "<eos>"]
-    ]
+    lines = path.read_text(encoding="utf8").splitlines()
+    numbers = [dictionary.add_word(word) for line in lines for word in [*line.split(), "<eos>"]]
     return torch.tensor(numbers, dtype=torch.int64), dictionary
 
 

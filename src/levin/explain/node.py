@@ -18,6 +18,16 @@ class Place(NamedTuple):
     batch_idx: int
 
 
+class When(NamedTuple):
+    """After which batches something is due, as a rule (None: always) and in words."""
+
+    due: Optional[Callable[[Place], bool]] = None
+    words: str = ""
+
+
+ALWAYS = When()
+
+
 @dataclass
 class Node:
     """One line, and the lines under it.
@@ -48,24 +58,18 @@ class Node:
 def code_of(function: Function) -> Optional[CodeType]:
     """Return the code that runs when ``function`` is called, without what wraps it."""
     while True:
-        if isinstance(function, functools.partial):
-            function = function.args[0] if _shows_batch(function) else function.func
-        elif hasattr(function, "__func__"):
-            function = function.__func__
-        elif hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        else:
+        function = unbound(function)
+        inner = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
+        if inner is None:
             code: Optional[CodeType] = getattr(function, "__code__", None)
             return code
+        function = inner
 
 
-def _shows_batch(function: functools.partial[Any]) -> bool:
-    """Whether it is a hook that gets the batch of a step with a ``dataloader_iter``, see loops/hook_table.py."""
-    return function.func.__name__ == "_call_with_batch" if hasattr(function.func, "__name__") else False
-
-
-def owner_of(function: Function) -> Any:
-    """Return the object whose method ``function`` is, or None."""
+def unbound(function: Function) -> Any:
+    """Return ``function`` without the arguments that are bound to it."""
     while isinstance(function, functools.partial):
-        function = function.args[0] if _shows_batch(function) else function.func
-    return getattr(function, "__self__", None)
+        # A hook may get the batch of a step with a ``dataloader_iter``, see loops/hook_table.py.
+        shows_batch = getattr(function.func, "__name__", "") == "_call_with_batch"
+        function = function.args[0] if shows_batch else function.func
+    return function

@@ -8,12 +8,13 @@ from datetime import timedelta
 from typing import Any, Optional
 
 from levin.datamodule import LightningDataModule
-from levin.explain.node import Node, Place, owner_of
+from levin.explain.node import ALWAYS, Node, Place, When, unbound
 from levin.explain.rules import Rules
 from levin.hooks import Callback, DataHooks
 from levin.loops.evaluate import compose_evaluation_step
 from levin.loops.hook_table import RUN_HOOKS, has_hook, transfer_owners
 from levin.loops.run import Run
+from levin.loops.stage_loaders import StageLoaders
 from levin.loops.step import AutomaticStep, compose_step
 from levin.module import LightningModule
 from levin.precision.precision import Precision
@@ -93,20 +94,17 @@ class Plan:
         run = self.run
         most = run.loops.fit.max_epochs
         head = f"for epoch in range({most}):" if most is not None and most >= 0 else "for epoch in itertools.count():"
-        limits = [
-            f"max_steps={run.loops.fit.max_steps}" if run.loops.fit.max_steps >= 0 else "",
-            "trainer.should_stop" if run.loops.fit.max_steps < 0 else "or trainer.should_stop",
-        ]
+        max_steps = run.loops.fit.max_steps
+        limit = f"max_steps={max_steps} or trainer.should_stop" if max_steps >= 0 else "trainer.should_stop"
         body = [
             *self._reloaded(),
             *self._hooks("on_train_epoch_start"),
             self._batches(),
             *self._hooks("on_train_epoch_end"),
             *self._schedulers("epoch", plateau=True, is_after=True),
+            *self._loggers("values of the epoch"),
         ]
-        body += self._loggers("values of the epoch")
-        text = f"{head}  # ends early at {' '.join(word for word in limits if word)}"
-        return Node(text, counts=("epoch", lambda _: self.rules.num_epochs()), body=body)
+        return Node(f"{head}  # ends early at {limit}", counts=("epoch", lambda _: self.rules.num_epochs()), body=body)
 
     def _batches(self) -> Node:
         rules = self.rules
@@ -119,34 +117,28 @@ class Plan:
             *self._schedulers("step", plateau=False),
             *self._schedulers("epoch", plateau=False),
             *self._hooks("on_train_batch_end"),
+            *self._loggers("values of the step", rules.logs),
+            *self._validation(),
+            *self._schedulers("step", plateau=True),
         ]
-        body += self._loggers("values of the step", rules.logs)
-        body += self._validation()
-        body += self._schedulers("step", plateau=True)
         return Node(f"for batch in train_dataloader:  # {size}", counts=("batch", rules.batches_in), body=body)
 
     def _automatic(self) -> Iterator[Node]:
         step, rules = self.step, self.rules
         assert isinstance(step, AutomaticStep)
         name = type(step.optimizer).__name__
-        steps = "" if step.handles_accumulation else rules.words(lambda place: not rules.accumulates(place))
-        is_always = steps in ("", "after every batch")
-
-        def is_due(place: Place) -> bool:
-            return step.handles_accumulation or not rules.accumulates(place)
-
-        due = None if is_always else is_due
+        when = self._rule(lambda place: not rules.accumulates(place))
+        if step.handles_accumulation or when.words in ("", "after every batch"):
+            when = ALWAYS
         if step.own_optimizer_step is not None:
-            yield self._call(
-                step.own_optimizer_step, "epoch, batch_idx, optimizer, closure", due, "" if due is None else steps
-            )
+            yield self._call(step.own_optimizer_step, "epoch, batch_idx, optimizer, closure", when)
         around = f", through {self._stepper()}" if not step.is_plain else ""
         head = f"optimizer.step(closure):  # {name}{around}"
-        if due is not None:
+        if when is not ALWAYS:
             synced = ", in no_sync of the strategy" if step.is_distributed else ""
-            head += f"; {steps}. After the others the closure alone{synced}: gradients add up"
-        body = [*self._training_step(), *self._zero_grad(due is not None), *self._backward()]
-        body += self._before_step(due, steps)
+            head += f"; {when.words}. After the others the closure alone{synced}: gradients add up"
+        opens = ALWAYS if when is ALWAYS else When(rules.opens_window, "on the first batch of each window")
+        body = [*self._training_step(), *self._zero_grad(opens), *self._backward(), *self._before_step(when)]
         yield Node(head, body=body)
 
     def _training_step(self) -> Iterator[Node]:
@@ -164,18 +156,13 @@ class Plan:
         if isinstance(self.step, AutomaticStep) and self.run.settings.accumulate_grad_batches != 1:
             yield Node("loss /= batches of the window")
 
-    def _zero_grad(self, has_windows: bool) -> Iterator[Node]:
-        step, rules = self.step, self.rules
-        assert isinstance(step, AutomaticStep)
-        due = rules.opens_window if has_windows else None
-        when = "on the first batch of each window" if has_windows else ""
-        for node in self._hooks("on_before_zero_grad"):
-            node.due, node.when = due, when
-            yield node
-        if step.own_zero_grad is not None:
-            yield self._call(step.own_zero_grad, "epoch, batch_idx, optimizer", due, when)
+    def _zero_grad(self, when: When) -> Iterator[Node]:
+        assert isinstance(self.step, AutomaticStep)
+        yield from self._hooks("on_before_zero_grad", when)
+        if self.step.own_zero_grad is not None:
+            yield self._call(self.step.own_zero_grad, "epoch, batch_idx, optimizer", when)
         else:
-            yield Node("optimizer.zero_grad()", due=due, when=when)
+            yield Node("optimizer.zero_grad()", None, *when)
 
     def _backward(self) -> Iterator[Node]:
         run, precision = self.run, self.run.strategy.precision
@@ -190,19 +177,15 @@ class Plan:
             yield Node(f"loss.backward(){scaled}{reduces}")
         yield from self._hooks("on_after_backward")
 
-    def _before_step(self, due: Optional[Callable[[Place], bool]], when: str) -> Iterator[Node]:
-        step = self.step
-        assert isinstance(step, AutomaticStep)
-        when = "" if due is None else when
-        for node in self._hooks("on_before_optimizer_step"):
-            node.due, node.when = due, when
-            yield node
-        if step.own_clipping is not None:
-            yield self._call(step.own_clipping, "optimizer, gradient_clip_val, gradient_clip_algorithm", due, when)
+    def _before_step(self, when: When) -> Iterator[Node]:
+        assert isinstance(self.step, AutomaticStep)
+        yield from self._hooks("on_before_optimizer_step", when)
+        if self.step.own_clipping is not None:
+            yield self._call(self.step.own_clipping, "optimizer, gradient_clip_val, gradient_clip_algorithm", when)
         elif (clip_val := self.run.settings.gradient_clip_val) and clip_val > 0:
             kind = "value" if self.run.settings.gradient_clip_algorithm == "value" else "norm"
-            yield Node(f"clip_grad_{kind}_(parameters, {clip_val})", due=due, when=when)
-        yield Node("the update of the parameters", due=due, when=when)
+            yield Node(f"clip_grad_{kind}_(parameters, {clip_val})", None, *when)
+        yield Node("the update of the parameters", None, *when)
 
     def _manual(self) -> Iterator[Node]:
         (node,) = self._training_step()
@@ -229,19 +212,13 @@ class Plan:
                 continue
             name = type(config.scheduler).__name__
             argument = f'"{config.monitor}"' if plateau else ""
-            function = run.module.lr_scheduler_step if own else None
-            text = f"{name}.step({argument})" if function is None else ""
-
-            def due(place: Place, index: int = index) -> bool:
-                return index in chosen(place)
-
-            when = rules.words(due)
+            when = self._rule(lambda place, index=index: index in chosen(place))  # type: ignore[misc]
             if is_after:
-                when = "" if config.frequency == 1 else f"every {config.frequency} epochs"
-            if function is not None:
-                yield self._call(function, f"{name}, {argument or None}", due, when)
+                when = When(when.due, "" if config.frequency == 1 else f"every {config.frequency} epochs")
+            if own:
+                yield self._call(run.module.lr_scheduler_step, f"{name}, {argument or None}", when)
             else:
-                yield Node(text, due=due, when=when)
+                yield Node(f"{name}.step({argument})", None, *when)
 
     # ---------------------------------------------------------------- validation
 
@@ -249,37 +226,32 @@ class Plan:
         run, rules = self.run, self.rules
         if not run.enable_validation:
             return []
-        counts = run.loaders.val.num_batches
-        body: list[Node] = []
-        frees = self._call(run.module.on_validation_model_zero_grad, "")
-        if run.settings.accumulate_grad_batches != 1:
-            frees.due = lambda place: not rules.accumulates(place)
-            frees.when = "unless gradients are being added up"
-        body.append(frees)
-        body += self._reloaded_validation()
-        body += self._evaluation(counts, True)
+        unless = When(lambda place: not rules.accumulates(place), "unless gradients are being added up")
+        frees_when = unless if run.settings.accumulate_grad_batches != 1 else ALWAYS
+        body = [
+            self._call(run.module.on_validation_model_zero_grad, "", frees_when),
+            *self._reloaded_validation(),
+            *self._evaluation(run.loaders.val.num_batches, True),
+        ]
         if run.settings.val_check_seconds is not None:
             clock = str(timedelta(seconds=run.settings.val_check_seconds))
             return [Node(f"validation:  # after the first batch that ends {clock} after the one before", body=body)]
-        return self._when("validation:", rules.validates, body)
+        when = self._rule(rules.validates)
+        return [Node("validation:", None, *when, body=body)] if when.words else []
 
     def _evaluation(self, counts: list[int | float], logs: bool) -> Iterator[Node]:
         run, module = self.run, self.run.module
-        has_own_train = has_hook(module, "on_validation_model_train")
-        yield self._call(
-            module.on_validation_model_eval, "", text=f"{type(module).__name__}.on_validation_model_eval()"
-        )
+        yield Node(f"{type(module).__name__}.on_validation_model_eval()", module.on_validation_model_eval)
         yield from self._hooks("on_validation_start")
         yield from self._hooks("on_validation_epoch_start")
         total = sum(counts)
         size = "until the data ends" if total == math.inf else f"{int(total)} batches"
         compose_evaluation_step(run, "validation", len(counts))  # says where its signature does not fit
         arguments = "batch, batch_idx, dataloader_idx" if len(counts) > 1 else "batch, batch_idx"
-        step = Node(f"{type(module).__name__}.validation_step({arguments})", module.validation_step)
         body = [
             *self._transfer(),
             *self._hooks("on_validation_batch_start"),
-            step,
+            Node(f"{type(module).__name__}.validation_step({arguments})", module.validation_step),
             *self._hooks("on_validation_batch_end"),
         ]
         times = 0 if total == math.inf else int(total)
@@ -289,16 +261,16 @@ class Plan:
         if logs and total:
             yield from self._loggers("values of the validation")
         yield from self._hooks("on_validation_end")
-        if has_own_train:
+        if has_hook(module, "on_validation_model_train"):
             yield self._call(module.on_validation_model_train, "")
         else:
             yield Node("each submodule back into its own train or eval mode")
 
     # ---------------------------------------------------------------- parts
 
-    def _hooks(self, name: str) -> list[Node]:
+    def _hooks(self, name: str, when: When = ALWAYS) -> list[Node]:
         """The functions of the hook table under ``name``, in their order."""
-        return [self._call(hook, _ARGUMENTS.get(name, "")) for hook in self.run.hooks[name]]
+        return [self._call(hook, _ARGUMENTS.get(name, ""), when) for hook in self.run.hooks[name]]
 
     def _own(self, owners: list[Any], name: str, note: str = "") -> Iterator[Node]:
         """The methods ``name`` that somebody wrote, of those who are asked outside of the hook table."""
@@ -309,18 +281,16 @@ class Plan:
             if has_own(name, owner, parent):
                 yield self._call(getattr(owner, name), _ARGUMENTS.get(name, ""), note=note)
 
-    def _loader(self, loaders: Any, when: str = "") -> Iterator[Node]:
+    def _loader(self, loaders: StageLoaders, when: When = ALWAYS) -> Iterator[Node]:
         if loaders.owner is not None:
-            yield self._call(getattr(loaders.owner, loaders.hook), "", when=when)
+            yield self._call(getattr(loaders.owner, loaders.hook), "", when)
 
     def _reloaded(self) -> Iterator[Node]:
         every = self.run.settings.reload_dataloaders_every_n_epochs
         if every:
-            for node in self._loader(
-                self.run.loaders.train, f"every {every} epochs" if every > 1 else "after the first"
-            ):
-                node.due = lambda place: place.epoch > 0 and place.epoch % every == 0
-                yield node
+            words = f"every {every} epochs" if every > 1 else "after the first"
+            due = When(lambda place: place.epoch > 0 and place.epoch % every == 0, words)
+            yield from self._loader(self.run.loaders.train, due)
 
     def _loads_validation_early(self) -> bool:
         """Whether the validation loaders are asked for right before training, and not in the sanity check before it."""
@@ -341,10 +311,8 @@ class Plan:
                     places.add(Place(epoch, index))
                     loaded = epoch
         if places:
-            when = f"{every} epochs after the last time" if every else "the first time"
-            for node in self._loader(self.run.loaders.val, when):
-                node.due = lambda place: place in places
-                yield node
+            words = f"{every} epochs after the last time" if every else "the first time"
+            yield from self._loader(self.run.loaders.val, When(lambda place: place in places, words))
 
     def _transfer(self) -> Iterator[Node]:
         owners = transfer_owners(self.owners)
@@ -358,33 +326,22 @@ class Plan:
             elif name.startswith("transfer"):
                 yield Node(f"batch.to({str(device)!r})")
 
-    def _when(self, text: str, due: Callable[[Place], bool], body: Optional[list[Node]] = None) -> list[Node]:
-        """A line that stands under a condition; none where it never happens."""
-        when = self.rules.words(due)
-        return [Node(text, due=due, when=when, body=body or [])] if when else []
+    def _rule(self, due: Callable[[Place], bool]) -> When:
+        return When(due, self.rules.words(due))
 
     def _loggers(self, what: str, due: Optional[Callable[[Place], bool]] = None) -> list[Node]:
         """What goes to the loggers, where there are values."""
-        when = "" if due is None else self.rules.words(due)
-        if due is not None and not when:
+        when = ALWAYS if due is None else self._rule(due)
+        if due is not None and not when.words:
             return []
-        return [self._call(logger.log_metrics, what, due, when) for logger in self.run.loggers]
+        return [self._call(logger.log_metrics, what, when) for logger in self.run.loggers]
 
     @staticmethod
-    def _call(
-        function: Function,
-        arguments: str,
-        due: Optional[Callable[[Place], bool]] = None,
-        when: str = "",
-        note: str = "",
-        text: str = "",
-    ) -> Node:
-        owner = owner_of(function)
-        inner: Any = function
-        while not hasattr(inner, "__name__"):
-            inner = inner.func
+    def _call(function: Function, arguments: str, when: When = ALWAYS, note: str = "") -> Node:
+        inner = unbound(function)
+        owner = getattr(inner, "__self__", None)
         name = inner.__name__ if owner is None else f"{type(owner).__name__}.{inner.__name__}"
-        return Node(text or f"{name}({arguments}){note}", function, due, when)
+        return Node(f"{name}({arguments}){note}", function, *when)
 
     def left_out(self) -> list[str]:
         """Return the hooks that a run would call and that nobody wrote."""

@@ -111,11 +111,8 @@ class Rules:
         ]
         having = [epoch for epoch, indices in enumerate(epochs) if indices]
         if not having:
-            return (
-                ""
-                if self._is_all()
-                else f"not within the first {sum(map(self.batches_in, range(len(epochs))))} batches"
-            )
+            num_asked = sum(map(self.batches_in, range(len(epochs))))
+            return "" if self._is_all() else f"not within the first {num_asked} batches"
         # An epoch that max_steps cuts short may lack the end of what the others have.
         whole = [epoch for epoch in range(len(epochs)) if self.batches_in(epoch) == self.probed] or [0]
         kinds = {tuple(epochs[epoch]) for epoch in whole if epochs[epoch]}

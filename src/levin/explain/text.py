@@ -7,7 +7,7 @@ import inspect
 import os
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any
 
 from levin.datamodule import LightningDataModule
 from levin.explain.node import Node, code_of
@@ -154,7 +154,5 @@ def _names(things: Sequence[Any]) -> str:
     return ", ".join(type(thing).__name__ for thing in things) or "none"
 
 
-def _wrapped(title: str, words: Sequence[str], indent: Optional[str] = "    ") -> str:
-    return f"{title}:\n" + textwrap.fill(
-        ", ".join(words), 100, initial_indent=indent or "", subsequent_indent=indent or ""
-    )
+def _wrapped(title: str, words: Sequence[str]) -> str:
+    return f"{title}:\n" + textwrap.fill(", ".join(words), 100, initial_indent="    ", subsequent_indent="    ")

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import os
 import time
-import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import Tensor
 from typing_extensions import override
 
-from levin.loggers.logger import Logger, rank_zero_experiment
-from levin.loggers.utilities import (
-    HPARAMS_FILE,
-    add_prefix,
-    join_path,
-    make_directory,
-    next_version,
-    to_dict,
-    version_name,
-    write_hparams,
-)
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.loggers.append_file import AppendFile
+from levin.loggers.folder_logger import FolderLogger
+from levin.loggers.logger import rank_zero_experiment
+from levin.loggers.utilities import HPARAMS_FILE, add_prefix, to_dict, write_hparams
+from levin.utilities.filesystem import ensure_folder, exists, is_local, list_folder, open_file, replace_text
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, PathLike, StateDict
@@ -63,15 +55,11 @@ class ExperimentWriter:
         self._num_rows: int = 0
         self._has_new_hparams: bool = False
         self._is_local: bool = is_local(log_dir)
-        self._file: Optional[_AppendFile] = None
+        self._file: Optional[AppendFile] = None
         self._remote_text: str = ""
         self._remote_written_at: float = float("-inf")
-        make_directory(log_dir)
-        if self._is_local:
-            is_used = bool(os.listdir(log_dir))
-        else:
-            is_used = bool(get_filesystem(log_dir).ls(log_dir, detail=False))
-        if is_used:
+        ensure_folder(log_dir)
+        if list_folder(log_dir):
             rank_zero_warn(
                 f"Experiment logs directory {log_dir} exists and is not empty."
                 " Previous log files in this directory will be deleted when the new ones are saved, but for the rows of the"
@@ -101,17 +89,12 @@ class ExperimentWriter:
         Args:
             step: The first step that runs again.
         """
-        if self._num_rows or not self._file_exists():
+        if self._num_rows or not exists(self.metrics_file_path):
             return
-        with get_filesystem(self.metrics_file_path).open(
-            self.metrics_file_path, "r", encoding="utf-8", newline=""
-        ) as file:
+        with open_file(self.metrics_file_path) as file:
             rows = [row for row in csv.DictReader(file) if _is_before(row.get("step"), step)]
         self.metrics = [{name: cell for name, cell in row.items() if name and cell} for row in rows]
         self._num_rows = len(self.metrics)
-
-    def _file_exists(self) -> bool:
-        return bool(get_filesystem(self.metrics_file_path).exists(self.metrics_file_path))
 
     def save(self, force: bool = True) -> None:
         """Write what has come since the last time.
@@ -138,19 +121,13 @@ class ExperimentWriter:
             return
         header = self._new_header()
         if header is not None:
-            with contextlib.ExitStack() as stack:
-                previous = None
-                if self.metrics_keys:
-                    previous = stack.enter_context(open(self.metrics_file_path, encoding="utf-8", newline=""))
-                text = _table(header, previous)
+            previous = Path(self.metrics_file_path).read_bytes().decode() if self.metrics_keys else ""
             self.close()
-            # Old rows stay readable until the new file is complete.
-            _replace_file(self.metrics_file_path, text + _rows(header, self.metrics))
+            replace_text(self.metrics_file_path, _table(header, previous) + _rows(header, self.metrics))
             self.metrics_keys = header
         else:
-            if self._file is None:
-                self._file = _AppendFile(self.metrics_file_path)
-            self._file.append(_rows(self.metrics_keys, self.metrics))
+            self._file = self._file or AppendFile(self.metrics_file_path)
+            self._file.write(_rows(self.metrics_keys, self.metrics).encode())
         self.metrics.clear()
 
     def _save_remote(self, force: bool) -> None:
@@ -158,13 +135,11 @@ class ExperimentWriter:
             return
         header = self._new_header()
         if header is not None:
-            previous = io.StringIO(self._remote_text, newline="") if self.metrics_keys else None
-            self._remote_text = _table(header, previous)
+            self._remote_text = _table(header, self._remote_text)
             self.metrics_keys = header
         self._remote_text += _rows(self.metrics_keys, self.metrics)
         self.metrics.clear()
-        with get_filesystem(self.metrics_file_path).open(self.metrics_file_path, "wb") as file:
-            file.write(self._remote_text.encode())
+        replace_text(self.metrics_file_path, self._remote_text)
         self._remote_written_at = time.monotonic()
 
     def _new_header(self) -> Optional[list[str]]:
@@ -177,7 +152,7 @@ class ExperimentWriter:
         return {**self.__dict__, "_file": None}
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """Writes metrics to ``save_dir/name/version/metrics.csv`` and hyper-parameters to ``hparams.yaml`` beside it.
 
     The columns are the names of the metrics and ``step``, sorted. Rows reach the file at every ``save()``, which the
@@ -202,8 +177,6 @@ class CSVLogger(Logger):
         'logs/my_model/version_0'
     """
 
-    LOGGER_JOIN_CHAR = "-"
-
     def __init__(
         self,
         save_dir: PathLike,
@@ -217,41 +190,9 @@ class CSVLogger(Logger):
                 f"flush_logs_every_n_steps must be >= 1, received {flush_logs_every_n_steps}."
                 " Use 1 to write every row at once."
             )
-        self._save_dir: str = os.fspath(save_dir)
-        self._name: str = name or ""
-        self._version: Optional[Union[int, str]] = version
-        # Earlier numbers then belong to earlier processes of the same script, whose checkpoints `auto` looks for.
-        self._numbers_versions: bool = version is None
-        self._prefix: str = prefix
+        super().__init__(save_dir, name, version, prefix)
         self._flush_every: int = flush_logs_every_n_steps
         self._experiment: Optional[ExperimentWriter] = None
-
-    @property
-    @override
-    def name(self) -> str:
-        return self._name
-
-    @property
-    @override
-    def version(self) -> Union[int, str]:
-        if self._version is None:
-            self._version = next_version(self.root_dir)
-        return self._version
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self._save_dir
-
-    @property
-    @override
-    def root_dir(self) -> str:
-        return join_path(self._save_dir, self._name)
-
-    @property
-    @override
-    def log_dir(self) -> str:
-        return os.path.join(self.root_dir, version_name(self.version))
 
     @property
     @rank_zero_experiment
@@ -309,27 +250,6 @@ class CSVLogger(Logger):
         self._experiment.close()
 
 
-class _AppendFile:
-    """A local file to which whole lines are added, one system call for each time."""
-
-    def __init__(self, path: str) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        self._descriptor: int = descriptor
-        self._close: weakref.finalize[..., _AppendFile] = weakref.finalize(self, os.close, descriptor)
-
-    def append(self, text: str) -> None:
-        size = os.fstat(self._descriptor).st_size
-        try:
-            _write_all(self._descriptor, text.encode())
-        except OSError:
-            # Half a line would spoil the table.
-            os.ftruncate(self._descriptor, size)
-            raise
-
-    def close(self) -> None:
-        self._close()
-
-
 def _is_before(text: Optional[str], step: int) -> bool:
     """Return whether a cell of the column ``step`` comes before ``step``; a damaged one does not."""
     try:
@@ -338,24 +258,12 @@ def _is_before(text: Optional[str], step: int) -> bool:
         return False
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _table(header: list[str], previous: str) -> str:
+    """Return the header and the rows of the table ``previous``, which may be empty, with the columns of ``header``."""
+    return _rows(header, [dict(zip(header, header)), *csv.DictReader(io.StringIO(previous, newline=""))])
 
 
-def _replace_file(path: str, text: str) -> None:
-    with open(f"{path}.tmp", "w", encoding="utf-8", newline="") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
-
-
-def _table(header: list[str], previous: Optional[io.TextIOBase]) -> str:
-    """Return the header and the rows of ``previous`` as CSV with the columns of ``header``."""
-    rows = [] if previous is None else list(csv.DictReader(previous))
-    return _rows(header, [dict(zip(header, header)), *rows])
-
-
-def _rows(header: list[str], rows: list[dict[str, object]]) -> str:
+def _rows(header: list[str], rows: list[dict[str, Any]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([[row.get(name, "") for name in header] for row in rows])
     return text.getvalue()

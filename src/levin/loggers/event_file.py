@@ -7,15 +7,17 @@ price.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
 import time
-import weakref
 from typing import Optional
 
 from tensorboard.compat.proto.event_pb2 import Event, SourceMetadata
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from levin.loggers.append_file import AppendFile
 
 
 class EventFile:
@@ -29,8 +31,7 @@ class EventFile:
     def __init__(self, log_dir: str, filename_suffix: str = "") -> None:
         self._log_dir: str = log_dir
         self._suffix: str = filename_suffix
-        self._descriptor: Optional[int] = None
-        self._close: Optional[weakref.finalize[..., EventFile]] = None
+        self._file: Optional[AppendFile] = None
         self.reopen()
 
     def get_logdir(self) -> str:
@@ -41,41 +42,31 @@ class EventFile:
         """Write one ``Event``.
 
         Raises:
-            OSError: The disk is full, or the file was closed.
+            OSError: The file is closed.
         """
-        if self._descriptor is None:
+        if self._file is None:
             raise OSError(f"The event file in {self._log_dir!r} is closed. Call reopen() to go on in a new one.")
-        RecordWriter(self).write(event.SerializeToString())
-
-    def write(self, record: bytes) -> None:
-        """Write bytes, all of them."""
-        assert self._descriptor is not None
-        while record:
-            record = record[os.write(self._descriptor, record) :]
+        RecordWriter(self._file).write(event.SerializeToString())
 
     def flush(self) -> None:
         """Do nothing: every event is written at once."""
 
     def close(self) -> None:
         """Close the file."""
-        if self._close is not None:
-            self._close()
-        self._descriptor = self._close = None
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     def reopen(self) -> None:
         """Begin a new file if this one is closed."""
-        if self._descriptor is not None:
+        if self._file is not None:
             return
         os.makedirs(self._log_dir, exist_ok=True)
         now = time.time()
         stem = os.path.join(self._log_dir, f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}")
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         for number in itertools.count():
-            try:
-                self._descriptor = os.open(f"{stem}.{number}{self._suffix}", flags, 0o666)
+            with contextlib.suppress(FileExistsError):
+                self._file = AppendFile(f"{stem}.{number}{self._suffix}", is_new=True)
                 break
-            except FileExistsError:
-                continue
-        self._close = weakref.finalize(self, os.close, self._descriptor)
         source = SourceMetadata(writer="levin.loggers.event_file")
         self.add_event(Event(wall_time=now, file_version="brain.Event:2", source_metadata=source))

@@ -14,19 +14,17 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional
+from typing import Any, Literal, Optional
 
 from typing_extensions import override
 
-from levin.loggers.logger import Logger, rank_zero_experiment
+from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
 from levin.loggers.outbox import Entry, Outbox
-from levin.loggers.utilities import add_prefix, checkpoint_metadata, flatten, new_checkpoints, to_dict
+from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata
+from levin.loggers.utilities import add_prefix, flatten, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, PathLike, StateDict
-
-if TYPE_CHECKING:
-    from levin.loggers.logger import ModelCheckpoint
 
 _FILE = "file:"
 _AWAY_CODES = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
@@ -38,7 +36,7 @@ _MAX_PARAMS_PER_CALL = 100
 _STATUS = {"success": "FINISHED", "finished": "FINISHED", "failed": "FAILED"}
 
 
-class MLFlowLogger(Logger):
+class MLFlowLogger(UploadingLogger):
     """Logs to MLflow; needs ``mlflow`` (or ``mlflow-skinny``).
 
     Args:
@@ -65,8 +63,6 @@ class MLFlowLogger(Logger):
         >>> logger.log_metrics({"loss": 0.5}, step=1)  # doctest: +SKIP
     """
 
-    LOGGER_JOIN_CHAR = "-"
-
     def __init__(
         self,
         experiment_name: str = "lightning_logs",
@@ -82,7 +78,7 @@ class MLFlowLogger(Logger):
     ) -> None:
         if find_spec("mlflow") is None:
             raise ModuleNotFoundError("MLFlowLogger needs the package mlflow. Install it with: pip install mlflow")
-        super().__init__()
+        super().__init__(log_model)
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_FILE}{save_dir or './mlruns'}"
         self.tags: dict[str, Any] = dict(tags or {})
         self._experiment_name: str = experiment_name
@@ -90,15 +86,12 @@ class MLFlowLogger(Logger):
         self._tracking_uri: str = uri
         self._run_name: Optional[str] = run_name
         self._run_id: Optional[str] = run_id
-        self._log_model: Literal[True, False, "all"] = log_model
         self._prefix: str = prefix
         self._artifact_location: Optional[str] = artifact_location
         self._is_synchronous: bool = synchronous is True
         self._unsent_dir: str = f"{save_dir or './mlruns'}-unsent"
         # Set while the run could not be started: stands for its id.
         self._stand_in: Optional[str] = None
-        self._logged_checkpoints: dict[str, float] = {}
-        self._callbacks: dict[int, ModelCheckpoint] = {}
         self._client: Any = None
         self._outbox: Outbox = Outbox("MLflow", self._send, _is_away, self._keep)
 
@@ -304,34 +297,19 @@ class MLFlowLogger(Logger):
         """
         if self._client is None:
             return
-        for callback in self._callbacks.values():
-            self._log_checkpoints(callback)
+        self._log_checkpoints_left()
         self._deliver("status", _STATUS.get(status, status))
         self._outbox.close()
 
     @override
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Upload the new checkpoints now or remember to do it at the end, as ``log_model`` says.
-
-        Args:
-            checkpoint_callback: The callback that saved.
-        """
-        if self._log_model == "all" or (self._log_model is True and checkpoint_callback.save_top_k == -1):
-            self._log_checkpoints(checkpoint_callback)
-        elif self._log_model is True:
-            self._callbacks[id(checkpoint_callback)] = checkpoint_callback
-
-    @rank_zero_only
-    def _log_checkpoints(self, callback: ModelCheckpoint) -> None:
+    def _upload(self, callback: ModelCheckpoint, checkpoint: SavedCheckpoint, aliases: list[str]) -> None:
         _ = self.experiment
-        for checkpoint in new_checkpoints(callback, self._logged_checkpoints):
-            payload = {
-                "path": checkpoint.path if self._is_synchronous else _held(checkpoint.path, self._unsent_dir),
-                "metadata": checkpoint_metadata(callback, checkpoint, "Checkpoint"),
-                "aliases": ["latest", "best"] if checkpoint.path == callback.best_model_path else ["latest"],
-            }
-            self._deliver("checkpoint", payload, limit_s=_UPLOAD_LIMIT_S)
-            self._logged_checkpoints[checkpoint.path] = checkpoint.time
+        payload = {
+            "path": checkpoint.path if self._is_synchronous else _held(checkpoint.path, self._unsent_dir),
+            "metadata": checkpoint_metadata(callback, checkpoint, "Checkpoint"),
+            "aliases": aliases,
+        }
+        self._deliver("checkpoint", payload, limit_s=_UPLOAD_LIMIT_S)
 
     def _send_checkpoint(self, path: str, metadata: dict[str, Any], aliases: list[str]) -> None:
         import yaml
@@ -346,7 +324,7 @@ class MLFlowLogger(Logger):
             shutil.rmtree(Path(path).parent)
 
     def __getstate__(self) -> StateDict:
-        return {**self.__dict__, "_client": None, "_callbacks": {}, "_outbox": None}
+        return {**super().__getstate__(), "_client": None, "_outbox": None}
 
     def __setstate__(self, state: StateDict) -> None:
         self.__dict__.update(state)

@@ -11,20 +11,10 @@ from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from levin.loggers.logger import Logger, rank_zero_experiment
-from levin.loggers.utilities import (
-    HPARAMS_FILE,
-    add_prefix,
-    flatten,
-    join_path,
-    make_directory,
-    next_version,
-    sanitize,
-    to_dict,
-    version_name,
-    write_hparams,
-)
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.loggers.folder_logger import FolderLogger
+from levin.loggers.logger import rank_zero_experiment
+from levin.loggers.utilities import HPARAMS_FILE, add_prefix, flatten, join_path, sanitize, to_dict, write_hparams
+from levin.utilities.filesystem import ensure_folder, exists, is_local
 from levin.utilities.modes import forward_of_example, kept_modes
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -34,7 +24,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(FolderLogger):
     """Writes TensorBoard event files to ``save_dir/name/version`` and hyper-parameters to ``hparams.yaml`` beside them.
 
     Needs ``tensorboard`` (or ``tensorboardX``). The values of one call go into one record, which is written when the
@@ -61,7 +51,6 @@ class TensorBoardLogger(Logger):
         'logs/my_model/version_0'
     """
 
-    LOGGER_JOIN_CHAR = "-"
     NAME_HPARAMS_FILE = HPARAMS_FILE
 
     def __init__(
@@ -77,35 +66,13 @@ class TensorBoardLogger(Logger):
     ) -> None:
         _require_tensorboard()
         self.hparams: dict[str, Any] = {}
-        self._save_dir: str = os.fspath(save_dir)
-        self._name: str = name or ""
-        self._version: Optional[Union[int, str]] = version
-        # Earlier numbers then belong to earlier processes of the same script, whose checkpoints `auto` looks for.
-        self._numbers_versions: bool = version is None
+        super().__init__(save_dir, name, version, prefix)
         self._sub_dir: Optional[str] = None if sub_dir is None else os.fspath(sub_dir)
         self._log_graph: bool = log_graph
         self._default_hp_metric: bool = default_hp_metric
-        self._prefix: str = prefix
         self._kwargs: Kwargs = kwargs
         self._experiment: Optional[SummaryWriter] = None
         self._hparams_are_saved: bool = False
-
-    @property
-    @override
-    def name(self) -> str:
-        return self._name
-
-    @property
-    @override
-    def version(self) -> Union[int, str]:
-        if self._version is None:
-            self._version = next_version(self.root_dir)
-        return self._version
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self._save_dir
 
     @property
     def sub_dir(self) -> Optional[str]:
@@ -114,20 +81,15 @@ class TensorBoardLogger(Logger):
 
     @property
     @override
-    def root_dir(self) -> str:
-        return join_path(self._save_dir, self._name)
-
-    @property
-    @override
     def log_dir(self) -> str:
-        return join_path(self.root_dir, version_name(self.version), self._sub_dir)
+        return join_path(super().log_dir, self._sub_dir)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         """The ``SummaryWriter``, for images, histograms and all else; the first access creates the directory."""
         if self._experiment is None:
-            make_directory(self.log_dir)
+            ensure_folder(self.log_dir)
             self._experiment = _make_writer(self.log_dir, self._kwargs)
         return self._experiment
 
@@ -220,9 +182,9 @@ class TensorBoardLogger(Logger):
         if self._hparams_are_saved:
             return
         directory = self.log_dir
-        make_directory(directory)
+        ensure_folder(directory)
         # Without hyper-parameters of its own, a run that goes on in a directory keeps those that lie there.
-        if self.hparams or not _exists(os.path.join(directory, HPARAMS_FILE)):
+        if self.hparams or not exists(os.path.join(directory, HPARAMS_FILE)):
             write_hparams(directory, self.hparams)
         self._hparams_are_saved = True
 
@@ -283,10 +245,6 @@ def _as_float(name: str, value: Any) -> float:
             " Use logger.experiment.add_text(...) for texts."
         )
     return float(value)
-
-
-def _exists(path: str) -> bool:
-    return os.path.exists(path) if is_local(path) else bool(get_filesystem(path).exists(path))
 
 
 def _traceable(model: Module) -> Module:

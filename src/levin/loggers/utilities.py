@@ -9,16 +9,13 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor
 
-from levin.utilities.filesystem import get_filesystem, is_local, local_path
+from levin.utilities.filesystem import get_filesystem, is_local, local_path, replace_text
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import PathLike, StateDict
-
-if TYPE_CHECKING:
-    from levin.loggers.logger import ModelCheckpoint
+from levin.utilities.types import PathLike
 
 HPARAMS_FILE = "hparams.yaml"
 
@@ -144,14 +141,6 @@ def _subfolders(directory: str) -> Iterable[str]:
     return [os.path.basename(str(entry["name"]).rstrip("/")) for entry in entries_ if entry["type"] == "directory"]
 
 
-def make_directory(directory: str) -> None:
-    """Create ``directory`` with its parents if it is not there."""
-    if is_local(directory):
-        os.makedirs(directory, exist_ok=True)
-    else:
-        get_filesystem(directory).makedirs(directory, exist_ok=True)
-
-
 # ---- hparams.yaml ----
 
 
@@ -177,35 +166,37 @@ def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
     import yaml
 
     left_out: dict[str, Any] = {}
-    plain = dict(_plain_items(hparams, "", left_out))
-    text = yaml.dump(plain, sort_keys=False)
+    text = yaml.dump(_plain_tree(hparams, left_out), sort_keys=False)
     if left_out:
         text += "".join(f"# {name}: {_describe(value)}\n" for name, value in sorted(left_out.items()))
         rank_zero_warn(
             f"{HPARAMS_FILE} leaves out {sorted(left_out)}, because YAML has no form for values such as"
             f" {_describe(next(iter(left_out.values())))}. Skip them with save_hyperparameters(ignore=[...])."
         )
-    path = os.path.join(directory, HPARAMS_FILE)
-    if is_local(directory):
-        # Whoever reads while we write sees the old file or the new one.
-        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{path}.tmp", path)
-    else:
-        with get_filesystem(path).open(path, "w") as file:
-            file.write(text)
+    replace_text(os.path.join(directory, HPARAMS_FILE), text)
 
 
-def _plain_items(mapping: Mapping[Any, Any], parents: str, left_out: dict[str, Any]) -> Iterable[tuple[Any, Any]]:
-    for key, value in mapping.items():
+def _plain_tree(
+    params: Mapping[Any, Any], left_out: Optional[dict[str, Any]] = None, parents: str = ""
+) -> dict[Any, Any]:
+    """Return ``params`` as YAML and JSON can hold them.
+
+    Args:
+        params: Hyper-parameters.
+        left_out: Takes what cannot be held, by its name with dots; without it, a text that describes it takes its place.
+        parents: The names above these, each with a dot behind.
+    """
+    values: dict[Any, Any] = {}
+    for key, value in params.items():
         branch = None if isinstance(value, (list, tuple)) else _branch(value)
-        if branch is not None:
-            yield key, dict(_plain_items(branch, f"{parents}{key}.", left_out))
-            continue
         try:
-            yield key, _plain(value)
+            values[key] = _plain(value) if branch is None else _plain_tree(branch, left_out, f"{parents}{key}.")
         except _CannotHold:
-            left_out[f"{parents}{key}"] = value
+            if left_out is None:
+                values[key] = _describe(value)
+            else:
+                left_out[f"{parents}{key}"] = value
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -239,83 +230,10 @@ def json_values(params: Mapping[Any, Any]) -> dict[Any, Any]:
         >>> json_values({"lr": 0.1, "activation": torch.nn.ReLU})
         {'lr': 0.1, 'activation': 'torch.nn.modules.activation.ReLU'}
     """
-    values: dict[Any, Any] = {}
-    for key, value in params.items():
-        branch = None if isinstance(value, (list, tuple)) else _branch(value)
-        if branch is not None:
-            values[key] = json_values(branch)
-            continue
-        try:
-            values[key] = _plain(value)
-        except _CannotHold:
-            values[key] = _describe(value)
-    return values
+    return _plain_tree(params)
 
 
 def _describe(value: object) -> str:
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return f"{value.__module__}.{value.__qualname__}"
     return f"an instance of {type(value).__module__}.{type(value).__qualname__}"
-
-
-# ---- saved checkpoints ----
-
-
-class SavedCheckpoint(NamedTuple):
-    """A checkpoint file that a ModelCheckpoint callback wrote."""
-
-    time: float
-    """Modification time in seconds since the epoch."""
-    path: str
-    score: Optional[float]
-    """The monitored value, None for the last checkpoint when it is not among the best."""
-    tag: str
-    """``"best"``, ``"latest"`` or ``"best_k"``."""
-
-
-def new_checkpoints(callback: ModelCheckpoint, logged: Mapping[str, float]) -> list[SavedCheckpoint]:
-    """Return the existing files of ``callback`` that are not in ``logged`` or are newer than noted there, oldest first.
-
-    Args:
-        callback: The callback that saves.
-        logged: Path -> modification time at which it was logged.
-    """
-    scores: dict[str, Optional[float]] = {
-        callback.last_model_path: _number(callback.current_score),
-        callback.best_model_path: _number(callback.best_model_score),
-        **{path: _number(score) for path, score in callback.best_k_models.items()},
-    }
-    found = []
-    for path, score in scores.items():
-        if not path or not os.path.isfile(path):
-            continue
-        if path == callback.last_model_path:
-            tag = "latest"
-        elif path == callback.best_model_path:
-            tag = "best"
-        else:
-            tag = "best_k"
-        modified = os.path.getmtime(path)
-        if path not in logged or logged[path] < modified:
-            found.append(SavedCheckpoint(modified, path, score, tag))
-    return sorted(found)
-
-
-def _number(value: Any) -> Optional[float]:
-    return value.item() if isinstance(value, Tensor) else value
-
-
-def checkpoint_metadata(callback: ModelCheckpoint, checkpoint: SavedCheckpoint, title: str) -> StateDict:
-    """Return what is noted beside an uploaded checkpoint.
-
-    Args:
-        callback: The callback that saved it.
-        checkpoint: The file.
-        title: Key for the settings of the callback.
-    """
-    settings = ("monitor", "mode", "save_last", "save_top_k", "save_weights_only", "_every_n_train_steps")
-    return {
-        "score": checkpoint.score,
-        "original_filename": os.path.basename(checkpoint.path),
-        title: {name: getattr(callback, name) for name in settings if hasattr(callback, name)},
-    }

@@ -5,26 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
 from torch import Tensor
 from torch.nn import Module
 from typing_extensions import override
 
-from levin.loggers.logger import Logger, rank_zero_experiment
-from levin.loggers.utilities import add_prefix, checkpoint_metadata, json_values, new_checkpoints, to_dict
+from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
+from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata
+from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, PathLike, StateDict
-
-if TYPE_CHECKING:
-    from levin.loggers.logger import ModelCheckpoint
 
 STEP = "trainer/global_step"
 """The metric that all others are drawn over."""
 
 
-class WandbLogger(Logger):
+class WandbLogger(UploadingLogger):
     """Logs to Weights & Biases; needs ``wandb``.
 
     The package sends in the background and keeps what it has not sent yet in local files. Where the service cannot be reached
@@ -62,8 +60,6 @@ class WandbLogger(Logger):
         >>> logger.log_image("samples", images=[torch.rand(3, 8, 8)])  # doctest: +SKIP
     """
 
-    LOGGER_JOIN_CHAR = "-"
-
     def __init__(
         self,
         name: Optional[str] = None,
@@ -88,18 +84,15 @@ class WandbLogger(Logger):
                 f"log_model must be False with offline=True, received {log_model!r}, since checkpoints cannot be"
                 " uploaded then. Use offline=False, or log_model=False."
             )
-        super().__init__()
+        super().__init__(log_model)
         self.add_file_policy: Literal["mutable", "immutable"] = add_file_policy
         self._offline: bool = offline
-        self._log_model: Union[Literal["all"], bool] = log_model
         self._prefix: str = prefix
         self._experiment: Any = experiment
         self._save_dir: str = os.fspath(dir if dir is not None and os.fspath(save_dir) == "." else save_dir)
         self._project: str = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._id: Optional[str] = version or id
         self._checkpoint_name: Optional[str] = checkpoint_name
-        self._logged_checkpoints: dict[str, float] = {}
-        self._callbacks: dict[int, ModelCheckpoint] = {}
         # Set in a copy of the logger in another process, which joins the run of this one.
         self._attach_id: Optional[str] = None
         self._wandb_init: dict[str, Any] = {
@@ -357,18 +350,6 @@ class WandbLogger(Logger):
         """
         return self.experiment.use_artifact(artifact, type=artifact_type)
 
-    @override
-    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Upload the new checkpoints now or remember to do it at the end, as ``log_model`` says.
-
-        Args:
-            checkpoint_callback: The callback that saved.
-        """
-        if self._log_model == "all" or (self._log_model is True and checkpoint_callback.save_top_k == -1):
-            self._log_checkpoints(checkpoint_callback)
-        elif self._log_model is True:
-            self._callbacks[id(checkpoint_callback)] = checkpoint_callback
-
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
@@ -377,26 +358,21 @@ class WandbLogger(Logger):
         Args:
             status: How the run ended.
         """
-        if status != "success" or self._experiment is None:
-            return
-        for callback in self._callbacks.values():
-            self._log_checkpoints(callback)
+        if status == "success" and self._experiment is not None:
+            self._log_checkpoints_left()
 
-    @rank_zero_only
-    def _log_checkpoints(self, callback: ModelCheckpoint) -> None:
+    @override
+    def _upload(self, callback: ModelCheckpoint, checkpoint: SavedCheckpoint, aliases: list[str]) -> None:
         import wandb
 
-        for checkpoint in new_checkpoints(callback, self._logged_checkpoints):
-            metadata = checkpoint_metadata(callback, checkpoint, type(callback).__name__)
-            name = self._checkpoint_name or f"model-{self.experiment.id}"
-            artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
-            artifact.add_file(checkpoint.path, name="model.ckpt", policy=self.add_file_policy)
-            is_best = checkpoint.path == callback.best_model_path
-            self.experiment.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
-            self._logged_checkpoints[checkpoint.path] = checkpoint.time
+        metadata = checkpoint_metadata(callback, checkpoint, type(callback).__name__)
+        name = self._checkpoint_name or f"model-{self.experiment.id}"
+        artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
+        artifact.add_file(checkpoint.path, name="model.ckpt", policy=self.add_file_policy)
+        self.experiment.log_artifact(artifact, aliases=aliases)
 
     def __getstate__(self) -> StateDict:
-        state = {**self.__dict__, "_experiment": None, "_callbacks": {}}
+        state = {**super().__getstate__(), "_experiment": None}
         if self._experiment is not None:
             # Runs have this only while a service process of wandb holds them.
             state["_attach_id"] = getattr(self._experiment, "_attach_id", None)

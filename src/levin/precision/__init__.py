@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from levin.precision.transformer_engine import TransformerEnginePrecision as TransformerEnginePrecision
 
 _HOMES = {
-    "BitsandbytesPrecision": "levin.precision.bitsandbytes",
-    "DeepSpeedPrecision": "levin.precision.deepspeed",
-    "Float8Precision": "levin.precision.float8",
-    "TransformerEnginePrecision": "levin.precision.transformer_engine",
+    "levin.precision.bitsandbytes": "BitsandbytesPrecision",
+    "levin.precision.deepspeed": "DeepSpeedPrecision",
+    "levin.precision.float8": "Float8Precision",
+    "levin.precision.transformer_engine": "TransformerEnginePrecision",
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [

@@ -7,29 +7,20 @@ from typing import TYPE_CHECKING
 from levin.utilities.lazy import lazy_face
 
 if TYPE_CHECKING:
-    from levin.profilers.advanced import AdvancedProfiler
-    from levin.profilers.profiler import PassThroughProfiler, Profiler
-    from levin.profilers.pytorch import PyTorchProfiler
-    from levin.profilers.simple import SimpleProfiler
-    from levin.profilers.xla import XLAProfiler
+    from levin.profilers.advanced import AdvancedProfiler as AdvancedProfiler
+    from levin.profilers.profiler import PassThroughProfiler as PassThroughProfiler
+    from levin.profilers.profiler import Profiler as Profiler
+    from levin.profilers.pytorch import PyTorchProfiler as PyTorchProfiler
+    from levin.profilers.simple import SimpleProfiler as SimpleProfiler
+    from levin.profilers.xla import XLAProfiler as XLAProfiler
 
 _HOMES = {
-    "AdvancedProfiler": "levin.profilers.advanced",
-    "PassThroughProfiler": "levin.profilers.profiler",
-    "Profiler": "levin.profilers.profiler",
-    "PyTorchProfiler": "levin.profilers.pytorch",
-    "SimpleProfiler": "levin.profilers.simple",
-    "XLAProfiler": "levin.profilers.xla",
+    "levin.profilers.advanced": "AdvancedProfiler",
+    "levin.profilers.profiler": "PassThroughProfiler Profiler",
+    "levin.profilers.pytorch": "PyTorchProfiler",
+    "levin.profilers.simple": "SimpleProfiler",
+    "levin.profilers.xla": "XLAProfiler",
 }
 
-__all__ = [
-    "AdvancedProfiler",
-    "PassThroughProfiler",
-    "Profiler",
-    "PyTorchProfiler",
-    "SimpleProfiler",
-    "XLAProfiler",
-]
-
-
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
+__all__ = __dir__()

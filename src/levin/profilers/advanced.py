@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import io
+import marshal
 import os
 import pstats
 from typing import Optional
@@ -11,7 +12,7 @@ from typing import Optional
 from typing_extensions import override
 
 from levin.profilers.profiler import Profiler
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.filesystem import ensure_folder, open_file
 from levin.utilities.types import PathLike
 
 
@@ -113,12 +114,7 @@ class AdvancedProfiler(Profiler):
                 "dump_stats=True needs a directory, received dirpath=None. Give AdvancedProfiler a dirpath."
             )
         path = os.path.join(directory, self._prepare_filename(action_name, extension=".prof"))
-        if is_local(path):
-            os.makedirs(directory, exist_ok=True)
-            profile.dump_stats(path)
-        else:
-            import marshal
-
-            profile.create_stats()
-            with get_filesystem(path).open(path, "wb") as file:
-                file.write(marshal.dumps(profile.stats))
+        ensure_folder(directory)
+        profile.create_stats()
+        with open_file(path, "wb") as file:
+            marshal.dump(profile.stats, file)

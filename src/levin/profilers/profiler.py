@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Optional
 
 from typing_extensions import override
 
-from levin.utilities.filesystem import get_filesystem, is_local
+from levin.utilities.filesystem import ensure_folder, is_local, open_file
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.types import Function, PathLike
 
@@ -121,14 +121,9 @@ class Profiler(ABC):
             rank_zero_info("%s", text)
             return
         path = os.path.join(directory, self._prepare_filename())
-        if is_local(path):
-            os.makedirs(directory, exist_ok=True)
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text)
-        else:
-            get_filesystem(path).makedirs(directory, exist_ok=True)
-            with get_filesystem(path).open(path, "w") as file:
-                file.write(text)
+        ensure_folder(directory)
+        with open_file(path, "a" if is_local(path) else "w") as file:
+            file.write(text)
 
     def teardown(self, stage: Optional[str]) -> None:
         """Release what a run needed, also after it failed.

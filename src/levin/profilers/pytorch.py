@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 import time
@@ -159,9 +160,8 @@ class PyTorchProfiler(Profiler):
         """
         if self._is_over:
             return
-        if self._emit_nvtx or self._schedule is None:
-            if self._profile is None:
-                self._open(_RECORDS, None)
+        if self._profile is None and (self._emit_nvtx or self._schedule is None):
+            self._open(_RECORDS, None)
         if action_name.rpartition(".")[2] in STEP_FUNCTIONS:
             self._last_step = action_name
             if self._owner != _RECORDS:
@@ -234,7 +234,7 @@ class PyTorchProfiler(Profiler):
         self._owner = owner
         profile: Any
         if self._emit_nvtx:
-            profile = _NvtxRanges(self._profiler_kwargs)
+            profile = _NvtxRanges(self._profiler_kwargs.get("record_shapes", False))
         else:
             profile = torch.profiler.profile(
                 schedule=schedule, on_trace_ready=self._save_trace, **self._profiler_kwargs
@@ -291,17 +291,16 @@ class PyTorchProfiler(Profiler):
 class _NvtxRanges:
     """Marks operators for nsys from start to stop."""
 
-    def __init__(self, kwargs: dict[str, object]) -> None:
-        options = {key: kwargs[key] for key in ("record_shapes",) if key in kwargs}
-        self._contexts: list[Any] = [torch.cuda.profiler.profile(), torch.autograd.profiler.emit_nvtx(**options)]
+    def __init__(self, record_shapes: bool) -> None:
+        self._record_shapes = record_shapes
+        self._stack = contextlib.ExitStack()
 
     def start(self) -> None:
-        for context in self._contexts:
-            context.__enter__()
+        self._stack.enter_context(torch.cuda.profiler.profile())
+        self._stack.enter_context(torch.autograd.profiler.emit_nvtx(record_shapes=self._record_shapes))
 
     def stop(self) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
+        self._stack.close()
 
 
 class _ModuleNames:

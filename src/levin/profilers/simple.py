@@ -70,20 +70,17 @@ class SimpleProfiler(Profiler):
     def summary(self) -> str:
         elapsed = time.perf_counter() - self.start_time
         totals = {action: sum(durations) for action, durations in self.recorded_durations.items()}
-        rows: list[tuple[str, ...]] = []
+        all_calls = sum(map(len, self.recorded_durations.values()))
+        rows = [
+            ("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %"),
+            ("Total", "-", str(all_calls), f"{elapsed:.5}", "100 %"),
+        ]
         for action in sorted(totals, key=totals.__getitem__, reverse=True):
-            num_calls = len(self.recorded_durations[action])
-            mean, total = f"{totals[action] / num_calls:.5}", f"{totals[action]:.5}"
-            percentage = f"{100 * totals[action] / elapsed:.5}"
-            rows.append((action, mean, str(num_calls), total, percentage) if self.extended else (action, mean, total))
-        header: tuple[str, ...]
-        if self.extended:
-            header = ("Action", "Mean duration (s)", "Num calls", "Total time (s)", "Percentage %")
-            all_calls = sum(map(len, self.recorded_durations.values()))
-            rows.insert(0, ("Total", "-", str(all_calls), f"{elapsed:.5}", "100 %"))
-        else:
-            header = ("Action", "Mean duration (s)", "Total time (s)")
-        return f"{self._title()}\n\n{table(header, rows)}\n"
+            num_calls, total = len(self.recorded_durations[action]), totals[action]
+            share = f"{100 * total / elapsed:.5}"
+            rows.append((action, f"{total / num_calls:.5}", str(num_calls), f"{total:.5}", share))
+        header, *below = rows if self.extended else [(row[0], row[1], row[3]) for row in (rows[0], *rows[2:])]
+        return f"{self._title()}\n\n{table(header, below)}\n"
 
     @override
     def teardown(self, stage: Optional[str]) -> None:

@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 # torch's parts for sharding take most of a second to import.
 _HOMES = {
-    "Collective": "levin.strategies.group_collectives",
-    "DeepSpeedStrategy": "levin.strategies.deepspeed",
-    "FSDPStrategy": "levin.strategies.fsdp",
-    "ModelParallelStrategy": "levin.strategies.model_parallel",
-    "SingleDeviceCollective": "levin.strategies.group_collectives",
-    "TorchCollective": "levin.strategies.group_collectives",
+    "levin.strategies.deepspeed": "DeepSpeedStrategy",
+    "levin.strategies.fsdp": "FSDPStrategy",
+    "levin.strategies.group_collectives": "Collective SingleDeviceCollective TorchCollective",
+    "levin.strategies.model_parallel": "ModelParallelStrategy",
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [

@@ -15,15 +15,11 @@ if TYPE_CHECKING:
     from levin.tuner.tuner import Tuner as Tuner
 
 _HOMES = {
-    "BatchSizeFinder": "levin.tuner.finders",
-    "LRFinder": "levin.tuner.learning_rate",
-    "LearningRateFinder": "levin.tuner.finders",
-    "Tuner": "levin.tuner.tuner",
-    "lr_find": "levin.tuner.learning_rate",
-    "scale_batch_size": "levin.tuner.batch_size",
+    "levin.tuner.batch_size": "scale_batch_size",
+    "levin.tuner.finders": "BatchSizeFinder LearningRateFinder",
+    "levin.tuner.learning_rate": "LRFinder lr_find",
+    "levin.tuner.tuner": "Tuner",
 }
 
-__all__ = sorted(_HOMES)
-
-
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
+__all__ = __dir__()

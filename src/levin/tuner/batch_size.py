@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from levin.loops.run import Run
-from levin.tuner.search import STAGES, holders, try_run
+from levin.tuner.search import STAGES, check_mode, holders, try_run
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -22,11 +22,7 @@ def is_oom_error(exception: BaseException) -> bool:
     """Return whether the exception says that the memory of a device or of the machine is full."""
     if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    return (
-        isinstance(exception, RuntimeError)
-        and len(exception.args) == 1
-        and any(part in str(exception) for part in _FULL)
-    )
+    return isinstance(exception, RuntimeError) and any(part in str(exception) for part in _FULL)
 
 
 def largest(
@@ -140,8 +136,7 @@ def scale_batch_size(
 
 def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
     """Raise where a search for a batch size cannot be; as :func:`scale_batch_size` says."""
-    if mode not in MODES:
-        raise MisconfigurationException(f"mode must be one of {MODES}, received {mode!r}.")
+    check_mode(mode, MODES)
     if run.strategy.is_distributed:
         raise ValueError(
             f"The batch size is searched on one process, received {run.strategy.world_size}. "

@@ -9,8 +9,8 @@ from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.tuner.batch_size import MODES, scale_batch_size
-from levin.tuner.learning_rate import LRFinder, lr_find
-from levin.tuner.search import holders
+from levin.tuner.learning_rate import SCALES, LRFinder, lr_find
+from levin.tuner.search import check_mode, holders
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import Kwargs
@@ -40,7 +40,7 @@ class LearningRateFinder(Callback):
                         self.lr_find(trainer, pl_module)
     """
 
-    SUPPORTED_MODES = ("linear", "exponential")
+    SUPPORTED_MODES = SCALES
 
     def __init__(
         self,
@@ -52,8 +52,7 @@ class LearningRateFinder(Callback):
         update_attr: bool = True,
         attr_name: str = "",
     ) -> None:
-        if mode.lower() not in self.SUPPORTED_MODES:
-            raise MisconfigurationException(f"mode must be either of {self.SUPPORTED_MODES}, received {mode!r}.")
+        check_mode(mode.lower(), self.SUPPORTED_MODES)
         self.optimal_lr: Optional[LRFinder] = None
         self._search: Kwargs = dict(
             min_lr=min_lr, max_lr=max_lr, num_training=num_training_steps, mode=mode.lower(),
@@ -143,8 +142,7 @@ class BatchSizeFinder(Callback):
         margin: float = 0.05,
         max_val: int = 8192,
     ) -> None:
-        if mode.lower() not in self.SUPPORTED_MODES:
-            raise MisconfigurationException(f"mode must be either of {self.SUPPORTED_MODES}, received {mode!r}.")
+        check_mode(mode.lower(), self.SUPPORTED_MODES)
         self.optimal_batch_size: Optional[int] = init_val
         self._search: Kwargs = dict(
             mode=mode.lower(), steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
@@ -162,15 +160,9 @@ class BatchSizeFinder(Callback):
         """Search."""
         self.scale_batch_size(trainer, pl_module)
 
+    on_test_start = on_predict_start = on_fit_start
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search, where ``validate`` was called."""
         if trainer.state.fn == "validate":
             self.scale_batch_size(trainer, pl_module)
-
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search."""
-        self.scale_batch_size(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Search."""
-        self.scale_batch_size(trainer, pl_module)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
 
 from levin.hooks import Callback
 from levin.loops.run import Run
-from levin.tuner.search import try_run
+from levin.tuner.search import check_mode, try_run
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch
 
+SCALES = ("linear", "exponential")
 _BETA = 0.98
 """Weight of the past in the average of the loss."""
 
 
+@dataclass
 class LRFinder:
     """What a search for a learning rate found.
 
@@ -27,12 +30,11 @@ class LRFinder:
         num_training: Number of rates that were to be tried.
     """
 
-    def __init__(self, mode: str, lr_min: float, lr_max: float, num_training: int) -> None:
-        self.mode: str = mode
-        self.lr_min: float = lr_min
-        self.lr_max: float = lr_max
-        self.num_training: int = num_training
-        self.results: dict[str, list[float]] = {"lr": [], "loss": []}
+    mode: str
+    lr_min: float
+    lr_max: float
+    num_training: int
+    results: dict[str, list[float]] = field(default_factory=lambda: {"lr": [], "loss": []})
 
     def suggestion(self, skip_begin: int = 10, skip_end: int = 1) -> Optional[float]:
         """Return the rate at which the loss falls most steeply; None where too few rates were tried.
@@ -101,16 +103,16 @@ def rate(index: int, lr_min: float, lr_max: float, num_training: int, mode: str)
     return lr_min + share * (lr_max - lr_min)
 
 
+@dataclass(eq=False)
 class _Recorder(Callback):
     """Sets the rate of each step and notes the loss."""
 
-    def __init__(self, finder: LRFinder, optimizer: Any, every: int, early_stop_threshold: Optional[float]) -> None:
-        self.finder = finder
-        self.optimizer = optimizer
-        self.every = every
-        self.early_stop_threshold = early_stop_threshold
-        self.average = 0.0
-        self.best = math.inf
+    finder: LRFinder
+    optimizer: Any
+    every: int
+    early_stop_threshold: Optional[float]
+    average: float = 0.0
+    best: float = math.inf
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
         found, steps = self.finder, trainer.global_step
@@ -157,8 +159,7 @@ def lr_find(
     Raises:
         MisconfigurationException: An unknown mode, or a module with several optimizers or with none.
     """
-    if mode not in ("exponential", "linear"):
-        raise MisconfigurationException(f"mode must be 'exponential' or 'linear', received {mode!r}.")
+    check_mode(mode, SCALES)
     if len(run.optimizers) != 1:
         raise MisconfigurationException(
             f"lr_find needs a module with one optimizer, received {len(run.optimizers)}. Set the learning rates yourself."

@@ -74,6 +74,37 @@ def list_folder(path: str | os.PathLike[str]) -> list[str]:
     return [str(filesystem.unstrip_protocol(entry)).rstrip("/") for entry in filesystem.ls(str(path), detail=False)]
 
 
+def open_file(path: str | os.PathLike[str], mode: str = "r") -> IO[Any]:
+    """Open a file at a local path or URL; text is UTF-8, with its ends of lines as they are."""
+    text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    if is_local(path):
+        return open(local_path(path), mode, **text)
+    opened: IO[Any] = get_filesystem(path).open(str(path), mode, **text)
+    return opened
+
+
+def ensure_folder(path: str | os.PathLike[str]) -> None:
+    """Create a local folder or one at a URL, with its parents, if it is not there."""
+    if is_local(path):
+        os.makedirs(local_path(path), exist_ok=True)
+    else:
+        get_filesystem(path).makedirs(str(path), exist_ok=True)
+
+
+def replace_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file anew; whoever reads a local one meanwhile sees the old file or the new one."""
+    new = f"{path}.{os.getpid()}.tmp" if is_local(path) else path
+    try:
+        with open_file(new, "w") as file:
+            file.write(text)
+        if is_local(path):
+            os.replace(local_path(new), local_path(path))
+    except OSError:
+        if is_local(path):
+            remove(new)
+        raise
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Remove the file, link or folder at a local path or URL, if there is one."""
     if not exists(path):

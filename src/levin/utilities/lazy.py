@@ -12,20 +12,21 @@ def lazy_face(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], o
 
     Args:
         package: Its name.
-        homes: The module of each public name; of a submodule, its own.
+        homes: Module -> the public names that come from it, with spaces between; of a submodule, its own name.
 
     Example:
-        >>> __getattr__, __dir__ = lazy_face(__name__, {"OrderedDict": "collections"})
+        >>> __getattr__, __dir__ = lazy_face(__name__, {"collections": "OrderedDict deque"})
         >>> __getattr__("OrderedDict").__name__, __dir__()
-        ('OrderedDict', ['OrderedDict'])
+        ('OrderedDict', ['OrderedDict', 'deque'])
     """
+    home_of = {name: home for home, names in homes.items() for name in names.split()}
 
     def get(name: str) -> object:
-        if name not in homes:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(homes[name])
+        module = importlib.import_module(home_of[name])
         value = module if module.__name__ == f"{package}.{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted(homes)
+    return get, lambda: sorted(home_of)

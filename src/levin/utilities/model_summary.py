@@ -118,7 +118,8 @@ class ModelSummary:
         self._model: nn.Module = model
         self._max_depth: int = check_max_depth(max_depth)
         self._flop_counts: dict[str, int] = {}
-        self._total_flops: int = 0
+        # Floating-point operations of one forward pass of the example input; 0 without one.
+        self.total_flops: int = 0
         self._layer_summary: dict[str, LayerSummary] = self.summarize()
 
     @property
@@ -187,11 +188,6 @@ class ModelSummary:
         return sum(_num_elements(parameter) * parameter.element_size() for parameter in sized) / 1e6
 
     @property
-    def total_flops(self) -> int:
-        """Floating-point operations of one forward pass of the example input; 0 without one."""
-        return self._total_flops
-
-    @property
     def flop_counts(self) -> dict[str, int]:
         """Layer name -> floating-point operations of its calls in one forward pass of the example input."""
         return {name: self._flop_counts.get(name, 0) for name in self._layer_summary}
@@ -234,7 +230,7 @@ class ModelSummary:
         root = type(model).__name__
         counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
         self._flop_counts = {name[len(root) + 1 :]: count for name, count in counts.items() if name.startswith(root)}
-        self._total_flops = counter.get_total_flops()
+        self.total_flops = counter.get_total_flops()
 
     def _get_summary_data(self) -> list[Column]:
         """Return the columns of the table: title and cells."""
@@ -248,9 +244,7 @@ class ModelSummary:
         if _is_sharded(self._model):
             local = [layer.num_local_parameters for layer in layers.values()]
             columns.append(("Params per Device", [get_human_readable_count(number) for number in local]))
-        columns += [
-            ("Mode", ["train" if mode else "eval" for mode in self.training_modes]),
-        ]
+        columns.append(("Mode", ["train" if mode else "eval" for mode in self.training_modes]))
         if self.total_flops:  # 0: nothing was counted
             columns.append(("FLOPs", [get_human_readable_count(count) for count in self.flop_counts.values()]))
         if self._example_input is not None:
@@ -380,40 +374,42 @@ def format_summary_table(
     rows = [list(row) for row in zip(*(cells for _, cells in columns))]
     lines = [" | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)) for row in (titles, *rows)]
     rule = "-" * (sum(widths) + 3 * len(widths) + 3)
-    # The totals keep one column; a size in the terabytes must not run into its label.
-    totals = [
-        (get_human_readable_count(trainable_parameters), "Trainable params"),
-        (get_human_readable_count(total_parameters - trainable_parameters), "Non-trainable params"),
-        (get_human_readable_count(total_parameters), "Total params"),
-        (get_formatted_model_size(model_size_mb), "Total estimated model params size (MB)"),
-        (str(total_training_modes["train"]), "Modules in train mode"),
-        (str(total_training_modes["eval"]), "Modules in eval mode"),
-    ]
+    totals = summary_totals(total_parameters, trainable_parameters, model_size_mb, total_training_modes)
     if total_flops or "FLOPs" in titles:
-        totals.append((get_human_readable_count(total_flops), "Total Flops"))
-    width = max(10, *(len(value) + 1 for value, _ in totals))
-    footer = [f"{value:<{width}}{label}" for value, label in totals]
+        totals["Total Flops"] = get_human_readable_count(total_flops)
+    # The totals keep one column; a size in the terabytes must not run into its label.
+    width = max(10, *(len(value) + 1 for value in totals.values()))
+    footer = [f"{value:<{width}}{label}" for label, value in totals.items()]
     return "\n".join([lines[0], rule, *lines[1:], rule, *footer])
+
+
+def summary_totals(
+    total_parameters: int, trainable_parameters: int, model_size_mb: float, total_training_modes: dict[str, int]
+) -> dict[str, str]:
+    """Return what stands below the table, by its label; arguments as in :func:`format_summary_table`."""
+    return {
+        "Trainable params": get_human_readable_count(trainable_parameters),
+        "Non-trainable params": get_human_readable_count(total_parameters - trainable_parameters),
+        "Total params": get_human_readable_count(total_parameters),
+        "Total estimated model params size (MB)": get_formatted_model_size(model_size_mb),
+        "Modules in train mode": str(total_training_modes["train"]),
+        "Modules in eval mode": str(total_training_modes["eval"]),
+    }
 
 
 def _num_elements(parameter: Tensor) -> int:
     if isinstance(parameter, UninitializedParameter):
         return 0
     # DeepSpeed's ZeRO 3 leaves an empty tensor in place of the parameter and the real count beside it.
-    number: int = getattr(parameter, "ds_numel", None) or parameter.numel()
-    return number
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel())
 
 
 def _num_local_elements(parameter: Tensor) -> int:
     if isinstance(parameter, UninitializedParameter):
         return 0
-    local: Any = parameter
     if hasattr(parameter, "to_local"):
-        local = parameter.to_local()
-    elif hasattr(parameter, "ds_tensor"):
-        local = parameter.ds_tensor
-    number: int = local.numel()
-    return number
+        return int(parameter.to_local().numel())
+    return int(getattr(parameter, "ds_tensor", parameter).numel())
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,10 +119,10 @@ def _seed_generators(seed: int) -> None:
 
 def _numpy() -> Any:
     """Return numpy, or None where it is not installed."""
-    if "numpy" not in sys.modules and importlib.util.find_spec("numpy") is None:
+    try:
+        import numpy
+    except ModuleNotFoundError:
         return None
-    import numpy
-
     return numpy
 
 
@@ -137,13 +135,10 @@ def _seed_from_environment() -> int:
 
 
 def _as_seed(value: Any, name: str) -> int:
-    try:
-        seed = int(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an integer from 0 to {MAX_SEED}, received {value!r}.") from None
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"{name} must be an integer from 0 to {MAX_SEED}, received {value!r}.")
-    return seed
+    with contextlib.suppress(TypeError, ValueError):
+        if 0 <= int(value) <= MAX_SEED:
+            return int(value)
+    raise ValueError(f"{name} must be an integer from 0 to {MAX_SEED}, received {value!r}.")
 
 
 def _global_rank() -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,16 @@ _FLOPS: dict[str, dict[torch.dtype | str, float]] = {
     "v100": {torch.float32: 1.57e13, torch.float16: 1.25e14},
     "t4": {torch.float32: 8.1e12, torch.float16: 6.5e13},
 }
+
+
+class _Totals(NamedTuple):
+    """One update: totals since the start, but for the operations, which are those of its batch."""
+
+    time: float
+    batches: int
+    samples: int
+    lengths: int | None
+    flops: float | None
 
 
 class Throughput:
@@ -58,11 +69,7 @@ class Throughput:
         self.world_size: int = world_size
         self.window_size: int = window_size
         self.separator: str = separator
-        self._time: deque[float] = deque(maxlen=window_size)
-        self._batches: deque[int] = deque(maxlen=window_size)
-        self._samples: deque[int] = deque(maxlen=window_size)
-        self._lengths: deque[int] = deque(maxlen=window_size)
-        self._flops: deque[float] = deque(maxlen=window_size)
+        self._updates: deque[_Totals] = deque(maxlen=window_size)
 
     def update(
         self, *, time: float, batches: int, samples: int, lengths: int | None = None, flops: float | None = None
@@ -80,52 +87,50 @@ class Throughput:
             ValueError: A total that did not grow, more batches than samples or more samples than items.
             RuntimeError: ``lengths`` or ``flops`` is given at some updates and not at others.
         """
-        for name, window, value in (("time", self._time, time), ("batches", self._batches, batches)):
-            if window and value <= window[-1]:
-                raise ValueError(f"{name} must grow, received {value} after {window[-1]}. Give totals since the start.")
-        if samples < batches or (self._samples and samples < self._samples[-1]):
+        new = _Totals(time, batches, samples, lengths, flops)
+        last = self._updates[-1] if self._updates else None
+        if last is not None:
+            for name, before, now in (("time", last.time, time), ("batches", last.batches, batches)):
+                if now <= before:
+                    raise ValueError(f"{name} must grow, received {now} after {before}. Give totals since the start.")
+        if samples < batches or (last is not None and samples < last.samples):
             raise ValueError(f"samples must grow and be >= batches, received {samples} with {batches} batches.")
         if lengths is not None and lengths < samples:
             raise ValueError(f"Expected lengths ({lengths}) to be greater or equal than samples ({samples}).")
-        for name, given, optional in (("lengths", lengths, self._lengths), ("flops", flops, self._flops)):
-            if (given is not None) != (len(optional) == len(self._time)) and self._time:
+        for name in ("lengths", "flops") if last is not None else ():
+            if (getattr(new, name) is None) != (getattr(last, name) is None):
                 raise RuntimeError(f"{name} must be given at every update or at none. Call reset() before a change.")
-        self._time.append(time)
-        self._batches.append(batches)
-        self._samples.append(samples)
-        if lengths is not None:
-            self._lengths.append(lengths)
-        if flops is not None:
-            self._flops.append(flops)
+        self._updates.append(new)
 
     def compute(self) -> dict[str, float]:
         """Return the latest totals and, once the window is full, the rates."""
-        metrics: dict[str, float] = {"time": self._time[-1], "batches": self._batches[-1], "samples": self._samples[-1]}
-        if self._lengths:
-            metrics["lengths"] = self._lengths[-1]
-        if len(self._time) < self.window_size:
+        first, last = self._updates[0], self._updates[-1]
+        metrics: dict[str, float] = {"time": last.time, "batches": last.batches, "samples": last.samples}
+        if last.lengths is not None:
+            metrics["lengths"] = last.lengths
+        if len(self._updates) < self.window_size:
             return metrics
-        elapsed = self._time[-1] - self._time[0]
+        elapsed = last.time - first.time
         rates: dict[str, float] = {
-            "batches_per_sec": (self._batches[-1] - self._batches[0]) / elapsed,
-            "samples_per_sec": (self._samples[-1] - self._samples[0]) / elapsed,
+            "batches_per_sec": (last.batches - first.batches) / elapsed,
+            "samples_per_sec": (last.samples - first.samples) / elapsed,
         }
-        if self._lengths:
-            rates["items_per_sec"] = (self._lengths[-1] - self._lengths[0]) / elapsed
-        if self._flops:
-            rates["flops_per_sec"] = (sum(self._flops) - self._flops[0]) / elapsed
+        if last.lengths is not None and first.lengths is not None:
+            rates["items_per_sec"] = (last.lengths - first.lengths) / elapsed
+        flops = [update.flops for update in self._updates if update.flops is not None]
+        if flops:
+            rates["flops_per_sec"] = (sum(flops) - flops[0]) / elapsed
         for name, rate in rates.items():
             metrics[f"device{self.separator}{name}"] = rate
             if self.world_size > 1:
                 metrics[name] = rate * self.world_size
-        if self._flops and self.available_flops:
+        if flops and self.available_flops:
             metrics[f"device{self.separator}mfu"] = rates["flops_per_sec"] / self.available_flops
         return metrics
 
     def reset(self) -> None:
         """Forget all updates."""
-        for window in (self._time, self._batches, self._samples, self._lengths, self._flops):
-            window.clear()
+        self._updates.clear()
 
 
 def measure_flops(

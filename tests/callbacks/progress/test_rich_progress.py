@@ -80,7 +80,7 @@ def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
 def test_columns_can_be_configured(terminal: Terminal) -> None:
     from rich.progress import TextColumn
 
-    from levin.callbacks.progress.rich_progress import BatchesProcessedColumn
+    from levin.callbacks.progress.rich_columns import BatchesProcessedColumn
 
     class Custom(RichProgressBar):
         def configure_columns(self, trainer: Any) -> list[Any]:

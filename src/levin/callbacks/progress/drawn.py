@@ -6,20 +6,18 @@ import builtins
 import math
 import sys
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import override
 
-from levin.callbacks.progress.lines import LineRenderer, format_seconds
+from levin.callbacks.progress.lines import describe, format_seconds
 from levin.callbacks.progress.progress_bar import Metrics, ProgressBar
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
 from levin.callbacks.progress.terminal import draws_in_place
 from levin.data.combined import combined_length
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Batch
+from levin.module import LightningModule
+from levin.protocols import Trainer
+from levin.utilities.types import STEP_OUTPUT, Batch
 
 DRAW_INTERVAL_S = 0.1
 """Least time between two drawings of a running loop."""
@@ -131,15 +129,6 @@ class DrawnProgressBar(ProgressBar):
         """The upper bound on how often the bar is drawn."""
         return self._refresh_rate
 
-    @property
-    @override
-    def is_enabled(self) -> bool:
-        return self._enabled and self._refresh_rate > 0
-
-    @is_enabled.setter
-    def is_enabled(self, value: bool) -> None:
-        self._enabled = value
-
     @override
     def disable(self) -> None:
         self._enabled = False
@@ -185,7 +174,7 @@ class DrawnProgressBar(ProgressBar):
         start = monotonic()
         loop.drawn = loop.done
         if not self._is_terminal:
-            LineRenderer(self._print_line).draw(loop, metrics)
+            self._print_line(describe(loop, metrics or {}))
         self._renderer.draw(loop, metrics)
         self._clock.set_next(start)
 
@@ -291,7 +280,7 @@ class DrawnProgressBar(ProgressBar):
         self.reset_dataloader_idx_tracker()
         if self.is_enabled:
             stage = str(trainer.state.stage)
-            self._eval = ShownLoop(stage, getattr(self, _LABELS[stage]))
+            self._eval = ShownLoop(stage, getattr(self, _OF_STAGE[stage][0]))
             self._clock.start()
 
     @override
@@ -344,9 +333,10 @@ class DrawnProgressBar(ProgressBar):
         self.has_dataloader_changed(dataloader_idx)
         if self._eval is not None and self.is_enabled:
             stage = self._eval.stage
-            totals = getattr(self.trainer, _TOTALS[stage])
-            description = self._get_eval_description(getattr(self, _LABELS[stage]), dataloader_idx, len(totals))
-            loader = getattr(self.trainer, _LOOPS[stage])._combined_loader
+            label, loop, num_batches = _OF_STAGE[stage]
+            totals = getattr(self.trainer, num_batches)
+            description = self._get_eval_description(getattr(self, label), dataloader_idx, len(totals))
+            loader = getattr(self.trainer, loop)._combined_loader
             is_joint = loader is not None and loader.mode != "sequential"
             total = combined_length(totals, loader.mode) if is_joint else totals[dataloader_idx]
             self._eval = ShownLoop(stage, description, total)
@@ -378,16 +368,10 @@ class DrawnProgressBar(ProgressBar):
         self._stop()
 
 
-_LABELS = {
-    SANITY: "sanity_check_description",
-    VALIDATE: "validation_description",
-    TEST: "test_description",
-    PREDICT: "predict_description",
+_OF_STAGE = {
+    SANITY: ("sanity_check_description", "validate_loop", "num_sanity_val_batches"),
+    VALIDATE: ("validation_description", "validate_loop", "num_val_batches"),
+    TEST: ("test_description", "test_loop", "num_test_batches"),
+    PREDICT: ("predict_description", "predict_loop", "num_predict_batches"),
 }
-_LOOPS = {SANITY: "validate_loop", VALIDATE: "validate_loop", TEST: "test_loop", PREDICT: "predict_loop"}
-_TOTALS = {
-    SANITY: "num_sanity_val_batches",
-    VALIDATE: "num_val_batches",
-    TEST: "num_test_batches",
-    PREDICT: "num_predict_batches",
-}
+"""Stage -> the bar's label for it, and the Trainer's loop and numbers of batches."""

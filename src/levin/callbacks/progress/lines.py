@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from time import monotonic
 
-from typing_extensions import override
-
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
-from levin.callbacks.progress.renderer import Renderer, ShownLoop
+from levin.callbacks.progress.renderer import ShownLoop
 
 
-class LineRenderer(Renderer):
-    """Writes each state that it is given as a line of text.
-
-    Args:
-        write: Writes a line.
-    """
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write: Callable[[str], None] = write
-
-    @override
-    def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
-        seconds = monotonic() - loop.start
-        total = convert_inf(loop.total)
-        num_timed = loop.done - loop.first
-        self._write(format_line(loop.description.strip(), loop.done, total, seconds, num_timed, metrics or {}))
-
-    @override
-    def close(self, stage: str, keep: bool) -> None:
-        pass
-
-    @override
-    def stop(self) -> None:
-        pass
+def describe(loop: ShownLoop, metrics: Metrics) -> str:
+    """Return where a loop stands, in one line with its values."""
+    seconds = monotonic() - loop.start
+    num_timed = loop.done - loop.first
+    return format_line(loop.description.strip(), loop.done, convert_inf(loop.total), seconds, num_timed, metrics)
 
 
 def format_line(

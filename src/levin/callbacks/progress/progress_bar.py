@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import builtins
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typing_extensions import override
 
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.rank_zero import rank_zero_warn
-
-if TYPE_CHECKING:
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
 
 Metrics = dict[str, Any]
 
@@ -33,6 +31,13 @@ class ProgressBar(Callback):
     """
 
     _enabled: bool = True
+    _refresh_rate: int = 1
+    # Labels of the bar: before the first training epoch, and during the other stages. A subclass may have properties.
+    sanity_check_description: str = "Sanity Checking"
+    train_description: str = "Training"
+    validation_description: str = "Validation"
+    test_description: str = "Testing"
+    predict_description: str = "Predicting"
 
     def __init__(self) -> None:
         self._trainer: Trainer | None = None
@@ -54,7 +59,7 @@ class ProgressBar(Callback):
     @property
     def is_enabled(self) -> bool:
         """Whether the bar is shown in this process."""
-        return self._enabled
+        return self._enabled and self._refresh_rate > 0
 
     @is_enabled.setter
     def is_enabled(self, value: bool) -> None:
@@ -64,31 +69,6 @@ class ProgressBar(Callback):
     def is_disabled(self) -> bool:
         """The opposite of ``is_enabled``."""
         return not self.is_enabled
-
-    @property
-    def sanity_check_description(self) -> str:
-        """Label of the bar during the sanity check."""
-        return "Sanity Checking"
-
-    @property
-    def train_description(self) -> str:
-        """Label of the bar before the first training epoch."""
-        return "Training"
-
-    @property
-    def validation_description(self) -> str:
-        """Label of the bar during validation."""
-        return "Validation"
-
-    @property
-    def test_description(self) -> str:
-        """Label of the bar during the test."""
-        return "Testing"
-
-    @property
-    def predict_description(self) -> str:
-        """Label of the bar during prediction."""
-        return "Predicting"
 
     @property
     def total_train_batches(self) -> int | float:
@@ -130,9 +110,7 @@ class ProgressBar(Callback):
         """Number of batches of the loader that is being predicted; may be ``float("inf")``."""
         return self._of_current_dataloader(self.trainer.num_predict_batches)
 
-    def _of_current_dataloader(self, numbers: int | float | list[int | float]) -> int | float:
-        if isinstance(numbers, (int, float)):
-            return numbers
+    def _of_current_dataloader(self, numbers: list[int | float]) -> int | float:
         return numbers[self._current_eval_dataloader_idx or 0]
 
     def has_dataloader_changed(self, dataloader_idx: int) -> bool:

@@ -6,8 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import TextIO
 
-from levin.callbacks.progress.progress_bar import Metrics
+from levin.callbacks.progress.progress_bar import Metrics, ProgressBar
+from levin.callbacks.progress.terminal import Redirection
 
 TRAIN, SANITY, VALIDATE, TEST, PREDICT = "train", "sanity_check", "validate", "test", "predict"
 
@@ -36,7 +38,26 @@ class ShownLoop:
 
 
 class Renderer(ABC):
-    """Draws loops: one bar for each stage that is under way."""
+    """Draws loops: one bar for each stage that is under way. Foreign text goes above the bars.
+
+    Args:
+        callback: The bar as a callback, which says what the drawing looks like.
+    """
+
+    def __init__(self, callback: ProgressBar) -> None:
+        self._callback = callback
+        self._redirection: Redirection = Redirection(self._write_above, self._clear)
+
+    def __reduce__(self) -> tuple[type[Renderer], tuple[ProgressBar]]:
+        return type(self), (self._callback,)
+
+    @abstractmethod
+    def _write_above(self, stream: TextIO, text: str) -> None:
+        """Write whole lines above the bars."""
+
+    @abstractmethod
+    def _clear(self) -> None:
+        """Take the bars off the screen until they are drawn again."""
 
     @abstractmethod
     def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:

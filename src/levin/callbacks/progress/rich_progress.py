@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ from typing_extensions import override
 from levin.callbacks.progress.drawn import DRAW_INTERVAL_S, DrawnProgressBar
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
-from levin.callbacks.progress.terminal import NoStream, Redirection, draws_in_place, is_notebook, real_stream
+from levin.callbacks.progress.terminal import NoStream, draws_in_place, is_notebook, real_stream
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.types import StateDict
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
     from rich.style import Style
 
     from levin.callbacks.progress.rich_columns import MetricsProgress
-    from levin.module import LightningModule
-    from levin.protocols import Trainer
-
-_COLUMNS = "levin.callbacks.progress.rich_columns"
-
-
-def __getattr__(name: str) -> Any:
-    # The columns derive from Rich's, so their file is imported only when one of them is asked for.
-    if name.endswith("Column"):
-        return getattr(importlib.import_module(_COLUMNS), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @dataclass
@@ -75,17 +65,15 @@ class RichRenderer(Renderer):
         callback: Says where to draw and with which columns and styles.
     """
 
+    _callback: RichProgressBar
+
     def __init__(self, callback: RichProgressBar) -> None:
-        self._callback: RichProgressBar = callback
+        super().__init__(callback)
         self.progress: MetricsProgress | None = None
         self.tasks: dict[str, Task] = {}
         # The loop that the task of each stage shows at the moment.
         self._shown: dict[str, ShownLoop] = {}
         self._is_over: bool = True
-        self._redirection: Redirection = Redirection(self._write_above, self._clear)
-
-    def __reduce__(self) -> tuple[type[RichRenderer], tuple[RichProgressBar]]:
-        return RichRenderer, (self._callback,)
 
     @override
     def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
@@ -149,6 +137,7 @@ class RichRenderer(Renderer):
             self.progress.stop()
         self._shown, self._is_over = {}, True
 
+    @override
     def _write_above(self, stream: TextIO, text: str) -> None:
         if self.progress is not None and self.progress.live.is_started:
             from rich.text import Text
@@ -158,6 +147,7 @@ class RichRenderer(Renderer):
             stream.write(text)
             stream.flush()
 
+    @override
     def _clear(self) -> None:
         if self.progress is not None and self.progress.live.is_started:
             # Rich would move the cursor over the height of the bars once more when it starts again.

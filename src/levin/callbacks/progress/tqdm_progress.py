@@ -16,7 +16,7 @@ from levin.callbacks.progress.drawn import DrawnProgressBar
 from levin.callbacks.progress.lines import format_value
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
-from levin.callbacks.progress.terminal import NoStream, Redirection, draws_in_place, is_notebook, real_stream
+from levin.callbacks.progress.terminal import NoStream, draws_in_place, is_notebook, real_stream
 from levin.utilities.rank_zero import rank_zero_debug
 
 if is_notebook() and importlib.util.find_spec("ipywidgets") is not None:
@@ -63,16 +63,15 @@ class TqdmRenderer(Renderer):
         callback: Makes the bars, in its methods ``init_*_tqdm``.
     """
 
+    _callback: TQDMProgressBar
+
     def __init__(self, callback: TQDMProgressBar) -> None:
-        self._callback: TQDMProgressBar = callback
+        super().__init__(callback)
         self.bars: dict[str, Tqdm] = {}
         # The loop that each bar shows at the moment, none for a bar that waits for its first.
         self._shown: dict[str, ShownLoop | None] = {}
-        self._redirection: Redirection = Redirection(self._write_above, self._clear)
 
-    def __reduce__(self) -> tuple[type[TqdmRenderer], tuple[TQDMProgressBar]]:
-        return TqdmRenderer, (self._callback,)
-
+    @override
     def _write_above(self, stream: TextIO, text: str) -> None:
         bars = [self.bars[slot] for slot in self._shown]
         with Tqdm.get_lock():  # type: ignore[no-untyped-call]  # tqdm is untyped here
@@ -83,6 +82,7 @@ class TqdmRenderer(Renderer):
             for bar in bars:
                 bar.refresh(nolock=True)
 
+    @override
     def _clear(self) -> None:
         for slot in self._shown:
             self.bars[slot].clear()
@@ -96,9 +96,9 @@ class TqdmRenderer(Renderer):
 
     def open(self, loop: ShownLoop) -> Tqdm:
         """Return the bar of the loop's stage, made if need be, and started again for a new loop."""
-        slot = _SLOTS[loop.stage]
+        slot = _STAGES[loop.stage][0]
         if slot not in self._shown:
-            self.bars[slot] = self._make(loop.stage)
+            self.bars[slot] = _undelayed(getattr(self._callback, f"init_{_STAGES[loop.stage][1]}_tqdm")())
             if draws_in_place(sys.stdout):
                 self._redirection.start()
         bar = self.bars[slot]
@@ -116,19 +116,9 @@ class TqdmRenderer(Renderer):
         self.bars[slot] = _undelayed(bar)
         self._shown[slot] = None
 
-    def _make(self, stage: str) -> Tqdm:
-        init = {
-            TRAIN: self._callback.init_train_tqdm,
-            SANITY: self._callback.init_sanity_tqdm,
-            VALIDATE: self._callback.init_validation_tqdm,
-            TEST: self._callback.init_test_tqdm,
-            PREDICT: self._callback.init_predict_tqdm,
-        }[stage]
-        return _undelayed(init())
-
     @override
     def close(self, stage: str, keep: bool) -> None:
-        slot = _SLOTS[stage]
+        slot = _STAGES[stage][0]
         if slot in self._shown:
             del self._shown[slot]
             self.bars[slot].leave = keep
@@ -155,7 +145,7 @@ def _bar_property(slot: str, doc: str) -> property:
     def get(callback: TQDMProgressBar) -> Tqdm:
         renderer = callback._tqdm
         for loop in (callback._train, callback._eval):
-            if loop is not None and _SLOTS[loop.stage] == slot:
+            if loop is not None and _STAGES[loop.stage][0] == slot:
                 bar = renderer.open(loop)
                 bar.n = max(bar.n, loop.done)  # a subclass may count by itself
         if slot not in renderer.bars:
@@ -171,7 +161,14 @@ def _bar_property(slot: str, doc: str) -> property:
     return property(get, use, doc=f"{doc}\n\n        Raises:\n            TypeError: There is none yet.")
 
 
-_SLOTS = {TRAIN: "train", SANITY: "val", VALIDATE: "val", TEST: "test", PREDICT: "predict"}
+_STAGES = {
+    TRAIN: ("train", "train"),
+    SANITY: ("val", "sanity"),
+    VALIDATE: ("val", "validation"),
+    TEST: ("test", "test"),
+    PREDICT: ("predict", "predict"),
+}
+"""Stage -> the bar that it shares, and which ``init_*_tqdm`` makes it."""
 
 
 class TQDMProgressBar(DrawnProgressBar):
@@ -248,10 +245,6 @@ class TQDMProgressBar(DrawnProgressBar):
             bar_format=self.BAR_FORMAT,
             delay=0 if is_notebook() else _UNTIL_OPENED_S,
         )
-
-    @override
-    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        super().print(*args, sep=sep, **kwargs)
 
 
 def _resolve_refresh_rate(refresh_rate: int) -> int:
