@@ -339,7 +339,7 @@ class _Replay(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         set_rng_states(self.evidence["generators"][batch_idx])
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
         self.found.gradients = [
             name
             for name, parameter in pl_module.named_parameters()

@@ -16,24 +16,24 @@ from levin.callbacks.checkpoint import Checkpoint
 from levin.checkpoint.io import Save
 from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
-from levin.utilities.filesystem import get_filesystem
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
 Mode = Literal["min", "max"]
 _FIELD = re.compile(r"\{([^{}:]*)(?::([^{}]*))?\}")
 # What is known about the files of one folder.
-_OF_ONE_FOLDER = (
+OF_ONE_FOLDER = (
     "best_model_score", "current_score", "best_k_models", "kth_best_model_path", "kth_value", "last_model_path",
 )  # fmt: skip
 # What becomes untrue when the save that it is about fails.
-_OF_NEWEST_SAVE = (*_OF_ONE_FOLDER, "best_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
-_RUN_STATE = {
+_OF_NEWEST_SAVE = (*OF_ONE_FOLDER, "best_model_path", "_last_checkpoint_saved", "_last_global_step_saved")
+RUN_STATE = {
     "last_global_step_saved": "_last_global_step_saved",
     "has_saved_last": "_has_saved_last",
     "has_validated": "_has_validated",
     "defers_save": "_defer_save_until_validation",
 }
+"""Key in a checkpoint -> the attribute."""
 
 
 def check_template(template: str) -> None:
@@ -52,7 +52,7 @@ def check_template(template: str) -> None:
 
 
 def fill_template(
-    template: str, metrics: Mapping[str, Any], auto_insert_metric_name: bool = True, equals: str = "="
+    template: str, metrics: Mapping[str, object], auto_insert_metric_name: bool = True, equals: str = "="
 ) -> str:
     """Return ``template`` with its fields replaced by metrics.
 
@@ -195,14 +195,6 @@ def _worst(scores: Mapping[str, Tensor], mode: Mode) -> str:
     return max(scores, key=scores.__getitem__) if mode == "min" else min(scores, key=scores.__getitem__)
 
 
-def write_scores(path: str | os.PathLike[str], scores: Mapping[str, Tensor]) -> None:
-    """Write the paths of the kept checkpoints and their scores as YAML."""
-    import yaml
-
-    with get_filesystem(path).open(str(path), "w") as file:
-        yaml.dump({name: score.item() for name, score in scores.items()}, file)
-
-
 class UnconfirmedSave:
     """The newest save of a callback, and what the callback knew before it.
 
@@ -260,37 +252,14 @@ class UnconfirmedSave:
         return str(save.path)
 
 
-def run_state(callback: Checkpoint) -> StateDict:
-    """Return what was saved and decided in the present run.
-
-    Args:
-        callback: The ModelCheckpoint.
-    """
-    return {key: getattr(callback, name) for key, name in _RUN_STATE.items()}
-
-
-def run_from(state: StateDict) -> StateDict:
-    """Return the attributes that :func:`run_state` was made of."""
-    return {name: state[key] for key, name in _RUN_STATE.items()}
-
-
-def files_state(callback: Checkpoint) -> StateDict:
-    """Return the kept files and their scores.
-
-    Args:
-        callback: The ModelCheckpoint.
-    """
-    return {name: getattr(callback, name) for name in ("monitor", "best_model_path", "dirpath", *_OF_ONE_FOLDER)}
-
-
 def files_from(state: StateDict, dirpath: str | None) -> StateDict:
-    """Return the attributes that :func:`files_state` was made of; only the best file's path if the folder is another.
+    """Return the attributes that a state was made of; only the best file's path if the folder is another.
 
     Args:
         state: From a checkpoint.
         dirpath: The folder of now.
     """
-    names = ["best_model_path", *_OF_ONE_FOLDER]
+    names = ["best_model_path", *OF_ONE_FOLDER]
     before = state.get("dirpath", dirpath)
     if before != dirpath:
         names = ["best_model_path"]

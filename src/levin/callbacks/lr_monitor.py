@@ -45,7 +45,9 @@ def named_optimizers(
         configs: Its schedulers; they come first.
         prefix: Put in front of every name.
     """
-    named = [(config.scheduler.optimizer, config.name, config.interval) for config in configs]
+    named: list[tuple[Optimizer, str | None, str | None]] = [
+        (config.scheduler.optimizer, config.name, config.interval) for config in configs
+    ]
     scheduled = {id(optimizer) for optimizer, _, _ in named}
     named += [(optimizer, None, None) for optimizer in optimizers if id(optimizer) not in scheduled]
     entries: list[NamedOptimizer] = []

@@ -17,7 +17,7 @@ from levin.callbacks.checkpoint_trigger import validates, validates_after_last_b
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
-from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, replace_link
+from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, open_file, replace_link
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
@@ -470,15 +470,15 @@ class ModelCheckpoint(Checkpoint):
 
     def run_state(self) -> StateDict:
         """Return what was saved and decided in the present run."""
-        return files.run_state(self)
+        return {key: getattr(self, name) for key, name in files.RUN_STATE.items()}
 
     def load_run_state(self, state: dict[str, object]) -> None:
         """Put :meth:`run_state` back."""
-        vars(self).update(files.run_from(state))
+        vars(self).update({name: state[key] for key, name in files.RUN_STATE.items()})
 
     def state_dict(self) -> StateDict:
         """Return the kept files and their scores."""
-        return files.files_state(self)
+        return {name: getattr(self, name) for name in ("monitor", "best_model_path", "dirpath", *files.OF_ONE_FOLDER)}
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Put the kept files back; with another folder than before only the path of the best one."""
@@ -490,4 +490,7 @@ class ModelCheckpoint(Checkpoint):
         Args:
             filepath: Where to, by default ``best_k_models.yaml`` in the checkpoints' folder.
         """
-        files.write_scores(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), self.best_k_models)
+        import yaml
+
+        with open_file(filepath or os.path.join(self.dirpath or "", "best_k_models.yaml"), "w") as file:
+            yaml.dump({path: score.item() for path, score in self.best_k_models.items()}, file)

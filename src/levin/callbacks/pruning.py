@@ -232,7 +232,7 @@ def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _choose_method(
-    pruning_fn: Any, pruning_dim: int | None, pruning_norm: int | None
+    pruning_fn: object, pruning_dim: int | None, pruning_norm: int | None
 ) -> tuple[_Method, dict[str, Any]]:
     """Return the method of torch's, and the arguments it needs beside the amount."""
     if isinstance(pruning_fn, type) and issubclass(pruning_fn, prune.BasePruningMethod):

@@ -184,7 +184,7 @@ def _detached(module: Any) -> Any:
         module.trainer = trainer
 
 
-def _ask(url: str, body: Any = None) -> Response:
+def _ask(url: str, body: object = None) -> Response:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
@@ -194,7 +194,7 @@ def _ask(url: str, body: Any = None) -> Response:
         return Response(error.code, error.read().decode())
 
 
-def _serve(module: Any, host: str, port: int) -> None:
+def _serve(module: object, host: str, port: int) -> None:
     """Serve the module until the process ends."""
     import uvicorn
 
@@ -229,5 +229,5 @@ def make_app(module: Any) -> Any:
     return app
 
 
-def _same(value: Any) -> Any:
+def _same(value: object) -> Any:
     return value

@@ -7,9 +7,11 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from levin.utilities.processors import count_processors
+from levin.utilities.versions import versions_of
 
 PACKAGES = [
     "torch",
@@ -35,7 +37,10 @@ def describe() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     from levin import __version__
     from levin.engine import build_engine
 
-    yield "versions", [("levin", __version__), ("python", platform.python_version()), *_versions()]
+    yield (
+        "versions",
+        [("levin", __version__), ("python", platform.python_version()), *versions_of(PACKAGES, absent="-")],
+    )
     yield "machine", [("system", platform.platform()), ("processors", _processors()), *_devices()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,17 +77,8 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            yield name, "-"
-
-
 def _processors() -> str:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{usable} of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
+    return f"{count_processors()} of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
 
 
 def _devices() -> Iterator[tuple[str, str]]:

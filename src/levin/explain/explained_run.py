@@ -11,7 +11,7 @@ from levin.loops.run import Run, detach_log_store
 from levin.utilities.seed import isolate_rng
 
 
-def explain_sequence(run: Run, weights_only: Any = None) -> Explanation:
+def explain_sequence(run: Run, weights_only: object = None) -> Explanation:
     """Set the run up as fit does, say what it would do, and tear it down.
 
     The user's hooks of set-up run, and the loaders are asked for; no batch is drawn, nothing is logged or saved.

@@ -272,7 +272,7 @@ class Plan:
         """The functions of the hook table under ``name``, in their order."""
         return [self._call(hook, _ARGUMENTS.get(name, ""), when) for hook in self.run.hooks[name]]
 
-    def _own(self, owners: list[Any], name: str, note: str = "") -> Iterator[Node]:
+    def _own(self, owners: list[object], name: str, note: str = "") -> Iterator[Node]:
         """The methods ``name`` that somebody wrote, of those who are asked outside of the hook table."""
         for owner in owners:
             if owner is None:

@@ -150,7 +150,7 @@ def _checkpoint(run: Run) -> Iterator[str]:
     yield f"written by {', '.join(saving)}" if saving else "written by nobody: no callback saves checkpoints"
 
 
-def _names(things: Sequence[Any]) -> str:
+def _names(things: Sequence[object]) -> str:
     return ", ".join(type(thing).__name__ for thing in things) or "none"
 
 

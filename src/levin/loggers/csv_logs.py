@@ -263,7 +263,7 @@ def _table(header: list[str], previous: str) -> str:
     return _rows(header, [dict(zip(header, header)), *csv.DictReader(io.StringIO(previous, newline=""))])
 
 
-def _rows(header: list[str], rows: list[dict[str, Any]]) -> str:
+def _rows(header: list[str], rows: list[dict[str, object]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text).writerows([[row.get(name, "") for name in header] for row in rows])
     return text.getvalue()

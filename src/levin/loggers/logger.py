@@ -134,10 +134,10 @@ class DummyExperiment:
             raise AttributeError(name)
         return self.nop
 
-    def __getitem__(self, index: Any) -> DummyExperiment:
+    def __getitem__(self, index: object) -> DummyExperiment:
         return self
 
-    def __setitem__(self, *args: Any) -> None:
+    def __setitem__(self, *args: object) -> None:
         pass
 
     def __iter__(self) -> Iterator[Any]:
@@ -200,7 +200,7 @@ def rank_zero_experiment(fn: Callable[[Any], T]) -> Callable[[Any], T]:
     """
 
     @functools.wraps(fn)
-    def experiment(self: Any) -> T:
+    def experiment(self: object) -> T:
         if getattr(rank_zero_only, "rank", 0) > 0:
             # It has every method that T has.
             return DummyExperiment()  # type: ignore[return-value]

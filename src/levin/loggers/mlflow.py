@@ -154,7 +154,7 @@ class MLFlowLogger(UploadingLogger):
             self._experiment_id = self._find_or_create_experiment(self._client)
             self._run_id = self._client.create_run(self._experiment_id, tags=self._all_tags()).info.run_id
 
-    def _deliver(self, kind: str, payload: Any, limit_s: float = 30.0) -> Future[None]:
+    def _deliver(self, kind: str, payload: object, limit_s: float = 30.0) -> Future[None]:
         if not self._is_synchronous:
             return self._outbox.put(kind, payload, limit_s)
         self._send(kind, [payload])
@@ -311,7 +311,7 @@ class MLFlowLogger(UploadingLogger):
         }
         self._deliver("checkpoint", payload, limit_s=_UPLOAD_LIMIT_S)
 
-    def _send_checkpoint(self, path: str, metadata: dict[str, Any], aliases: list[str]) -> None:
+    def _send_checkpoint(self, path: str, metadata: dict[str, object], aliases: list[str]) -> None:
         import yaml
 
         folder = Path(path).stem
@@ -342,7 +342,7 @@ def _held(path: str, folder: str) -> str:
     return str(held)
 
 
-def _parts(entries: list[Any], size: int) -> Iterator[list[Any]]:
+def _parts(entries: list[object], size: int) -> Iterator[list[Any]]:
     return (entries[start : start + size] for start in range(0, len(entries), size))
 
 

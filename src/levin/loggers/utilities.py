@@ -11,8 +11,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional, Union
 
-from torch import Tensor
-
 from levin.utilities.filesystem import get_filesystem, is_local, local_path, replace_text
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import PathLike
@@ -69,7 +67,7 @@ def flatten(params: Mapping[Any, Any], separator: str = "/") -> dict[str, Any]:
     return flat
 
 
-def _branch(value: Any) -> Optional[Mapping[Any, Any]]:
+def _branch(value: object) -> Optional[Mapping[Any, Any]]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, Namespace):
@@ -94,10 +92,7 @@ def sanitize(params: Mapping[str, object]) -> dict[str, Union[bool, int, float, 
 def _primitive(value: object) -> Union[bool, int, float, str]:
     if isinstance(value, (bool, int, float, str)) and not isinstance(value, enum.Enum):
         return value
-    if isinstance(value, Tensor) and value.ndim == 0:
-        number: Union[bool, int, float] = value.item()
-        return number
-    # A number of numpy's, recognised without importing numpy.
+    # A number of torch's or numpy's, recognised without importing numpy.
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         number = value.item()
         return number if isinstance(number, (bool, int, float)) else str(number)
@@ -177,7 +172,7 @@ def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
 
 
 def _plain_tree(
-    params: Mapping[Any, Any], left_out: Optional[dict[str, Any]] = None, parents: str = ""
+    params: Mapping[Any, Any], left_out: Optional[dict[str, object]] = None, parents: str = ""
 ) -> dict[Any, Any]:
     """Return ``params`` as YAML and JSON can hold them.
 
@@ -199,7 +194,7 @@ def _plain_tree(
     return values
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     if isinstance(value, enum.Enum):
         return value.name
     for kind in _PLAIN_TYPES:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Optional
 
 from levin.report.read import LoggedRun, Series
+from levin.utilities.filesystem import replace_text
 
 MAX_POINTS, MIN_POINTS, MAX_NUMBERS = 1000, 40, 150_000
 """Points of a curve at most and at least, and of all curves together about at most."""
+_NOT_DRAWN = ("epoch", "hp_metric")
 _HERE = Path(__file__).parent
 
 
@@ -44,12 +45,7 @@ def make_page(runs: Sequence[LoggedRun], title: str) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_text(path, text)
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
@@ -72,37 +68,35 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _plain(run: LoggedRun, name: str, limit: int) -> dict[str, Any]:
     epochs = run.series.get("epoch")
-    series = {
-        metric: _curve(values, limit)
-        for metric, values in sorted(run.series.items())
-        if metric not in ("epoch", "hp_metric")
-    }
+    series = run.series.items()
     return {
         "name": name,
         "path": str(run.path),
         "hparams": run.hparams,
         "records": run.records,
         "epochs": [] if epochs is None else _epoch_starts(epochs),
-        "series": series,
+        "series": {metric: _curve(each, limit) for metric, each in sorted(series) if metric not in _NOT_DRAWN},
     }
 
 
 def _curve(series: Series, limit: int) -> dict[str, Any]:
     order = sorted(range(len(series.steps)), key=series.steps.__getitem__)
-    kept = [order[index] for index in thinned([series.values[i] for i in order], limit)]
-    finite = [value for value in series.values if math.isfinite(value)]
+    steps = [series.steps[index] for index in order]
+    values = [value if math.isfinite(value := series.values[index]) else None for index in order]
+    kept = thinned([series.values[index] for index in order], limit)
+    finite = [value for value in values if value is not None]
     curve: dict[str, Any] = {
-        "x": [series.steps[index] for index in kept],
-        "y": [series.values[index] if math.isfinite(series.values[index]) else None for index in kept],
-        "n": len(series.values),
-        "bad": [series.steps[index] for index in order if not math.isfinite(series.values[index])][:100],
-        "last": series.values[order[-1]] if order and math.isfinite(series.values[order[-1]]) else None,
+        "x": [steps[index] for index in kept],
+        "y": [values[index] for index in kept],
+        "n": len(values),
+        "bad": [step for step, value in zip(steps, values) if value is None][:100],
+        "last": values[-1] if values else None,
         "min": min(finite, default=None),
         "max": max(finite, default=None),
     }
     # Two loggers of one folder may have written it, one of which knows no times.
     if len(series.times) == len(series.steps):
-        curve["t"] = [series.times[index] for index in kept]
+        curve["t"] = [series.times[order[index]] for index in kept]
     return curve
 
 
@@ -121,9 +115,7 @@ def thinned(values: Sequence[float], limit: int) -> list[int]:
         group = range(start, min(start + size, len(values)))
         finite = [index for index in group if math.isfinite(values[index])]
         kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else {start}
-        kept |= (
-            {next(index for index in group if not math.isfinite(values[index]))} if len(finite) < len(group) else set()
-        )
+        kept.update(itertools.islice((index for index in group if not math.isfinite(values[index])), 1))
     chosen = sorted(kept)
     return chosen if len(chosen) <= 2 * limit else chosen[:: len(chosen) // limit]
 
@@ -133,7 +125,9 @@ def _epoch_starts(epochs: Series) -> list[list[float]]:
     pairs = sorted(zip(epochs.steps, epochs.values))
     starts = [[value, step] for step, value in pairs[:1]]
     starts += [
-        [after, step] for (_, before), (step, after) in pairwise(pairs) if after > before and math.isfinite(after)
+        [after, step]
+        for (_, before), (step, after) in itertools.pairwise(pairs)
+        if after > before and math.isfinite(after)
     ]
     return starts if len(starts) <= 2000 else starts[:: len(starts) // 1000]
 
@@ -142,13 +136,13 @@ def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     """JSON that may stand in a script element, whatever names are in it."""
     text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, float):
         rounded: Optional[float] = float(f"{value:.7g}") if abs(value) < 1e6 else value
         return rounded if math.isfinite(value) else None

@@ -173,11 +173,10 @@ def _read_hparams(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _flat(loaded if isinstance(loaded, Mapping) else {}, "")
 
 
-def _flat(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[object, object], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
+        is_plain = isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{name}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{name}", str(value)
         else:
-            yield f"{prefix}{name}", value if isinstance(value, (int, float, str, bool)) else str(value)
+            yield f"{prefix}{name}", value if is_plain else str(value)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Optional
 
 import torch
@@ -21,6 +20,7 @@ import torch
 from levin.loops.run import Run
 from levin.loops.time_shares import Point
 from levin.settings import DEFAULTS
+from levin.utilities.versions import versions_of
 
 
 def record_of(run: Run, error: Optional[BaseException]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def record_of(run: Run, error: Optional[BaseException]) -> dict[str, Any]:
     }
 
 
-def _qualname(thing: Any) -> str:
+def _qualname(thing: object) -> str:
     kind = type(thing)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -104,11 +104,7 @@ def _versions() -> Iterator[tuple[str, str]]:
 
     yield "levin", __version__
     yield "python", platform.python_version()
-    for name in ("torch", "torchmetrics", "numpy"):
-        try:
-            yield name, version(name)
-        except PackageNotFoundError:
-            continue
+    yield from versions_of(["torch", "torchmetrics", "numpy"])
 
 
 def _device(device: torch.device) -> str:
@@ -128,7 +124,7 @@ def _git_revision(folder: str) -> Optional[str]:
     return done.stdout.strip() or None
 
 
-def _bad_steps(callback: Any) -> Iterator[int]:
+def _bad_steps(callback: object) -> Iterator[int]:
     """The steps that BadStepGuard left out and kept, by the names of its files."""
     for path in getattr(callback, "paths", None) or [] if hasattr(callback, "num_bad_steps") else []:
         if found := re.search(r"step=(\d+)", os.path.basename(str(path))):

@@ -18,7 +18,7 @@ def is_namedtuple(obj: object) -> bool:
     return isinstance(obj, tuple) and hasattr(obj, "_asdict") and hasattr(obj, "_fields")
 
 
-def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: Any, **kwargs: Any) -> Tree:
+def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: object, **kwargs: object) -> Tree:
     """Return a copy of ``data`` in which each leaf of type ``dtype`` is replaced by ``function(leaf)``.
 
     Args:
@@ -52,7 +52,7 @@ def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: Any
     return data
 
 
-def _like(data: Tree, items: list[tuple[Any, Any]]) -> Tree:
+def _like(data: Tree, items: list[tuple[object, object]]) -> Tree:
     """Return a mapping of the kind of ``data`` that holds ``items``."""
     try:
         return type(data)(OrderedDict(items))

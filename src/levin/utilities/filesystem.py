@@ -10,6 +10,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from levin.utilities.rank_zero import rank_zero_info
@@ -93,16 +94,16 @@ def ensure_folder(path: str | os.PathLike[str]) -> None:
 
 def replace_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file anew; whoever reads a local one meanwhile sees the old file or the new one."""
-    new = f"{path}.{os.getpid()}.tmp" if is_local(path) else path
-    try:
-        with open_file(new, "w") as file:
+    if not is_local(path):
+        with open_file(path, "w") as file:
             file.write(text)
-        if is_local(path):
-            os.replace(local_path(new), local_path(path))
-    except OSError:
-        if is_local(path):
-            remove(new)
-        raise
+        return
+    new = Path(f"{local_path(path)}.{os.getpid()}.tmp")
+    try:
+        new.write_text(text, encoding="utf-8", newline="")
+        os.replace(new, local_path(path))
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def remove(path: str | os.PathLike[str]) -> None:

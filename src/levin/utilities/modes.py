@@ -31,7 +31,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def transfer_example(model: nn.Module, example: Any) -> Any:
+def transfer_example(model: nn.Module, example: object) -> Any:
     """Return an example input the way batches get to the model: through its transfer hooks, to its device."""
     hooks: Any = model
     if hasattr(model, "transfer_batch_to_device"):
