@@ -47,17 +47,7 @@ class RichModelSummary(ModelSummary):
         total_flops: int,
         **summarize_kwargs: Any,
     ) -> None:
-        """Print the table.
-
-        Args:
-            summary_data: Title and cells of each column.
-            total_parameters: Number of parameters.
-            trainable_parameters: Number of those that require a gradient.
-            model_size: Size of the parameters in megabytes.
-            total_training_modes: How many submodules are in ``"train"`` and in ``"eval"`` mode.
-            total_flops: Floating-point operations of one forward pass of the example input.
-            **summarize_kwargs: ``header_style``.
-        """
+        """Print the table."""
         from rich.console import Console
         from rich.table import Table
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from levin.explain.text import Explanation, explain
 from levin.loops import run_call
 from levin.loops.dataloaders import load_training, load_validation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, Optional
+from typing import Optional
 
 from levin.datamodule import LightningDataModule
 from levin.explain.node import ALWAYS, Node, Place, When, unbound

@@ -146,11 +146,7 @@ class CometLogger(Logger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
-        """Record hyper-parameters.
-
-        Args:
-            params: Name -> value, nested as you like.
-        """
+        """Record hyper-parameters."""
         self.experiment.log_parameters(json_values(to_dict(params)))
 
     @rank_zero_only
@@ -168,11 +164,7 @@ class CometLogger(Logger):
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
-        """Send what is waiting; the experiment stays open until the process ends.
-
-        Args:
-            status: How the run ended.
-        """
+        """Send what is waiting; the experiment stays open until the process ends."""
         if self._experiment is not None:
             self._experiment.flush()
 

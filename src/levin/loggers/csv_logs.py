@@ -219,11 +219,7 @@ class CSVLogger(FolderLogger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: Optional[HParams] = None) -> None:
-        """Add hyper-parameters to ``hparams.yaml``.
-
-        Args:
-            params: Name -> value, nested as you like.
-        """
+        """Add hyper-parameters to ``hparams.yaml``."""
         self.experiment.log_hparams(to_dict(params))
 
     @rank_zero_only
@@ -239,11 +235,7 @@ class CSVLogger(FolderLogger):
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
-        """Write everything and close the file; nothing happens when the logger was never used.
-
-        Args:
-            status: How the run ended.
-        """
+        """Write everything and close the file; nothing happens when the logger was never used."""
         if self._experiment is None:
             return
         self._experiment.save()

@@ -277,11 +277,7 @@ class MLFlowLogger(UploadingLogger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
-        """Record hyper-parameters, cut to 250 characters each.
-
-        Args:
-            params: Name -> value, nested as you like.
-        """
+        """Record hyper-parameters, cut to 250 characters each."""
         _ = self.experiment
         self._deliver(
             "params", {name: str(value)[:_MAX_PARAM_CHARS] for name, value in flatten(to_dict(params)).items()}
@@ -290,11 +286,7 @@ class MLFlowLogger(UploadingLogger):
     @rank_zero_only
     @override
     def finalize(self, status: str = "success") -> None:
-        """Upload the checkpoints that are left and end the run; nothing happens when the logger was never used.
-
-        Args:
-            status: ``"success"``, ``"failed"`` or a status of MLflow.
-        """
+        """Upload the checkpoints that are left and end the run; nothing happens when the logger was never used."""
         if self._client is None:
             return
         self._log_checkpoints_left()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -64,7 +65,10 @@ class TensorBoardLogger(FolderLogger):
         sub_dir: Optional[PathLike] = None,
         **kwargs: object,
     ) -> None:
-        _require_tensorboard()
+        if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
+            raise ModuleNotFoundError(
+                "TensorBoardLogger needs the package tensorboard, or tensorboardX. Install it with: pip install tensorboard"
+            )
         self.hparams: dict[str, Any] = {}
         super().__init__(save_dir, name, version, prefix)
         self._sub_dir: Optional[str] = None if sub_dir is None else os.fspath(sub_dir)
@@ -191,11 +195,7 @@ class TensorBoardLogger(FolderLogger):
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
-        """Close the event file; nothing happens when the logger was never used.
-
-        Args:
-            status: How the run ended.
-        """
+        """Close the event file; nothing happens when the logger was never used."""
         if self._experiment is None and not self.hparams:
             return
         self.save()
@@ -204,13 +204,6 @@ class TensorBoardLogger(FolderLogger):
 
     def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_experiment": None}
-
-
-def _require_tensorboard() -> None:
-    if find_spec("tensorboard") is None and find_spec("tensorboardX") is None:
-        raise ModuleNotFoundError(
-            "TensorBoardLogger needs the package tensorboard, or tensorboardX. Install it with: pip install tensorboard"
-        )
 
 
 def _make_writer(log_dir: str, kwargs: dict[str, object]) -> SummaryWriter:
@@ -229,12 +222,8 @@ def _make_writer(log_dir: str, kwargs: dict[str, object]) -> SummaryWriter:
 
 
 def _hparams_summaries(hparams: dict[str, Any], metrics: dict[str, Any]) -> tuple[Any, ...]:
-    if find_spec("tensorboard") is None:
-        from tensorboardX.summary import hparams as make_summaries
-    else:
-        from torch.utils.tensorboard.summary import hparams as make_summaries
-
-    summaries: tuple[Any, ...] = make_summaries(hparams, metrics)
+    home = "tensorboardX.summary" if find_spec("tensorboard") is None else "torch.utils.tensorboard.summary"
+    summaries: tuple[Any, ...] = importlib.import_module(home).hparams(hparams, metrics)
     return summaries
 
 

@@ -84,11 +84,7 @@ class TrackioLogger(Logger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
-        """Add hyper-parameters to the configuration of the run, which is written with the next values.
-
-        Args:
-            params: Name -> value, nested as you like.
-        """
+        """Add hyper-parameters to the configuration of the run, which is written with the next values."""
         # Kept for a run that is gone on with, whose first values bring the whole configuration again.
         config = self._init["config"] = {**(self._init.get("config") or {}), **json_values(to_dict(params))}
         self.experiment.config.update(config)
@@ -96,11 +92,7 @@ class TrackioLogger(Logger):
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
-        """Write out everything and end the run; what is logged afterwards goes on with it.
-
-        Args:
-            status: How the run ended.
-        """
+        """Write out everything and end the run; what is logged afterwards goes on with it."""
         if self._experiment is not None:
             self._experiment.finish()
             self._experiment = None

@@ -199,11 +199,7 @@ class WandbLogger(UploadingLogger):
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
-        """Add hyper-parameters to the configuration of the run.
-
-        Args:
-            params: Name -> value, nested as you like.
-        """
+        """Add hyper-parameters to the configuration of the run."""
         self.experiment.config.update(json_values(to_dict(params)), allow_val_change=True)
 
     @rank_zero_only
@@ -353,11 +349,7 @@ class WandbLogger(UploadingLogger):
     @rank_zero_only
     @override
     def finalize(self, status: str) -> None:
-        """Upload the checkpoints that are left after a successful run.
-
-        Args:
-            status: How the run ended.
-        """
+        """Upload the checkpoints that are left after a successful run."""
         if status == "success" and self._experiment is not None:
             self._log_checkpoints_left()
 

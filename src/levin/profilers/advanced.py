@@ -57,11 +57,7 @@ class AdvancedProfiler(Profiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """Begin to collect calls for an action.
-
-        Args:
-            action_name: Name in the report.
-        """
+        """Begin to collect calls for an action."""
         if action_name in self._stack:
             raise ValueError(f"Attempted to start {action_name} which has already started.")
         if self._stack:
@@ -71,11 +67,7 @@ class AdvancedProfiler(Profiler):
 
     @override
     def stop(self, action_name: str) -> None:
-        """End collecting calls for an action.
-
-        Args:
-            action_name: As given to :meth:`start`.
-        """
+        """End collecting calls for an action."""
         if action_name not in self._stack:
             raise ValueError(f"Attempting to stop recording an action ({action_name}) which was never started.")
         self.profiled_actions[self._stack[-1]].disable()
@@ -97,11 +89,7 @@ class AdvancedProfiler(Profiler):
 
     @override
     def teardown(self, stage: Optional[str]) -> None:
-        """Forget everything; actions under way are ended.
-
-        Args:
-            stage: As given to ``setup``.
-        """
+        """Forget everything; actions under way are ended."""
         if self._stack:
             self.profiled_actions[self._stack[-1]].disable()
         self._stack = []

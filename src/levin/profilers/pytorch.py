@@ -130,34 +130,20 @@ class PyTorchProfiler(Profiler):
 
     @override
     def setup(self, stage: str, local_rank: Optional[int] = None, log_dir: Optional[str] = None) -> None:
-        """Prepare for a run.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
-            local_rank: Rank on this machine; None in a run of one process.
-            log_dir: Directory of the report when none was given.
-        """
+        """Prepare for a run."""
         super().setup(stage, local_rank, log_dir)
         self._is_over = False
 
     @override
     def attach(self, module: Module) -> None:
-        """Get to know the module, whose layers are named in the trace.
-
-        Args:
-            module: The user's module.
-        """
+        """Get to know the module, whose layers are named in the trace."""
         self._module = module
         if self._profile is not None:
             self._name_layers()
 
     @override
     def start(self, action_name: str) -> None:
-        """Mark the start of an action in the trace; a step function opens, goes on with or ends a window.
-
-        Args:
-            action_name: Name of the action; what follows the last dot tells a step function.
-        """
+        """Mark the start of an action in the trace; a step function opens, goes on with or ends a window."""
         if self._is_over:
             return
         if self._profile is None and (self._emit_nvtx or self._schedule is None):
@@ -173,11 +159,7 @@ class PyTorchProfiler(Profiler):
 
     @override
     def stop(self, action_name: str) -> None:
-        """Mark the end of an action in the trace.
-
-        Args:
-            action_name: As given to :meth:`start`.
-        """
+        """Mark the end of an action in the trace."""
         marker = self._running.pop(action_name, None)
         if marker is not None:
             marker.__exit__(None, None, None)
@@ -204,11 +186,7 @@ class PyTorchProfiler(Profiler):
 
     @override
     def teardown(self, stage: Optional[str]) -> None:
-        """End the window that is open, forget everything and record nothing until the next run.
-
-        Args:
-            stage: As given to ``setup``.
-        """
+        """End the window that is open, forget everything and record nothing until the next run."""
         self._close()
         self._is_over = True
         self._module = None

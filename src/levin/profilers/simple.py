@@ -44,22 +44,14 @@ class SimpleProfiler(Profiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """Note the time.
-
-        Args:
-            action_name: Name in the report.
-        """
+        """Note the time."""
         if action_name in self.current_actions:
             raise ValueError(f"Attempted to start {action_name} which has already started.")
         self.current_actions[action_name] = time.perf_counter()
 
     @override
     def stop(self, action_name: str) -> None:
-        """Add the seconds since :meth:`start`.
-
-        Args:
-            action_name: As given to :meth:`start`.
-        """
+        """Add the seconds since :meth:`start`."""
         now = time.perf_counter()
         if action_name not in self.current_actions:
             raise ValueError(f"Attempting to stop recording an action ({action_name}) which was never started.")
@@ -84,11 +76,7 @@ class SimpleProfiler(Profiler):
 
     @override
     def teardown(self, stage: Optional[str]) -> None:
-        """Forget actions that were under way when the run failed.
-
-        Args:
-            stage: As given to ``setup``.
-        """
+        """Forget actions that were under way when the run failed."""
         self.current_actions.clear()
 
 

@@ -36,11 +36,7 @@ class XLAProfiler(Profiler):
 
     @override
     def start(self, action_name: str) -> None:
-        """Open a trace for the steps and backward; other actions are let pass.
-
-        Args:
-            action_name: Name of the action; what follows the last dot decides.
-        """
+        """Open a trace for the steps and backward; other actions are let pass."""
         function = action_name.rpartition(".")[2]
         if function not in RECORDED:
             return
@@ -59,11 +55,7 @@ class XLAProfiler(Profiler):
 
     @override
     def stop(self, action_name: str) -> None:
-        """Close the trace of :meth:`start`.
-
-        Args:
-            action_name: As given to :meth:`start`.
-        """
+        """Close the trace of :meth:`start`."""
         trace = self._running.pop(action_name, None)
         if trace is not None:
             trace.__exit__(None, None, None)
