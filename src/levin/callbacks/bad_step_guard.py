@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from levin.checkpoint.io import atomic_save
@@ -19,7 +20,7 @@ from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import log
-from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, set_rng_states
+from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, RngStates, set_rng_states
 from levin.utilities.types import Batch, PathLike, StateDict
 
 
@@ -114,7 +115,7 @@ class BadStepGuard(Callback):
         self._loss_is_bad = is_bad if self._loss_is_bad is None else self._loss_is_bad | is_bad
 
     @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._settle(trainer, pl_module)
         # A loss scale makes gradients overflow now and then; its scaler leaves out such steps by itself.
         is_bad = None if trainer.scaler is not None else _any_not_finite(optimizer)
@@ -193,9 +194,9 @@ class BadStepGuard(Callback):
 class _Window:
     """The batches of one optimizer step, and the random states before each."""
 
-    batches: list[Any] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    generators: list[Any] = field(default_factory=list)
+    generators: list[RngStates] = field(default_factory=list)
 
 
 @dataclass
@@ -219,7 +220,7 @@ class _Flag:
         is_cuda = value.device.type == "cuda"
         self._host = torch.empty(1, dtype=torch.uint8, pin_memory=is_cuda)
         self._host.copy_(value.reshape(1), non_blocking=True)
-        self._arrived: Any = None
+        self._arrived: torch.cuda.Event | None = None
         if is_cuda:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
@@ -238,12 +239,12 @@ class _MaskedUpdate:
         optimizer: Is watched until :meth:`remove`.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = getattr(optimizer, "optimizer", optimizer)
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer: Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._is_bad: Tensor | None = None
         self._parameters: list[Tensor] = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._before: list[Tensor] = []
-        self._states: list[tuple[Any, str, Tensor]] = []
+        self._states: list[tuple[Tensor, str, Tensor]] = []
         self._handle = self.optimizer.register_step_post_hook(self._after_step)
 
     def prepare(self, is_bad: Tensor) -> None:
@@ -271,7 +272,7 @@ class _MaskedUpdate:
         """Let the optimizer be."""
         self._handle.remove()
 
-    def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         is_bad, self._is_bad = self._is_bad, None
         if is_bad is None:
             return
@@ -292,7 +293,7 @@ def _take_back(value: Tensor, before: Tensor, is_bad: Tensor) -> None:
     value.copy_(torch.where(is_bad.to(value.device, non_blocking=True), before, value))
 
 
-def _any_not_finite(optimizer: Any) -> Tensor | None:
+def _any_not_finite(optimizer: Optimizer) -> Tensor | None:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not gradients:
         return None
@@ -316,7 +317,7 @@ class Replayed:
 class _Batches:
     """An iterable of batches; a list would be taken for a list of loaders."""
 
-    def __init__(self, batches: list[Any]) -> None:
+    def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
@@ -329,7 +330,7 @@ class _Batches:
 class _Replay(Callback):
     """Sets the random states before each batch, and looks at the gradients instead of taking the step."""
 
-    def __init__(self, evidence: Mapping[str, Any]) -> None:
+    def __init__(self, evidence: StateDict) -> None:
         self.evidence = evidence
         self.found = Replayed([], [])
 

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from levin.callbacks.checkpoint import Checkpoint
 from levin.checkpoint.io import Save
+from levin.loggers.logger import Logger
 from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.rank_zero import rank_zero_warn
@@ -120,7 +121,7 @@ def first_free_name(
     return path
 
 
-def default_folder(root: str, loggers: Sequence[Any]) -> str:
+def default_folder(root: str, loggers: Sequence[Logger]) -> str:
     """Return the folder for checkpoints where the user names none: one in that of the first logger's version.
 
     Args:
@@ -207,7 +208,7 @@ class UnconfirmedSave:
     def __init__(self, owner: Checkpoint) -> None:
         self._owner = owner
         self._save: Save | None = None
-        self._before: dict[str, Any] = {}
+        self._before: StateDict = {}
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:

@@ -65,7 +65,7 @@ def _add_checkpointing(callbacks: list[Callback], enable: bool) -> None:
         callbacks.append(ModelCheckpoint())
 
 
-def _add_timer(callbacks: list[Callback], max_time: Any) -> None:
+def _add_timer(callbacks: list[Callback], max_time: str | timedelta | dict[str, int] | None) -> None:
     if max_time is None:
         return
     from levin.callbacks.timer import Timer

@@ -15,7 +15,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from levin.utilities.types import StateDict
+from levin.utilities.types import ParamGroup, StateDict
 
 Modules = Union[nn.Module, Iterable[Union[nn.Module, Iterable[Any]]]]
 
@@ -229,7 +229,7 @@ class BaseFinetuning(Callback):
         pl_module: LightningModule,
         opt_idx: int,
         num_param_groups: int,
-        current_param_groups: list[dict[str, Any]],
+        current_param_groups: list[ParamGroup],
     ) -> None:
         """Remember the groups from ``num_param_groups`` on, by the names of their parameters."""
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
@@ -237,9 +237,7 @@ class BaseFinetuning(Callback):
         self._internal_optimizer_metadata.setdefault(opt_idx, []).extend(new)
 
     @staticmethod
-    def _apply_mapping_to_param_groups(
-        param_groups: list[dict[str, Any]], mapping: Mapping[Any, Any]
-    ) -> list[dict[str, Any]]:
+    def _apply_mapping_to_param_groups(param_groups: list[ParamGroup], mapping: Mapping[Any, Any]) -> list[ParamGroup]:
         """Return copies of the groups with each parameter replaced by what it is mapped to."""
         return [{**group, "params": [mapping[parameter] for parameter in group["params"]]} for group in param_groups]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.optim import Optimizer
@@ -17,7 +17,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import Batch, LRSchedulerConfig
+from levin.utilities.types import Batch, LRSchedulerConfig, ParamGroup
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ def named_optimizers(
     return entries
 
 
-def group_suffix(groups: Sequence[dict[str, object]], index: int) -> str:
+def group_suffix(groups: Sequence[ParamGroup], index: int) -> str:
     """Return what a parameter group adds to the name of its optimizer: its own name, or its number if there are more."""
     if "name" in groups[index]:
         return f"/{groups[index]['name']}"
     return f"/pg{index + 1}" if len(groups) > 1 else ""
 
 
-def momentum_of(optimizer: Optimizer, group: dict[str, Any]) -> float:
+def momentum_of(optimizer: Optimizer, group: ParamGroup) -> float:
     """Return the momentum, or the first of the betas, of a parameter group; 0 if it has neither."""
     value = group["betas"][0] if "betas" in optimizer.defaults else group.get("momentum", 0)
     return float(value)
@@ -178,7 +178,7 @@ class LearningRateMonitor(Callback):
         return stats
 
 
-def _check_group_names(name: str, groups: Sequence[dict[str, Any]]) -> None:
+def _check_group_names(name: str, groups: Sequence[ParamGroup]) -> None:
     count = Counter(group["name"] for group in groups if "name" in group)
     repeated = {group_name for group_name, number in count.items() if number > 1}
     if repeated:

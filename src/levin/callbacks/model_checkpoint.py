@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
 from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, open_file, replace_link
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
+from levin.utilities.types import STEP_OUTPUT, Batch, Metrics, StateDict
 
 
 class ModelCheckpoint(Checkpoint):
@@ -421,7 +421,7 @@ class ModelCheckpoint(Checkpoint):
         return candidates
 
     def format_checkpoint_name(
-        self, metrics: dict[str, Any], filename: str | None = None, ver: int | None = None, prefix: str | None = None
+        self, metrics: Metrics, filename: str | None = None, ver: int | None = None, prefix: str | None = None
     ) -> str:
         """Return the path of a checkpoint.
 

@@ -16,6 +16,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_info
+from levin.utilities.types import Kwargs, StateDict
 
 Parameters = Sequence[tuple[nn.Module, str]]
 
@@ -176,7 +177,7 @@ class ModelPruning(Callback):
             self.make_pruning_permanent(pl_module)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
         if self._make_pruning_permanent:
             checkpoint["state_dict"] = plain_state(checkpoint["state_dict"])
 
@@ -231,9 +232,7 @@ def plain_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return plain
 
 
-def _choose_method(
-    pruning_fn: object, pruning_dim: int | None, pruning_norm: int | None
-) -> tuple[_Method, dict[str, Any]]:
+def _choose_method(pruning_fn: object, pruning_dim: int | None, pruning_norm: int | None) -> tuple[_Method, Kwargs]:
     """Return the method of torch's, and the arguments it needs beside the amount."""
     if isinstance(pruning_fn, type) and issubclass(pruning_fn, prune.BasePruningMethod):
         return pruning_fn, {}
@@ -241,7 +240,7 @@ def _choose_method(
     if name not in _METHODS:
         expected = f"must be one of {list(_METHODS)}, or a subclass of BasePruningMethod"
         raise value_error("pruning_fn", pruning_fn, expected)
-    kwargs: dict[str, Any] = {}
+    kwargs: Kwargs = {}
     if name.endswith("_structured"):
         kwargs["dim"] = pruning_dim
         if pruning_dim is None:

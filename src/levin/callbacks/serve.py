@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
+from levin.utilities.types import Kwargs, StateDict
 
 Functions = dict[str, Callable[[Any], Any]]
 
@@ -40,7 +42,7 @@ class ServableModule(ABC, torch.nn.Module):
     """
 
     @abstractmethod
-    def configure_payload(self) -> dict[str, Any]:
+    def configure_payload(self) -> Kwargs:
         """Return a request to try: ``{"body": {name: value}}``, of what JSON can hold."""
 
     @abstractmethod
@@ -48,11 +50,11 @@ class ServableModule(ABC, torch.nn.Module):
         """Return functions by name: from JSON to what ``serve_step`` takes, and from what it returns to JSON."""
 
     @abstractmethod
-    def serve_step(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def serve_step(self, *args: Any, **kwargs: Any) -> Kwargs:
         """Answer a request, whose values come by their names."""
 
     @abstractmethod
-    def configure_response(self) -> dict[str, Any]:
+    def configure_response(self) -> Kwargs:
         """Return the answer that the request to try must get."""
 
 
@@ -155,14 +157,14 @@ class ServableModuleValidator(Callback):
             rank_zero_info(f"The module {type(module).__name__} can be served.")
 
     @override
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         return {"successful": self.successful, "optimization": self.optimization, "server": self.server}
 
     @property
     def _address(self) -> str:
         return f"http://{self.host}:{self.port}"
 
-    def _wait(self, process: Any) -> None:
+    def _wait(self, process: BaseProcess) -> None:
         """Wait until the server answers."""
         end = time.monotonic() + self.timeout
         while time.monotonic() < end and process.is_alive():
@@ -212,7 +214,7 @@ def make_app(module: Any) -> Any:
     app = FastAPI()
     from_json, to_json = module.configure_serialization()
 
-    def serve(payload: dict[str, Any]) -> dict[str, Any]:
+    def serve(payload: Kwargs) -> Kwargs:
         if not isinstance(payload.get("body"), dict):
             raise HTTPException(422, f"The request must be {{'body': {{name: value}}}}, received keys {list(payload)}.")
         body = {name: from_json.get(name, _same)(value) for name, value in payload["body"].items()}

@@ -58,11 +58,11 @@ class ThroughputMonitor(Callback):
     """
 
     def __init__(
-        self, batch_size_fn: Callable[[Any], int], length_fn: Callable[[Any], int] | None = None, **kwargs: Any
+        self, batch_size_fn: Callable[[Batch], int], length_fn: Callable[[Batch], int] | None = None, **kwargs: Any
     ) -> None:
         super().__init__()
-        self.batch_size_fn: Callable[[Any], int] = batch_size_fn
-        self.length_fn: Callable[[Any], int] | None = length_fn
+        self.batch_size_fn: Callable[[Batch], int] = batch_size_fn
+        self.length_fn: Callable[[Batch], int] | None = length_fn
         self.kwargs: Kwargs = kwargs
         self.available_flops: float | None = kwargs.get("available_flops")
         self._meters: dict[str, _Meter] = {}
@@ -125,18 +125,13 @@ class ThroughputMonitor(Callback):
         if every and self._eval_batches % every == 0:
             self._log(trainer, stage, meter, self._eval_batches)
 
+    on_test_start = on_predict_start = on_validation_start
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._meters["train"].started_s += time.perf_counter() - self._validation_began_s
-
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meters[_stage(trainer)].start()
-
-    on_predict_start = on_test_start
 
     def _count(self, stage: str, pl_module: LightningModule, batch: object) -> _Meter:
         meter = self._meters[stage]

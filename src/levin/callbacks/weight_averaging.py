@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class WeightAveraging(Callback):
         self._kwargs: Kwargs = kwargs
         self._average_model: AveragedModel | None = None
         # A state that was loaded before there was an average to take it: weights, and the rest of the average.
-        self._restored: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._restored: tuple[StateDict, StateDict] | None = None
         self._is_swapped: bool = False
         self._has_ended: bool = False
         self._latest_step: int = 0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from levin.hparams import given_hyperparameters
-from levin.utilities.types import Function
+from levin.utilities.types import Function, Kwargs
 
 T = TypeVar("T")
 
 _INSTANTIATE_MODULE = "levin.cli.instantiate_module"
 
 
-def instantiate_class(args: Any, init: dict[str, Any]) -> Any:
+def instantiate_class(args: Any, init: Kwargs) -> Any:
     """Return an object of the class that ``init["class_path"]`` names.
 
     Args:
@@ -36,7 +36,7 @@ def instantiate_class(args: Any, init: dict[str, Any]) -> Any:
     return kind(*positional, **init.get("init_args", {}))
 
 
-def instantiate_module(class_type: type[T], config: dict[str, Any]) -> T:
+def instantiate_module(class_type: type[T], config: Kwargs) -> T:
     """Build a module or data module, nested objects included, from the hyper-parameters that a checkpoint holds.
 
     Args:
@@ -61,7 +61,7 @@ def instantiate_module(class_type: type[T], config: dict[str, Any]) -> T:
     return built
 
 
-def class_config(class_path: str, arguments: dict[str, object]) -> dict[str, Any]:
+def class_config(class_path: str, arguments: dict[str, object]) -> Kwargs:
     """Return hyper-parameters of a class chosen by its path as a configuration."""
     arguments = dict(arguments)
     config: dict[str, object] = {"class_path": class_path}
@@ -71,7 +71,7 @@ def class_config(class_path: str, arguments: dict[str, object]) -> dict[str, Any
 
 
 def saving_instantiator(
-    class_type: type, config: dict[str, Any], key: str = "", is_subclass: bool = False
+    class_type: type, config: Kwargs, key: str = "", is_subclass: bool = False
 ) -> tuple[Function, type, bool]:
     """Return an instantiator for jsonargparse that lets the object save ``config`` as its hyper-parameters.
 
@@ -82,7 +82,7 @@ def saving_instantiator(
         is_subclass: Whether ``config`` names the class, with ``init_args``.
     """
 
-    def build(kind: type, /, *args: Any, applied_instantiation_links: dict[str, Any], **kwargs: Any) -> Any:
+    def build(kind: type, /, *args: Any, applied_instantiation_links: Kwargs, **kwargs: Any) -> Any:
         values = dict(config)
         if is_subclass:
             values = {"_class_path": config["class_path"], **config.get("init_args", {})}
@@ -98,7 +98,7 @@ def saving_instantiator(
     return build, class_type, True
 
 
-def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+def _put(values: Kwargs, path: list[str], value: Any) -> None:
     *parents, last = path
     for name in parents:
         values[name] = dict(values.get(name) or {})

@@ -72,9 +72,9 @@ class LightningCLI:
         save_config_callback: Optional[type[SaveConfigCallback]] = SaveConfigCallback,
         save_config_kwargs: Optional[Kwargs] = None,
         trainer_class: Union[type[Trainer], Callable[..., Trainer]] = Trainer,
-        trainer_defaults: Optional[dict[str, Any]] = None,
+        trainer_defaults: Optional[Kwargs] = None,
         seed_everything_default: Union[bool, int] = True,
-        parser_kwargs: Optional[Union[dict[str, Any], dict[str, dict[str, Any]]]] = None,
+        parser_kwargs: Optional[Kwargs] = None,
         parser_class: type[LightningArgumentParser] = LightningArgumentParser,
         subclass_mode_model: bool = False,
         subclass_mode_data: bool = False,
@@ -86,7 +86,7 @@ class LightningCLI:
         self.save_config_callback = save_config_callback
         self.save_config_kwargs: Kwargs = save_config_kwargs or {}
         self.trainer_class = trainer_class
-        self.trainer_defaults: dict[str, Any] = trainer_defaults or {}
+        self.trainer_defaults: Kwargs = trainer_defaults or {}
         self.seed_everything_default = seed_everything_default
         self.parser_kwargs: Kwargs = parser_kwargs or {}
         self.parser_class = parser_class
@@ -109,7 +109,7 @@ class LightningCLI:
         self.subcommand: Optional[str] = self.config["subcommand"] if run else None
         self._parse_ckpt_path()
         self._set_seed()
-        self.config_dump: dict[str, Any] = self._dump_config()
+        self.config_dump: Kwargs = self._dump_config()
 
         self.before_instantiate_classes()
         self.instantiate_classes()
@@ -243,9 +243,9 @@ class LightningCLI:
             sys.stderr.write(f"Parsing of ckpt_path hyperparameters failed: {path} holds {hparams}\n")
             raise
 
-    def _dump_config(self) -> dict[str, Any]:
+    def _dump_config(self) -> Kwargs:
         text = self.parser.dump(self.config, format="yaml", skip_link_targets=False, skip_unset=False)
-        dumped: dict[str, Any] = yaml.safe_load(text) or {}
+        dumped: Kwargs = yaml.safe_load(text) or {}
         return dumped if self.subcommand is None else dumped.get(self.subcommand, {})
 
     def _set_seed(self) -> None:
@@ -287,7 +287,7 @@ class LightningCLI:
         config = {**self._get(self.config_init, "trainer", Namespace()).as_dict(), **kwargs}
         return self._instantiate_trainer(config, callbacks)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+    def _instantiate_trainer(self, config: Kwargs, callbacks: list[Callback]) -> Trainer:
         callbacks = [
             *_as_list(config.get("callbacks")), *callbacks, *_as_list(self.trainer_defaults.get("callbacks")),
         ]  # fmt: skip
@@ -332,7 +332,7 @@ class LightningCLI:
         update_wrapper(configure, self.configure_optimizers)
         vars(self.model)["configure_optimizers"] = MethodType(configure, self.model)
 
-    def _automatic(self, added: dict[str, tuple[Any, str]], name: str) -> Optional[dict[str, Any]]:
+    def _automatic(self, added: dict[str, tuple[Any, str]], name: str) -> Optional[Kwargs]:
         """Return class path and arguments of the one optimizer or scheduler that levin configures the module with."""
         keys = [key for key, (_, link_to) in added.items() if link_to == "AUTOMATIC"]
         if len(keys) > 1:
@@ -359,7 +359,7 @@ class LightningCLI:
             elif callable(getattr(self, name, None)):
                 getattr(self, name)()
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> Kwargs:
         names = self._subcommand_arguments[subcommand]
         kwargs = {name: value for name, value in self.config_init[subcommand].items() if name in names}
         kwargs["model"] = self.model
@@ -394,11 +394,11 @@ def _configure(
     return function(module, optimizer=made, lr_scheduler=instantiate_class(made, scheduler))
 
 
-def _with_class_path(kind: type, arguments: object) -> dict[str, Any]:
+def _with_class_path(kind: type, arguments: object) -> Kwargs:
     return {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": _plain(arguments)}
 
 
-def _plain(arguments: Any) -> dict[str, Any]:
+def _plain(arguments: Any) -> Kwargs:
     return arguments.as_dict() if isinstance(arguments, Namespace) else dict(arguments or {})
 
 

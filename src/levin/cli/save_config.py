@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from levin.cli.parser import LightningArgumentParser
 from levin.hooks import Callback
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.utilities.filesystem import get_filesystem
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class SaveConfigCallback(Callback):
                 "Override it, or pass save_config_callback=None to LightningCLI."
             )
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file, once; the first rank does, and all of them learn when it could not."""
         if self.already_saved:
             return
@@ -73,7 +75,7 @@ class SaveConfigCallback(Callback):
     def save_config(self, trainer: object, pl_module: object, stage: str) -> None:
         """Save the configuration in a further way. Called on the first rank only; does nothing by default."""
 
-    def _write(self, trainer: Any) -> None:
+    def _write(self, trainer: Trainer) -> None:
         log_dir = trainer.log_dir  # the same on all ranks, and asked for on all of them
         if log_dir is None:
             raise ValueError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple, Optional
 
+from levin.utilities.overrides import innermost
 from levin.utilities.types import Function
 
 
@@ -57,13 +58,8 @@ class Node:
 
 def code_of(function: Function) -> Optional[CodeType]:
     """Return the code that runs when ``function`` is called, without what wraps it."""
-    while True:
-        function = unbound(function)
-        inner = getattr(function, "__func__", None) or getattr(function, "__wrapped__", None)
-        if inner is None:
-            code: Optional[CodeType] = getattr(function, "__code__", None)
-            return code
-        function = inner
+    code: Optional[CodeType] = getattr(innermost(unbound(function)), "__code__", None)
+    return code
 
 
 def unbound(function: Function) -> Any:

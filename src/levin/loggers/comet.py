@@ -15,7 +15,7 @@ from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only, rank_zero_warn
-from levin.utilities.types import HParams, StateDict
+from levin.utilities.types import HParams, Kwargs, StateDict
 
 # Old name -> new name of arguments.
 _RENAMED = {"experiment_name": "name", "save_dir": "offline_directory"}
@@ -78,7 +78,7 @@ class CometLogger(Logger):
         self._mode: Optional[str] = mode
         self._online: Optional[bool] = online
         self._prefix: Optional[str] = prefix
-        self._config: dict[str, Any] = kwargs
+        self._config: Kwargs = kwargs
         self._experiment: Any = None
         self._offline_directory: Optional[str] = None
         # The key of the experiment is the version, which folders of checkpoints are named after.

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_m
 from levin.loggers.utilities import add_prefix, flatten, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
-from levin.utilities.types import HParams, PathLike, StateDict
+from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
 _FILE = "file:"
 _AWAY_CODES = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
@@ -80,7 +80,7 @@ class MLFlowLogger(UploadingLogger):
             raise ModuleNotFoundError("MLFlowLogger needs the package mlflow. Install it with: pip install mlflow")
         super().__init__(log_model)
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_FILE}{save_dir or './mlruns'}"
-        self.tags: dict[str, Any] = dict(tags or {})
+        self.tags: dict[str, object] = dict(tags or {})
         self._experiment_name: str = experiment_name
         self._experiment_id: Optional[str] = None
         self._tracking_uri: str = uri
@@ -194,7 +194,7 @@ class MLFlowLogger(UploadingLogger):
             file.writelines(json.dumps([entry.kind, entry.payload, entry.limit_s]) + "\n" for entry in entries)
         return f"They are in {path}. Send them with MLFlowLogger.send_unsent({path!r})."
 
-    def _arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> Kwargs:
         return {
             "experiment_name": self._experiment_name,
             "run_name": self._run_name,
@@ -251,12 +251,12 @@ class MLFlowLogger(UploadingLogger):
                     f"The tag {MLFLOW_RUN_NAME} is found in tags. The value will be overridden by {self._run_name}."
                 )
             tags[MLFLOW_RUN_NAME] = self._run_name
-        resolved: dict[str, Any] = resolve_tags(tags)
+        resolved: dict[str, object] = resolve_tags(tags)
         return resolved
 
     @rank_zero_only
     @override
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: Metrics, step: Optional[int] = None) -> None:
         """Record values.
 
         Args:

@@ -19,7 +19,7 @@ from levin.utilities.filesystem import ensure_folder, exists, is_local
 from levin.utilities.modes import forward_of_example, kept_modes
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from levin.utilities.types import HParams, Kwargs, PathLike, StateDict
+from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -99,7 +99,7 @@ class TensorBoardLogger(FolderLogger):
 
     @rank_zero_only
     @override
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: Metrics, step: Optional[int] = None) -> None:
         """Record values.
 
         Args:

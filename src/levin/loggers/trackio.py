@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Optional
 
@@ -13,7 +12,7 @@ from typing_extensions import override
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.rank_zero import rank_zero_only
-from levin.utilities.types import HParams, StateDict
+from levin.utilities.types import HParams, Kwargs, Metrics, StateDict
 
 
 class TrackioLogger(Logger):
@@ -47,7 +46,7 @@ class TrackioLogger(Logger):
         self._project: str = project
         self._run_name: str = name or time.strftime(f"%Y%m%d-%H%M%S-{secrets.token_hex(2)}")
         self._prefix: str = prefix
-        self._init: dict[str, Any] = {"embed": False, "resume": "allow", **kwargs}
+        self._init: Kwargs = {"embed": False, "resume": "allow", **kwargs}
         self._experiment: Any = None
 
     @property
@@ -72,7 +71,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     @override
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: Metrics, step: Optional[int] = None) -> None:
         """Record values.
 
         Args:

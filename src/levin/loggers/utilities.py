@@ -13,14 +13,14 @@ from typing import Any, Optional, Union
 
 from levin.utilities.filesystem import get_filesystem, is_local, local_path, replace_text
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.types import PathLike
+from levin.utilities.types import Metrics, PathLike
 
 HPARAMS_FILE = "hparams.yaml"
 
 Params = Union[Mapping[str, Any], Namespace, None]
 
 
-def add_prefix(metrics: Mapping[str, object], prefix: str, separator: str = "-") -> Mapping[str, Any]:
+def add_prefix(metrics: Metrics, prefix: str, separator: str = "-") -> Metrics:
     """Return ``metrics`` with ``prefix`` and ``separator`` in front of every name.
 
     Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
@@ -16,7 +15,7 @@ from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_m
 from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
-from levin.utilities.types import HParams, PathLike, StateDict
+from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
 STEP = "trainer/global_step"
 """The metric that all others are drawn over."""
@@ -95,7 +94,7 @@ class WandbLogger(UploadingLogger):
         self._checkpoint_name: Optional[str] = checkpoint_name
         # Set in a copy of the logger in another process, which joins the run of this one.
         self._attach_id: Optional[str] = None
-        self._wandb_init: dict[str, Any] = {
+        self._wandb_init: Kwargs = {
             "name": name,
             "project": self._project,
             "dir": self._save_dir,
@@ -181,7 +180,7 @@ class WandbLogger(UploadingLogger):
 
     @rank_zero_only
     @override
-    def log_metrics(self, metrics: Mapping[str, Any], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics: Metrics, step: Optional[int] = None) -> None:
         """Record values.
 
         Args:
@@ -245,7 +244,7 @@ class WandbLogger(UploadingLogger):
         self.log_table(key, columns, data, dataframe, step)
 
     @rank_zero_only
-    def log_image(self, key: str, images: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+    def log_image(self, key: str, images: list[object], step: Optional[int] = None, **kwargs: list[Any]) -> None:
         """Record images.
 
         Args:
@@ -261,7 +260,7 @@ class WandbLogger(UploadingLogger):
         self._log_media("Image", key, "images", images, step, kwargs)
 
     @rank_zero_only
-    def log_audio(self, key: str, audios: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+    def log_audio(self, key: str, audios: list[object], step: Optional[int] = None, **kwargs: list[Any]) -> None:
         """Record sounds.
 
         Args:
@@ -277,7 +276,7 @@ class WandbLogger(UploadingLogger):
         self._log_media("Audio", key, "audios", audios, step, kwargs)
 
     @rank_zero_only
-    def log_video(self, key: str, videos: list[Any], step: Optional[int] = None, **kwargs: Any) -> None:
+    def log_video(self, key: str, videos: list[object], step: Optional[int] = None, **kwargs: list[Any]) -> None:
         """Record videos.
 
         Args:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from levin.loops.run import Run
+from levin.loops.time_shares import TimeShares
 from levin.report.record import record_of
 from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -59,7 +60,7 @@ def say_where(run: Run, page: Optional[Path]) -> None:
         rank_zero_info(held)
 
 
-def held_up_by(shares: Any) -> Optional[str]:
+def held_up_by(shares: Optional[TimeShares]) -> Optional[str]:
     """Return a line on what held training up most, with what helps; None where nothing did.
 
     Args:

@@ -19,6 +19,10 @@ PAGE = "report.html"
 _RECORDS = re.compile(r'<script type="application/json" id="records">(.*?)</script>', re.DOTALL)
 
 
+Record = dict[str, Any]
+"""What ran, as plain values: what the page of a run holds besides what loggers keep."""
+
+
 @dataclass
 class Series:
     """The values of one name, in the order in which they were logged."""
@@ -42,8 +46,8 @@ class LoggedRun:
 
     path: Path
     series: dict[str, Series] = field(default_factory=dict)
-    hparams: dict[str, Any] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
+    hparams: dict[str, object] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
 
 
 def find_runs(path: str | os.PathLike[str]) -> list[Path]:
@@ -75,7 +79,7 @@ def read_run(path: Path) -> LoggedRun:
     return run
 
 
-def read_records(page: Path) -> list[dict[str, Any]]:
+def read_records(page: Path) -> list[Record]:
     """Return the records that an earlier page holds; none where it cannot be read."""
     try:
         found = _RECORDS.search(page.read_text(encoding="utf-8"))
@@ -164,7 +168,7 @@ def _text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
     return loader.construct_scalar(node) or suffix.rpartition(":")[2]  # type: ignore[arg-type]  # a scalar is left
 
 
-def _read_hparams(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_hparams(path: Path) -> Iterator[tuple[str, object]]:
     """The hyper-parameters as names with dots and plain values."""
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -173,7 +177,7 @@ def _read_hparams(path: Path) -> Iterator[tuple[str, Any]]:
     yield from _flat(loaded if isinstance(loaded, Mapping) else {}, "")
 
 
-def _flat(values: Mapping[object, object], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(values: Mapping[object, object], prefix: str) -> Iterator[tuple[str, object]]:
     for name, value in values.items():
         is_plain = isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
         if isinstance(value, Mapping) and value:

@@ -85,7 +85,7 @@ def _data(run: Run) -> str:
     return "; ".join(words) or "-"
 
 
-def _settings(run: Run) -> Iterator[tuple[str, Any]]:
+def _settings(run: Run) -> Iterator[tuple[str, object]]:
     """The settings that are not the default ones."""
     given = dict.fromkeys((name for name in vars(run.settings) if name.startswith("limit_")), 1.0)
     given |= {"accumulate_grad_batches": 1, "max_steps": -1, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
@@ -131,7 +131,7 @@ def _bad_steps(callback: object) -> Iterator[int]:
             yield int(found[1])
 
 
-def _best(run: Run) -> Iterator[list[Any]]:
+def _best(run: Run) -> Iterator[list[object]]:
     """Of each callback that ranks files: path, monitored name and score of those it keeps, best first."""
     for callback in run.checkpoint_callbacks:
         monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", "min")

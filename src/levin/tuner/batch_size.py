@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Sized
-from typing import Any
 
 import torch
 
+from levin.data.combined import CombinedLoader
 from levin.loops.run import Run
+from levin.loops.stage_loaders import StageLoaders
 from levin.tuner.search import STAGES, check_mode, holders, try_run
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info
@@ -111,7 +112,7 @@ def scale_batch_size(
         _free_memory()
         try:
             tried = try_run(run, [], max_steps=steps_per_trial, **limits)
-            num_samples = _num_samples(getattr(tried.loaders, stage))
+            num_samples = _num_samples(getattr(tried.loaders, stage).combined)
         except (RuntimeError, MemoryError) as error:
             if not is_oom_error(error):
                 raise
@@ -142,7 +143,7 @@ def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
             f"The batch size is searched on one process, received {run.strategy.world_size}. "
             "Search with Trainer(devices=1) and set the size for all."
         )
-    loaders: Any = getattr(run.loaders, STAGES[run.fn])
+    loaders: StageLoaders = getattr(run.loaders, STAGES[run.fn])
     if loaders.given is not None:
         raise MisconfigurationException(
             "The batch size finder cannot be used with dataloaders passed directly to the Trainer. "
@@ -155,9 +156,9 @@ def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
         )
 
 
-def _num_samples(loaders: Any) -> int:
+def _num_samples(combined: CombinedLoader) -> int:
     """Return how many samples the smallest data set has: no larger batch makes sense."""
-    datasets = [getattr(loader, "dataset", None) for loader in loaders.combined.flattened]
+    datasets = [getattr(loader, "dataset", None) for loader in combined.flattened]
     return min((len(each) for each in datasets if isinstance(each, Sized)), default=sys.maxsize)
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
+from torch.optim import Optimizer
 
 from levin.hooks import Callback
 from levin.loops.run import Run
+from levin.module import LightningModule
+from levin.protocols import Trainer
 from levin.tuner.search import check_mode, try_run
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch
@@ -108,13 +111,13 @@ class _Recorder(Callback):
     """Sets the rate of each step and notes the loss."""
 
     finder: LRFinder
-    optimizer: Any
+    optimizer: Optimizer
     every: int
     early_stop_threshold: Optional[float]
     average: float = 0.0
     best: float = math.inf
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         found, steps = self.finder, trainer.global_step
         lr = rate(steps, found.lr_min, found.lr_max, found.num_training, found.mode)
         for group in self.optimizer.param_groups:
@@ -122,7 +125,9 @@ class _Recorder(Callback):
         if (batch_idx + 1) % self.every == 0:
             found.results["lr"].append(lr)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
         if (batch_idx + 1) % self.every:
             return
         steps = trainer.global_step

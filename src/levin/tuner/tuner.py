@@ -169,5 +169,5 @@ class Tuner:
 class _Nothing(Callback):
     """Lets a fit end as soon as the search before it is over."""
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: object) -> None:
         trainer.limit_train_batches = trainer.num_sanity_val_steps = 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from levin.utilities.types import Metrics
 
-def to_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+
+def to_numbers(metrics: Metrics) -> dict[str, Any]:
     """Return ``metrics`` with each one-element tensor replaced by its number; other values stay.
 
     Values on an accelerator are read in one transfer per type, not one by one.

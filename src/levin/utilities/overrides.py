@@ -29,7 +29,7 @@ def is_overridden(method_name: str, instance: object, parent: Optional[type] = N
         return False
     if default is None:
         raise ValueError(f"{parent.__name__} has no method {method_name!r} that could be overridden.")
-    return _function(own) is not _function(default)
+    return innermost(own) is not innermost(default)
 
 
 def has_own(method_name: str, instance: object, parent: type) -> bool:
@@ -52,7 +52,8 @@ def _parent_with(kind: type, method_name: str) -> Optional[type]:
     return None
 
 
-def _function(method: object) -> object:
+def innermost(method: object) -> object:
+    """Return the function in a method, a partial or a wrapper."""
     while True:
         if isinstance(method, functools.partial):
             method = method.func

@@ -29,6 +29,12 @@ StateDict = dict[str, Any]
 Kwargs = dict[str, Any]
 """Keyword arguments that are kept and passed on."""
 
+ParamGroup = dict[str, Any]
+"""A parameter group of an optimizer: ``params``, ``lr`` and what else the optimizer keeps there."""
+
+Metrics = Mapping[str, Any]
+"""Values by name: numbers, tensors of one element, or what a logger takes besides."""
+
 HParams = Union[dict[str, Any], Namespace]
 """Hyper-parameters as users have them."""
 

@@ -130,7 +130,7 @@ class ProgressBar(Callback):
         """Show the bar again after :meth:`disable`."""
         raise NotImplementedError(f"{type(self).__name__} must implement `enable` to be shown after `disable`.")
 
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, **kwargs: Any) -> None:
         """Print without disturbing the bar."""
         builtins.print(*args, **kwargs)
 

@@ -16,7 +16,7 @@ from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALI
 from levin.callbacks.progress.terminal import NoStream, draws_in_place, is_notebook, real_stream
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.types import StateDict
+from levin.utilities.types import Kwargs, StateDict
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,7 +79,7 @@ class RichRenderer(Renderer):
     def draw(self, loop: ShownLoop, metrics: Metrics | None) -> None:
         task = self.open(loop)
         assert self.progress is not None
-        fields: dict[str, Any] = {} if metrics is None else {"metrics": self._format_metrics(metrics)}
+        fields: Kwargs = {} if metrics is None else {"metrics": self._format_metrics(metrics)}
         self.progress.update(task.id, completed=loop.done, **fields)
         self.progress.refresh()
 
@@ -314,7 +314,7 @@ class RichProgressBar(DrawnProgressBar):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @override
-    def print(self, *args: Any, **kwargs: Any) -> None:
+    def print(self, *args: object, **kwargs: Any) -> None:
         is_renderable = any(hasattr(arg, "__rich__") or hasattr(arg, "__rich_console__") for arg in args)
         if is_renderable and self._console is not None:
             self._console.print(*args, **kwargs)
