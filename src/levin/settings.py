@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, Optional, TypeVar, Union, cast
 
-from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean, require_choice, value_error
 from levin.utilities.filesystem import is_local
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import GradClipAlgorithmType
@@ -209,8 +209,7 @@ def check_clipping(value: object, algorithm: object) -> Optional[GradClipAlgorit
     if algorithm is None:
         return None
     name = str(algorithm).lower()
-    if name not in ("norm", "value"):
-        raise value_error("gradient_clip_algorithm", name, "must be 'norm' or 'value'")
+    require_choice("gradient_clip_algorithm", name, ("norm", "value"))
     return GradClipAlgorithmType(name)
 
 

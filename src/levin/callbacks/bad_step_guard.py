@@ -17,7 +17,7 @@ from levin.checkpoint.io import atomic_save
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import log
 from levin.utilities.rng_states import DEVICES, PROCESS, ProcessRng, RngStates, set_rng_states
@@ -70,8 +70,7 @@ class BadStepGuard(Callback):
         self, action: Literal["stop", "skip"] = "stop", dirpath: PathLike | None = None, max_files: int = 10
     ) -> None:
         super().__init__()
-        if action not in ("stop", "skip"):
-            raise value_error("action", action, "must be 'stop' or 'skip'")
+        require_choice("action", action, ("stop", "skip"))
         if max_files < 0:
             raise value_error("max_files", max_files, "must be >= 0")
         self.action: str = action

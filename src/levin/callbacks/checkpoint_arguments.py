@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 from levin.callbacks.checkpoint_files import check_template
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
 from levin.utilities.filesystem import is_local, local_path
 
 
@@ -19,15 +19,13 @@ def check_choice(filename: str | None, monitor: str | None, save_last: object, s
     """
     if save_top_k < -1:
         raise value_error("save_top_k", save_top_k, "must be >= -1", "Use -1 to keep all checkpoints.")
-    if mode not in ("min", "max"):
-        raise value_error("mode", mode, "must be 'min' or 'max'")
+    require_choice("mode", mode, ("min", "max"))
     if monitor is None and save_top_k not in (-1, 0, 1):
         raise MisconfigurationException(
             f"ModelCheckpoint(save_top_k={save_top_k}, monitor=None) has no metric to choose the best files by. "
             "Give `monitor`, or save_top_k=-1 (keep all), 0 (none) or 1 (the newest)."
         )
-    if save_last not in (None, True, False, "link"):
-        raise value_error("save_last", save_last, "must be True, False, None or 'link'")
+    require_choice("save_last", save_last, (True, False, None, "link"))
     if filename is not None:
         check_template(filename)
 

@@ -14,7 +14,7 @@ from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import did_you_mean, value_error
+from levin.utilities.exceptions import did_you_mean, require_choice
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -78,8 +78,7 @@ class EarlyStopping(Callback):
         log_rank_zero_only: bool = False,
     ) -> None:
         super().__init__()
-        if mode not in self.mode_dict:
-            raise value_error("mode", mode, "must be 'min' or 'max'")
+        require_choice("mode", mode, ("min", "max"))
         self.monitor: str = monitor
         # Signed, so that `monitor_op(current - min_delta, best_score)` says whether the metric improved.
         self.min_delta: float = min_delta if mode == "max" else -min_delta

@@ -15,7 +15,7 @@ from levin.callbacks.logging_steps import is_logging_step, log_values, require_l
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import Batch, LRSchedulerConfig, ParamGroup
 
@@ -102,8 +102,7 @@ class LearningRateMonitor(Callback):
         log_key_prefix: str | None = None,
     ) -> None:
         super().__init__()
-        if logging_interval not in (None, "step", "epoch"):
-            raise value_error("logging_interval", logging_interval, "must be 'step', 'epoch' or None")
+        require_choice("logging_interval", logging_interval, ("step", "epoch", None))
         self.logging_interval: Literal["step", "epoch"] | None = logging_interval
         self.log_momentum: bool = log_momentum
         self.log_weight_decay: bool = log_weight_decay

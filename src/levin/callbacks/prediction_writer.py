@@ -12,7 +12,7 @@ from typing_extensions import override
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import value_error
+from levin.utilities.exceptions import require_choice
 from levin.utilities.move import move_data_to_device
 from levin.utilities.types import Batch
 
@@ -61,8 +61,7 @@ class BasePredictionWriter(Callback):
 
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
         super().__init__()
-        if write_interval not in ("batch", "epoch", "batch_and_epoch"):
-            raise value_error("write_interval", write_interval, "must be 'batch', 'epoch' or 'batch_and_epoch'")
+        require_choice("write_interval", write_interval, ("batch", "epoch", "batch_and_epoch"))
         self.interval = WriteInterval(write_interval)
         self._predictions: list[list[object]] = []
 

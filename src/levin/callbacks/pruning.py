@@ -14,7 +14,7 @@ from typing_extensions import override
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.types import Kwargs, StateDict
 
@@ -84,8 +84,7 @@ class ModelPruning(Callback):
                 raise value_error("parameter_names", name, f"must be among {self.PARAMETER_NAMES}")
         if not isinstance(amount, (int, float)) and not callable(amount):
             raise value_error("amount", amount, "must be a float, an int, or a function of the epoch")
-        if verbose not in (0, 1, 2):
-            raise value_error("verbose", verbose, "must be 0, 1 or 2")
+        require_choice("verbose", verbose, (0, 1, 2))
         self._parameters_to_prune: Parameters = parameters_to_prune
         self._use_global_unstructured = use_global_unstructured
         self.amount = amount

@@ -17,7 +17,7 @@ from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.strategies import Strategy
-from levin.utilities.exceptions import value_error
+from levin.utilities.exceptions import require_choice, value_error
 from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
 
 _FILE = "skip_batches.json"
@@ -49,8 +49,7 @@ class SpikeDetector:
         exclude_batches_path: str | os.PathLike[str] | None = None,
         finite_only: bool = True,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise value_error("mode", mode, "must be 'min' or 'max'")
+        require_choice("mode", mode, ("min", "max"))
         if window < 1:
             raise value_error("window", window, "must be >= 1")
         self.mode: str = mode

@@ -17,7 +17,7 @@ from levin.callbacks.weight_averaging import require_whole_weights
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig, StateDict
 
@@ -69,8 +69,7 @@ class StochasticWeightAveraging(Callback):
             raise value_error("swa_epoch_start", swa_epoch_start, "must be an int >= 1 or a float in [0.0, 1.0]")
         if annealing_epochs < 0:
             raise value_error("annealing_epochs", annealing_epochs, "must be >= 0")
-        if annealing_strategy not in ("cos", "linear"):
-            raise value_error("annealing_strategy", annealing_strategy, "must be 'cos' or 'linear'")
+        require_choice("annealing_strategy", annealing_strategy, ("cos", "linear"))
         if avg_fn is not None and not callable(avg_fn):
             raise value_error("avg_fn", avg_fn, "must be a function")
         if device is not None and not isinstance(device, (torch.device, str)):

@@ -12,7 +12,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
 from levin.settings import parse_duration
-from levin.utilities.exceptions import value_error
+from levin.utilities.exceptions import require_choice
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import RunningStage
 from levin.utilities.types import STEP_OUTPUT, Batch, StateDict
@@ -69,8 +69,7 @@ class Timer(Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
-        if interval not in ("step", "epoch"):
-            raise value_error("interval", interval, "must be 'step' or 'epoch'")
+        require_choice("interval", interval, ("step", "epoch"))
         self._duration: float | None = _seconds(duration)
         self._interval: str = str(interval)
         self._verbose: bool = verbose

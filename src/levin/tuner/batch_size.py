@@ -11,8 +11,8 @@ import torch
 from levin.data.combined import CombinedLoader
 from levin.loops.run import Run
 from levin.loops.stage_loaders import StageLoaders
-from levin.tuner.search import STAGES, check_mode, holders, try_run
-from levin.utilities.exceptions import MisconfigurationException
+from levin.tuner.search import STAGES, holders, try_run
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_info
 
 MODES = ("power", "binsearch")
@@ -137,7 +137,7 @@ def scale_batch_size(
 
 def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
     """Raise where a search for a batch size cannot be; as :func:`scale_batch_size` says."""
-    check_mode(mode, MODES)
+    require_choice("mode", mode, MODES)
     if run.strategy.is_distributed:
         raise ValueError(
             f"The batch size is searched on one process, received {run.strategy.world_size}. "

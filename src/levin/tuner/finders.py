@@ -10,8 +10,8 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.tuner.batch_size import MODES, scale_batch_size
 from levin.tuner.learning_rate import SCALES, LRFinder, lr_find
-from levin.tuner.search import check_mode, holders
-from levin.utilities.exceptions import MisconfigurationException
+from levin.tuner.search import holders
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import Kwargs
 
@@ -52,7 +52,7 @@ class LearningRateFinder(Callback):
         update_attr: bool = True,
         attr_name: str = "",
     ) -> None:
-        check_mode(mode.lower(), self.SUPPORTED_MODES)
+        require_choice("mode", mode.lower(), self.SUPPORTED_MODES)
         self.optimal_lr: Optional[LRFinder] = None
         self._search: Kwargs = dict(
             min_lr=min_lr, max_lr=max_lr, num_training=num_training_steps, mode=mode.lower(),
@@ -142,7 +142,7 @@ class BatchSizeFinder(Callback):
         margin: float = 0.05,
         max_val: int = 8192,
     ) -> None:
-        check_mode(mode.lower(), self.SUPPORTED_MODES)
+        require_choice("mode", mode.lower(), self.SUPPORTED_MODES)
         self.optimal_batch_size: Optional[int] = init_val
         self._search: Kwargs = dict(
             mode=mode.lower(), steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,

@@ -13,8 +13,8 @@ from levin.hooks import Callback
 from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.tuner.search import check_mode, try_run
-from levin.utilities.exceptions import MisconfigurationException
+from levin.tuner.search import try_run
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.types import Batch
 
 SCALES = ("linear", "exponential")
@@ -164,7 +164,7 @@ def lr_find(
     Raises:
         MisconfigurationException: An unknown mode, or a module with several optimizers or with none.
     """
-    check_mode(mode, SCALES)
+    require_choice("mode", mode, SCALES)
     if len(run.optimizers) != 1:
         raise MisconfigurationException(
             f"lr_find needs a module with one optimizer, received {len(run.optimizers)}. Set the learning rates yourself."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Optional
@@ -16,7 +16,6 @@ from levin.hooks import Callback
 from levin.loops.run import Run
 from levin.loops.run_call import compose_run, run_stage
 from levin.loops.stage_loaders import Loaders
-from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.seed import isolate_rng
 
 STAGES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -119,12 +118,6 @@ def _unloaded(loaders: Loaders) -> Loaders:
 
 def _is_container(value: object) -> bool:
     return isinstance(value, (dict, list, set))
-
-
-def check_mode(mode: str, modes: Sequence[str]) -> None:
-    """Raise MisconfigurationException if ``mode`` is none of ``modes``."""
-    if mode not in modes:
-        raise MisconfigurationException(f"mode must be one of {tuple(modes)}, received {mode!r}.")
 
 
 def holders(name: str, module: object, datamodule: Optional[object]) -> list[Any]:

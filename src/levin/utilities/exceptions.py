@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MisconfigurationException(ValueError):
@@ -63,3 +63,22 @@ def value_error(argument: str, received: object, expected: str, remedy: str = ""
     """
     text = f"{argument} {expected}, received {received!r}."
     return MisconfigurationException(f"{text} {remedy}" if remedy else text)
+
+
+def require_choice(argument: str, received: object, choices: Sequence[object]) -> None:
+    """Raise unless a value is one of those that an argument may have.
+
+    Args:
+        argument: Name of the argument.
+        received: The value.
+        choices: Two values or more.
+
+    Raises:
+        MisconfigurationException: It is none of them.
+
+    Example:
+        >>> require_choice("mode", "max", ("min", "max"))
+    """
+    if received not in choices:
+        *others, last = map(repr, choices)
+        raise value_error(argument, received, f"must be {', '.join(others)} or {last}")
