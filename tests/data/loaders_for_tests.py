@@ -225,6 +225,18 @@ class StatefulStream(Stream):
         self.start = self.made = state["made"]
 
 
+class EagerStream(StatefulStream):
+    """Takes note of where it is when it is asked for an iterator, not when that is asked for its first item."""
+
+    def __iter__(self):
+        first, self.start = self.start, 0
+        return self.numbers(first)
+
+    def numbers(self, first: int) -> Iterator[tuple[int, int, float]]:
+        self.start = first
+        yield from super().__iter__()
+
+
 class ContinuingStream(StatefulStream):
     """Goes on where it is in every iteration, and starts again only after its end."""
 

@@ -2,6 +2,7 @@
 
     python -m tests.loops.signalled_training FOLDER WAY NUM_SIGNALS SEED
 
+WAY is ``plain``, ``async``, ``accumulate``, ``workers``, or ``persistent``: workers that live on, of the validation data as well.
 Each process goes on with ``ckpt_path="auto"`` until one comes to its end. The signal comes at a random moment after training
 has begun; with workers it reaches them as well. Exits with 1 at the first wrong exit status, damaged file or difference.
 """
@@ -14,6 +15,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -89,10 +91,17 @@ def train(folder: Path, way: str, pipe: int) -> None:
         callbacks=[callback, Announce(pipe)], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         accumulate_grad_batches=2 if way == "accumulate" else 1, val_check_interval=4,
     )  # fmt: skip
-    workers = 2 if way == "workers" else 0
-    data = DataLoader(Augmented("tpo", size=32), batch_size=2, shuffle=True, collate_fn=as_is, num_workers=workers)
+    lasts = way == "persistent"
+    workers = 2 if way == "workers" or lasts else 0
+    data = DataLoader(
+        Augmented("tpo", size=32), batch_size=2, shuffle=True, collate_fn=as_is, num_workers=workers,
+        persistent_workers=lasts,
+    )  # fmt: skip
+    val_data = DataLoader(
+        Augmented("t", size=8), batch_size=2, collate_fn=as_is, num_workers=int(lasts), persistent_workers=lasts
+    )
     model = Model()
-    trainer.fit(model, data, DataLoader(Augmented("t", size=8), batch_size=2, collate_fn=as_is), ckpt_path="auto")
+    trainer.fit(model, data, val_data, ckpt_path="auto")
     torch.save((model.state_dict(), trainer.optimizers[0].state_dict()), folder / "end.pt")
 
 
@@ -110,6 +119,8 @@ def forked(folder: Path, way: str, wait_s: float | None) -> tuple[int, float]:
             status = 0
         except SystemExit as error:
             status = error.code if isinstance(error.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(writer)

@@ -82,6 +82,27 @@ def test_the_batch_is_finished_and_the_run_saved(tmp_path):
     assert torch.load(tmp_path / "kept" / FILE_NAME)["global_step"] == 1
 
 
+class LostWorker(Tell):
+    """Is told, and then what torch raises of a worker that was told as well is lost on its way in another error."""
+
+    def tell(self, *args, **kwargs) -> None:
+        super().tell()
+        try:
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated. ")
+        except RuntimeError:
+            {}["thread"]
+
+
+def test_a_worker_that_was_told_as_well_is_no_error_wherever_torch_tells_of_it(tmp_path):
+    tell = LostWorker("on_before_zero_grad")
+    fit(tmp_path, [tell, ModelCheckpoint(tmp_path / "kept")])
+    assert tell.calls == ["told", "SIGTERMException"]
+    verify(tmp_path / "kept" / FILE_NAME)
+    tell.calls, tell.number = [], 0  # tells nobody
+    with pytest.raises(KeyError):
+        fit(tmp_path, [tell], enable_checkpointing=False)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_auto_goes_on_from_it(tmp_path):
     fit(tmp_path, [Tell("on_before_zero_grad"), ModelCheckpoint(tmp_path / "kept")])
@@ -347,6 +368,6 @@ def test_a_run_told_at_random_moments_is_the_unbroken_one(tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("way", ["plain", "workers", "async", "accumulate"])
+@pytest.mark.parametrize("way", ["plain", "workers", "persistent", "async", "accumulate"])
 def test_runs_told_at_many_random_moments_are_the_unbroken_one(tmp_path, way):
     assert sum(tell(tmp_path / str(number), way, 10) for number in range(5)) >= 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import hypothesis.strategies as st
 import numpy
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
@@ -25,6 +26,7 @@ from tests.data.loaders_for_tests import (
     Config,
     ContinuingStream,
     CountingStream,
+    EagerStream,
     StatefulStream,
     Stream,
 )
@@ -77,9 +79,12 @@ class Run:
     """Iterates a loader for some epochs, from where a state says, and keeps what it sees."""
 
     def __init__(
-        self, make: Callable[[], Any], limit: int | None = None, lookahead: int = 0, epochs: int = EPOCHS
-    ) -> None:
+        self, make: Callable[[], Any], limit: int | None = None, lookahead: int = 0, epochs: int = EPOCHS,
+        keeps_limit: bool = False,
+    ) -> None:  # fmt: skip
         self.loader = make()
+        # Whether nothing is taken ahead beyond the limit, as a feed does.
+        self.keeps_limit = keeps_limit
         self.epochs = epochs
         self.limit = limit
         self.lookahead = lookahead
@@ -98,7 +103,10 @@ class Run:
         for epoch in range(first, self.epochs):
             num_done = begun if epoch == first else 0
             self.place = (epoch, num_done)
-            batches = with_lookahead(self.position.iterate(self.loader, self.lookahead), self.lookahead)
+            pulled = self.position.iterate(self.loader, self.lookahead)
+            if self.limit is not None and self.keeps_limit:
+                pulled = itertools.islice(pulled, self.limit - num_done)
+            batches = with_lookahead(pulled, self.lookahead)
             if num_done != self.limit:
                 for batch, _held in batches:
                     self.seen.append((epoch, num_done, batch))
@@ -124,15 +132,21 @@ class Run:
         }
 
 
-def check(make: Callable[[], Any], stop: tuple[int, int], limit: int | None = None, lookahead: int = 0) -> None:
+def check(
+    make: Callable[[], Any],
+    stop: tuple[int, int],
+    limit: int | None = None,
+    lookahead: int = 0,
+    keeps_limit: bool = False,
+) -> None:
     seed(11)
-    unbroken = Run(make, limit, lookahead)
+    unbroken = Run(make, limit, lookahead, keeps_limit=keeps_limit)
     unbroken.go()
     seed(11)
-    stopped = Run(make, limit, lookahead)
+    stopped = Run(make, limit, lookahead, keeps_limit=keeps_limit)
     state = stopped.go(stop=stop)
     seed(99)
-    resumed = Run(make, limit, lookahead)
+    resumed = Run(make, limit, lookahead, keeps_limit=keeps_limit)
     if state is not None:
         resumed.go(state)
     assert stopped.seen + resumed.seen == unbroken.seen
@@ -353,6 +367,55 @@ def test_data_set_with_state_in_workers_goes_on_exactly(
 @pytest.mark.parametrize(("limit", "batch_size"), [(None, 1), (3, 1), (None, 2)])
 def test_a_worker_that_lives_on_and_has_given_nothing_in_its_epoch_begins_it(kind, limit, batch_size):
     check(stream_loader(kind, [5], 2, batch_size=batch_size, persistent=True), (1, 1), limit)
+
+
+@examples(25)
+@given(
+    size=st.integers(0, 7),
+    num_workers=st.integers(1, 2),
+    batch_size=st.integers(1, 3),
+    prefetch=st.integers(1, 3),
+    drop_last=st.booleans(),
+    resets=st.booleans(),
+    limit=st.none() | st.integers(1, 6),
+    stop=st.tuples(st.integers(0, EPOCHS - 1), st.integers(1, 7)),
+    lookahead=st.integers(0, 2),
+    kind=st.sampled_from([StatefulStream, EagerStream, ContinuingStream, CountingStream]),
+)
+@example(5, 1, 2, 2, True, False, None, (1, 1), 1, StatefulStream)  # ended with a batch that is dropped
+@example(2, 2, 1, 1, False, True, 4, (1, 3), 0, ContinuingStream)  # left at the last items, one end is seen
+@example(1, 2, 1, 1, False, False, 2, (2, 1), 1, ContinuingStream)  # ended once more, with nothing given since
+@example(4, 2, 1, 2, False, False, 3, (1, 2), 0, EagerStream)  # iterated once for the epoch that goes on
+def test_workers_that_live_on_go_on_exactly_after_a_limit(
+    size, num_workers, batch_size, prefetch, drop_last, resets, limit, stop, lookahead, kind
+):
+    # Workers with as many samples each: otherwise it depends on time how far one runs ahead when another has ended.
+    make = stream_loader(
+        kind, [size], num_workers, batch_size=batch_size, persistent=True, drop_last=drop_last, resets=resets,
+        prefetch_factor=prefetch,
+    )  # fmt: skip
+    check(make, stop, limit, lookahead, keeps_limit=True)
+
+
+@pytest.mark.parametrize("kind", [StatefulStream, EagerStream, ContinuingStream, CountingStream])
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_data_set_left_at_a_limit_goes_on_exactly(kind, lookahead, drop_last):
+    for size, batch_size, limit in itertools.product(range(1, 5), (1, 2), (1, 2, 3)):
+        make = stream_loader(kind, [size], 0, batch_size=batch_size, drop_last=drop_last)
+        for stop in ((0, limit), (1, 1)):
+            check(make, stop, limit, lookahead, keeps_limit=True)
+
+
+@examples(100)
+@given(
+    size=st.integers(0, 7),
+    batch_size=st.integers(1, 3),
+    stop=stops,
+    kind=st.sampled_from([StatefulStream, CountingStream]),
+)
+def test_an_end_that_was_seen_ahead_draws_its_numbers_once(size, batch_size, stop, kind):
+    check(stream_loader(kind, [size], 0, batch_size=batch_size, drop_last=True), stop, None, lookahead=2)
 
 
 @pytest.mark.parametrize("stop", [(0, 1), (0, 2)])

@@ -206,12 +206,15 @@ def as_ended(run: Run, error: BaseException) -> BaseException:
     if not run.told.received_sigterm or isinstance(error, SIGTERMException):
         return error
     launcher = run.strategy.launcher
-    is_of_others = isinstance(error, RuntimeError) and (
-        "DataLoader worker" in str(error) or (launcher is not None and launcher.runs_elsewhere)
-    )
-    if not is_of_others:
-        return error
-    return SIGTERMException()
+    if isinstance(error, RuntimeError) and launcher is not None and launcher.runs_elsewhere:
+        return SIGTERMException()
+    # Torch tells of a lost worker wherever this process is just then, perhaps where the error becomes another one.
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        if isinstance(cause, RuntimeError) and "DataLoader worker" in str(cause):
+            return SIGTERMException()
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def save_for_restart(run: Run) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -44,6 +44,8 @@ class Cursor(ABC):
         self.unread: Any = None
         # The states before each of the last batches, the oldest first.
         self.states_before: deque[Any] = deque(maxlen=lookahead + 1)
+        # The state in which there was no further batch, which is found out again after those in flight.
+        self.state_before_end: Any = None
 
     @abstractmethod
     def start(self) -> Iterator[Batch]:
@@ -78,7 +80,7 @@ class Cursor(ABC):
             before = self.before_pull()
             batch = next(iterator, END)
             if batch is END:
-                self.after_end(before)
+                self.state_before_end = before
                 return
             self.states_before.append(before)
             self.after_pull()
@@ -91,13 +93,34 @@ class Cursor(ABC):
     def after_pull(self) -> None:
         """Do what must be done with every batch taken."""
 
-    def after_end(self, before: object) -> None:
-        """Do what must be done when there was no further batch to take."""
-
     def in_flight_states(self, num_in_flight: int) -> list[Any]:
-        """Return the states before each of the batches in flight."""
+        """Return the states before each of the batches in flight, and before their end where it was seen."""
         num_kept = len(self.states_before)
-        return list(self.states_before)[num_kept - num_in_flight :] if 0 < num_in_flight <= num_kept else []
+        if not 0 < num_in_flight <= num_kept:
+            return []
+        return list(self.states_before)[num_kept - num_in_flight :] + [self.state_before_end] * self.is_ended
+
+    def take_again(
+        self, iterator: Iterator[Batch], befores: list[Any], write: Callable[[Any], object]
+    ) -> Iterator[Batch]:
+        """Take the batches again that were in flight, each from the state it was taken from.
+
+        Args:
+            iterator: Gives them, and what follows.
+            befores: Of :meth:`in_flight_states`.
+            write: Sets the generators to one of these.
+        """
+        taken: list[Batch] = []
+        for before in befores:
+            if before is None:
+                break
+            write(before)
+            batch = next(iterator, END)
+            if batch is END:
+                return iter(taken)
+            self.states_before.append(before)
+            taken.append(batch)
+        return _taken_first(taken, iterator) if taken else iterator
 
 
 class StatefulCursor(Cursor):
@@ -178,11 +201,7 @@ class ReplayCursor(Cursor):
         for _ in range(num_done):
             if next(iterator, END) is END:
                 break
-        taken = []
-        for before in state["in_flight_states"]:
-            self.rng.write(before)
-            taken.append(next(iterator, END))
-        return taken_first([batch for batch in taken if batch is not END], iterator)
+        return self.take_again(iterator, state["in_flight_states"], self.rng.write)
 
     def leave(self, state: StateDict) -> None:
         """Set what the loader holds to what it was when its epoch was left."""
@@ -201,7 +220,7 @@ class ReplayCursor(Cursor):
         return {} if self.is_builtin else self.rng.read()
 
 
-def taken_first(taken: list[object], iterator: Iterator[Batch]) -> Iterator[Batch]:
+def _taken_first(taken: list[object], iterator: Iterator[Batch]) -> Iterator[Batch]:
     """Yield batches that were taken already, then the rest."""
     yield from taken
     # `chain` would call `iter` of the iterator, and a loader that is its own iterator would begin anew.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -13,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.loaders import known_length, stop_workers
-from levin.resume.cursors import END, Cursor, taken_first
+from levin.resume.cursors import Cursor
 from levin.resume.order import Order, Rest, describe_order
 from levin.resume.sampler_state import (
     HeldSampler,
@@ -131,19 +130,8 @@ class _LoaderCursor(Cursor):
             )
         return {index: worker for index, worker in enumerate(states) if isinstance(worker, dict)}
 
-    def _take_again(self, iterator: Iterator[Batch], befores: list[Any]) -> Iterator[Batch]:
-        """Take the batches again that were in flight, each from the state it was taken from."""
-        taken = []
-        for before in befores:
-            if before is None:
-                break
-            self.main.write({key: state for key, state in before.items() if key not in self._left_out})
-            batch = next(iterator, END)
-            if batch is END:
-                break
-            self.states_before.append(before)
-            taken.append(batch)
-        return taken_first(taken, iterator) if taken else iterator
+    def _set_before(self, before: StateDict) -> None:
+        self.main.write({key: state for key, state in before.items() if key not in self._left_out})
 
 
 class IndexCursor(_LoaderCursor):
@@ -167,7 +155,7 @@ class IndexCursor(_LoaderCursor):
         """Go on after the indices of the batches that were seen, without loading them."""
         iterator = self._reopen(state, *self._rest_of_epoch(state))
         if self.num_workers == 0:
-            iterator = self._take_again(iterator, state["in_flight_states"])
+            iterator = self.take_again(iterator, state["in_flight_states"], self._set_before)
             self.main.write_own(state["at_save"]["main"])
         self._compare(state["indices"])
         return iterator
@@ -317,15 +305,12 @@ class IterableCursor(_LoaderCursor):
     def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.follows_pulls = lookahead > 0 or loader.num_workers > 0
-        # The worker that gave each of the last batches.
-        self._givers: deque[int] = deque(maxlen=lookahead + 2)
-        self._num_given: list[int] = [0] * loader.num_workers
 
     def resume(self, state: StateDict) -> Iterator[Batch]:
         """Go on through the data set's own state."""
         iterator = self._reopen(state)
         if not self.num_workers:
-            iterator = self._take_again(iterator, state["in_flight_states"])
+            iterator = self.take_again(iterator, state["in_flight_states"], self._set_before)
             if not state["in_flight_states"] and not state["is_ended"]:
                 self.unread = state["at_save"]
         return iterator
@@ -343,12 +328,8 @@ class IterableCursor(_LoaderCursor):
         epoch = self.epoch
         state: StateDict = {"epoch_start": epoch.start, "in_flight_states": befores}
         if epoch.workers is not None:
-            givers = list(self._givers)
-            num_known = len(givers) - num_in_flight
-            counts = [given - givers[num_known:].count(worker) for worker, given in enumerate(self._num_given)]
-            state["worker_states"] = epoch.workers.states_after(counts)
+            state["worker_states"], state["last_giver"] = epoch.workers.states_before(num_in_flight)
             state["workers_started_at"] = epoch.workers.started_at
-            state["last_giver"] = givers[num_known - 1] if num_known else self.num_workers - 1
             return state
         if befores and befores[0] is not None:
             own = {key: value for key, value in befores[0].items() if key != "globals"}
@@ -359,15 +340,8 @@ class IterableCursor(_LoaderCursor):
 
     def after_pull(self) -> None:
         """Find the worker that gave the batch."""
-        workers = self.epoch.workers
-        if workers is None:
-            return
-        # Workers take turns, but for those that have come to their end.
-        giver = (self._givers[-1] + 1) % self.num_workers
-        while workers.num_made(giver) <= self._num_given[giver]:
-            giver = (giver + 1) % self.num_workers
-        self._num_given[giver] += 1
-        self._givers.append(giver)
+        if self.epoch.workers is not None:
+            self.epoch.workers.note_given()
 
     def _read_start(self) -> StateDict:
         return {"globals": self.rng.read()}
@@ -389,9 +363,6 @@ class IterableCursor(_LoaderCursor):
         """Let the workers begin; the first turn is that of the one after ``last_giver``."""
         assert epoch.workers is not None
         epoch.workers.release(epoch.iterator, held, last_giver + 1)
-        self._num_given = [0] * self.num_workers
-        self._givers.clear()
-        self._givers.append(last_giver)
 
     def _reopen(self, state: StateDict) -> Iterator[Batch]:
         self.epoch = epoch = _Epoch(state["epoch_start"])

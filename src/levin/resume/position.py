@@ -135,8 +135,6 @@ class JointCursor(Cursor):
         self._num_opened: list[int] = [0] * len(self.positions)
         # The state of each loader that started again, before its last item until then.
         self._before_last: list[StateDict] = [{} for _ in self.positions]
-        # Looking for another batch at the end takes items and sets marks; this is what was there before.
-        self._before_end: tuple[list[bool], list[int], list[int]] | None = None
 
     @override
     def start(self) -> Iterator[Batch]:
@@ -167,8 +165,9 @@ class JointCursor(Cursor):
         exhausted = list(self.exhausted)
         pulled = [position.num_pulled for position in self.positions]
         num_opened = self._num_opened
-        if num_in_flight and self._before_end is not None:
-            exhausted, pulled, num_opened = self._before_end
+        if num_in_flight and self.is_ended:
+            # Looking for another batch took items and set marks.
+            exhausted, pulled, num_opened = self.state_before_end
         states = []
         for index, position in enumerate(self.positions):
             num_undone = sum(index in indices for indices in givers)
@@ -192,14 +191,9 @@ class JointCursor(Cursor):
         keeps_all = self.loader.mode != "max_size"
         self._givers.append([index for index, ended in enumerate(self.exhausted) if keeps_all or not ended])
 
-    def after_end(self, before: Any) -> None:
-        """Remember what was there before the end."""
-        self._before_end = before
-
     def _begin(self, exhausted: list[bool]) -> Iterator[Batch]:
         self.exhausted = exhausted
         self._givers.clear()
-        self._before_end = None
         self._num_opened = [0] * len(self.positions)
         openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)

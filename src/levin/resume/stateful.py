@@ -13,9 +13,9 @@ def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:
     """Set ``obj`` to ``state``, saved where an epoch was left, so that its next iteration is one of a new epoch.
 
     The protocol says that the next iteration goes on from a loaded state. Here the next iteration is to begin an epoch,
-    so the one that goes on is begun and dropped, as the unbroken run dropped it. An object that gives nothing then was
-    at its end. One that was left in the middle, by a limit of batches, may start again in its next iteration or go on
-    in every iteration, of which the protocol says nothing: this is tried.
+    so the one that goes on is begun and dropped, as the unbroken run dropped it. An object that was left before its end,
+    by a limit of batches, may start again in its next iteration or go on in every iteration, of which the protocol says
+    nothing: this is tried.
 
     Args:
         obj: A data set or loader with ``state_dict`` and ``load_state_dict``.
@@ -24,11 +24,18 @@ def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:
     """
     obj.load_state_dict(copy.deepcopy(state))
     following = _state_after_item(obj)
-    if following is None:
+    if is_ended:
+        if following is not None:
+            # It has set itself to its beginning already.
+            obj.load_state_dict(copy.deepcopy(state))
         return
-    # At the end, an object that has an item to give has set itself to its beginning already.
-    if is_ended or _goes_on(obj, following):
-        obj.load_state_dict(copy.deepcopy(state))
+    if following is None:
+        # It was left after its last item, but before its end.
+        following = _state_after_item(obj)
+    goes_on = following is not None and _goes_on(obj, following)
+    obj.load_state_dict(copy.deepcopy(state))
+    if not goes_on:
+        _state_after_item(obj)
 
 
 def _goes_on(obj: Any, following: Any) -> bool:

@@ -8,9 +8,10 @@ the last batch that was consumed. Batches themselves, and what PyTorch draws, st
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Mapping
 from multiprocessing.sharedctypes import RawArray
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.utils.data import IterableDataset, get_worker_info
@@ -204,10 +205,17 @@ class RestoringInit:
         info = get_worker_info()
         if state is None or info is None:
             return
-        worker = WorkerState(info.dataset, self.collate_fn)
-        if state.get("ended") or state.get("left"):
+        worker, ended, num_ended = (
+            WorkerState(info.dataset, self.collate_fn),
+            bool(state.get("ended")),
+            state.get("num_ended", 0),
+        )
+        if ended or (state.get("left") and not num_ended):
             # It gives no batch in this epoch (see `Workers.release`), or has given none yet.
-            worker.write_left(state, is_ended=bool(state.get("ended")))
+            worker.write_left(state, ended)
         else:
             worker.write_own(state)
-        ProcessRng().write(state["globals"])
+        ProcessRng().write(state.get("globals", {}))
+        for _ in range(num_ended):
+            # It came to its end without a batch, and may have drawn numbers meanwhile.
+            deque(cast("IterableDataset[object]", info.dataset), maxlen=0)

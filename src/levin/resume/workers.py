@@ -15,7 +15,9 @@ This is how a loader with workers goes on after its first ``n`` batches, as if i
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -29,6 +31,11 @@ from levin.utilities.types import Batch, StateDict
 
 # Stands for the state of a worker that was too large for its memory.
 LOST = "lost"
+
+
+def _is_at_end(state: Any) -> bool:
+    """Whether the worker gave its last batch of the epoch that the state goes on in."""
+    return bool(state) and state != LOST and bool(state.get("ended")) and not state.get("left")
 
 
 class Workers:
@@ -50,61 +57,99 @@ class Workers:
     ) -> None:
         self.num_workers: int = loader.num_workers
         self.started_at: StateDict = started_at
-        self.offset: int = 0
-        self._states: Mapping[int, StateDict] = states or {}
-        # Workers that gave their last batch of this epoch before they were started again.
-        self._ended: set[int] = {
-            worker for worker, state in self._states.items() if state.get("ended") and not state.get("left")
-        }
+        # The states of workers that have made no batch of this epoch.
+        self._states: Mapping[int, Any] = states or {}
         self._made_before: list[int] = [0] * loader.num_workers
+        self._lookahead: int = lookahead
+        self._expect(first=0)
         self._log: WorkerStateLog = WorkerStateLog(loader.num_workers, (loader.prefetch_factor or 2) + lookahead + 3)
 
-    def next_epoch(self) -> Workers:
-        """Return the same workers in an epoch that begins now; call it when they are idle."""
-        workers = copy.copy(self)
+    def _expect(self, first: int) -> None:
+        """Expect the next batch from worker ``first``."""
+        self.offset: int = first % self.num_workers
+        # Of an iterable data set: the worker that gave each of the last batches, and how many each has given.
+        self._givers: deque[int] = deque([first - 1], maxlen=self._lookahead + 2)
+        self._num_given: list[int] = [0] * self.num_workers
+
+    def next_epoch(self, loader: DataLoader[Any]) -> Workers:
+        """Begin another epoch of ``loader``, and return the same workers in it."""
+        iterator = cast(Any, loader._iterator)
+        # How many batches each was asked for; one that is known to be at its end, for one that it could not make.
+        waiting = Counter(task[0] for task in iterator._task_info.values())
+        num_asked = [
+            given + (waiting[worker] if is_active else math.inf)
+            for worker, (given, is_active) in enumerate(zip(self._num_given, iterator._workers_status))
+        ]
+        # Before they begin, they do all of that.
+        iter(loader)
+        workers, num_made = copy.copy(self), [self._num_made(worker) for worker in range(self.num_workers)]
+        states = self._states_after(num_made)
+        for worker, state in enumerate(states):
+            if state == LOST:
+                continue
+            state = state or {}
+            # One that made less than it was asked for came to its end, of which no batch tells.
+            ends = num_asked[worker] > num_made[worker] and not _is_at_end(state)
+            states[worker] = {**state, "left": True, "num_ended": state.get("num_ended", 0) + ends}
+        workers._states = dict(enumerate(states))
         workers._made_before = [self._log.count(worker) for worker in range(self.num_workers)]
-        workers._ended = set()
-        workers.offset = 0
+        workers._expect(first=0)
+        iterator._levin_workers = workers
         return workers
 
-    def num_made(self, worker: int) -> int:
-        """Return how many batches of this epoch ``worker`` has made."""
+    def _num_made(self, worker: int) -> int:
         return self._log.count(worker) - self._made_before[worker]
 
-    def states(self, num_taken: int) -> list[object]:
+    def note_given(self) -> None:
+        """Find the worker that gave a batch of an iterable data set."""
+        # Workers take turns, but for those that have come to their end.
+        giver = (self._givers[-1] + 1) % self.num_workers
+        while self._num_made(giver) <= self._num_given[giver]:
+            giver = (giver + 1) % self.num_workers
+        self._num_given[giver] += 1
+        self._givers.append(giver)
+
+    def states_before(self, num_in_flight: int) -> tuple[list[Any], int]:
+        """Return the state of each worker of an iterable data set before the last batches, and who gave the one before."""
+        givers = list(self._givers)
+        num_known = len(givers) - num_in_flight
+        counts = [given - givers[num_known:].count(worker) for worker, given in enumerate(self._num_given)]
+        return self._states_after(counts), givers[num_known - 1] if num_known else self.num_workers - 1
+
+    def states(self, num_taken: int) -> list[Any]:
         """Return the state of each worker after the first ``num_taken`` batches, which they made in turns."""
         turns = [(worker - self.offset) % self.num_workers for worker in range(self.num_workers)]
-        return self.states_after([len(range(turn, num_taken, self.num_workers)) for turn in turns])
+        return self._states_after([len(range(turn, num_taken, self.num_workers)) for turn in turns])
 
-    def states_after(self, counts: list[int]) -> list[object]:
-        """Return the state of each worker after so many batches of this epoch; None if it has made none at all."""
-        states: list[object] = []
+    def _states_after(self, counts: list[int]) -> list[Any]:
+        """Return the state of each worker after so many batches of this epoch; None if it is a new one."""
+        states: list[Any] = []
         for worker, count in enumerate(counts):
-            total = self._made_before[worker] + count
-            recorded = self._log.read(worker, total) if total else None
-            if recorded is not None:
-                # Written by our own worker a moment ago; the state of an epoch before is none to go on from.
-                states.append({**pickle.loads(recorded), **({} if count else {"left": True})})
-            else:
-                states.append(LOST if total else self._states.get(worker))
+            if not count:
+                states.append(self._states.get(worker))
+                continue
+            recorded = self._log.read(worker, self._made_before[worker] + count)
+            # Written by our own worker a moment ago.
+            states.append(LOST if recorded is None else pickle.loads(recorded))
         return states
 
-    def release(self, iterator: Any, held: HeldSampler, offset: int) -> None:
+    def release(self, iterator: Any, held: HeldSampler, first: int) -> None:
         """Give the workers their first indices, as the iterator does itself when it is made.
 
         Args:
             iterator: The loader's iterator.
             held: The sampler that it was made with.
-            offset: The worker that gets the first index.
+            first: The worker that gets the first index.
         """
-        self.offset = offset % self.num_workers
+        self._expect(first)
         for _ in range(self.offset):
             next(iterator._worker_queue_idx_cycle)
-        if self._ended:
+        ended = {worker for worker, state in self._states.items() if _is_at_end(state)}
+        if ended:
             # A worker is at the end of its data when it can make no batch, as of these no samples.
             turns = [(self.offset + turn) % self.num_workers for turn in range(self.num_workers)]
             indices = held.stream.indices
-            held.stream.indices = chain([[] if worker in self._ended else next(indices) for worker in turns], indices)
+            held.stream.indices = chain([[] if worker in ended else next(indices) for worker in turns], indices)
         held.stream.is_open = True
         for _ in range(iterator._prefetch_factor * self.num_workers):
             iterator._try_put_index()
@@ -142,9 +187,7 @@ def start_workers(
     if workers is not None:
         iterator = cast(Any, loader._iterator)
         iterator._index_sampler = held
-        iter(loader)
-        # The workers have finished what they had to do, and have nothing new yet.
-        return workers.next_epoch(), iterator
+        return workers.next_epoch(loader), iterator
     workers = Workers(loader, lookahead, epoch_start)
     return workers, _start(loader, workers, held)
 
@@ -168,7 +211,8 @@ def restart_workers(
     workers = Workers(loader, lookahead, started_at, states)
     set_back(started_at)
     iterator = _start(loader, workers, held)
-    if loader.persistent_workers and started_at is not epoch_start:
+    if loader.persistent_workers and started_at is not epoch_start and not isinstance(loader.dataset, IterableDataset):
+        # A sampler draws for this epoch; iterating a data set twice would use up the place that it was set to.
         set_back(epoch_start)
         iterator._reset(loader)
     return workers, iterator
