@@ -12,8 +12,10 @@ T = TypeVar("T")
 
 log = logging.getLogger("levin")
 if not log.handlers and not logging.root.handlers:
-    # Nobody configured logging, so the messages of a run are shown as they are.
-    log.addHandler(logging.StreamHandler())
+    # Messages of a run are shown as they are, as long as nobody configures logging: Hydra does later than the import.
+    _shown = logging.StreamHandler()
+    _shown.addFilter(lambda record: not logging.root.handlers)
+    log.addHandler(_shown)
     if log.parent is logging.root:
         # Below another logger, as with the names of Lightning, it is that one's level which counts.
         log.setLevel(logging.INFO)
