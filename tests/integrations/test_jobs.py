@@ -113,6 +113,67 @@ def test_both_ranks_of_a_hydra_job_have_its_settings_and_its_folder(is_multirun,
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "multirun").exists()
 
 
+SWEEP = """
+import logging, os
+import hydra
+import torch
+from levin import Trainer
+from levin.utilities.rank_zero import rank_zero_info
+from tests.strategies.small import QUIET, Small
+
+@hydra.main(version_base=None, config_path=None, config_name=None)
+def main(config):
+    trainer = Trainer(**{**QUIET, "devices": config.devices, "strategy": "ddp" if config.devices > 1 else "auto", "max_epochs": 1,
+                         "enable_checkpointing": False})
+    module = Small(lr=config.lr)
+    trainer.fit(module)
+    rank_zero_info("said once")
+    torch.save({"lr": config.lr, "seen": sorted(module.seen)}, f"rank-{trainer.global_rank}")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def sweep(folder: Path, launcher: str, devices: int, *options: str) -> subprocess.Popen[str]:
+    """Start two jobs with a launcher of Hydra's plugins."""
+    (folder / "train.py").write_text(SWEEP)
+    command = [
+        "train.py",
+        "--multirun",
+        f"hydra/launcher={launcher}",
+        "hydra.job.chdir=True",
+        f"hydra.sweep.dir={folder}/out",
+    ]
+    return start([*command, *options, f"+devices={devices}", "+lr=0.1,0.01"], folder)
+
+
+def check_jobs(folder: Path) -> None:
+    for job, lr in (("0", 0.1), ("1", 0.01)):
+        rank = torch.load(folder / "out" / job / "rank-0")
+        assert rank == {"lr": lr, "seen": list(range(16))}
+
+
+def test_the_joblib_launcher_of_hydra(tmp_path):
+    (output,) = finish(sweep(tmp_path, "joblib", 1, "hydra.launcher.n_jobs=2"))
+    check_jobs(tmp_path)
+    # As Hydra prints it, and for each job in its own file.
+    assert output.count("said once") == 2 and output.count("[INFO] - said once") == 2, output
+    for job in ("0", "1"):
+        assert (tmp_path / "out" / job / "train.log").read_text().count("said once") == 1
+
+
+def test_a_job_in_a_worker_of_joblib_cannot_start_ranks_and_says_so(tmp_path):
+    process = sweep(tmp_path, "joblib", 2, "hydra.launcher.n_jobs=2")
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode != 0 and "it is a worker of joblib" in output, output
+
+
+def test_the_submitit_launcher_of_hydra(tmp_path):
+    finish(sweep(tmp_path, "submitit_local", 1, "hydra.launcher.timeout_min=5"))
+    check_jobs(tmp_path)
+
+
 TRAIN = """
 import sys
 import torch

@@ -291,6 +291,14 @@ def test_a_process_without_a_script_cannot_be_started_again(monkeypatch, argumen
         script_command(1)
 
 
+@pytest.mark.parametrize("module", ["joblib.externals.loky.backend.popen_loky_posix", "submitit.core._submit"])
+def test_a_worker_that_has_its_task_from_elsewhere_cannot_be_started_again(module, monkeypatch):
+    monkeypatch.setattr("__main__.__spec__", SimpleNamespace(name=module))
+    with pytest.raises(ValueError, match=rf"it is a worker of {module.partition('.')[0]}"):
+        script_command(1)
+
+
+
 def test_processes_that_do_not_end_are_made_to():
     ignoring = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"

@@ -16,6 +16,8 @@ _DIRECTORY_AT_IMPORT = os.getcwd()
 # Options of the interpreter whose value may be the next argument.
 _WITH_VALUE = ("X", "W")
 _LONG_WITH_VALUE = "--check-hash-based-pycs"
+# Modules that processes run which get their tasks from others, as the jobs of Hydra's launchers do.
+_POOLS = ("joblib.externals.loky.", "submitit.core.")
 
 
 class CommandLine(NamedTuple):
@@ -77,11 +79,16 @@ def script_command(local_rank: int) -> tuple[list[str], str]:
         local_rank: The process that the command is for.
 
     Raises:
-        ValueError: This process does not run a script or a module.
+        ValueError: This process does not run a script or a module, or is a worker of a pool.
     """
     name = getattr(getattr(__main__, "__spec__", None), "name", None)
     file = getattr(__main__, "__file__", None)
     started = parse_command_line(sys.orig_argv[1:])
+    if name is not None and name.startswith(_POOLS):
+        raise MisconfigurationException(
+            f"This process cannot be started again: it is a worker of {name.partition('.')[0]}, which has its task from another "
+            "process. Give each task one device, or let the scheduler start all processes (srun, torchrun)."
+        )
     if name is not None and name != "__main__":
         # Started by -m, or by a tool that runs modules so: `sys.argv` is then all that it has left.
         target = ["-m", name.removesuffix(".__main__")]
