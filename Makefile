@@ -94,10 +94,10 @@ docs: $(STAMP)  ## Build the documentation site
 # once, and nothing that a service needs is ever seen by the other tests.
 INTEGRATIONS := $(VENV)/integrations
 SITE = lib/python$(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')/site-packages
-PACKAGES_loggers := wandb mlflow comet-ml trackio tensorboard
+PACKAGES_loggers := wandb mlflow comet-ml trackio tensorboard litlogger litmodels
 PACKAGES_slurm := submitit
 PACKAGES_ray := 'ray[train,tune]'
-PACKAGES_jobs := optuna optuna-integration hydra-core
+PACKAGES_jobs := optuna optuna-integration hydra-core hydra-joblib-launcher hydra-submitit-launcher
 PACKAGES_stores := s3fs 'moto[s3]' flask flask-cors
 TEST_INTEGRATION = LEVIN_TEST_INTEGRATIONS=1 $(RUN) $(INTEGRATIONS)/$(1)/bin/python -m pytest -q -s $(2)
 
@@ -109,7 +109,7 @@ $(INTEGRATIONS)/%/.installed: $(STAMP) constraints-integrations.txt
 
 .PHONY: test-loggers test-slurm test-ray test-jobs test-stores test-integrations
 test-loggers: $(INTEGRATIONS)/loggers/.installed  ## Run the loggers against the real packages and a real MLflow server
-	$(call TEST_INTEGRATION,loggers,tests/integrations/test_loggers.py)
+	$(call TEST_INTEGRATION,loggers,tests/integrations/test_loggers.py tests/integrations/test_lightning_ai.py)
 
 test-slurm: $(INTEGRATIONS)/slurm/.installed  ## Run jobs under a real SLURM with two nodes on this machine (Debian; needs root)
 	command -v slurmctld munged || { apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }

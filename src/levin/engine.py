@@ -37,7 +37,7 @@ from levin.strategies.mesh import check_mesh, is_mesh, strategy_of_mesh
 from levin.strategies.parallel import is_connected
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
-from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
 from levin.utilities.warnings import PossibleUserWarning
 
 if TYPE_CHECKING:
@@ -197,6 +197,7 @@ def build_engine(
         layer_sync=given_plugins.layer_sync,
     )
     _check_processes(chosen_strategy, strategy, detected, len(parallel_devices), num_nodes)
+    set_rank()  # Once more, for packages that were imported since.
     return Engine(chosen_strategy, parallel_devices)
 
 

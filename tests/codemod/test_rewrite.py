@@ -93,14 +93,14 @@ def test_what_must_not_change(source):
 
 
 def test_what_levin_does_not_have_stays_and_is_told():
-    source = "import lightning.pytorch as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom lightning.pytorch.loggers import CSVLogger, LitLogger\npl.loggers.NeptuneLogger()\n"
+    source = "import lightning.pytorch as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom lightning.pytorch.loggers import CSVLogger, NeptuneLogger\npl.loggers.NeptuneLogger()\n"
     rewritten = rewrite_python(source)
     assert rewritten.text == (
         "import levin as pl\nfrom lightning.pytorch.loggers.neptune import NeptuneLogger\nfrom levin.loggers import CSVLogger\n"
-        "from lightning.pytorch.loggers import LitLogger\npl.loggers.NeptuneLogger()\n"
+        "from lightning.pytorch.loggers import NeptuneLogger\npl.loggers.NeptuneLogger()\n"
     )
     assert [line for line, _ in rewritten.remarks] == [2, 3, 4]
-    assert "levin has nothing for `lightning.pytorch.loggers.LitLogger`" in rewritten.remarks[1][1]
+    assert "levin has nothing for `lightning.pytorch.loggers.NeptuneLogger`" in rewritten.remarks[1][1]
 
 
 def test_a_name_that_is_bound_to_something_else_too_is_told():

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import sqlite3
-import statistics
 import struct
 import subprocess
 import sys
@@ -20,11 +19,12 @@ import pytest
 import torch
 import yaml
 
-from levin import Callback, LightningModule, Trainer
+from levin import LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from tests.distributed import _free_port
 from tests.integrations.proxy import Proxy, running
+from tests.integrations.times import Clock, print_times
 
 # What the packages warn of is no matter of ours.
 pytestmark = pytest.mark.filterwarnings(
@@ -148,22 +148,6 @@ def test_mlflow_registers_a_checkpoint_that_was_uploaded(proxy, tmp_path):
     assert Line.load_from_checkpoint(found, weights_only=False).hparams.lr == 0.1
 
 
-class Clock(Callback):
-    """Times each step, and does something to the proxy before one."""
-
-    def __init__(self, when: dict[int, Any] | None = None) -> None:
-        self.seconds: list[float] = []
-        self.when = when or {}
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if batch_idx in self.when:
-            self.when[batch_idx]()
-        now = time.perf_counter()
-        if batch_idx:
-            self.seconds.append(now - self.began)
-        self.began = now
-
-
 def test_a_server_that_is_slow_or_away_slows_nothing(proxy, tmp_path):
     num_steps, times, held_up_s = 400, {}, {}
     conditions = {
@@ -191,13 +175,7 @@ def test_a_server_that_is_slow_or_away_slows_nothing(proxy, tmp_path):
         times[name] = clock.seconds
         proxy.delay_s, proxy.is_deaf = 0.0, False
     proxy.start()
-    print(f"\n{'MLflow':22} median step  99 %       slowest    whole call")
-    for name, seconds in times.items():
-        percent = statistics.quantiles(seconds, n=100)
-        print(
-            f"{name:22} {1e6 * percent[49]:8.0f} us {1e6 * percent[98]:8.0f} us {1e3 * max(seconds):7.1f} ms"
-            f" {held_up_s[name]:8.1f} s"
-        )
+    print_times("MLflow", times, held_up_s)
     for name, seconds in times.items():
         # A request that training waited for would take 300 ms or more.
         assert sorted(seconds)[-2] < 0.25, name
@@ -309,7 +287,8 @@ import statistics, sys, warnings
 from pathlib import Path
 import wandb
 from levin.loggers import WandbLogger
-from tests.integrations.test_loggers import Clock, Line, loader, trainer
+from tests.integrations.test_loggers import Line, loader, trainer
+from tests.integrations.times import Clock
 warnings.simplefilter("default", UserWarning)
 logger = WandbLogger(project="p", save_dir=sys.argv[1], settings=wandb.Settings(init_timeout=5))
 clock = Clock()
@@ -355,6 +334,80 @@ def test_comet_is_read_back(is_reachable, tmp_path):
     assert [metric["step"] for metric in metrics if metric["metricName"] == "x_loss"] == list(range(6))
     params = {m["payload"]["param"]["paramName"]: m["payload"]["param"]["paramValue"] for m in messages if m["type"] == "parameter_msg"}  # fmt: skip
     assert params["lr"] == 0.1
+
+
+OFFLINE = """
+import os, signal, sys, time
+from pathlib import Path
+import psutil
+from levin.loggers import CometLogger, WandbLogger
+from tests.integrations.test_loggers import Line, loader, trainer
+from tests.integrations.times import Clock
+folder, service, condition = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+def tell(number):
+    for process in psutil.Process().children(recursive=True):
+        if process.name() == "wandb-core":
+            process.send_signal(number)
+            (folder / "told").touch()
+
+when = {"stopped": {50: lambda: tell(signal.SIGSTOP)}, "killed": {50: lambda: tell(signal.SIGKILL)}}
+clock = Clock(when.get(condition))
+if condition == "no logger":
+    logger = False
+elif service == "wandb":
+    logger = WandbLogger(project="p", save_dir=folder, offline=True)
+else:
+    logger = CometLogger(project="p", online=None if "COMET_API_KEY" in os.environ else False, offline_directory=str(folder))
+began = time.perf_counter()
+trainer(folder, logger, max_epochs=1, callbacks=[clock], enable_checkpointing=False).fit(Line(), loader(400))
+(folder / "whole").write_text(str(time.perf_counter() - began))
+tell(signal.SIGCONT)
+clock.write(folder / "times")
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is full after 128 KiB."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=128k", "levin", str(folder)], capture_output=True
+    ).returncode:
+        pytest.skip("needs root, to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(tmp_path, small_disk):
+    conditions = {
+        "wandb": ["no logger", "healthy", "stopped", "killed", "full disk"],
+        "comet": ["healthy", "deaf at the start", "refuses", "full disk"],
+    }
+    deaf = Proxy(_free_port())
+    deaf.is_deaf = True
+    addresses = {"deaf at the start": deaf.port, "refuses": _free_port()}
+    times, whole_s = {}, {}
+    for service, names in conditions.items():
+        for condition in names:
+            folder = small_disk if condition == "full disk" else tmp_path / service / condition
+            folder.mkdir(parents=True, exist_ok=True)
+            variables = {}
+            if condition in addresses:
+                url = f"http://127.0.0.1:{addresses[condition]}/"
+                variables = {"COMET_URL_OVERRIDE": url, "COMET_API_KEY": "a" * 25}
+            run_program(OFFLINE, folder, service, condition, **variables)
+            name = f"{service}, {condition}"
+            times[name] = json.loads((folder / "times").read_text())
+            whole_s[name] = float((folder / "whole").read_text())
+            assert (condition in ("stopped", "killed")) == (folder / "told").exists() or condition == "healthy"
+    deaf.stop()
+    print_times("Offline", times, whole_s)
+    for name, seconds in times.items():
+        assert len(seconds) == 399 and sorted(seconds)[-2] < 0.25, name
+    for condition in ("healthy", "stopped"):
+        assert len(wandb_history(wandb_records(tmp_path / "wandb" / condition))) >= 400
 
 
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:

@@ -298,7 +298,6 @@ def test_a_worker_that_has_its_task_from_elsewhere_cannot_be_started_again(modul
         script_command(1)
 
 
-
 def test_processes_that_do_not_end_are_made_to():
     ignoring = (
         "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"

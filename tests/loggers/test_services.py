@@ -281,7 +281,7 @@ def test_checkpoints_go_to_mlflow(calls_of, tmp_path, log_model, epochs):
 
 @pytest.mark.parametrize("kind", ["a file", "a link to one"])
 def test_a_checkpoint_that_waits_for_mlflow_is_held_as_it_is(kind, tmp_path):
-    from levin.loggers.mlflow import _held
+    from levin.loggers.uploads import hold
 
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_waits_for_mlflow_is_held_as_it_is(kind, tmp_path):
         (saved / "epoch=0.ckpt").rename(path)
     else:
         path.symlink_to("epoch=0.ckpt")
-    held = _held(str(path), str(tmp_path / "unsent"))
+    held = hold(str(path), str(tmp_path / "unsent"))
     for file in saved.iterdir():
         file.unlink()
     path.write_text("second")
@@ -299,7 +299,8 @@ def test_a_checkpoint_that_waits_for_mlflow_is_held_as_it_is(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["wandb.WandbLogger", "comet.CometLogger", "mlflow.MLFlowLogger", "trackio.TrackioLogger"]
+    "name",
+    ["wandb.WandbLogger", "comet.CometLogger", "mlflow.MLFlowLogger", "trackio.TrackioLogger", "litlogger.LitLogger"],
 )
 def test_a_package_that_is_missing_is_named(name, monkeypatch):
     module, _, kind = name.partition(".")

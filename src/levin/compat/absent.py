@@ -38,9 +38,7 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
 _XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 
-_OTHER_LOGGER = "Use one of levin.loggers, or subclass levin.loggers.Logger."
-LitLogger = _absent("LitLogger", _OTHER_LOGGER, Logger)
-NeptuneLogger = _absent("NeptuneLogger", _OTHER_LOGGER, Logger)
+NeptuneLogger = _absent("NeptuneLogger", "Use one of levin.loggers, or subclass levin.loggers.Logger.", Logger)
 
 DataParallelStrategy = _absent("DataParallelStrategy", 'Use `strategy="ddp"`.', Strategy)
 SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)

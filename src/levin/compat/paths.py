@@ -148,13 +148,14 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.loggers": {
         _LOGGERS: "CSVLogger Logger TensorBoardLogger",
         "levin.loggers.comet": "CometLogger",
+        "levin.loggers.litlogger": "LitLogger",
         "levin.loggers.mlflow": "MLFlowLogger",
         "levin.loggers.wandb": "WandbLogger",
-        ABSENT: "LitLogger NeptuneLogger",
+        ABSENT: "NeptuneLogger",
     },
     "pytorch.loggers.comet": {"levin.loggers.comet": "CometLogger"},
     "pytorch.loggers.csv_logs": {_LOGGERS: "CSVLogger", "levin.loggers.csv_logs": "ExperimentWriter"},
-    "pytorch.loggers.litlogger": {ABSENT: "LitLogger"},
+    "pytorch.loggers.litlogger": {"levin.loggers.litlogger": "LitLogger"},
     "pytorch.loggers.logger": {
         _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
         EQUIVALENTS: "merge_dicts",

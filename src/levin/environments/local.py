@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from levin.environments.environment import ClusterEnvironment, read_int
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.rank_zero import rank_zero_only
+from levin.utilities.rank_zero import set_rank
 
 
 class LightningEnvironment(ClusterEnvironment):
@@ -65,7 +65,7 @@ class LightningEnvironment(ClusterEnvironment):
     @override
     def set_global_rank(self, rank: int) -> None:
         self._global_rank = rank
-        setattr(rank_zero_only, "rank", rank)  # noqa: B010  (a function attribute is unknown to mypy)
+        set_rank(rank)
 
     @override
     def local_rank(self) -> int:

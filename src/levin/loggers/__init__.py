@@ -9,6 +9,7 @@ from levin.utilities.lazy import lazy_face
 if TYPE_CHECKING:
     from levin.loggers.comet import CometLogger as CometLogger
     from levin.loggers.csv_logs import CSVLogger as CSVLogger
+    from levin.loggers.litlogger import LitLogger as LitLogger
     from levin.loggers.logger import DummyLogger as DummyLogger
     from levin.loggers.logger import Logger as Logger
     from levin.loggers.logger import rank_zero_experiment as rank_zero_experiment
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "levin.loggers.comet": "CometLogger",
     "levin.loggers.csv_logs": "CSVLogger",
+    "levin.loggers.litlogger": "LitLogger",
     "levin.loggers.logger": "DummyLogger Logger rank_zero_experiment",
     "levin.loggers.mlflow": "MLFlowLogger",
     "levin.loggers.tensorboard": "TensorBoardLogger",

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing_extensions import override
 
 from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
 from levin.loggers.outbox import Entry, Outbox
-from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata
+from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata, hold, release
 from levin.loggers.utilities import add_prefix, flatten, to_dict
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -297,7 +296,7 @@ class MLFlowLogger(UploadingLogger):
     def _upload(self, callback: ModelCheckpoint, checkpoint: SavedCheckpoint, aliases: list[str]) -> None:
         _ = self.experiment
         payload = {
-            "path": checkpoint.path if self._is_synchronous else _held(checkpoint.path, self._unsent_dir),
+            "path": checkpoint.path if self._is_synchronous else hold(checkpoint.path, self._unsent_dir),
             "metadata": checkpoint_metadata(callback, checkpoint, "Checkpoint"),
             "aliases": aliases,
         }
@@ -312,8 +311,7 @@ class MLFlowLogger(UploadingLogger):
             Path(directory, "metadata.yaml").write_text(yaml.dump(metadata), encoding="utf-8")
             Path(directory, "aliases.txt").write_text(str(aliases))
             self._client.log_artifacts(self._run_id, directory, folder)
-        if Path(path).parent.parent == Path(self._unsent_dir).absolute():
-            shutil.rmtree(Path(path).parent)
+        release(path, self._unsent_dir)
 
     def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "_client": None, "_outbox": None}
@@ -321,17 +319,6 @@ class MLFlowLogger(UploadingLogger):
     def __setstate__(self, state: StateDict) -> None:
         self.__dict__.update(state)
         self._outbox = Outbox("MLflow", self._send, _is_away, self._keep)
-
-
-def _held(path: str, folder: str) -> str:
-    """Return a second path to the file as it is now: the callback may remove or replace it before it is sent."""
-    os.makedirs(folder, exist_ok=True)
-    held = Path(tempfile.mkdtemp(dir=os.path.abspath(folder)), os.path.basename(path))
-    try:
-        os.link(os.path.realpath(path), held)
-    except OSError:  # Another file system, or one without links.
-        shutil.copyfile(path, held)
-    return str(held)
 
 
 def _parts(entries: list[object], size: int) -> Iterator[list[Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Optional, Union
@@ -114,3 +116,25 @@ def checkpoint_metadata(callback: ModelCheckpoint, checkpoint: SavedCheckpoint, 
         "original_filename": os.path.basename(checkpoint.path),
         title: {name: getattr(callback, name) for name in settings if hasattr(callback, name)},
     }
+
+
+def hold(path: str, folder: str) -> str:
+    """Return a second path to the file as it is now: the callback may remove or replace it before it is sent.
+
+    Args:
+        path: The file.
+        folder: Where the second path lies; :func:`release` removes it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    held = os.path.join(tempfile.mkdtemp(dir=os.path.abspath(folder)), os.path.basename(path))
+    try:
+        os.link(os.path.realpath(path), held)
+    except OSError:  # Another file system, or one without links.
+        shutil.copyfile(path, held)
+    return held
+
+
+def release(path: str, folder: str) -> None:
+    """Remove what :func:`hold` made; another path stays."""
+    if os.path.dirname(os.path.dirname(path)) == os.path.abspath(folder):
+        shutil.rmtree(os.path.dirname(path))

@@ -25,7 +25,7 @@ from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.processors import count_processors
-from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
+from levin.utilities.rank_zero import rank_zero_info, set_rank
 from levin.utilities.seed import reset_seed
 from levin.utilities.types import StateDict, Tree
 
@@ -182,7 +182,7 @@ class ParallelStrategy(Strategy, ABC):
             return
         self.environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.environment.set_world_size(self.num_nodes * self.num_processes)
-        setattr(rank_zero_only, "rank", self.environment.global_rank())  # noqa: B010  (a function attribute)
+        set_rank(self.environment.global_rank())
 
     def enter_process(self, local_rank: int) -> None:
         """Take note that this process was started as number ``local_rank`` of its machine."""

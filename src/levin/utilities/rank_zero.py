@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 import warnings
 from typing import Callable, Optional, TypeVar
 
@@ -59,7 +60,22 @@ def _rank() -> int:
     return rank
 
 
-setattr(rank_zero_only, "rank", rank_from_environment() or 0)  # noqa: B010  (a function attribute is unknown to mypy)
+def set_rank(rank: Optional[int] = None) -> None:
+    """Say which rank this process is to :func:`rank_zero_only`, also to that of ``lightning_utilities``.
+
+    Packages around Lightning use the latter, which refuses to work as long as nobody has said it.
+
+    Args:
+        rank: Of this process; by default what is known already.
+    """
+    functions: list[object] = [rank_zero_only]
+    if (theirs := sys.modules.get("lightning_utilities.core.rank_zero")) is not None:
+        functions.append(theirs.rank_zero_only)
+    for function in functions:
+        setattr(function, "rank", _rank() if rank is None else rank)  # noqa: B010  (unknown to mypy)
+
+
+set_rank(rank_from_environment() or 0)
 
 
 def rank_zero_info(message: object, *args: object) -> None:
