@@ -337,7 +337,7 @@ def test_comet_is_read_back(is_reachable, tmp_path):
 
 
 OFFLINE = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
 from pathlib import Path
 import psutil
 from levin.loggers import CometLogger, WandbLogger
@@ -353,6 +353,7 @@ def tell(number):
 
 when = {"stopped": {50: lambda: tell(signal.SIGSTOP)}, "killed": {50: lambda: tell(signal.SIGKILL)}}
 clock = Clock(when.get(condition))
+warnings.simplefilter("default", UserWarning)
 if condition == "no logger":
     logger = False
 elif service == "wandb":
@@ -397,11 +398,12 @@ def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(tmp_path, sma
             if condition in addresses:
                 url = f"http://127.0.0.1:{addresses[condition]}/"
                 variables = {"COMET_URL_OVERRIDE": url, "COMET_API_KEY": "a" * 25}
-            run_program(OFFLINE, folder, service, condition, **variables)
+            done = run_program(OFFLINE, folder, service, condition, **variables)
+            assert ("The process of wandb is gone" in done.stdout + done.stderr) == (condition == "killed")
             name = f"{service}, {condition}"
             times[name] = json.loads((folder / "times").read_text())
             whole_s[name] = float((folder / "whole").read_text())
-            assert (condition in ("stopped", "killed")) == (folder / "told").exists() or condition == "healthy"
+            assert (service == "wandb" and condition in ("healthy", "stopped", "killed")) == (folder / "told").exists()
     deaf.stop()
     print_times("Offline", times, whole_s)
     for name, seconds in times.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
@@ -92,6 +94,8 @@ class WandbLogger(UploadingLogger):
         self._project: str = project or os.environ.get("WANDB_PROJECT", "lightning_logs")
         self._id: Optional[str] = version or id
         self._checkpoint_name: Optional[str] = checkpoint_name
+        # Whether the process of wandb was found to be gone.
+        self._is_lost: bool = False
         # Set in a copy of the logger in another process, which joins the run of this one.
         self._attach_id: Optional[str] = None
         self._wandb_init: Kwargs = {
@@ -159,6 +163,19 @@ class WandbLogger(UploadingLogger):
             )
             return run
 
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Let training go on where the process is gone that wandb started to keep and to send what is logged."""
+        try:
+            yield
+        except ConnectionError as error:
+            if not self._is_lost:
+                rank_zero_warn(
+                    f"The process of wandb is gone ({error!r}). Training goes on, and nothing more is logged to Weights &"
+                    " Biases; what came before is in the files of the run."
+                )
+            self._is_lost = True
+
     def _define_step(self) -> None:
         define = getattr(self._experiment, "define_metric", None)
         if define is not None:
@@ -193,13 +210,15 @@ class WandbLogger(UploadingLogger):
         }
         if step is not None:
             values[STEP] = step
-        self.experiment.log(values)
+        with self._going_on():
+            self.experiment.log(values)
 
     @rank_zero_only
     @override
     def log_hyperparams(self, params: HParams) -> None:
         """Add hyper-parameters to the configuration of the run."""
-        self.experiment.config.update(json_values(to_dict(params)), allow_val_change=True)
+        with self._going_on():
+            self.experiment.config.update(json_values(to_dict(params)), allow_val_change=True)
 
     @rank_zero_only
     def log_table(
@@ -360,7 +379,8 @@ class WandbLogger(UploadingLogger):
         name = self._checkpoint_name or f"model-{self.experiment.id}"
         artifact = wandb.Artifact(name=name, type="model", metadata=metadata)
         artifact.add_file(checkpoint.path, name="model.ckpt", policy=self.add_file_policy)
-        self.experiment.log_artifact(artifact, aliases=aliases)
+        with self._going_on():
+            self.experiment.log_artifact(artifact, aliases=aliases)
 
     def __getstate__(self) -> StateDict:
         state = {**super().__getstate__(), "_experiment": None}
