@@ -36,6 +36,7 @@ class Signals(Protocol):
     """What this process was told by signals during one call."""
 
     waits_for_batch: bool
+    is_before_training: bool
     is_training: bool
     wants_requeue: bool
     is_requeued: bool

@@ -327,6 +327,49 @@ def test_ctrl_c_pressed_again_ends_a_shutdown_that_waits_for_another_process(tmp
         process.stdout.close()
 
 
+IN_SET_UP = """
+import os, signal, sys
+from levin import LightningModule, Trainer
+from levin.demos.boring_classes import BoringModel
+
+class Told(BoringModel):
+    def told(self, where):
+        if sys.argv[1] == where:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def setup(self, stage):
+        self.told("set-up")
+
+    def validation_step(self, batch, batch_idx):
+        self.told("sanity check")
+
+    def on_fit_end(self):
+        self.told("end")
+
+Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False).fit(Told())
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "asked"), [("set-up", "requeue 77\n"), ("sanity check", "requeue 77\n"), ("end", "")]
+)
+def test_a_job_that_has_not_trained_yet_is_put_back_as_it_is(tmp_path, where, asked):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train", "PYTHONPATH": f"{ROOT / 'src'}",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IN_SET_UP, where], env={**os.environ, **slurm}, cwd=tmp_path,
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == (143 if asked else 0), done.stderr
+    assert ((tmp_path / "asked").read_text() if asked else "") == asked and (tmp_path / "asked").exists() == bool(asked)
+    assert not list(tmp_path.glob("hpc_ckpt_*"))
+
+
 @pytest.mark.parametrize("is_found", [False, True], ids=["given as a plugin", "found by itself"])
 def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path, is_found):
     programs = tmp_path / "bin"

@@ -227,7 +227,7 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
     feed = make_feed(run, run.loaders.train)
     run.uneven = step.uneven = feed.uneven
     run.resume.follow(run, feed, step, exact)
-    run.signals.is_training = True
+    run.signals.is_before_training, run.signals.is_training = False, True
     if run.strategy.is_global_zero and not run.settings.barebones:
         run.time_shares = TimeShares(run)
     with torch.autograd.set_detect_anomaly(True) if run.settings.detect_anomaly else nullcontext():

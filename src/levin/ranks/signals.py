@@ -38,6 +38,7 @@ class Signals:
     def __init__(self) -> None:
         # Whether a signal waits for the end of a batch; during set-up it does not.
         self.waits_for_batch: bool = False
+        self.is_before_training: bool = True
         # Whether there is something to save.
         self.is_training: bool = False
         self.wants_requeue: bool = False
@@ -221,10 +222,17 @@ def save_for_restart(run: Run) -> None:
     """Save a fit that was asked to terminate, and put its job back in the queue if that is what was asked for.
 
     The file lies in the folder of the first checkpoint callback, or in ``default_root_dir``. There is none if the Trainer
-    has no checkpoint callback, except for a job that is requeued.
+    has no checkpoint callback, except for a job that is requeued. Before the first batch there is nothing to save: the job
+    is put back as it is.
     """
     signals, strategy = run.signals, run.strategy
-    if run.state.fn != TrainerFn.FITTING or run.settings.fast_dev_run or not signals.is_training:
+    if run.state.fn != TrainerFn.FITTING or run.settings.fast_dev_run:
+        return
+    if not signals.is_training:
+        # The scheduler tells every rank; in set-up they cannot be asked.
+        if signals.wants_requeue and signals.is_before_training and strategy.is_global_zero:
+            signals.is_requeued = True
+            requeue()
         return
     if strategy.reduce_boolean_decision(signals.wants_requeue, all=False):
         path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
@@ -269,12 +277,11 @@ def requeue() -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        log.error(f"{' '.join(command)!r} failed: {error}. Requeue the job yourself; its checkpoint is saved.")
+        log.error(f"{' '.join(command)!r} failed: {error}. Requeue the job yourself.")
         return
     if done.returncode == 0:
         log.info(f"Requeued job {job}.")
     else:
         log.error(
-            f"{' '.join(command)!r} ended with status {done.returncode}: {done.stderr.strip()} Requeue the job yourself; "
-            "its checkpoint is saved."
+            f"{' '.join(command)!r} ended with status {done.returncode}: {done.stderr.strip()} Requeue the job yourself."
         )
