@@ -8,7 +8,6 @@ from datetime import timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
-import levin.callbacks
 from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
@@ -88,7 +87,9 @@ def _add_progress_bar(callbacks: list[Callback], enable: bool) -> None:
         )
     if bars or not enable:
         return
-    callbacks.append(_with_rich_or("RichProgressBar", "TQDMProgressBar"))
+    from levin.callbacks.progress.rich_progress import RichProgressBar
+
+    callbacks.append(RichProgressBar())
 
 
 def _add_summary(callbacks: list[Callback], enable: bool) -> None:
@@ -99,13 +100,9 @@ def _add_summary(callbacks: list[Callback], enable: bool) -> None:
     if any(isinstance(callback, ModelSummary) for callback in callbacks):
         rank_zero_info("Trainer already configured with model summary callbacks. Skipping the default one.")
         return
-    callbacks.append(_with_rich_or("RichModelSummary", "ModelSummary"))
+    from levin.callbacks.rich_model_summary import RichModelSummary
 
-
-def _with_rich_or(rich: str, plain: str) -> Callback:
-    """Return the callback that draws with Rich where that is installed, else the plain one."""
-    made: Callback = getattr(levin.callbacks, rich if importlib.util.find_spec("rich") else plain)()
-    return made
+    callbacks.append(RichModelSummary())
 
 
 def check_state_keys(callbacks: Iterable[Callback]) -> None:

@@ -8,7 +8,6 @@ from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.model_summary import Column, check_max_depth, format_summary_table
-from levin.utilities.model_summary import ModelSummary as Summary
 from levin.utilities.model_summary import summarize as summarize_model
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -39,7 +38,7 @@ class ModelSummary(Callback):
         if not self._max_depth:
             return
         # Every rank runs the example input: a sharded model answers only when all ranks ask.
-        summary = self._summary(trainer, pl_module)
+        summary = summarize_model(pl_module, max_depth=self._max_depth)
         if trainer.is_global_zero:
             self.summarize(
                 summary._get_summary_data(),
@@ -50,9 +49,6 @@ class ModelSummary(Callback):
                 total_flops=summary.total_flops,
                 **self._summarize_kwargs,
             )
-
-    def _summary(self, trainer: Trainer, pl_module: LightningModule) -> Summary:
-        return summarize_model(pl_module, max_depth=self._max_depth)
 
     @staticmethod
     def summarize(

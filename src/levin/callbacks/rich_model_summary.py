@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from typing_extensions import override
@@ -22,19 +21,11 @@ class RichModelSummary(ModelSummary):
         **summarize_kwargs: ``header_style``, the Rich style of the titles (``"bold magenta"`` by default).
 
     Raises:
-        ModuleNotFoundError: Rich is not installed.
         ValueError: ``max_depth`` is not -1, 0 or a positive integer.
 
     Example:
         >>> summary = RichModelSummary(max_depth=-1, header_style="bold green")
     """
-
-    def __init__(self, max_depth: int = 1, **summarize_kwargs: object) -> None:
-        if importlib.util.find_spec("rich") is None:
-            raise ModuleNotFoundError(
-                "`RichModelSummary` requires `rich`, which is not installed. Install it, or use `ModelSummary`."
-            )
-        super().__init__(max_depth, **summarize_kwargs)
 
     @staticmethod
     @override

@@ -41,7 +41,8 @@ def describe() -> Iterator[tuple[str, list[tuple[str, str]]]]:
         "versions",
         [("levin", __version__), ("python", platform.python_version()), *versions_of(PACKAGES, absent="-")],
     )
-    yield "machine", [("system", platform.platform()), ("processors", _processors()), *_devices()]
+    processors = f"{count_processors()} of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
+    yield "machine", [("system", platform.platform()), ("processors", processors), *_devices()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine = build_engine()
@@ -75,10 +76,6 @@ def main(arguments: Sequence[str]) -> int:
         for name, value in rows:
             print(f"  {name:<18} {value}")
     return 0
-
-
-def _processors() -> str:
-    return f"{count_processors()} of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads"
 
 
 def _devices() -> Iterator[tuple[str, str]]:

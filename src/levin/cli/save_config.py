@@ -10,6 +10,7 @@ from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.filesystem import get_filesystem
+from levin.utilities.overrides import is_overridden
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -55,7 +56,7 @@ class SaveConfigCallback(Callback):
         self.multifile: bool = multifile
         self.save_to_log_dir: bool = save_to_log_dir
         self.already_saved: bool = False
-        if not save_to_log_dir and _inherits_save_config(type(self)):
+        if not save_to_log_dir and not is_overridden("save_config", self, SaveConfigCallback):
             raise ValueError(
                 "save_to_log_dir=False saves nothing unless `save_config` is overridden, received a class without it. "
                 "Override it, or pass save_config_callback=None to LightningCLI."
@@ -94,7 +95,3 @@ class SaveConfigCallback(Callback):
         if trainer.is_global_zero:
             filesystem.makedirs(log_dir, exist_ok=True)
             self.parser.save(self.config, path, skip_unset=False, overwrite=self.overwrite, multifile=self.multifile)
-
-
-def _inherits_save_config(kind: type) -> bool:
-    return getattr(kind, "save_config", None) is SaveConfigCallback.save_config

@@ -70,7 +70,10 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     children = list(module.modules())
     attributes = [dict(vars(child)) for child in children]
     containers = [
-        (value, copy.copy(value)) for values in attributes for value in values.values() if _is_container(value)
+        (value, copy.copy(value))
+        for values in attributes
+        for value in values.values()
+        if isinstance(value, (dict, list, set))
     ]
     tensors = [*module.parameters(), *module.buffers()]
     grads = [tensor.grad for tensor in tensors]
@@ -114,10 +117,6 @@ def _unloaded(loaders: Loaders) -> Loaders:
         ours, theirs = getattr(fresh, stage), getattr(loaders, stage)
         ours.given, ours.owner = theirs.given, theirs.owner
     return fresh
-
-
-def _is_container(value: object) -> bool:
-    return isinstance(value, (dict, list, set))
 
 
 def holders(name: str, module: object, datamodule: Optional[object]) -> list[Any]:

@@ -34,7 +34,7 @@ def clip_by_norm(
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     groups = list(_by_mesh(parameters).values())
-    norms = [_full(get_total_norm(_gradients(group), norm_type)) for group in groups]
+    norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in groups]
     if not norms:
         return torch.tensor(0.0)
     total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
@@ -80,10 +80,6 @@ def _by_mesh(parameters: Iterable[Tensor]) -> dict[object, list[Tensor]]:
         if gradient is not None:
             groups.setdefault(getattr(gradient, "device_mesh", None), []).append(parameter)
     return groups
-
-
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def _full(norm: Tensor) -> Tensor:

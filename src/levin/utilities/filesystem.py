@@ -300,14 +300,10 @@ def _open_remote(url: str) -> Iterator[IO[bytes]]:
             raise OSError(errno.EIO, f"{arrived} of {written} bytes arrived", url)
         filesystem.mv(temporary, path)
     except BaseException:
-        _remove_remote(filesystem, temporary)
+        # A second error, of whatever kind the remote system has, must not hide the first.
+        with contextlib.suppress(Exception):
+            filesystem.rm_file(temporary)
         raise
-
-
-def _remove_remote(filesystem: Any, path: str) -> None:
-    # Called while an error is on its way; a second one, of whatever kind the remote system has, must not hide it.
-    with contextlib.suppress(Exception):
-        filesystem.rm_file(path)
 
 
 def make_folder(folder: str) -> None:

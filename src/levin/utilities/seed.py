@@ -50,7 +50,11 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
         rank_zero_info(rank_prefixed_message(f"Seed set to {seed}", _global_rank()))
     os.environ[_SEED_VARIABLE] = str(seed)
     os.environ[_WORKERS_VARIABLE] = str(int(workers))
-    _seed_generators(seed)
+    random.seed(seed)
+    numpy = _numpy()
+    if numpy is not None:
+        numpy.random.seed(seed)
+    torch.manual_seed(seed)
     return seed
 
 
@@ -107,14 +111,6 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
         yield
     finally:
         set_rng_states(states)
-
-
-def _seed_generators(seed: int) -> None:
-    random.seed(seed)
-    numpy = _numpy()
-    if numpy is not None:
-        numpy.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _numpy() -> Any:

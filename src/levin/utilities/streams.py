@@ -17,7 +17,9 @@ def lenient_streams() -> Iterator[None]:
     strict = [
         stream
         for stream in (sys.stdout, sys.stderr)
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict" and not _is_unicode(stream)
+        if isinstance(stream, io.TextIOWrapper)
+        and stream.errors == "strict"
+        and not stream.encoding.lower().startswith("utf")
     ]
     for stream in strict:
         stream.reconfigure(errors="replace")
@@ -26,7 +28,3 @@ def lenient_streams() -> Iterator[None]:
     finally:
         for stream in strict:
             stream.reconfigure(errors="strict")
-
-
-def _is_unicode(stream: io.TextIOWrapper) -> bool:
-    return stream.encoding.lower().startswith("utf")
