@@ -117,7 +117,7 @@ class ModelPruning(Callback):
     def apply_lottery_ticket_hypothesis(self) -> None:
         """Let the weights that are left begin anew, from their first values or from new ones."""
         for module, name, first in self._first:
-            resets: Any = getattr(first, "reset_parameters", None)
+            resets = getattr(first, "reset_parameters", None)
             if self._resample_parameters and resets is not None:
                 resets()
             with torch.no_grad():
@@ -141,7 +141,7 @@ class ModelPruning(Callback):
     def make_pruning_permanent(self, module: nn.Module) -> None:
         """Make plain parameters of the pruned ones of ``module`` and its children."""
         for child in module.modules():
-            hooks: list[Any] = list(child._forward_pre_hooks.values())
+            hooks = list(child._forward_pre_hooks.values())
             for name in [hook._tensor_name for hook in hooks if isinstance(hook, prune.BasePruningMethod)]:
                 prune.remove(child, name)
 

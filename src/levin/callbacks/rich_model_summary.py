@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from typing_extensions import override
 
 from levin.callbacks.model_summary import ModelSummary
@@ -39,9 +41,6 @@ class RichModelSummary(ModelSummary):
         **summarize_kwargs: Any,
     ) -> None:
         """Print the table."""
-        from rich.console import Console
-        from rich.table import Table
-
         table = Table(header_style=summarize_kwargs.get("header_style", "bold magenta"))
         for title, _ in summary_data:
             if title in _RIGHT_ALIGNED:

@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
@@ -21,9 +20,9 @@ from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
-from levin.utilities.types import Kwargs, StateDict
+from levin.utilities.types import Function, Kwargs, StateDict
 
-Functions = dict[str, Callable[[Any], Any]]
+Functions = dict[str, Function]
 
 
 class ServableModule(ABC, torch.nn.Module):

@@ -44,7 +44,7 @@ class _Explained(BaseException):
 
 
 def _explained(
-    trainer: Trainer, model: Any, *args: Any, ckpt_path: Any = None, weights_only: Any = None, **kwargs: Any
+    trainer: Trainer, model: Any, *args: Any, ckpt_path: object = None, weights_only: object = None, **kwargs: Any
 ) -> None:
     raise _Explained(trainer.explain(model, *args[:3], **kwargs))
 

@@ -172,7 +172,7 @@ class LightningArgumentParser(ArgumentParser):
         words = sys.argv[1:] if args is None else args
         return super().parse_args(to_levin(list(words)), *rest, **kwargs)
 
-    def _check_value_key(self, action: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    def _check_value_key(self, action: Any, value: object, *args: Any, **kwargs: Any) -> Any:
         # All values of files, environment variables and objects come this way.
         return super()._check_value_key(action, to_levin(value), *args, **kwargs)
 

@@ -206,13 +206,12 @@ class Plan:
         if not run.module.automatic_optimization:
             return
         own = is_overridden("lr_scheduler_step", run.module, LightningModule)
-        chosen = rules.schedules(interval, plateau)
-        for index, config in enumerate(run.schedulers):
+        for config in run.schedulers:
             if config.interval != interval or config.reduce_on_plateau != plateau:
                 continue
             name = type(config.scheduler).__name__
             argument = f'"{config.monitor}"' if plateau else ""
-            when = self._rule(lambda place, index=index: index in chosen(place))  # type: ignore[misc]
+            when = self._rule(rules.steps(config))
             if is_after:
                 when = When(when.due, "" if config.frequency == 1 else f"every {config.frequency} epochs")
             if own:

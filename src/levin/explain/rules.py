@@ -10,6 +10,7 @@ from levin.explain.node import Place
 from levin.loops.fit import accumulates_after, logs_step, validates_now
 from levin.loops.run import Run
 from levin.loops.schedulers import due_schedulers
+from levin.utilities.types import LRSchedulerConfig
 
 NUM_ASKED = 20_000
 """About how many batches each rule is asked, at most."""
@@ -54,14 +55,14 @@ class Rules:
         before = place.epoch * self._steps_before[-1] + self._steps_before[place.batch_idx]
         return logs_step(self.run, before)
 
-    def schedules(self, interval: str, plateau: bool) -> Callable[[Place], list[int]]:
-        """Return a rule: which schedulers, by their index, are stepped at a batch."""
+    def steps(self, config: LRSchedulerConfig) -> Callable[[Place], bool]:
+        """Return a rule: whether a scheduler is stepped at a batch."""
 
-        def rule(place: Place) -> list[int]:
-            if self.accumulates(place) if interval == "step" else not self.is_last(place):
-                return []
-            due = due_schedulers(self.run, interval, plateau)
-            return [index for index, config in enumerate(self.run.schedulers) if any(config is each for each in due)]
+        def rule(place: Place) -> bool:
+            if self.accumulates(place) if config.interval == "step" else not self.is_last(place):
+                return False
+            due = due_schedulers(self.run, config.interval, config.reduce_on_plateau)
+            return any(config is each for each in due)
 
         return rule
 

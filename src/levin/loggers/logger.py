@@ -126,7 +126,7 @@ class Logger(ABC):
 class DummyExperiment:
     """Accepts every call and does nothing."""
 
-    def nop(self, *args: Any, **kwargs: Any) -> None:
+    def nop(self, *args: object, **kwargs: object) -> None:
         """Do nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
@@ -140,7 +140,7 @@ class DummyExperiment:
     def __setitem__(self, *args: object) -> None:
         pass
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(())
 
 
@@ -166,11 +166,11 @@ class DummyLogger(Logger):
         return ""
 
     @override
-    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+    def log_metrics(self, *args: object, **kwargs: object) -> None:
         pass
 
     @override
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(self, *args: object, **kwargs: object) -> None:
         pass
 
     def __getitem__(self, index: int) -> DummyLogger:

@@ -14,6 +14,7 @@ from torch.autograd.profiler import record_function
 from torch.autograd.profiler_util import EventList
 from torch.nn import Module
 from torch.profiler import ProfilerAction, ProfilerActivity
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from levin.profilers.profiler import Profiler
@@ -285,20 +286,18 @@ class _ModuleNames:
     """Marks the forward pass of every layer in the trace until it is removed."""
 
     def __init__(self, module: Module) -> None:
-        self._markers: dict[str, list[record_function]] = {}
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
         for name, layer in module.named_modules():
             if name and not isinstance(layer, torch.jit.ScriptModule):
                 kind = type(layer)
-                self._add(layer, f"[levin][module]{kind.__module__}.{kind.__name__}: {name}")
+                self._mark(layer, f"[levin][module]{kind.__module__}.{kind.__name__}: {name}")
 
-    def _add(self, layer: Module, label: str) -> None:
-        markers = self._markers.setdefault(label, [])
+    def _mark(self, layer: Module, label: str) -> None:
+        markers: list[record_function] = []
 
         def enter(*_: object) -> None:
-            marker = record_function(label)
-            marker.__enter__()
-            markers.append(marker)
+            markers.append(record_function(label))
+            markers[-1].__enter__()
 
         def leave(*_: object) -> None:
             if markers:

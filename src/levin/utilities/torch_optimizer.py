@@ -14,7 +14,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks as _after
 from torch.optim.optimizer import _global_optimizer_pre_hooks as _before
 
 
-def update_of(optimizer: Any) -> Optional[Callable[[], Any]]:
+def update_of(optimizer: Any) -> Optional[Callable[[], object]]:
     """Return what ``optimizer.step(closure)`` does after the closure, where that is a thing of its own; else None.
 
     All but LBFGS of torch's optimizers call the closure first, once. Called before, it needs no gradients turned on again,
@@ -27,12 +27,12 @@ def update_of(optimizer: Any) -> Optional[Callable[[], Any]]:
         return None
     if isinstance(optimizer, torch.optim.LBFGS):
         return None
-    inner: Optional[Callable[[Any], Any]] = getattr(step, "__wrapped__", None)
+    inner: Optional[Callable[[object], object]] = getattr(step, "__wrapped__", None)
     if inner is None:
-        whole: Callable[[], Any] = optimizer.step
+        whole: Callable[[], object] = optimizer.step
         return whole
 
-    def update() -> Any:
+    def update() -> object:
         is_seen = _before or _after or optimizer._optimizer_step_post_hooks or torch._C._autograd._profiler_enabled()
         return optimizer.step() if is_seen else inner(optimizer)
 

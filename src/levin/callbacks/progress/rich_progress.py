@@ -157,7 +157,7 @@ class RichRenderer(Renderer):
 
 def _task_property(stage: str, doc: str) -> property:
     def get(callback: RichProgressBar) -> Task:
-        renderer = callback._rich
+        renderer = callback._renderer
         for loop in (callback._train, callback._eval):
             if loop is not None and loop.stage == stage:
                 task = renderer.open(loop)
@@ -203,6 +203,8 @@ class RichProgressBar(DrawnProgressBar):
         >>> bar = RichProgressBar(leave=True, theme=RichProgressBarTheme(progress_bar="green"))
     """
 
+    _renderer: RichRenderer
+
     def __init__(
         self,
         refresh_rate: int = 100,
@@ -214,8 +216,7 @@ class RichProgressBar(DrawnProgressBar):
             raise ModuleNotFoundError(
                 "`RichProgressBar` requires `rich`, which is not installed. Install it, or use `TQDMProgressBar`."
             )
-        self._rich: RichRenderer = RichRenderer(self)
-        super().__init__(refresh_rate, leave, self._rich)
+        super().__init__(refresh_rate, leave, RichRenderer(self))
         self.theme: RichProgressBarTheme = RichProgressBarTheme() if theme is None else theme
         self._console_kwargs: dict[str, object] = console_kwargs or {}
         self._console: Console | None = None
@@ -226,7 +227,7 @@ class RichProgressBar(DrawnProgressBar):
     @property
     def progress(self) -> MetricsProgress | None:
         """Rich's display of the bars, that of the last run if none is under way."""
-        return self._rich.progress
+        return self._renderer.progress
 
     train_progress_bar = _task_property(TRAIN, "Rich's task of the training.")
     val_sanity_check_bar = _task_property(SANITY, "Rich's task of the sanity check.")

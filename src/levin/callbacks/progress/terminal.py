@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
+from levin.utilities.interactive import ipython_shell
+
 _ERASE_BELOW = "\r\x1b[J"
 
 
@@ -21,9 +23,7 @@ def draws_in_place(file: object) -> bool:
 
 def is_notebook() -> bool:
     """Return whether this process is the kernel of a notebook."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")
+    return type(ipython_shell()).__name__ in ("ZMQInteractiveShell", "Shell")
 
 
 def real_stream(file: object) -> Any:

@@ -143,7 +143,7 @@ def _bar_property(slot: str, doc: str) -> property:
     """Return the property that is the bar of a slot, even one whose turn on the screen has not come yet."""
 
     def get(callback: TQDMProgressBar) -> Tqdm:
-        renderer = callback._tqdm
+        renderer = callback._renderer
         for loop in (callback._train, callback._eval):
             if loop is not None and _STAGES[loop.stage][0] == slot:
                 bar = renderer.open(loop)
@@ -156,7 +156,7 @@ def _bar_property(slot: str, doc: str) -> property:
         return renderer.bars[slot]
 
     def use(callback: TQDMProgressBar, bar: Tqdm) -> None:
-        callback._tqdm.use(slot, bar)
+        callback._renderer.use(slot, bar)
 
     return property(get, use, doc=f"{doc}\n\n        Raises:\n            TypeError: There is none yet.")
 
@@ -194,11 +194,11 @@ class TQDMProgressBar(DrawnProgressBar):
         >>> bar = Bar(refresh_rate=10)
     """
 
+    _renderer: TqdmRenderer
     BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}{postfix}]"
 
     def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False) -> None:
-        self._tqdm: TqdmRenderer = TqdmRenderer(self)
-        super().__init__(refresh_rate, leave, self._tqdm)
+        super().__init__(refresh_rate, leave, TqdmRenderer(self))
         self._refresh_rate = self._draw_every = _resolve_refresh_rate(refresh_rate)
         self._process_position: int = process_position
 
