@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-report test-mpi test-deepspeed test-precision test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
+.PHONY: help demo test test-report test-mpi test-deepspeed test-precision test-xla test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -20,7 +20,7 @@ demo: $(STAMP)  ## Train on handwritten digits, evaluate, save, show
 	$(BIN)/python examples/digits.py
 
 test: $(STAMP)  ## Run the tests
-	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages"
+	$(RUN) $(BIN)/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages and not xla"
 	$(RUN) $(BIN)/python -m pytest -q -m "timing and not slow"
 
 test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
@@ -51,6 +51,18 @@ test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes
 test-precision: $(STAMP)  ## Run the tests that need torchao and bitsandbytes, on the CPU
 	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/precision --no-deps torchao==0.18.0 bitsandbytes==0.50.2
 	PYTHONPATH=$(CURDIR)/$(VENV)/precision $(RUN) $(BIN)/python -m pytest -q -m packages tests/precision
+
+# In an environment of its own, for which torch_xla has a torch of its own. That one looks for its CUDA libraries when it is
+# imported, also where there is no GPU: 3 GB to download.
+XLA := $(VENV)/xla
+$(XLA)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(XLA)
+	$(XLA)/bin/python -m pip install --quiet torch==2.9.0 torch_xla==2.9.0 numpy torchmetrics fsspec rich tqdm PyYAML packaging \
+		typing-extensions pytest pytest-timeout
+	touch $@
+
+test-xla: $(XLA)/.installed  ## Run the tests that need torch_xla, with processors in the place of TPUs
+	PYTHONPATH=$(CURDIR)/src PJRT_DEVICE=CPU $(RUN) $(XLA)/bin/python -m pytest -q -m xla tests/strategies
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check

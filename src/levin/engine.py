@@ -27,6 +27,7 @@ from levin.environments import (
     MPIEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
+    XLAEnvironment,
 )
 from levin.launchers import MultiProcessingLauncher
 from levin.launchers.script import leave_hydra_job
@@ -174,7 +175,7 @@ def build_engine(
     leave_hydra_job()
     chosen_accelerator = _choose_accelerator(accelerator, strategy)
     parallel_devices = _choose_devices(chosen_accelerator, devices, strategy)
-    detected = _choose_environment(given_plugins, strategy)
+    detected = _choose_environment(given_plugins, strategy, chosen_accelerator)
     chosen_strategy = _choose_strategy(strategy, chosen_accelerator, parallel_devices, num_nodes)
     if mesh is not None:
         check_mesh(mesh, len(parallel_devices) * num_nodes, len(parallel_devices), num_nodes)
@@ -217,7 +218,7 @@ def describe_devices(engine: Engine) -> None:
     kind = "mps" if MPSAccelerator.is_available() else "cuda"
     has_gpu = MPSAccelerator.is_available() or CUDAAccelerator.is_available()
     uses_gpu = isinstance(engine.accelerator, (CUDAAccelerator, MPSAccelerator))
-    has_tpu = XLAAccelerator.is_available()
+    has_tpu = XLAAccelerator.num_tpus() > 0
     uses_tpu = isinstance(engine.accelerator, XLAAccelerator)
     rank_zero_info(f"GPU available: {has_gpu}{f' ({kind})' if has_gpu else ''}, used: {uses_gpu}")
     rank_zero_info(f"TPU available: {has_tpu}, using: {engine.num_devices if uses_tpu else 0} TPU cores")
@@ -321,7 +322,9 @@ def _choose_accelerator(accelerator: object, strategy: object) -> Accelerator:
                 return _available(strategy.user_parts.accelerator)
             if strategy.user_parts.parallel_devices:
                 return _available(_accelerator_for(strategy.user_parts.parallel_devices[0]))
-        for name in ("tpu", "mps", "cuda"):
+        if XLAAccelerator.num_tpus():
+            return AcceleratorRegistry.get("tpu")
+        for name in ("mps", "cuda"):
             if AcceleratorRegistry.get_class(name).is_available():
                 return AcceleratorRegistry.get(name)
         return AcceleratorRegistry.get("cpu")
@@ -380,7 +383,7 @@ def _choose_devices(accelerator: Accelerator, devices: object, strategy: object)
     return found
 
 
-def _choose_environment(plugins: _Plugins, strategy: object) -> ClusterEnvironment:
+def _choose_environment(plugins: _Plugins, strategy: object, accelerator: Accelerator) -> ClusterEnvironment:
     if plugins.environment is not None:
         return plugins.environment
     if isinstance(strategy, Strategy) and strategy.user_parts.environment is not None:
@@ -388,7 +391,7 @@ def _choose_environment(plugins: _Plugins, strategy: object) -> ClusterEnvironme
     for kind in _DETECTED_ENVIRONMENTS:
         if kind.detect():
             return kind()
-    return LightningEnvironment()
+    return XLAEnvironment() if isinstance(accelerator, XLAAccelerator) else LightningEnvironment()
 
 
 def _choose_strategy(
@@ -397,6 +400,8 @@ def _choose_strategy(
     if isinstance(strategy, Strategy):
         return strategy
     name = strategy.lower()
+    if name == "auto" and isinstance(accelerator, XLAAccelerator):
+        name = "single_xla" if len(parallel_devices) == num_nodes == 1 else "xla"
     if name == "auto":
         if num_nodes > 1:
             name = "ddp"
@@ -418,6 +423,11 @@ def _check_combination(
     devices: object,
 ) -> None:
     label = repr(asked) if isinstance(asked, str) else type(chosen).__name__
+    if isinstance(accelerator, XLAAccelerator) != chosen.is_for_xla:
+        raise MisconfigurationException(
+            f"strategy={label} cannot be used with accelerator={accelerator.name()!r}. Use accelerator='tpu' with "
+            "strategy='xla', 'xla_fsdp' or 'single_xla', and these with no other."
+        )
     if chosen.is_distributed and isinstance(accelerator, MPSAccelerator):
         raise MisconfigurationException(
             f"strategy={label} cannot be used with accelerator='mps', on which processes cannot talk to each other. "

@@ -157,8 +157,8 @@ def test_an_absent_feature_leaves_the_table_when_it_comes():
 @pytest.mark.parametrize(
     "name, base",
     [
-        ("XLACheckpointIO", None),
-        ("XLAStrategy", "Strategy"),
+        ("_XLALauncher", None),
+        ("DataParallelStrategy", "Strategy"),
         ("FSDPPrecision", "Precision"),
         ("NeptuneLogger", "Logger"),
     ],

@@ -262,6 +262,11 @@ def whole(tree: Tree, is_kept: bool = True, is_alone: bool = False) -> Tree:
     return _replaced(tree, gather)
 
 
+def on_host(tree: Tree) -> Tree:
+    """Return ``tree`` with its tensors on the CPU, for devices whose tensors mean nothing in a file."""
+    return _walk(tree, torch.Tensor, lambda tensor: tensor.cpu())
+
+
 def own_parts(tree: Tree) -> Tree:
     """Return ``tree`` with this rank's parts in the place of tensors that are spread over ranks."""
     return _replaced(tree, lambda tensor: tensor.to_local())

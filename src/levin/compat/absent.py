@@ -1,6 +1,6 @@
 """Names of features that levin does not have: to be imported and mentioned, not used.
 
-Many packages import ``XLAStrategy`` or ``NeptuneLogger`` at their top and use it in one function. They run as long as nobody calls
+Many packages import ``FSDPPrecision`` or ``NeptuneLogger`` at their top and use it in one function. They run as long as nobody calls
 that function; whoever does reads what to use instead.
 """
 
@@ -36,23 +36,17 @@ def _absent(name: str, way_out: str, base: type = object) -> type:
 
 
 _BUILT_IN = 'Use `Trainer(precision="bf16-mixed")` or another of the precisions in docs/trainer.md.'
-_XLA = 'Use `accelerator="cpu"` or `"cuda"`.'
 
 NeptuneLogger = _absent("NeptuneLogger", "Use one of levin.loggers, or subclass levin.loggers.Logger.", Logger)
 
 DataParallelStrategy = _absent("DataParallelStrategy", 'Use `strategy="ddp"`.', Strategy)
-SingleDeviceXLAStrategy = _absent("SingleDeviceXLAStrategy", _XLA, Strategy)
-XLAFSDPStrategy = _absent("XLAFSDPStrategy", _XLA, Strategy)
-XLAStrategy = _absent("XLAStrategy", _XLA, Strategy)
-_XLALauncher = _absent("_XLALauncher", _XLA)
+_XLALauncher = _absent("_XLALauncher", "Use `XLAStrategy(start_method=...)`.")
 _get_full_state_dict_context = _absent("_get_full_state_dict_context", "Use torch.distributed.fsdp itself.")
 _setup_activation_checkpointing = _absent(
     "_setup_activation_checkpointing", "Use torch.utils.checkpoint in the module's forward."
 )
 
 FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
-XLACheckpointIO = _absent("XLACheckpointIO", _XLA)
-XLAPrecision = _absent("XLAPrecision", _XLA, Precision)
 _runif_reasons = _absent("_runif_reasons", "Use `pytest.mark.skipif`.")
 
 _CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")

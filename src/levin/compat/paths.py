@@ -34,14 +34,14 @@ _ALL_ENVIRONMENTS = (
     "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment MPIEnvironment SLURMEnvironment "
     "TorchElasticEnvironment XLAEnvironment"
 )
+# Tensors of XLA devices reach the file from the CPU, by the strategy.
+_FILES = "TorchCheckpointIO XLACheckpointIO:TorchCheckpointIO"
 _PLAIN_PRECISIONS = "DoublePrecision HalfPrecision MixedPrecision Precision"
 _EARLIER_PRECISIONS = (
     "DoublePrecisionPlugin:DoublePrecision HalfPrecisionPlugin:HalfPrecision MixedPrecisionPlugin:MixedPrecision "
     "PrecisionPlugin:Precision"
 )
-_PACKAGE_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision TransformerEnginePrecision"
-_OTHER_PRECISIONS = "FSDPPrecision XLAPrecision"
-_OTHER_STRATEGIES = "SingleDeviceXLAStrategy XLAStrategy"
+_PACKAGE_PRECISIONS = "BitsandbytesPrecision DeepSpeedPrecision TransformerEnginePrecision XLAPrecision"
 _RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn"
 _RANK_ZERO_MODULE = {
     _RANK_ZERO: f"rank_prefixed_message rank_zero_debug {_RANK_ZERO_NAMES}",
@@ -175,22 +175,20 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.overrides": {},
     "pytorch.overrides.distributed": {"levin.data.samplers": "UnrepeatedDistributedSampler"},
     "pytorch.plugins": {
-        _CHECKPOINT: "AsyncCheckpointIO CheckpointIO TorchCheckpointIO",
+        _CHECKPOINT: f"AsyncCheckpointIO CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",
         _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}",
         _STRATEGIES: "LayerSync TorchSyncBatchNorm",
-        ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
+        ABSENT: "FSDPPrecision",
     },
     "pytorch.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
-    "pytorch.plugins.io": {
-        _CHECKPOINT: "AsyncCheckpointIO CheckpointIO TorchCheckpointIO", ABSENT: "XLACheckpointIO",
-    },
+    "pytorch.plugins.io": {_CHECKPOINT: f"AsyncCheckpointIO CheckpointIO {_FILES}"},
     "pytorch.plugins.io.async_plugin": {_CHECKPOINT: "AsyncCheckpointIO"},
     "pytorch.plugins.io.checkpoint_plugin": {_CHECKPOINT: "CheckpointIO"},
     "pytorch.plugins.io.torch_plugin": {_CHECKPOINT: "TorchCheckpointIO"},
     "pytorch.plugins.layer_sync": {_STRATEGIES: "LayerSync TorchSyncBatchNorm"},
     "pytorch.plugins.precision": {
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
     },
     "pytorch.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
     "pytorch.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
@@ -202,7 +200,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "pytorch.plugins.precision.precision": {_PRECISION: "Precision"},
     "pytorch.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
-    "pytorch.plugins.precision.xla": {ABSENT: "XLAPrecision"},
+    "pytorch.plugins.precision.xla": {_PRECISION: "XLAPrecision"},
     "pytorch.profilers": {
         _PROFILERS: "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler",
     },
@@ -217,8 +215,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.serve.servable_module_validator": {_CALLBACKS: "ServableModuleValidator"},
     "pytorch.strategies": {
         _STRATEGIES: "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
-        "SingleDeviceStrategy Strategy StrategyRegistry",
-        ABSENT: _OTHER_STRATEGIES,
+        "SingleDeviceStrategy SingleDeviceXLAStrategy Strategy StrategyRegistry XLAStrategy",
     },
     "pytorch.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
     "pytorch.strategies.deepspeed": {_STRATEGIES: "DeepSpeedStrategy"},
@@ -233,9 +230,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
     "pytorch.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "pytorch.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
-    "pytorch.strategies.single_xla": {ABSENT: "SingleDeviceXLAStrategy"},
+    "pytorch.strategies.single_xla": {_STRATEGIES: "SingleDeviceXLAStrategy"},
     "pytorch.strategies.strategy": {_STRATEGIES: "Strategy"},
-    "pytorch.strategies.xla": {ABSENT: "XLAStrategy"},
+    "pytorch.strategies.xla": {_STRATEGIES: "XLAStrategy"},
     "pytorch.trainer": {"levin": "Trainer seed_everything"},
     "pytorch.trainer.connectors": {},
     "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector"},
@@ -331,10 +328,10 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.loggers.logger": {_LOGGERS: "Logger rank_zero_experiment"},
     "fabric.loggers.tensorboard": {EQUIVALENT_LOGGERS: "TensorBoardLogger"},
     "fabric.plugins": {
-        _CHECKPOINT: "CheckpointIO TorchCheckpointIO",
+        _CHECKPOINT: f"CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",
         _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}",
-        ABSENT: f"{_OTHER_PRECISIONS} XLACheckpointIO",
+        ABSENT: "FSDPPrecision",
     },
     "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
     "fabric.plugins.collectives.collective": {_STRATEGIES: "Collective"},
@@ -352,11 +349,11 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins.environments.slurm": {_ENVIRONMENTS: "SLURMEnvironment"},
     "fabric.plugins.environments.torchelastic": {_ENVIRONMENTS: "TorchElasticEnvironment"},
     "fabric.plugins.environments.xla": {_ENVIRONMENTS: "XLAEnvironment"},
-    "fabric.plugins.io": {_CHECKPOINT: "CheckpointIO TorchCheckpointIO", ABSENT: "XLACheckpointIO"},
+    "fabric.plugins.io": {_CHECKPOINT: f"CheckpointIO {_FILES}"},
     "fabric.plugins.io.checkpoint_io": {_CHECKPOINT: "CheckpointIO"},
     "fabric.plugins.io.torch_io": {_CHECKPOINT: "TorchCheckpointIO"},
     "fabric.plugins.precision": {
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: _OTHER_PRECISIONS,
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
     },
     "fabric.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
     "fabric.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
@@ -365,10 +362,12 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
     "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
     "fabric.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
+    "fabric.plugins.precision.xla": {_PRECISION: "XLAPrecision"},
     "fabric.strategies": {
-        _STRATEGIES: "DDPStrategy DeepSpeedStrategy ParallelStrategy SingleDeviceStrategy Strategy",
+        _STRATEGIES: "DDPStrategy DeepSpeedStrategy ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy "
+        "XLAFSDPStrategy XLAStrategy",
         EQUIVALENT_STRATEGIES: "FSDPStrategy ModelParallelStrategy",
-        ABSENT: f"DataParallelStrategy {_OTHER_STRATEGIES} XLAFSDPStrategy",
+        ABSENT: "DataParallelStrategy",
         f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
     "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
@@ -385,8 +384,8 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
     "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
     "fabric.strategies.strategy": {_STRATEGIES: "Strategy"},
-    "fabric.strategies.xla": {ABSENT: "XLAStrategy"},
-    "fabric.strategies.xla_fsdp": {ABSENT: "XLAFSDPStrategy"},
+    "fabric.strategies.xla": {_STRATEGIES: "XLAStrategy"},
+    "fabric.strategies.xla_fsdp": {_STRATEGIES: "XLAFSDPStrategy"},
     "fabric.utilities": {
         _RANK_ZERO: _RANK_ZERO_NAMES,
         "levin.utilities.attribute_dict": "AttributeDict",

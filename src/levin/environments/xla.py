@@ -1,15 +1,20 @@
-"""Processes of torch_xla."""
+"""Hosts of a TPU pod."""
 
 from __future__ import annotations
+
+import os
 
 from typing_extensions import override
 
 from levin.accelerators.xla import XLAAccelerator
 from levin.environments.environment import ClusterEnvironment
+from levin.environments.local import LightningEnvironment
 
 
 class XLAEnvironment(ClusterEnvironment):
-    """Processes that torch_xla started; its runtime knows the ranks.
+    """Processes that levin starts on each host of a TPU pod, on which the script is started once.
+
+    Which host this is, and where the first one listens, is asked of the TPU unless ``NODE_RANK`` and ``MASTER_ADDR`` say so.
 
     Raises:
         ModuleNotFoundError: torch_xla is not installed.
@@ -18,31 +23,26 @@ class XLAEnvironment(ClusterEnvironment):
     def __init__(self) -> None:
         # Its constructor has the check for torch_xla.
         XLAAccelerator()
+        self._local = LightningEnvironment()
 
     @property
     @override
     def creates_processes_externally(self) -> bool:
-        return False
+        return self._local.creates_processes_externally
 
     @property
     @override
     def main_address(self) -> str:
-        """Not known: torch_xla connects its processes itself.
+        if "MASTER_ADDR" in os.environ or not XLAAccelerator.num_tpus():
+            return self._local.main_address
+        from torch_xla._internal import tpu
 
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("main_address has no meaning for XLAEnvironment: torch_xla connects its processes.")
+        return str(tpu.get_worker_ips()[0])
 
     @property
     @override
     def main_port(self) -> int:
-        """Not known: torch_xla connects its processes itself.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("main_port has no meaning for XLAEnvironment: torch_xla connects its processes.")
+        return self._local.main_port
 
     @staticmethod
     @override
@@ -51,32 +51,28 @@ class XLAEnvironment(ClusterEnvironment):
 
     @override
     def world_size(self) -> int:
-        from torch_xla import runtime
-
-        return int(runtime.world_size())
+        return self._local.world_size()
 
     @override
     def set_world_size(self, size: int) -> None:
-        pass
+        self._local.set_world_size(size)
 
     @override
     def global_rank(self) -> int:
-        from torch_xla import runtime
-
-        return int(runtime.global_ordinal())
+        return self._local.global_rank()
 
     @override
     def set_global_rank(self, rank: int) -> None:
-        pass
+        self._local.set_global_rank(rank)
 
     @override
     def local_rank(self) -> int:
-        from torch_xla import runtime
-
-        return int(runtime.local_ordinal())
+        return self._local.local_rank()
 
     @override
     def node_rank(self) -> int:
-        from torch_xla import runtime
+        if {"NODE_RANK", "GROUP_RANK"} & os.environ.keys() or not XLAAccelerator.num_tpus():
+            return self._local.node_rank()
+        from torch_xla._internal import tpu
 
-        return int(runtime.host_index())
+        return int(tpu.worker_id())

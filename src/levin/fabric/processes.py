@@ -84,6 +84,8 @@ class Processes:
         is_dp = settings["strategy"] == "dp"
         if is_dp:
             settings["strategy"] = "ddp"
+        elif settings["strategy"] == "fsdp" and settings["accelerator"] == "tpu":
+            settings["strategy"] = "xla_fsdp"
         elif settings["strategy"] in _SHARDED:
             settings["strategy"] = _saving_folders(settings["strategy"], plugins)
         self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy

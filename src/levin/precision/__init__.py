@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from levin.precision.deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
     from levin.precision.float8 import Float8Precision as Float8Precision
     from levin.precision.transformer_engine import TransformerEnginePrecision as TransformerEnginePrecision
+    from levin.precision.xla import XLAPrecision as XLAPrecision
 
 _HOMES = {
     "levin.precision.bitsandbytes": "BitsandbytesPrecision",
     "levin.precision.deepspeed": "DeepSpeedPrecision",
     "levin.precision.float8": "Float8Precision",
     "levin.precision.transformer_engine": "TransformerEnginePrecision",
+    "levin.precision.xla": "XLAPrecision",
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [
@@ -29,4 +31,5 @@ __all__ = [
     "MixedPrecision",
     "Precision",
     "TransformerEnginePrecision",
+    "XLAPrecision",
 ]

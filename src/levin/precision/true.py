@@ -14,7 +14,14 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Tree
 
 
-class _TruePrecision(Precision):
+class TruePrecision(Precision):
+    """Weights, inputs and computation in one type.
+
+    Args:
+        precision: Its name.
+        dtype: The type.
+    """
+
     def __init__(self, precision: str, dtype: torch.dtype) -> None:
         self.precision = precision
         self.dtype = dtype
@@ -52,7 +59,7 @@ class _TruePrecision(Precision):
         return default_dtype(self.dtype)
 
 
-class HalfPrecision(_TruePrecision):
+class HalfPrecision(TruePrecision):
     """Weights, inputs and computation in 16 bits: half the memory, for models that bear it.
 
     Args:
@@ -75,7 +82,7 @@ class HalfPrecision(_TruePrecision):
         super().__init__(precision, dtypes[precision])
 
 
-class DoublePrecision(_TruePrecision):
+class DoublePrecision(TruePrecision):
     """Weights, inputs and computation in 64 bits.
 
     Example:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from levin.strategies.group_collectives import SingleDeviceCollective as SingleDeviceCollective
     from levin.strategies.group_collectives import TorchCollective as TorchCollective
     from levin.strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
+    from levin.strategies.xla import SingleDeviceXLAStrategy as SingleDeviceXLAStrategy
+    from levin.strategies.xla import XLAFSDPStrategy as XLAFSDPStrategy
+    from levin.strategies.xla import XLAStrategy as XLAStrategy
 
 # torch's parts for sharding take most of a second to import.
 _HOMES = {
@@ -24,6 +27,7 @@ _HOMES = {
     "levin.strategies.fsdp": "FSDPStrategy",
     "levin.strategies.group_collectives": "Collective SingleDeviceCollective TorchCollective",
     "levin.strategies.model_parallel": "ModelParallelStrategy",
+    "levin.strategies.xla": "SingleDeviceXLAStrategy XLAFSDPStrategy XLAStrategy",
 }
 __getattr__, __dir__ = lazy_face(__name__, _HOMES)
 __all__ = [
@@ -36,10 +40,13 @@ __all__ = [
     "ParallelStrategy",
     "SingleDeviceCollective",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
     "Strategy",
     "StrategyRegistry",
     "TorchCollective",
     "TorchSyncBatchNorm",
+    "XLAFSDPStrategy",
+    "XLAStrategy",
 ]
 
 
@@ -75,6 +82,13 @@ def _register() -> None:
         ("deepspeed_stage_3_offload_nvme", "the same, kept on a disk", {"stage": 3, **_OFFLOADS, **_TO_DISK}),
     ):
         StrategyRegistry.register(name, deepspeed, description=text, **arguments)
+    for name, kind, text, is_debug in (
+        ("single_xla", "SingleDeviceXLAStrategy", "one process on one XLA device", {}),
+        ("xla", "XLAStrategy", "a process for each XLA device, gradients averaged", {}),
+        ("xla_debug", "XLAStrategy", "the same, and torch_xla tells what it compiles", {"debug": True}),
+        ("xla_fsdp", "XLAFSDPStrategy", "weights cut over all XLA devices of one process", {}),
+    ):
+        StrategyRegistry.register(name, f"levin.strategies.xla:{kind}", description=text, **is_debug)
 
 
 _OFFLOADS = {"offload_optimizer": True, "offload_parameters": True}

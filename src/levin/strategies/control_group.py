@@ -41,13 +41,9 @@ class ControlGroup:
         """The process group."""
         world = dist.group.WORLD
         if self._group is None or self._world is not world:
-            self._group = dist.new_group(
-                self._ranks,
-                timeout=self._timeout,
-                backend="gloo",
-                # Where it is not of all processes, those that are not in it have no part in making it.
-                use_local_synchronization=self._ranks is not None,
-            )
+            # Where it is not of all processes, those that are not in it have no part in making it.
+            of_some: StateDict = {} if self._ranks is None else {"use_local_synchronization": True}
+            self._group = dist.new_group(self._ranks, timeout=self._timeout, backend="gloo", **of_some)
             self._world = world
         return self._group
 

@@ -16,10 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.strategies import collectives
 from levin.strategies.contexts import in_forward_context
-from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy
+from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy, check_start_method
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Kwargs
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
     from levin.precision.precision import Precision
 
-START_METHODS = ("popen", "spawn", "fork", "forkserver")
 _EVALUATION_STEPS = ("validation_step", "test_step", "predict_step")
 _SET_BY_US = ("self", "module", "device_ids", "output_device")
 
@@ -101,7 +99,7 @@ class DDPStrategy(ParallelStrategy):
             step_timeout=step_timeout,
             uneven=uneven,
         )
-        _check_start_method(start_method)
+        check_start_method(start_method)
         _check_ddp_kwargs(kwargs)
         if ddp_comm_wrapper is not None and ddp_comm_hook is None:
             raise MisconfigurationException(
@@ -118,14 +116,7 @@ class DDPStrategy(ParallelStrategy):
 
     def configure_launcher(self) -> None:
         """Start the script again, or processes that run one function, as ``start_method`` says."""
-        if self.environment is None:
-            raise RuntimeError("DDPStrategy has no cluster environment. Pass it to Trainer(strategy=...).")
-        if self._start_method == "popen":
-            self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
-        else:
-            self.launcher = MultiProcessingLauncher(
-                self.environment, self.num_processes, self._start_method, self.enter_process
-            )
+        self.launch_by(self._start_method)
 
     # From set-up to teardown
 
@@ -344,23 +335,6 @@ def _tensors_to_sync(module: Module) -> Iterator[Tensor]:
 def _named_buffers(module: Module) -> Iterator[tuple[str, Tensor]]:
     ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
     return ((name, buffer) for name, buffer in module.named_buffers() if name not in ignored)
-
-
-def _check_start_method(start_method: str) -> None:
-    if start_method not in START_METHODS:
-        raise MisconfigurationException(
-            f"start_method must be one of {', '.join(START_METHODS)}, received {start_method!r}. "
-            "Use 'popen' for scripts and 'fork' for notebooks."
-        )
-    if start_method == "popen":
-        return
-    from multiprocessing import get_all_start_methods
-
-    if start_method not in get_all_start_methods():
-        raise MisconfigurationException(
-            f"start_method={start_method!r} is not supported on this machine, which has {get_all_start_methods()}. "
-            "Use 'spawn', or strategy='ddp_spawn'."
-        )
 
 
 def _check_ddp_kwargs(kwargs: Kwargs) -> None:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from levin.checkpoint.layout import ZERO_FOLDER, is_sharded, is_zero
 from levin.checkpoint.zero import ZeroCheckpointIO, ZeroEntry, load_zero, whole_weights
-from levin.launchers import SubprocessLauncher
 from levin.precision.deepspeed import DeepSpeedPrecision
 from levin.strategies import collectives
 from levin.strategies.contexts import environment_variables, in_forward_context, run_as_forward
@@ -214,8 +213,7 @@ class DeepSpeedStrategy(ParallelStrategy):
                 f"DeepSpeedStrategy needs a DeepSpeedPrecision, received {type(self.precision).__name__}: DeepSpeed keeps the "
                 "weights and the loss scale itself. Use DeepSpeedPrecision('bf16-mixed'), or Trainer(precision=...)."
             )
-        assert self.environment is not None
-        self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+        self.launch_by("popen")
 
     def default_checkpoint_io(self) -> CheckpointIO:
         """Return what lets DeepSpeed write its folders."""

@@ -9,6 +9,7 @@ from abc import ABC
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from levin.checkpoint.io import save_tree
+from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.strategies import collectives
 from levin.strategies.contexts import environment_variables
 from levin.strategies.control_group import ControlGroup
@@ -39,6 +41,7 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_STEP_TIMEOUT = timedelta(minutes=10)
+START_METHODS = ("popen", "spawn", "fork", "forkserver")
 UNEVEN_RULES = ("longest", "shortest", "error")
 # How long a process that ends waits for its threads of Gloo, and how often it looks; longer than Python lets a thread run.
 _THREADS_END_S = 60.0
@@ -117,6 +120,21 @@ class ParallelStrategy(Strategy, ABC):
 
     def configure_launcher(self) -> None:
         """Set :attr:`launcher`, for strategies that start processes."""
+
+    def launch_by(self, start_method: str) -> None:
+        """Set :attr:`launcher`.
+
+        Args:
+            start_method: ``"popen"`` starts the script again; another one starts processes that run one function.
+        """
+        if self.environment is None:
+            raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
+        if start_method == "popen":
+            self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+        else:
+            self.launcher = MultiProcessingLauncher(
+                self.environment, self.num_processes, start_method, self.enter_process
+            )
 
     # Where this process stands
 
@@ -312,6 +330,29 @@ class ParallelStrategy(Strategy, ABC):
             return super().optimizer_state(optimizer, module)
         consolidate()
         return optimizer.state_dict() if self.is_global_zero else {}
+
+
+def check_start_method(start_method: str) -> None:
+    """Raise when processes cannot be started in this way on this machine.
+
+    Args:
+        start_method: See :meth:`ParallelStrategy.launch_by`.
+
+    Raises:
+        ValueError: It is unknown, or the machine has no such thing.
+    """
+    if start_method not in START_METHODS:
+        raise MisconfigurationException(
+            f"start_method must be one of {', '.join(START_METHODS)}, received {start_method!r}. "
+            "Use 'popen' for scripts and 'fork' for notebooks."
+        )
+    if start_method == "popen":
+        return
+    if start_method not in get_all_start_methods():
+        raise MisconfigurationException(
+            f"start_method={start_method!r} is not supported on this machine, which has {get_all_start_methods()}. "
+            "Use 'spawn', or strategy='ddp_spawn'."
+        )
 
 
 def is_connected() -> bool:

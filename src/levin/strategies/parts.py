@@ -32,6 +32,9 @@ class UserParts:
 class StrategyParts:
     """The parts of a strategy; see :class:`levin.strategies.Strategy` for the arguments."""
 
+    is_for_xla: bool = False
+    """Whether it runs on XLA devices, and on no others."""
+
     def __init__(
         self,
         accelerator: Accelerator | None = None,

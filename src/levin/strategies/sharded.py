@@ -18,7 +18,6 @@ from typing_extensions import override
 from levin.checkpoint.io import CheckpointIO
 from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
-from levin.launchers import SubprocessLauncher
 from levin.strategies import state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
@@ -45,9 +44,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     def configure_launcher(self) -> None:
         """Start the script again for each process."""
-        if self.environment is None:
-            raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
-        self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+        self.launch_by("popen")
         self.check_mesh(self.num_nodes * self.num_processes)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -18,7 +19,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class SingleDeviceStrategy(Strategy):
+class OneProcess(Strategy, ABC):
+    """There is nobody to talk to."""
+
+    @property
+    def is_global_zero(self) -> bool:
+        """True: this is the only process."""
+        return True
+
+    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+        """Return ``tensor``."""
+        return tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """Return ``tensor``."""
+        return tensor
+
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        """Return ``obj``."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """Return at once."""
+
+
+class SingleDeviceStrategy(OneProcess):
     """One process on one device: nothing is wrapped and there is nobody to talk to.
 
     Args:
@@ -54,23 +79,3 @@ class SingleDeviceStrategy(Strategy):
     @root_device.setter
     def root_device(self, device: torch.device) -> None:
         self._root_device = device
-
-    @property
-    def is_global_zero(self) -> bool:
-        """True: this is the only process."""
-        return True
-
-    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
-        """Return ``tensor``."""
-        return tensor
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """Return ``tensor``."""
-        return tensor
-
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        """Return ``obj``."""
-        return obj
-
-    def barrier(self, name: str | None = None) -> None:
-        """Return at once."""

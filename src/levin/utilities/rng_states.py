@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
+from levin.utilities.xla_generator import XLA_GENERATOR
+
 RngStates = dict[str, Any]
 
 # What every process has; the devices' generators cost a wait for the device and are read only where that may be.
 PROCESS: tuple[str, ...] = ("torch", "python", "numpy")
-DEVICES: tuple[str, ...] = ("torch.cuda",)
+DEVICES: tuple[str, ...] = ("torch.cuda", "torch.xla")
 
 _PYTHON_STATE = struct.Struct("625I")
 _NUMPY_BYTES = 624 * 4 + 4  # numpy's MT19937 is 624 words and the position in them
@@ -57,6 +59,8 @@ class ProcessRng:
                 states["numpy"] = numpy_state
         if "torch.cuda" in names and torch.cuda.is_initialized():
             states["torch.cuda"] = torch.cuda.get_rng_state_all()
+        if "torch.xla" in names and XLA_GENERATOR.state is not None:
+            states["torch.xla"] = XLA_GENERATOR.state
         return states
 
     def write(self, states: Mapping[str, object]) -> None:
@@ -82,10 +86,11 @@ def collect_rng_states(include_cuda: bool = True) -> RngStates:
     """Return the states of the global random generators of this process.
 
     Args:
-        include_cuda: Whether to add the generators of all CUDA devices, if CUDA is in use.
+        include_cuda: Whether to add the generators of all CUDA devices, and of XLA, if they are in use.
 
     Returns:
-        ``"python"`` and ``"torch"``; ``"numpy"`` when numpy has been imported; ``"torch.cuda"``, one tensor for each device.
+        ``"python"`` and ``"torch"``; ``"numpy"`` when numpy has been imported; ``"torch.cuda"``, one tensor for each device;
+        ``"torch.xla"``, a number.
 
     Example:
         >>> states = collect_rng_states()
@@ -116,6 +121,8 @@ def set_rng_states(states: Mapping[str, Any]) -> None:
     if "torch.cuda" in states and torch.cuda.is_available():
         for index, state in enumerate(states["torch.cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), index)
+    if "torch.xla" in states:
+        XLA_GENERATOR.state = states["torch.xla"]
 
 
 def _numpy_words(bit_generator: Any) -> bytes | None:

@@ -18,6 +18,7 @@ from levin.utilities.rank_zero import (
     rank_zero_warn,
 )
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
+from levin.utilities.xla_generator import XLA_GENERATOR
 
 MAX_SEED = 2**32 - 1
 _SEED_VARIABLE = "PL_GLOBAL_SEED"
@@ -55,6 +56,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     if numpy is not None:
         numpy.random.seed(seed)
     torch.manual_seed(seed)
+    XLA_GENERATOR.seed(seed)
     return seed
 
 
