@@ -1,7 +1,7 @@
 """A consistent copy of a tree of tensors, made fast enough that training hardly notices.
 
-The containers are copied, each storage is copied once into one reusable block of host memory, and anything that is
-neither a container nor a plain value is pickled at once. Turning the copy into a file is left to another thread.
+Each storage is copied once into one reusable block of host memory, and everything else is pickled at once. Turning the
+copy into a file is left to another thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import os
 import pickle
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
-from levin.utilities.types import Tree
 
 _ALIGNMENT = 64
 # Below this, handing a copy to another thread costs more than it gains.
@@ -28,9 +27,6 @@ _PARALLEL_COPY_BYTES = 2**18
 # Long enough that the system copies past the caches, short enough that no thread waits long for the last piece.
 _PIECE_BYTES = 2**25
 _MAX_COPIERS = 8
-_IMMUTABLE = frozenset(
-    (int, float, str, bool, bytes, complex, type(None), torch.dtype, torch.device, torch.Size, torch.layout)
-)
 
 
 class _StagedStorage:
@@ -60,13 +56,15 @@ class Snapshot:
     """A copy of a tree, with its tensors in host memory.
 
     Args:
-        tree: Copies of the containers, with stand-ins for everything that can change.
-        memory: Where the copies of the storages are.
+        pickled: The tree, with a number in the place of each plain tensor.
+        tensors: These tensors.
+        memory: Where the copies of their storages are.
         events: What to wait for until the copies from devices have arrived.
         taken_s: When it was made, in seconds since the epoch.
     """
 
-    tree: Tree
+    pickled: bytes
+    tensors: list[_StagedTensor]
     memory: memoryview
     events: list[Any] = field(default_factory=list)
     taken_s: float = field(default_factory=time.time)
@@ -75,7 +73,7 @@ class Snapshot:
         """Wait for the copies and return the tree with tensors, on the CPU, whose memory is that of the copies."""
         for event in self.events:
             event.synchronize()
-        return _Restorer(self.memory).restore(self.tree)
+        return _Restorer(self).load()
 
 
 class Stager:
@@ -104,9 +102,10 @@ class Stager:
         Raises:
             TypeError, AttributeError or pickle.PicklingError: Something in ``obj`` cannot be pickled.
         """
-        copier = _Copier()
+        file = io.BytesIO()
+        copier = _Copier(file)
         try:
-            tree = copier.copy(obj)
+            copier.dump(obj)
         except UNPICKLABLE as error:
             raise_explained(error, obj)
         storages = list(copier.storages.values())
@@ -121,7 +120,8 @@ class Stager:
             self._block = _Block(total, is_pinned)
         if self._helpers is None:
             self._helpers = ThreadPoolExecutor(_num_copiers(), "levin-copy")
-        return Snapshot(tree, self._block.view, self._block.copy_in(storages, self._helpers))
+        events = self._block.copy_in(storages, self._helpers)
+        return Snapshot(file.getvalue(), copier.tensors, self._block.view, events)
 
     def release(self) -> None:
         """Give the memory and the threads back."""
@@ -217,135 +217,54 @@ def _move_all(moves: deque[tuple[int, int, int]], helpers: ThreadPoolExecutor) -
             helper.result()
 
 
-class _Pickled:
-    """Something other than a container or a plain value, pickled when the snapshot was made; its tensors are staged."""
+class _Copier(pickle.Pickler):
+    """Pickles a tree without its plain tensors, and collects the storages that have to be copied.
 
-    __slots__ = ("data", "tensors")
+    Args:
+        file: Where to.
+    """
 
-    def __init__(self, value: object, copier: _Copier) -> None:
-        self.tensors: list[Any] = []
-        buffer = io.BytesIO()
-        _Pickler(buffer, self.tensors, copier).dump(value)
-        self.data = buffer.getvalue()
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, tensors: list[object], copier: _Copier) -> None:
-        super().__init__(file, protocol=2)
-        self._tensors = tensors
-        self._copier = copier
-
-    def persistent_id(self, obj: object) -> int | None:
-        if type(obj) is not torch.Tensor or not _is_plain(obj):
-            return None
-        self._tensors.append(self._copier.copy_plain(obj))
-        return len(self._tensors) - 1
-
-
-class _Unpickler(pickle.Unpickler):
-    # It reads what this process has pickled itself.
-    def __init__(self, pickled: _Pickled, restorer: _Restorer) -> None:
-        super().__init__(io.BytesIO(pickled.data))
-        self._tensors = pickled.tensors
-        self._restorer = restorer
-
-    def persistent_load(self, pid: Any) -> Any:
-        return self._restorer.restore(self._tensors[pid])
-
-
-class _Copier:
-    """Copies containers, and collects the storages that have to be copied."""
-
-    def __init__(self) -> None:
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.storages: dict[int, _StagedStorage] = {}
-        self._done: dict[int, Any] = {}
+        self.tensors: list[_StagedTensor] = []
 
-    def copy(self, value: Tree) -> Tree:
-        kind = type(value)
-        if kind is torch.Tensor:
-            return self._copy_tensor(value)
-        if kind in _IMMUTABLE:
-            return value
-        known = self._done.get(id(value))
-        if known is not None:
-            return known
-        if kind is dict or kind is OrderedDict:
-            result: Any = kind()
-            self._done[id(value)] = result
-            for key, item in value.items():
-                result[key] = self.copy(item)
-            # A module's state_dict carries the versions of the layers as an attribute.
-            if kind is OrderedDict and vars(value):
-                vars(result).update(self.copy(vars(value)))
-            return result
-        if kind is list:
-            result = self._done[id(value)] = []
-            result.extend(value if _IMMUTABLE.issuperset(map(type, value)) else map(self.copy, value))
-            return result
-        # The state of python's random numbers is a tuple of 625 numbers.
-        if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
-            return value
-        result = tuple(map(self.copy, value)) if kind is tuple else _Pickled(value, self)
-        self._done[id(value)] = result
-        return result
-
-    def _copy_tensor(self, tensor: torch.Tensor) -> object:
-        # Called for each tensor of a model while training waits: no more than is needed.
-        known = self._done.get(id(tensor))
-        if known is not None:
-            return known
-        result = self._done[id(tensor)] = self.copy_plain(tensor) if _is_plain(tensor) else _Pickled(tensor, self)
-        return result
-
-    def copy_plain(self, tensor: torch.Tensor) -> _StagedTensor:
-        """Return what stands for a plain tensor; its storage is copied later, once."""
-        storage = tensor.untyped_storage()
+    def reducer_override(self, obj: Any) -> Any:
+        """Return what stands for a plain tensor; not called for containers and plain values."""
+        if type(obj) is not torch.Tensor or not _is_plain(obj):
+            return NotImplemented
+        storage = obj.untyped_storage()
         staged = self.storages.get(storage._cdata)
         if staged is None:
             staged = self.storages[storage._cdata] = _StagedStorage(storage)
-        offset: Any = tensor.storage_offset()
-        return _StagedTensor(staged, tensor.dtype, offset, tensor.size(), tensor.stride(), tensor.requires_grad)
+        offset: Any = obj.storage_offset()
+        self.tensors.append(_StagedTensor(staged, obj.dtype, offset, obj.size(), obj.stride(), obj.requires_grad))
+        return _tensor_at, (len(self.tensors) - 1,)
 
 
-class _Restorer:
-    """Puts tensors over the memory of a snapshot in the place of their stand-ins."""
+def _tensor_at(number: int) -> torch.Tensor:
+    """Stand in a pickle for the method of :class:`_Restorer`."""
+    raise NotImplementedError
 
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
+
+class _Restorer(pickle.Unpickler):
+    """Reads what this process has pickled itself, with tensors over the memory of the snapshot."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        super().__init__(io.BytesIO(snapshot.pickled))
+        self._snapshot = snapshot
         self._storages: dict[int, torch.UntypedStorage] = {}
-        self._done: dict[int, Any] = {}
 
-    def restore(self, value: Tree) -> Tree:
-        kind = type(value)
-        if kind not in (dict, OrderedDict, list, tuple, _StagedTensor, _Pickled):
-            return value
-        if kind is tuple and _IMMUTABLE.issuperset(map(type, value)):
-            return value
-        if id(value) in self._done:
-            return self._done[id(value)]
-        if kind is _StagedTensor:
-            result: Any = self._tensor(value)
-        elif kind is _Pickled:
-            result = _Unpickler(value, self).load()
-        elif kind is tuple:
-            result = tuple(map(self.restore, value))
-        else:
-            result = self._done[id(value)] = value
-            for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
-                value[key] = self.restore(item)
-            if kind is OrderedDict:
-                for key, item in list(vars(value).items()):
-                    setattr(value, key, self.restore(item))
-        self._done[id(value)] = result
-        return result
+    def find_class(self, module: str, name: str) -> Any:
+        return self._tensor if (module, name) == (__name__, _tensor_at.__name__) else super().find_class(module, name)
 
-    def _tensor(self, staged: _StagedTensor) -> torch.Tensor:
+    def _tensor(self, number: int) -> torch.Tensor:
+        staged = self._snapshot.tensors[number]
         storage = staged.storage
         over = self._storages.get(id(storage))
         if over is None:
-            over = self._storages[id(storage)] = _storage_over(
-                self._memory[storage.offset : storage.offset + storage.size]
-            )
+            data = self._snapshot.memory[storage.offset : storage.offset + storage.size]
+            over = self._storages[id(storage)] = _storage_over(data)
         tensor = torch.empty(0, dtype=staged.dtype).set_(over, staged.offset, staged.size, staged.stride)
         return tensor.requires_grad_(staged.requires_grad)
 
