@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import pickle
 import re
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from levin.checkpoint.io import atomic_save
 from levin.checkpoint.layout import META_FILE, is_zero
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import consolidate_zero
-from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.types import PathLike, StateDict
 
 VERSION_KEY = "pytorch-lightning_version"
 """What a Trainer's checkpoints have, and a Fabric's have not."""
-# What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
-_CLASSES_OF_THE_INDEX = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch": ("Size",),
-    "torch.serialization": ("_get_layout",),
-    "pathlib": ("PosixPath", "WindowsPath"),
-    "pathlib._local": ("PosixPath", "WindowsPath"),
-    "builtins": ("set",),
-}  # fmt: skip
 
 
 def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict:
@@ -65,7 +47,9 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
         return consolidate_zero(folder, weights_only)
     verify(folder)
     meta = load(os.path.join(folder, META_FILE), "cpu", weights_only)
-    shards = _read_shards(folder)
+    from levin.checkpoint.shards import read_shards  # torch.distributed.checkpoint takes long to import
+
+    shards = read_shards(folder)
     if VERSION_KEY not in meta:
         return {**shards, **meta}
     weights = shards.pop("model") if "model" in shards else shards.pop("state_dict", None)
@@ -101,48 +85,6 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     print(f"written  {output}")
     return 0
-
-
-def _read_shards(folder: str) -> StateDict:
-    """Return what the files of ``torch.distributed.checkpoint`` hold, without running what is in them."""
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    class Planner(_EmptyStateDictLoadPlanner):
-        def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-            # torch unpickles plain values whatever they name: it is given what was read with care, pickled anew.
-            plain = io.BytesIO()
-            torch.save(load(value, "cpu"), plain)
-            plain.seek(0)
-            super().load_bytes(read_item, plain)
-
-    shards: dict[str, Any] = {}
-    try:
-        with open(os.path.join(folder, ".metadata"), "rb") as file:
-            index = IndexUnpickler(file).load()
-        planner, reader = Planner(), FileSystemReader(folder)  # type: ignore[no-untyped-call]  # torch has no types there
-        planner.set_up_planner(shards, index, is_coordinator=True)
-        reader.set_up_storage_reader(index, is_coordinator=True)
-        local = reader.prepare_local_plan(planner.create_local_plan())
-        (plan,) = reader.prepare_global_plan(planner.create_global_plan([local]))
-        reader.read_data(planner.finish_plan(plan), planner).wait()
-    except (pickle.UnpicklingError, OSError):
-        raise
-    except Exception as error:  # what torch raises depends on where it comes upon something odd; all has one meaning
-        raise DamagedCheckpointError(f"{folder!r} is damaged: {type(error).__name__}: {error}") from error
-    return shards
-
-
-class IndexUnpickler(pickle.Unpickler):
-    """Reads the index of a sharded checkpoint."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class ``name`` of ``module``, if it has a place in an index."""
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name not in _CLASSES_OF_THE_INDEX.get(module, ()):
-            raise pickle.UnpicklingError(f"The index refers to {module}.{name}, which has no place there.")
-        return super().find_class(module, name)
 
 
 def _with_numbers(state: StateDict) -> StateDict:

@@ -8,7 +8,6 @@ written under another name beside it, ``meta.pt`` last, and renamed.
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 from collections.abc import Iterator
@@ -16,18 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
-from levin.checkpoint.folder import VERSION_KEY, IndexUnpickler, consolidate
+from levin.checkpoint.folder import VERSION_KEY, consolidate
 from levin.checkpoint.io import CheckpointIO, atomic_save, own_parts, reject_storage_options
 from levin.checkpoint.layout import META_FILE, is_sharded, is_zero, local_folder, put_in_place
 from levin.checkpoint.reading import load
+from levin.checkpoint.shards import PartsPlanner, ShardReader, cause_of
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import consolidate_zero
 from levin.utilities.filesystem import remove
@@ -61,7 +59,7 @@ class ShardedEntry:
             ValueError: The folder lacks something that ``state`` has, or is damaged.
         """
         with _explained(self.folder):
-            reader, planner = _Reader(self.folder), _Planner()
+            reader, planner = ShardReader(self.folder), PartsPlanner()
             load_parts({self.key: state}, storage_reader=reader, planner=planner, process_group=group)
         return state
 
@@ -112,7 +110,7 @@ class ShardedCheckpointIO(CheckpointIO):
             writer = FileSystemWriter(unfinished, sync_files=True)
             save_parts(shards, storage_writer=writer, process_group=self._group)
         except CheckpointException as error:
-            raise _cause(error) from error
+            raise cause_of(error) from error
         if is_first:
             atomic_save(meta, os.path.join(unfinished, META_FILE))
             put_in_place(unfinished, folder)
@@ -182,33 +180,13 @@ def _is_of_all(value: object) -> bool:
 
 
 def _names_of(folder: str) -> set[str]:
-    return {str(name) for name in _Reader(folder).read_metadata().state_dict_metadata}
+    return {str(name) for name in ShardReader(folder).read_metadata().state_dict_metadata}
 
 
 def _keys_of(folder: str) -> set[str]:
-    index = _Reader(folder).read_metadata()
+    index = ShardReader(folder).read_metadata()
     paths: Any = index.planner_data or {key: str(key).split(".", 1) for key in index.state_dict_metadata}
     return {str(path[0]) for path in paths.values()}
-
-
-class _Reader(FileSystemReader):
-    """Reads the index without running what it names."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the index."""
-        with open(os.path.join(self.path, ".metadata"), "rb") as file:
-            return IndexUnpickler(file).load()
-
-
-class _Planner(DefaultLoadPlanner):
-    """Reads plain values without running what they name."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        """Take a plain value."""
-        plain = io.BytesIO()
-        torch.save(load(value, "cpu"), plain)
-        plain.seek(0)
-        super().load_bytes(read_item, plain)
 
 
 @contextmanager
@@ -216,18 +194,10 @@ def _explained(folder: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        cause = _cause(error)
+        cause = cause_of(error)
         if isinstance(cause, (OSError, pickle.UnpicklingError, MemoryError)):
             raise cause from error
         raise ValueError(
             f"{folder!r} does not fit this run, or is damaged: {type(cause).__name__}: {cause}. Use the module and the "
             "optimizers that it was saved with."
         ) from error
-
-
-def _cause(error: CheckpointException) -> BaseException:
-    """Return what went wrong on the first process that failed."""
-    failures = error.failures
-    first: Any = failures[min(failures)]
-    cause: BaseException = first[0] if isinstance(first, tuple) else error
-    return cause

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import io
 import mmap
-import os
 import pickle
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
+from levin.utilities.processors import count_processors
 
 _ALIGNMENT = 64
 # Below this, handing a copy to another thread costs more than it gains.
@@ -189,8 +189,7 @@ class _Block:
 
 def _num_copiers() -> int:
     """Return how many threads copy: training waits for them, so that its processors are free."""
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_cpus, _MAX_COPIERS)
+    return min(count_processors(), _MAX_COPIERS)
 
 
 def _move_all(moves: deque[tuple[int, int, int]], helpers: ThreadPoolExecutor) -> None:

@@ -30,6 +30,7 @@ from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
+from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -140,8 +141,7 @@ def suggested_max_num_workers(local_world_size: int) -> int:
     """
     if local_world_size < 1:
         raise ValueError(f"local_world_size must be >= 1, received {local_world_size}. Use 1 for one process.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size - 1)
+    return max(1, count_processors() // local_world_size - 1)
 
 
 def convert_tensors_to_scalars(data: object) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from levin.compat import inherited_environment
+from levin.utilities.command_line import parse_command_line
 
 
 def run_program(words: Sequence[str]) -> NoReturn:
@@ -34,7 +35,7 @@ def run_program(words: Sequence[str]) -> NoReturn:
             "levin: the import alias is passed on through PYTHONPATH and site, which -E, -I and -S switch off. "
             "Leave the option out, or call levin.compat.install() at the top of the program."
         )
-    command = [sys.executable, *_interpreter_options(), *words]
+    command = [sys.executable, *parse_command_line(sys.orig_argv[1:]).options, *words]
     environment = {**os.environ, **inherited_environment()}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,16 +43,3 @@ def run_program(words: Sequence[str]) -> NoReturn:
         # There, exec returns to the shell at once and loses the exit status.
         raise SystemExit(subprocess.call(command, env=environment))
     os.execve(sys.executable, command, environment)
-
-
-def _interpreter_options() -> list[str]:
-    """Return the options that this Python was started with, such as ``-X dev`` and ``-W error``."""
-    options = []
-    words = iter(sys.orig_argv[1:])
-    for word in words:
-        if not word.startswith("-") or word.startswith(("-m", "-c")) or word == "-":
-            break
-        options.append(word)
-        if word in ("-X", "-W", "--check-hash-based-pycs"):
-            options.append(next(words))
-    return options

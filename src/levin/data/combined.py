@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from levin.data.loaders import known_length, stop_workers
 from levin.utilities.collections import is_namedtuple
-from levin.utilities.types import Batch, StateDict, Tree
+from levin.utilities.types import Batch, Tree
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
 NumberedBatch = tuple[Batch, int, int]
@@ -153,27 +153,6 @@ class CombinedLoader(Iterable[Batch]):
     def reset(self) -> None:
         """Forget the present iteration; the workers of loaders that are not persistent end."""
         self._iterator = None
-
-    def state_dicts(self) -> list[StateDict]:
-        """Return the states of those iterables that have ``state_dict`` and ``load_state_dict``."""
-        return [iterable.state_dict() for iterable in self._flattened if is_stateful(iterable)]
-
-    def load_state_dicts(self, states: list[StateDict]) -> None:
-        """Give the states that :meth:`state_dicts` returned back to their iterables.
-
-        Raises:
-            RuntimeError: There is another number of stateful iterables.
-        """
-        if not states:
-            return
-        stateful = [iterable for iterable in self._flattened if is_stateful(iterable)]
-        if len(stateful) != len(states):
-            raise RuntimeError(
-                f"The checkpoint must hold the states of {len(stateful)} stateful loaders, received {len(states)}. "
-                "Use the loaders that were used when it was saved."
-            )
-        for iterable, state in zip(stateful, states, strict=True):
-            iterable.load_state_dict(state)
 
 
 def is_stateful(obj: object) -> bool:

@@ -22,6 +22,7 @@ from levin.data.samplers import (
     UnrepeatedSamplerWrapper,
 )
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.seed import pl_worker_init_function
 from levin.utilities.types import Kwargs
@@ -155,7 +156,7 @@ def prepare_dataloader(
 
 def hint_at_workers(loader: object, stage: str) -> None:
     """Tell of processors that could load data and do not."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = count_processors()
     if isinstance(loader, DataLoader) and loader.num_workers < 2 < usable:
         rank_zero_warn(
             f"The `{stage}_dataloader` loads with num_workers={loader.num_workers}, which may hold up the loop. "
@@ -217,17 +218,9 @@ _PLAIN = [
 
 
 def _init_arguments(loader: DataLoader[object]) -> dict[str, Any]:
-    recorded = vars(loader).get(_ARGUMENTS)
     parameters = inspect.signature(type(loader).__init__).parameters
-    if recorded is not None and type(loader) is not DataLoader:
-        bound = inspect.signature(type(loader).__init__).bind_partial(loader, *recorded[0], **recorded[1])
-        arguments: dict[str, Any] = {}
-        for name, value in list(bound.arguments.items())[1:]:
-            if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(value)
-            else:
-                arguments[name] = value
-    else:
+    arguments = _recorded_arguments(loader)
+    if arguments is None or type(loader) is DataLoader:
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         arguments = {name: getattr(loader, name) for name in _PLAIN if takes_all or name in parameters}
         own = [name for name in parameters if name not in _PLAIN and name in vars(loader) and name != "self"]
@@ -249,6 +242,21 @@ def _init_arguments(loader: DataLoader[object]) -> dict[str, Any]:
     return arguments
 
 
+def _recorded_arguments(obj: object) -> dict[str, Any] | None:
+    """Return what an object was made with, as far as that was recorded."""
+    # A list of batches has no attributes.
+    recorded = getattr(obj, "__dict__", {}).get(_ARGUMENTS)
+    if recorded is None:
+        return None
+    kind: Any = type(obj)
+    signature = inspect.signature(kind.__init__)
+    arguments: dict[str, Any] = {}
+    for name, value in list(signature.bind_partial(obj, *recorded[0], **recorded[1]).arguments.items())[1:]:
+        is_rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        arguments.update(value if is_rest else {name: value})
+    return arguments
+
+
 def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dict[str, Any]:
     is_predict = stage == "predict"
     batch_sampler: Any = loader.batch_sampler
@@ -259,12 +267,9 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
         size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         return {**fixed, "sampler": sampler, "batch_size": size, "batch_sampler": None, "drop_last": drop_last}
     drop_last = False if is_predict else getattr(batch_sampler, "drop_last", False)
-    # A list of batches has no attributes.
-    recorded = getattr(batch_sampler, "__dict__", {}).get(_ARGUMENTS)
     kind: Any = type(batch_sampler)
-    if recorded is not None and kind is not BatchSampler:
-        bound = inspect.signature(kind.__init__).bind_partial(batch_sampler, *recorded[0], **recorded[1])
-        arguments = dict(list(bound.arguments.items())[1:])
+    arguments = _recorded_arguments(batch_sampler)
+    if arguments is not None and kind is not BatchSampler:
         if "sampler" not in inspect.signature(kind.__init__).parameters:
             raise TypeError(
                 f"The batch sampler {kind.__name__} must take an argument `sampler` to draw from another one, "

@@ -65,13 +65,8 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         return islice(chain(drawn, islice(cycle(drawn), lacking)), self.rank, None, self.num_replicas)
 
 
-class UnrepeatedSamplerWrapper(DistributedSamplerWrapper):
+class UnrepeatedSamplerWrapper(DistributedSamplerWrapper, UnrepeatedDistributedSampler):
     """Splits what a user's own sampler draws between ranks without repeating any of it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.total_size = len(cast("Sized", self.dataset))
-        self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(list(self.sampler)[self.rank :: self.num_replicas])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from torch.nn import Linear, Module
 
 from levin.precision.packages import require_package
-from levin.precision.precision import Precision, default_dtype
-from levin.precision.true import convert_floats
+from levin.precision.true import TruePrecision
 from levin.utilities.exceptions import MisconfigurationException
 
 _FOUR_BITS = {
@@ -25,7 +23,7 @@ _EIGHT_BITS = {"int8": {"has_fp16_weights": False}, "int8-training": {"has_fp16_
 MODES = (*_FOUR_BITS, *_EIGHT_BITS)
 
 
-class BitsandbytesPrecision(Precision):
+class BitsandbytesPrecision(TruePrecision):
     """Linear layers keep their weights in 4 or 8 bits, everything else is in 16; for inference, and adapters to learn.
 
     Linear layers are replaced in the module, in place. Quantized weights do not learn, but in ``"int8-training"``.
@@ -48,8 +46,6 @@ class BitsandbytesPrecision(Precision):
         'nf4'
     """
 
-    precision = "bitsandbytes"
-
     def __init__(
         self, mode: str, dtype: torch.dtype | None = None, ignore_modules: Iterable[str] | None = None
     ) -> None:
@@ -63,8 +59,8 @@ class BitsandbytesPrecision(Precision):
                 "BitsandbytesPrecision('int8-training') needs a CUDA GPU, and there is none. Use 'int8', whose weights do not "
                 "learn, or precision='bf16-true'."
             )
+        super().__init__("bitsandbytes", dtype or torch.bfloat16)
         self.mode = mode
-        self.dtype = dtype or torch.bfloat16
         self.ignore_modules = frozenset(ignore_modules or ())
 
     def convert_module(self, module: Module) -> Module:
@@ -99,26 +95,6 @@ class BitsandbytesPrecision(Precision):
 
     def _is_ignored(self, name: str) -> bool:
         return any(name == ignored or name.startswith(f"{ignored}.") for ignored in self.ignore_modules)
-
-    def convert_input(self, data: Any) -> Any:
-        """Return the batch with its floating tensors in 16 bits."""
-        return convert_floats(data, self.dtype)
-
-    def convert_output(self, data: Any) -> Any:
-        """Return the output with its floating tensors in torch's default type."""
-        return convert_floats(data, torch.get_default_dtype())
-
-    def tensor_init_context(self) -> AbstractContextManager[None]:
-        """Return a context in which new floating tensors are in 16 bits."""
-        return default_dtype(self.dtype)
-
-    def module_init_context(self) -> AbstractContextManager[None]:
-        """Return a context in which new modules are in 16 bits."""
-        return default_dtype(self.dtype)
-
-    def forward_context(self) -> AbstractContextManager[None]:
-        """Return a context in which tensors made during the forward pass are in 16 bits."""
-        return default_dtype(self.dtype)
 
 
 def _replaced(layer: Linear, make: Any, dtype: torch.dtype) -> Module:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch.nn import LayerNorm, Linear, Module
 
 from levin.precision.packages import require_package
-from levin.precision.precision import Precision, default_dtype
-from levin.precision.true import convert_floats
+from levin.precision.precision import default_dtype
+from levin.precision.true import TruePrecision
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_info
 
 
-class TransformerEnginePrecision(Precision):
+class TransformerEnginePrecision(TruePrecision):
     """Linear layers and layer norms of Transformer Engine, in 8-bit floats on Hopper, Ada and newer GPUs.
 
     Source: https://docs.nvidia.com/deeplearning/transformer-engine/
@@ -57,8 +57,9 @@ class TransformerEnginePrecision(Precision):
                 "precision='transformer-engine' needs an NVIDIA GPU of the Hopper or Ada generation or newer, and there is "
                 "none. Use precision='bf16-true'."
             )
+        name = "transformer-engine" if weights_dtype == torch.bfloat16 else "transformer-engine-float16"
+        super().__init__(name, weights_dtype)
         self.weights_dtype = weights_dtype
-        self.precision = "transformer-engine" if weights_dtype == torch.bfloat16 else "transformer-engine-float16"
         self.replace_layers = replace_layers
         self.fallback_compute_dtype = fallback_compute_dtype or weights_dtype
         self.recipe = _recipe(recipe)
@@ -71,22 +72,6 @@ class TransformerEnginePrecision(Precision):
             elif self.replace_layers:
                 rank_zero_info("The module has layers of Transformer Engine already: none is replaced.")
         return module.to(dtype=self.weights_dtype)
-
-    def convert_input(self, data: Any) -> Any:
-        """Return the batch with its floating tensors in the format of the weights."""
-        return convert_floats(data, self.weights_dtype)
-
-    def convert_output(self, data: Any) -> Any:
-        """Return the output with its floating tensors in torch's default type."""
-        return convert_floats(data, torch.get_default_dtype())
-
-    def tensor_init_context(self) -> AbstractContextManager[None]:
-        """Return a context in which new floating tensors have the format of the weights."""
-        return default_dtype(self.weights_dtype)
-
-    def module_init_context(self) -> AbstractContextManager[None]:
-        """Return a context in which new modules have the format of the weights."""
-        return default_dtype(self.weights_dtype)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:

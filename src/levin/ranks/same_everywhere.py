@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ _SETTINGS = (
     "gradient_clip_val", "gradient_clip_algorithm", "enable_checkpointing", "use_distributed_sampler",
 )  # fmt: skip
 _LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps")
+Value = TypeVar("Value", str, float)
 _ITEM_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -54,12 +56,17 @@ def differences(settings: Sequence[dict[str, str]]) -> list[str]:
     """
     found = []
     for name in settings[0]:
-        ranks: dict[str, list[int]] = {}
-        for rank, values in enumerate(settings):
-            ranks.setdefault(values[name], []).append(rank)
+        ranks = _ranks_by_value([values[name] for values in settings])
         if len(ranks) > 1:
             found.append(f"{name}={' and '.join(f'{value} on {_named(having)}' for value, having in ranks.items())}")
     return found
+
+
+def _ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
+    ranks: dict[Value, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ranks
 
 
 def _named(ranks: Sequence[int]) -> str:
@@ -115,11 +122,9 @@ class CopiesCheck:
         """Warn when the numbers of the ranks differ."""
         if len(set(numbers)) == 1:
             return
-        ranks: dict[float, list[int]] = {}
-        for rank, number in enumerate(numbers):
-            ranks.setdefault(number, []).append(rank)
+        ranks = _ranks_by_value(numbers).values()
         rank_zero_warn(
-            f"After the first step the weights differ: those of {', those of '.join(map(_named, ranks.values()))}. The "
+            f"After the first step the weights differ: those of {', those of '.join(map(_named, ranks))}. The "
             "gradients were not averaged over the ranks, or something steps or draws differently on each. If this is "
             "intended, leave it so; otherwise look for no_sync, for backward passes outside of manual_backward, and for "
             "weights that are made anew during training.",
