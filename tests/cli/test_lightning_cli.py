@@ -181,6 +181,17 @@ def test_arguments_of_the_trainer_that_lightning_lacks_are_those_that_configurat
     assert ours - theirs - {"suggest_integrations"} == set(OWN_ARGUMENTS)
 
 
+@pytest.mark.parametrize("own", [{}, {"compile": "blocks"}, {"compile": None}])
+def test_own_arguments_of_the_trainer_are_in_a_configuration_where_they_were_given(tmp_path, own):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"trainer": {"max_epochs": 2, **own}}))
+    cli = LightningCLI(Net, args=[*QUIET, "--optimizer=SGD", f"--config={file}"], run=False)
+    written = yaml.safe_load(cli.parser.dump(cli.config, skip_unset=False))["trainer"]
+    assert written["max_epochs"] == 2
+    assert {name: value for name, value in written.items() if name in OWN_ARGUMENTS} == own
+    assert bool(cli.trainer.settings.compile) == bool(own.get("compile"))
+
+
 def test_the_configuration_is_saved_where_the_ranks_are_spawned(tmp_path):
     words = ["fit", "--optimizer=SGD", "--trainer.strategy=ddp_spawn", "--trainer.devices=2", "--trainer.max_epochs=1"]
     done = run_program(tmp_path, OURS, *words, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs")
