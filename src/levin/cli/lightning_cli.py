@@ -18,7 +18,7 @@ from levin import __version__
 from levin.checkpoint.reading import load
 from levin.cli.callables import ArgsType, LRSchedulerTypeUnion, ReduceLROnPlateau
 from levin.cli.instantiate import class_config, instantiate_class, saving_instantiator
-from levin.cli.parser import ActionConfigFile, LightningArgumentParser, class_from_function
+from levin.cli.parser import ActionConfigFile, Configured, LightningArgumentParser, class_from_function
 from levin.cli.save_config import SaveConfigCallback
 from levin.datamodule import LightningDataModule
 from levin.hooks import Callback
@@ -332,7 +332,7 @@ class LightningCLI:
         update_wrapper(configure, self.configure_optimizers)
         vars(self.model)["configure_optimizers"] = MethodType(configure, self.model)
 
-    def _automatic(self, added: dict[str, tuple[Any, str]], name: str) -> Optional[Kwargs]:
+    def _automatic(self, added: Configured, name: str) -> Optional[Kwargs]:
         """Return class path and arguments of the one optimizer or scheduler that levin configures the module with."""
         keys = [key for key, (_, link_to) in added.items() if link_to == "AUTOMATIC"]
         if len(keys) > 1:

@@ -42,6 +42,8 @@ jsonargparse.register_unresolvable_import_paths(torch)
 __all__ = ["ActionConfigFile", "LightningArgumentParser", "class_from_function", "nearest"]
 
 AnyClass = Union[type, Function]
+# Key of a group of arguments -> (class or classes of optimizers or schedulers, key that it is linked to).
+Configured = dict[str, tuple[Any, str]]
 # Of the Trainer: what Lightning's lacks. They are in a configuration only where somebody gave them, so that it reads it.
 OWN_ARGUMENTS = ("compile",)
 
@@ -75,9 +77,8 @@ class LightningArgumentParser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", True)
         super().__init__(*args, description=description, env_prefix=env_prefix, default_env=default_env, **kwargs)
         self.callback_keys: list[str] = []
-        # Key of the group -> (class or classes, key that it is linked to).
-        self._optimizers: dict[str, tuple[Any, str]] = {}
-        self._lr_schedulers: dict[str, tuple[Any, str]] = {}
+        self._optimizers: Configured = {}
+        self._lr_schedulers: Configured = {}
 
     def add_lightning_class_args(
         self, lightning_class: AnyClass, nested_key: str, subclass_mode: bool = False, required: bool = True

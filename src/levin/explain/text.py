@@ -52,10 +52,10 @@ def _head(run: Run) -> Iterator[str]:
         f"{type(strategy).__name__}, precision {strategy.precision.precision}"
     )
     if run.callbacks:
-        yield f"callbacks: {', '.join(type(callback).__name__ for callback in run.callbacks)}"
+        yield f"callbacks: {_names(run.callbacks)}"
     if run.loggers:
         every = settings.log_every_n_steps
-        yield f"loggers: {', '.join(type(logger).__name__ for logger in run.loggers)}, every {every} steps"
+        yield f"loggers: {_names(run.loggers)}, every {every} steps"
 
 
 def _lines(node: Node, depth: int) -> Iterator[str]:

@@ -48,7 +48,7 @@ class ExperimentWriter:
 
     def __init__(self, log_dir: str) -> None:
         self.log_dir: str = log_dir
-        self.hparams: dict[str, Any] = {}
+        self.hparams: dict[str, object] = {}
         self.metrics: list[dict[str, Any]] = []
         self.metrics_keys: list[str] = []
         self.metrics_file_path: str = os.path.join(log_dir, self.NAME_METRICS_FILE)

@@ -48,7 +48,7 @@ def _resolve_omegaconf(value: object) -> Any:
     return value
 
 
-def flatten(params: Mapping[Any, Any], separator: str = "/") -> dict[str, Any]:
+def flatten(params: Mapping[str, object], separator: str = "/") -> dict[str, object]:
     """Return nested hyper-parameters as one flat dict.
 
     Mappings, namespaces, dataclass instances and lists of those are opened; everything else is a value.
@@ -57,7 +57,7 @@ def flatten(params: Mapping[Any, Any], separator: str = "/") -> dict[str, Any]:
         >>> flatten({"model": {"width": 8, "layers": [{"kind": "conv"}]}})
         {'model/width': 8, 'model/layers/0/kind': 'conv'}
     """
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in params.items():
         branch = _branch(value)
         if branch is None:
@@ -67,7 +67,7 @@ def flatten(params: Mapping[Any, Any], separator: str = "/") -> dict[str, Any]:
     return flat
 
 
-def _branch(value: object) -> Optional[Mapping[Any, Any]]:
+def _branch(value: object) -> Optional[Mapping[str, object]]:
     if isinstance(value, Mapping):
         return value
     if isinstance(value, Namespace):
@@ -75,7 +75,7 @@ def _branch(value: object) -> Optional[Mapping[Any, Any]]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
-        return dict(enumerate(value))
+        return {str(index): item for index, item in enumerate(value)}
     return None
 
 
@@ -147,7 +147,7 @@ class _CannotHold(TypeError):
     """YAML has no plain form for this value."""
 
 
-def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
+def write_hparams(directory: str, hparams: Mapping[str, object]) -> None:
     """Write ``hparams.yaml`` into ``directory``.
 
     The file holds plain YAML that any reader accepts. Enum members are written by name, paths as text, tensors and
@@ -160,7 +160,7 @@ def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
     """
     import yaml
 
-    left_out: dict[str, Any] = {}
+    left_out: dict[str, object] = {}
     text = yaml.dump(_plain_tree(hparams, left_out), sort_keys=False)
     if left_out:
         text += "".join(f"# {name}: {_describe(value)}\n" for name, value in sorted(left_out.items()))
@@ -172,8 +172,8 @@ def write_hparams(directory: str, hparams: Mapping[str, Any]) -> None:
 
 
 def _plain_tree(
-    params: Mapping[Any, Any], left_out: Optional[dict[str, object]] = None, parents: str = ""
-) -> dict[Any, Any]:
+    params: Mapping[str, object], left_out: Optional[dict[str, object]] = None, parents: str = ""
+) -> dict[str, object]:
     """Return ``params`` as YAML and JSON can hold them.
 
     Args:
@@ -181,7 +181,7 @@ def _plain_tree(
         left_out: Takes what cannot be held, by its name with dots; without it, a text that describes it takes its place.
         parents: The names above these, each with a dot behind.
     """
-    values: dict[Any, Any] = {}
+    values: dict[str, object] = {}
     for key, value in params.items():
         branch = None if isinstance(value, (list, tuple)) else _branch(value)
         try:
@@ -218,7 +218,7 @@ def _plain(value: object) -> Any:
     raise _CannotHold
 
 
-def json_values(params: Mapping[Any, Any]) -> dict[Any, Any]:
+def json_values(params: Mapping[str, object]) -> dict[str, object]:
     """Return ``params`` with what YAML and JSON have no form for replaced by a text that describes it.
 
     Example:
