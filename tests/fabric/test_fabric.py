@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.utils.data import DataLoader
 
 import levin
 from levin import Fabric
@@ -77,6 +78,52 @@ def test_an_optimizer_and_its_scheduler_can_be_made_before_or_after_setup():
     stepper.load_state_dict(stepper.state_dict())
     assert stepper.param_groups is optimizer.param_groups
     assert stepper.state is optimizer.state
+
+
+def test_setup_says_what_it_takes_before_it_changes_anything():
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net, loader = Net(), DataLoader(range(2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    calls = [
+        lambda: fabric.setup(optimizer, net),
+        lambda: fabric.setup(net, [optimizer]),
+        lambda: fabric.setup(net, {"optimizer": optimizer}),
+        lambda: fabric.setup(net, optimizer, scheduler),
+        lambda: fabric.setup_module([net]),
+        lambda: fabric.setup_optimizers([optimizer]),
+        lambda: fabric.setup_optimizers(net),
+        lambda: fabric.setup_dataloaders([loader]),
+        lambda: fabric.setup_dataloaders(loader, loader.dataset),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"received \w+\. Write fabric\.setup"):
+            call()
+    assert fabric.setup(net, optimizer)[1].optimizer is optimizer
+
+
+def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net, loader = Net(), DataLoader(range(2))
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=1.0))
+    place = fabric.setup_dataloaders(loader)
+    path = tmp_path / "run.ckpt"
+    for nested in ({"a": model}, [optimizer], (1, {"b": place}), loader):
+        with pytest.raises(TypeError, match=r"state\['parts'\] holds a \w+ that cannot"):
+            fabric.save(path, {"parts": nested})
+    for state in (model, [model], 3):
+        with pytest.raises(TypeError, match="state must be a dict"):
+            fabric.save(path, state)
+    assert not path.exists()
+    fabric.save(path, {"model": model, "place": place, "plain": [1, {"a": torch.ones(1)}]})
+    with pytest.raises(TypeError, match="state must be a dict, received a FabricModule"):
+        fabric.load(path, model)
+    for name in ("model", "plain"):
+        with pytest.raises(ValueError, match="no place of a loader"):
+            fabric.load(path, {name: place})
+    with pytest.raises(TypeError, match="load_raw takes a module or an optimizer, received 3"):
+        fabric.load_raw(path, 3)
+    assert fabric.load(path, {"model": model, "place": place}) == {"plain": [1, {"a": torch.ones(1)}]}
 
 
 def worker(fabric: Fabric, offset: int) -> int:
@@ -152,6 +199,7 @@ def test_collectives_over_a_group():
     with pytest.raises(RuntimeError, match="has a group already"):
         collective.create_group()
     collective.barrier()
+    collective.monitored_barrier()
     collective.teardown()
     assert not torch.distributed.is_initialized()
     alone = SingleDeviceCollective().create_group()

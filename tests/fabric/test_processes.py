@@ -204,6 +204,8 @@ def train(fabric):
             if (epoch, number, fabric.global_rank) == (0, 3, 1):
                 print("fault", flush=True)
                 time.sleep(2)  # so that it has said where it is
+                if sys.argv[1] == "leaves":
+                    return
                 if sys.argv[1] == "raises":
                     raise KeyError("broken in the loop")
                 os.kill(os.getpid(), signal.SIGKILL if sys.argv[1] == "killed" else signal.SIGSTOP)
@@ -217,8 +219,8 @@ def fabric_loader(fabric):
 
 
 if __name__ == "__main__":
-    method = "fork" if sys.argv[2:] == ["fork"] else "popen"
-    strategy = DDPStrategy(start_method=method, timeout=timedelta(seconds=60), step_timeout=timedelta(seconds=3))
+    method = sys.argv[2]
+    strategy = DDPStrategy(start_method=method, timeout=timedelta(seconds=60), step_timeout=timedelta(seconds=float(sys.argv[3])))
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
     if method == "fork":
         fabric.launch(train)
@@ -232,6 +234,7 @@ if __name__ == "__main__":
     ("fault", "words", "method"),
     [
         pytest.param("raises", "broken in the loop", "popen", marks=pytest.mark.slow),
+        pytest.param("leaves", "left the run, the others wait", "popen", marks=pytest.mark.slow),
         ("stopped", "batch 4 of epoch 0", "popen"),
         pytest.param("stopped", "batch 4 of epoch 0", "fork", marks=pytest.mark.slow),
     ],
@@ -239,7 +242,8 @@ if __name__ == "__main__":
 def test_processes_that_wait_for_one_that_is_gone_say_which_and_where(fault, words, method, tmp_path):
     (tmp_path / "script.py").write_text(HANGING)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "script.py"), fault, method]
+    # What has left is told by the comparison, long before the limit of a step.
+    command = [sys.executable, str(tmp_path / "script.py"), fault, method, "50" if fault == "leaves" else "3"]
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(

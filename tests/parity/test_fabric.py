@@ -10,76 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
 import levin
 from levin.fabric import Fabric as OurFabric
 from levin.fabric import is_wrapped as our_is_wrapped
-from tests.distributed import world_size
+from tests.parity.fabric_rows import Net, Recorder, data, objects, outcome, plain, same
 
 lightning = pytest.importorskip("lightning.fabric")
 FRAMEWORKS = {"levin": OurFabric, "lightning": lightning.Fabric}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
-
-    def forward(self, x):
-        return self.layers(x)
-
-    def generate(self, x):
-        return self.layers(x) * 2
-
-    def name(self):
-        return "net"
-
-    def training_step(self, x):
-        return self.layers(x).mean()
-
-
-class Counter:
-    """An object with a state."""
-
-    def __init__(self, value: int = 0) -> None:
-        self.value = value
-
-    def state_dict(self):
-        return {"value": self.value}
-
-    def load_state_dict(self, state):
-        self.value = state["value"]
-
-
-def data(size: int = 12) -> TensorDataset:
-    torch.manual_seed(5)
-    return TensorDataset(torch.randn(size, 4), torch.randn(size, 1))
-
-
-def plain(value: Any) -> Any:
-    """Return what can be compared."""
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), value.detach().tolist()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
-
-
-def outcome(call: Callable[[], Any]) -> Any:
-    try:
-        return plain(call())
-    except Exception as error:
-        return error
-
-
-def same(theirs: Any, ours: Any) -> bool:
-    if isinstance(theirs, Exception) or isinstance(ours, Exception):
-        return isinstance(ours, type(theirs))
-    return bool(theirs == ours)
 
 
 def both(function: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -336,17 +275,6 @@ def test_a_backward_pass_that_precision_takes_part_in_goes_through_fabric():
 # ---------------------------------------------------------------- files
 
 
-def objects(fabric: Any, value: int = 3) -> dict[str, Any]:
-    net = Net()
-    model, optimizer = fabric.setup(net, torch.optim.Adam(net.parameters(), lr=0.01))
-    if value:
-        optimizer.zero_grad()
-        fabric.backward(model(torch.ones(2, 4)).sum())
-        optimizer.step()
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    return {"model": model, "optimizer": optimizer, "scheduler": scheduler, "counter": Counter(value), "step": value}
-
-
 FILTERS: list[Any] = [
     None, {}, {"model": lambda name, value: "bias" in name}, {"optimizer": lambda name, value: name == "param_groups"},
     {"step": lambda name, value: False}, {"nope": lambda name, value: True}, {"model": 3}, 3,
@@ -414,30 +342,6 @@ def test_load_raw_takes_the_state_of_one_object(tmp_path):
 
 
 # ---------------------------------------------------------------- callbacks, loggers, modules of Lightning's kind
-
-
-class Recorder:
-    """Any object can be a callback and, with log_metrics, a logger."""
-
-    attribute = 3
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def on_one(self, a, b=1):
-        self.seen.append(("one", a, b))
-
-    def on_all(self, **kwargs):
-        self.seen.append(("all", sorted(kwargs)))
-
-    def on_after_setup(self, fabric, module):
-        self.seen.append(("setup", type(module).__name__.strip("_")))
-
-    def on_after_optimizer_step(self, strategy, optimizer):
-        self.seen.append(("step", type(strategy).__name__, type(optimizer).__name__))
-
-    def log_metrics(self, metrics, step=None):
-        self.seen.append(("log", dict(metrics), step))
 
 
 def test_callbacks_and_loggers_see_the_same():
@@ -567,101 +471,7 @@ def test_compiled_modules_are_compiled_again_around_the_wrapper():
     torch._dynamo.reset()
 
 
-# ---------------------------------------------------------------- two processes
-
-
-def on_two(framework: Any) -> dict[str, Any]:
-    fabric = framework(accelerator="cpu", devices=2, strategy="ddp")
-    fabric.launch()
-    rank = fabric.global_rank
-    net = Net()
-    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    loader = fabric.setup_dataloaders(DataLoader(data(), batch_size=2, shuffle=True))
-    losses = []
-    for _ in range(2):
-        for index, (x, y) in enumerate(loader):
-            is_accumulating = index % 2 == 0
-            with fabric.no_backward_sync(model, enabled=is_accumulating):
-                loss = nn.functional.mse_loss(model(x), y)
-                fabric.backward(loss)
-            losses.append((loss, net.layers[0].weight.grad.sum()))
-            if not is_accumulating:
-                losses.append(fabric.clip_gradients(model, optimizer, max_norm=0.1))
-                optimizer.step()
-                optimizer.zero_grad()
-    samples = []
-    for kwargs in ({"shuffle": True}, {}, {"sampler": [4, 3, 2, 1, 0]}, {"batch_size": 2, "drop_last": True}):
-        split = fabric.setup_dataloaders(DataLoader(range(5), **kwargs))
-        samples.append([[batch.tolist() for batch in split] for _ in range(2)])
-    whole = fabric.setup_dataloaders(DataLoader(range(5)), use_distributed_sampler=False)
-    samples.append([batch.tolist() for batch in whole])
-    stream = fabric.setup_dataloaders(DataLoader(Stream()))
-    samples.append([batch.tolist() for batch in stream])
-    with fabric.rank_zero_first():
-        pass
-    with fabric.rank_zero_first(local=True):
-        pass
-    fabric.barrier()
-    model.eval()  # without the random numbers of dropout
-    x = torch.ones(1, 4)
-    gathered = torch.ones(2, requires_grad=True)
-    fabric.all_gather(gathered * (rank + 1), sync_grads=True).sum().backward()
-    return {
-        "losses": losses,
-        "weights": model.state_dict(),
-        "samples": samples,
-        "properties": (fabric.world_size, rank, fabric.local_rank, fabric.node_rank, fabric.is_global_zero),
-        "gather": fabric.all_gather({"a": torch.ones(2) * rank, "b": 1.0}),
-        "gather with gradients": gathered.grad,
-        "mean": fabric.all_reduce({"a": torch.ones(2) * rank, "b": float(rank)}),
-        "sum": fabric.all_reduce(torch.tensor(1), reduce_op="sum"),
-        "broadcast": fabric.broadcast({"rank": rank}, src=1),
-        "past the strategy": outcome(lambda: model.generate(x)),
-        "harmless": outcome(lambda: model.name()),
-        "step": outcome(lambda: model.training_step(x)),
-        "marked": outcome(lambda: (model.mark_forward_method("generate"), model.generate(x))[1]),
-        "names": [name for name, _ in model.named_parameters()],
-    }
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(range(3))
-
-
-@world_size(2)
-def test_two_processes_compute_sample_and_talk_as_lightnings_do():
-    # A machine with SLURM: the oracle says so.
-    warnings.filterwarnings("ignore", message="The `srun` command is available")
-    found = {}
-    for name in ("lightning", "levin"):
-        framework = lightning.Fabric if name == "lightning" else OurFabric
-        torch.manual_seed(0)
-        found[name] = plain(on_two(framework))
-    for key, theirs in found["lightning"].items():
-        assert same(theirs, found["levin"][key]), (key, theirs, found["levin"][key])
-
-
-@world_size(2)
-def test_files_of_two_processes_hold_the_same(tmp_path):
-    import torch.distributed as dist
-
-    warnings.filterwarnings("ignore", message="The `srun` command is available")
-    contents = {}
-    for name, framework in (("lightning", lightning.Fabric), ("levin", OurFabric)):
-        fabric = framework(accelerator="cpu", devices=2, strategy="ddp")
-        fabric.launch()
-        path = tmp_path / f"{name}.ckpt"
-        fabric.save(path, objects(fabric))
-        contents[name] = plain(torch.load(path, weights_only=True))
-    assert contents["lightning"] == contents["levin"]
-    fabric = OurFabric(accelerator="cpu", devices=2, strategy="ddp")
-    fabric.launch()
-    state = objects(fabric, value=0)
-    assert fabric.load(tmp_path / "lightning.ckpt", state) == {}
-    assert plain(state["model"].state_dict()) == contents["levin"]["model"]
-    assert state["step"] == state["counter"].value == 3
-    dist.barrier()
+# ---------------------------------------------------------------- new processes
 
 
 def worker(fabric: Any, offset: int) -> int:

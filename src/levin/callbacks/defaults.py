@@ -13,6 +13,7 @@ from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.hooks import Callback
 from levin.loggers import __all__ as all_loggers
+from levin.utilities.collections import as_list
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -34,9 +35,7 @@ def default_callbacks(
         MisconfigurationException: A callback contradicts a flag.
         RuntimeError: Two stateful callbacks have the same state key.
     """
-    callbacks: list[Callback] = (
-        list(given) if isinstance(given, (list, tuple)) else [given] if given is not None else []
-    )
+    callbacks: list[Callback] = as_list(given)
     for callback in callbacks:
         if isinstance(callback, type):
             name = callback.__name__

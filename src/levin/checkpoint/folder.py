@@ -76,9 +76,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output_file", "--output-file", metavar="FILE", help="by default DIR.consolidated")
     options = parser.parse_args(list(arguments))
     output = options.output_file or f"{options.folder.rstrip('/')}.consolidated"
-    if os.path.exists(output):
-        parser.error(f"{output!r} is there already; remove it, or choose another --output_file")
     try:
+        if os.path.exists(output):
+            raise FileExistsError(f"{output!r} is there already; remove it, or choose another --output_file")
         atomic_save(consolidate(options.folder), output)
     except (OSError, ValueError, pickle.UnpicklingError) as error:
         print(f"FAILED  {error}")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 
 from levin.utilities.filesystem import is_local, local_path, remove
-from levin.utilities.types import PathLike
+from levin.utilities.types import PathLike, StateDict
 
 COMPATIBLE_VERSION = "2.6.6"
 """The Lightning version whose file layout is written."""
@@ -15,6 +16,22 @@ ZERO_FOLDER = "checkpoint"
 """Where in its folder DeepSpeed's own files lie."""
 META_FILE = "meta.pt"
 """What the folder of a sharded checkpoint holds beside the parts: everything but weights and optimizer states."""
+
+
+class StateElsewhere(ABC):
+    """What stands in a tree in the place of a state that every process reads its own part of."""
+
+    @abstractmethod
+    def load_into(self, state: StateDict, group: object = None) -> StateDict:
+        """Read the parts that are in ``state`` here, in place. All processes call this.
+
+        Args:
+            state: With tensors, also DTensors, of the shapes that are there now.
+            group: The processes; all when None.
+
+        Raises:
+            ValueError: There is not all that ``state`` has, or it is damaged.
+        """
 
 
 def is_sharded(path: PathLike) -> bool:

@@ -20,10 +20,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
+from typing_extensions import override
 
 from levin.checkpoint.folder import VERSION_KEY, consolidate
 from levin.checkpoint.io import CheckpointIO, atomic_save, own_parts, reject_storage_options
-from levin.checkpoint.layout import META_FILE, is_sharded, is_zero, local_folder, put_in_place
+from levin.checkpoint.layout import META_FILE, StateElsewhere, is_sharded, is_zero, local_folder, put_in_place
 from levin.checkpoint.reading import load
 from levin.checkpoint.shards import PartsPlanner, ShardReader, cause_of
 from levin.checkpoint.verify import verify
@@ -33,8 +34,8 @@ from levin.utilities.types import PathLike, StateDict
 
 
 @dataclass(frozen=True)
-class ShardedEntry:
-    """What stands in a tree in the place of a state that every process reads its own part of.
+class ShardedEntry(StateElsewhere):
+    """A state in the folder of a checkpoint.
 
     Args:
         folder: Of the checkpoint.
@@ -48,16 +49,8 @@ class ShardedEntry:
         """Return the names of all that the folder holds, nested keys joined by dots."""
         return _names_of(self.folder)
 
+    @override
     def load_into(self, state: StateDict, group: object = None) -> StateDict:
-        """Read the parts that are in ``state`` here, in place. All processes call this.
-
-        Args:
-            state: With tensors, also DTensors, of the shapes that are there now.
-            group: The processes; all when None.
-
-        Raises:
-            ValueError: The folder lacks something that ``state`` has, or is damaged.
-        """
         with _explained(self.folder):
             reader, planner = ShardReader(self.folder), PartsPlanner()
             load_parts({self.key: state}, storage_reader=reader, planner=planner, process_group=group)

@@ -24,6 +24,7 @@ from levin.datamodule import LightningDataModule
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.trainer import Trainer
+from levin.utilities.collections import as_list
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
@@ -289,7 +290,7 @@ class LightningCLI:
 
     def _instantiate_trainer(self, config: Kwargs, callbacks: list[Callback]) -> Trainer:
         callbacks = [
-            *_as_list(config.get("callbacks")), *callbacks, *_as_list(self.trainer_defaults.get("callbacks")),
+            *as_list(config.get("callbacks")), *callbacks, *as_list(self.trainer_defaults.get("callbacks")),
         ]  # fmt: skip
         if self.save_config_callback is not None and not config.get("fast_dev_run"):
             own = self.config if self.subcommand is None else self.config[self.subcommand]
@@ -400,9 +401,3 @@ def _with_class_path(kind: type, arguments: object) -> Kwargs:
 
 def _plain(arguments: Any) -> Kwargs:
     return arguments.as_dict() if isinstance(arguments, Namespace) else dict(arguments or {})
-
-
-def _as_list(value: object) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -18,15 +18,15 @@ from levin.checkpoint.folder import consolidate
 from levin.checkpoint.layout import is_sharded
 from levin.data.loaders import prepare_dataloader, shuffles
 from levin.fabric.processes import Processes
-from levin.fabric.state import Filter, check_filter, collect, restore, restore_one
+from levin.fabric.state import Filter, check_filter, check_state, collect, restore, restore_one
 from levin.fabric.trainer_shim import TrainerShim
 from levin.fabric.wrappers import (
     BackwardGuard,
     FabricDataLoader,
     FabricModule,
     FabricOptimizer,
+    check_new,
     follow_parameters,
-    is_wrapped,
     set_up_module,
     split_compiled,
     unwrap,
@@ -35,8 +35,10 @@ from levin.module import LightningModule
 from levin.ranks.hang_watchdog import RunLocation
 from levin.ranks.weighted import divide_by_weight
 from levin.strategies import Strategy
+from levin.utilities.collections import as_list
 from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import to_numbers
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 from levin.utilities.seed import seed_everything
 from levin.utilities.types import PathLike
@@ -92,10 +94,10 @@ class Fabric(Processes):
             plugins,
         )
         self._modules: list[weakref.ref[nn.Module]] = []
-        self._loggers: list[Any] = _as_list(loggers)
-        self._callbacks: list[Any] = _as_list(callbacks)
+        self._loggers: list[Any] = as_list(loggers)
+        self._callbacks: list[Any] = as_list(callbacks)
         for entry in entry_points(group=ENTRY_POINTS):
-            self._callbacks.extend(_as_list(entry.load()()))
+            self._callbacks.extend(as_list(entry.load()()))
         self._guard = BackwardGuard(self._strategy)
         hooks = (self._strategy.pre_backward, self._strategy.post_backward)
         # What remains of the backward pass where nobody takes part in it.
@@ -103,10 +105,7 @@ class Fabric(Processes):
             self._strategy.is_overridden(hook.__name__) for hook in hooks
         )
 
-    @property
-    def loggers(self) -> list[Any]:
-        """All loggers."""
-        return self._loggers
+    loggers: list[Any] = reads("_loggers", "All loggers.")
 
     @property
     def logger(self) -> Any:
@@ -139,11 +138,13 @@ class Fabric(Processes):
             The module; with optimizers or a scheduler, a tuple of all in the order of the arguments.
 
         Raises:
+            TypeError: One of them is of another kind.
             ValueError: One of them was set up before.
             RuntimeError: There are several devices and :meth:`launch` was not called.
         """
         self._check_launched()
-        _check_new(module, *optimizers)
+        check_new(nn.Module, module)
+        check_new(Optimizer, *optimizers)
         original, compiler = split_compiled(module) if _reapply_compile else (module, None)
         names = {parameter: name for name, parameter in original.named_parameters()}
         set_up = self._strategy.setup_module(original, move_to_device=move_to_device)
@@ -171,12 +172,13 @@ class Fabric(Processes):
             One, or a tuple of them.
 
         Raises:
+            TypeError: One is no optimizer.
             ValueError: There is none, or one was set up before.
         """
         self._check_launched()
         if not optimizers:
             raise ValueError("setup_optimizers needs at least one optimizer, received none.")
-        _check_new(*optimizers)
+        check_new(Optimizer, *optimizers)
         steppers = tuple(self._setup_optimizer(optimizer, self._module_of(optimizer)) for optimizer in optimizers)
         return steppers if len(steppers) > 1 else steppers[0]
 
@@ -188,8 +190,6 @@ class Fabric(Processes):
         return next(found, None)
 
     def _setup_optimizer(self, optimizer: Optimizer, module: nn.Module | None) -> FabricOptimizer:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"setup takes optimizers after the module, received {optimizer!r}.")
         has_hook = any(hasattr(callback, "on_after_optimizer_step") for callback in self._callbacks)
         on_step = self._call_after_step if has_hook else None
         return FabricOptimizer(self._strategy.setup_optimizer(optimizer, module), self._strategy, module, on_step)
@@ -219,12 +219,10 @@ class Fabric(Processes):
         self._check_launched()
         if not dataloaders:
             raise ValueError("setup_dataloaders needs at least one loader, received none.")
-        _check_new(*dataloaders)
+        check_new(DataLoader, *dataloaders)
         kwargs = self._strategy.distributed_sampler_kwargs if use_distributed_sampler else None
         loaders = []
         for loader in dataloaders:
-            if not isinstance(loader, DataLoader):
-                raise TypeError(f"setup_dataloaders takes torch's DataLoader, received {type(loader).__name__}.")
             own = prepare_dataloader(loader, stage="train", sampler_kwargs=kwargs, shuffle=shuffles(loader))
             loaders.append(FabricDataLoader(own, self.device if move_to_device else None))
         self._loaders = [known for known in self._loaders if known() is not None] + [
@@ -362,9 +360,9 @@ class Fabric(Processes):
         return self._strategy.module_init_context(empty_init=empty_init)
 
     def sharded_model(self) -> AbstractContextManager[object]:
-        """Return :meth:`init_module`, which is its present name."""
+        """Return a context that does nothing: modules are cut by :meth:`setup`, wherever they were made."""
         rank_zero_deprecation("`Fabric.sharded_model()` is deprecated. Use `Fabric.init_module()`.")
-        return self.init_module()
+        return nullcontext()
 
     # Files
 
@@ -379,10 +377,12 @@ class Fabric(Processes):
             filter: Name -> function ``(entry, value) -> bool`` that says which entries of a state are kept.
 
         Raises:
-            TypeError: ``state`` or ``filter`` is of another kind.
+            TypeError: ``state`` or ``filter`` is of another kind, or ``state`` has a module, an optimizer or a loader
+                elsewhere than under a name of its own.
             ValueError: ``filter`` has a name that ``state`` has not.
         """
         self._check_launched()
+        check_state(state)
         check_filter(state, filter)
         self._strategy.save_checkpoint(collect(state, self._strategy, filter), path)
         self.barrier()
@@ -407,9 +407,12 @@ class Fabric(Processes):
             What the file holds beside it; all of it without ``state``.
 
         Raises:
+            TypeError: ``state`` is no dict.
             KeyError: A name of ``state`` is not in the file.
+            ValueError: A loader is to go on from what is not the place of one.
         """
         self._check_launched()
+        check_state({} if state is None else state)
         if not state and is_sharded(path):
             return consolidate(path)
         checkpoint = self._strategy.load_checkpoint(path, weights_only=weights_only)
@@ -431,9 +434,13 @@ class Fabric(Processes):
             obj: The module or optimizer.
             strict: Whether the names of weights must be the same.
             weights_only: False allows the file to run code while it is read. Only for files you trust.
+
+        Raises:
+            TypeError: ``obj`` has no state.
         """
         checkpoint = self._strategy.load_checkpoint(path, weights_only=weights_only)
-        restore_one(checkpoint, obj, self._strategy, strict, weights_only)
+        if not restore_one(checkpoint, obj, self._strategy, strict, weights_only):
+            raise TypeError(f"load_raw takes a module or an optimizer, received {obj!r}. Use load for plain values.")
 
     # Callbacks and loggers
 
@@ -475,13 +482,3 @@ class Fabric(Processes):
     def trainer_shim(self, module: object) -> TrainerShim:
         """Return what ``self.trainer`` is in a LightningModule that was set up here."""
         return TrainerShim(self, module)
-
-
-def _as_list(given: object) -> list[object]:
-    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
-
-
-def _check_new(*objects: object) -> None:
-    for obj in objects:
-        if is_wrapped(obj):
-            raise ValueError(f"An object is set up once, received a {type(obj).__name__}. Pass the one you made.")

@@ -9,7 +9,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ from levin.engine import build_engine
 from levin.fabric.settings import is_launched_by_command, with_environment
 from levin.ranks.hang_watchdog import RunLocation, Watchdog, start_watchdog
 from levin.ranks.signals import Signals, listen_for_sigterm
-from levin.strategies import Strategy
-from levin.utilities.collections import apply_to_collection
+from levin.strategies import Strategy, StrategyRegistry
+from levin.utilities.collections import apply_to_collection, as_list
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
 from levin.utilities.types import Tree
@@ -47,14 +48,14 @@ def _answer_dp(strategy: Strategy) -> None:
     rank_zero_warn("strategy='dp' is for several GPUs of one process, received accelerator='cpu'. Using 'ddp'.")
 
 
-def _saving_folders(name: str, plugins: Any) -> Strategy:
+def _saving_folders(name: str, plugins: object) -> Strategy:
     """Return a strategy that was asked for by name, and that saves folders here by default, where a Trainer's saves one file."""
-    from levin.strategies.fsdp import FSDPStrategy  # slow to import
-
-    given = plugins if isinstance(plugins, (list, tuple)) else [plugins]
-    writes_files = any(isinstance(plugin, CheckpointIO) and not plugin.is_collective for plugin in given)
-    kind: Literal["full", "sharded"] = "full" if writes_files else "sharded"
-    return FSDPStrategy(cpu_offload="offload" in name, state_dict_type=kind)
+    writes_files = any(isinstance(plugin, CheckpointIO) and not plugin.is_collective for plugin in as_list(plugins))
+    kind: Any = StrategyRegistry.get_class(name)
+    found: Strategy = kind(
+        **StrategyRegistry[name]["init_params"], state_dict_type="full" if writes_files else "sharded"
+    )
+    return found
 
 
 class Requests:
@@ -81,15 +82,15 @@ class Processes:
 
     def __init__(self, settings: dict[str, Any], plugins: Any) -> None:
         settings = with_environment(settings)
-        is_dp = settings["strategy"] == "dp"
-        if is_dp:
+        name = settings["strategy"]
+        if name == "dp":
             settings["strategy"] = "ddp"
-        elif settings["strategy"] == "fsdp" and settings["accelerator"] == "tpu":
+        elif name == "fsdp" and settings["accelerator"] == "tpu":
             settings["strategy"] = "xla_fsdp"
-        elif settings["strategy"] in _SHARDED:
-            settings["strategy"] = _saving_folders(settings["strategy"], plugins)
+        elif name in _SHARDED:
+            settings["strategy"] = _saving_folders(name, plugins)
         self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy
-        if is_dp:
+        if name == "dp":
             _answer_dp(self._strategy)
         self._watchdog: Watchdog | None = None
         self._is_launched: bool = False
@@ -110,45 +111,14 @@ class Processes:
 
     # What it is made of
 
-    @property
-    def accelerator(self) -> Accelerator:
-        """The hardware."""
-        return self._strategy.accelerator
-
-    @property
-    def strategy(self) -> Strategy:
-        """What wraps modules and talks to the other processes."""
-        return self._strategy
-
-    @property
-    def device(self) -> torch.device:
-        """The device of this process."""
-        return self._strategy.root_device
-
-    @property
-    def global_rank(self) -> int:
-        """Index of this process among all."""
-        return self._strategy.global_rank
-
-    @property
-    def local_rank(self) -> int:
-        """Index of this process on its machine."""
-        return self._strategy.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        """Index of this machine."""
-        return self._strategy.node_rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes over all machines."""
-        return self._strategy.world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        """Whether this process is the first of all."""
-        return self._strategy.is_global_zero
+    accelerator: Accelerator = reads("_strategy.accelerator", "The hardware.")
+    strategy: Strategy = reads("_strategy", "What wraps modules and talks to the other processes.")
+    device: torch.device = reads("_strategy.root_device", "The device of this process.")
+    global_rank: int = reads("_strategy.global_rank", "Index of this process among all.")
+    local_rank: int = reads("_strategy.local_rank", "Index of this process on its machine.")
+    node_rank: int = reads("_strategy.node_rank", "Index of this machine.")
+    world_size: int = reads("_strategy.world_size", "Number of processes over all machines.")
+    is_global_zero: bool = reads("_strategy.is_global_zero", "Whether this process is the first of all.")
 
     @property
     def received_sigterm(self) -> bool:
@@ -278,8 +248,7 @@ class Processes:
             sync_grads: Whether gradients flow back to the process that a part came from.
         """
         self._check_launched()
-        gather = functools.partial(self._strategy.all_gather, group=group, sync_grads=sync_grads)
-        return self._over_tensors(data, gather)
+        return self._strategy.all_gather(self._tensors(data), group=group, sync_grads=sync_grads)
 
     def all_reduce(self, data: object, group: object = None, reduce_op: object = "mean") -> Tree:
         """Return the tensors reduced over all processes.
@@ -290,15 +259,11 @@ class Processes:
             reduce_op: ``"mean"``, ``"sum"``, ``"min"``, ``"max"``, or a ``ReduceOp``.
         """
         self._check_launched()
-        return self._over_tensors(data, functools.partial(self._strategy.reduce, group=group, reduce_op=reduce_op))
+        return self._strategy.reduce(self._tensors(data), group=group, reduce_op=reduce_op)
 
-    def _over_tensors(self, data: object, function: Callable[[Tensor], object]) -> object:
-        def apply(leaf: object) -> object:
-            return function(
-                leaf.to(self.device) if isinstance(leaf, Tensor) else torch.tensor(leaf, device=self.device)
-            )
-
-        return apply_to_collection(data, (Tensor, bool, int, float), apply)
+    def _tensors(self, data: object) -> Tree:
+        """Return tensors on the device in the place of numbers, and of tensors that are elsewhere."""
+        return apply_to_collection(data, (Tensor, bool, int, float), torch.as_tensor, device=self.device)
 
     @contextmanager
     def rank_zero_first(self, local: bool = False) -> Iterator[None]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
-from levin.fabric.wrappers import FabricDataLoader, FabricOptimizer, set_up_module, split_compiled
+from levin.checkpoint.layout import StateElsewhere
+from levin.fabric.wrappers import FabricDataLoader, is_wrapped, set_up_module, split_compiled
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.strategies.strategy import Strategy
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
@@ -17,15 +18,25 @@ from levin.utilities.types import StateDict
 Filter = Mapping[str, Callable[[str, Any], bool]]
 
 
-def check_filter(state: object, filter: object) -> None:
-    """Check the arguments of ``fabric.save``.
+def check_state(state: object) -> None:
+    """Check what is to be saved or loaded.
 
     Raises:
-        TypeError: One of them is of another kind.
-        ValueError: The filter has a key that the state has not.
+        TypeError: It is no dict.
     """
     if not isinstance(state, Mapping):
-        raise TypeError(f"state must be a dict, received {state!r}. Pass {{'model': model, 'optimizer': optimizer}}.")
+        raise TypeError(
+            f"state must be a dict, received a {type(state).__name__}. Pass {{'model': model, 'optimizer': optimizer}}."
+        )
+
+
+def check_filter(state: Mapping[str, object], filter: object) -> None:
+    """Check which parts are to be saved.
+
+    Raises:
+        TypeError: The filter is of another kind.
+        ValueError: The filter has a key that the state has not.
+    """
     if filter is None:
         return
     if not isinstance(filter, Mapping):
@@ -45,10 +56,15 @@ def collect(state: Mapping[str, Any], strategy: Strategy, filter: Filter | None 
         state: Name -> object, as the user passed it.
         strategy: The strategy; all processes call this.
         filter: Name -> function that says which entries of an object's state are kept.
+
+    Raises:
+        TypeError: What was set up, or a loader, is elsewhere than under a name of its own.
     """
     checkpoint = {}
     for key, obj in state.items():
         value = _state_of(obj, strategy)
+        if value is obj:
+            _check_plain(key, value)
         keep = (filter or {}).get(key)
         if keep is not None and value is not obj:
             value = {name: item for name, item in value.items() if keep(name, item)}
@@ -84,20 +100,25 @@ def restore(
             state[key] = checkpoint[key]
     # The part of a module or an optimizer that nobody asked for stays where it is.
     return {
-        key: value for key, value in checkpoint.items() if key not in state and type(value).__name__ != "ShardedEntry"
+        key: value for key, value in checkpoint.items() if key not in state and not isinstance(value, StateElsewhere)
     }
 
 
 def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool, weights_only: bool | None) -> bool:
-    """Load ``value`` into ``obj``; return whether that is an object with a state."""
+    """Load ``value`` into ``obj``; return whether that is an object with a state.
+
+    Raises:
+        ValueError: A loader is to go on from what is not the place of one.
+    """
     inner, _ = split_compiled(obj)
     if isinstance(inner, nn.Module):
         strategy.load_module_state(set_up_module(inner), value, strict=strict)
-    elif isinstance(inner, FabricOptimizer):
-        inner.load_state_dict(value)
-    elif isinstance(inner, Optimizer):
-        strategy.load_optimizer_state(inner, value)
     elif isinstance(inner, FabricDataLoader):
+        if not isinstance(value, dict) or "loader" not in value:
+            raise ValueError(
+                "The checkpoint has no place of a loader under this name. Use the names that were saved, "
+                "or leave the loader out."
+            )
         own = part_of_rank(value, strategy.data_parallel.rank, strategy.data_parallel.size, weights_only)
         inner.load_state_dict(own["loader"])
         set_rng_states(own.get("rng", {}))
@@ -108,14 +129,22 @@ def restore_one(value: Any, obj: Any, strategy: Strategy, strict: bool, weights_
     return True
 
 
+def _check_plain(key: str, value: object) -> None:
+    # It would be pickled whole, which no load takes.
+    if is_wrapped(value) or isinstance(value, DataLoader):
+        raise TypeError(
+            f"state[{key!r}] holds a {type(value).__name__} that cannot be saved there. Give each object that a setup "
+            "method returned a name of its own in state."
+        )
+    if isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _check_plain(key, part)
+
+
 def _state_of(obj: object, strategy: Strategy) -> Any:
     inner, _ = split_compiled(obj)
     if isinstance(inner, nn.Module):
         return strategy.module_state(set_up_module(inner))
-    if isinstance(inner, FabricOptimizer):
-        return inner.state_dict()
-    if isinstance(inner, Optimizer):
-        return strategy.optimizer_state(inner)
     if isinstance(inner, FabricDataLoader):
         # What the next batches are depends on random numbers too, and so does what the module makes of them.
         return with_other_ranks({"loader": inner.state_dict(), "rng": collect_rng_states()}, strategy)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from levin.data.loaders import set_epoch
 from levin.precision.precision import Precision
@@ -25,6 +26,12 @@ from levin.utilities.types import Batch, Closure, Function, StateDict
 
 CHECKPOINTED = "_checkpoint_wrapped_module."
 """In the names of parameters whose module computes its activations again in backward."""
+CALLS: dict[type, str] = {
+    nn.Module: "Write fabric.setup(model, optimizer).",
+    Optimizer: "Write fabric.setup(model, *optimizers), and scheduler=scheduler for a scheduler.",
+    DataLoader: "Write fabric.setup_dataloaders(*loaders).",
+}
+"""What to write for objects of a kind."""
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -245,15 +252,6 @@ class FabricOptimizer:
         """The original optimizer."""
         return self._optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of parameters of the original."""
-        return self._optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        self._optimizer.param_groups = groups
-
     def step(self, closure: Closure | None = None, **kwargs: Any) -> Any:
         """Update the parameters.
 
@@ -292,7 +290,7 @@ class FabricOptimizer:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Schedulers replace `step`: of this object, so that theirs runs ours and ours the original's.
-        if name in self._OWN or name == "param_groups":
+        if name in self._OWN:
             object.__setattr__(self, name, value)
         else:
             setattr(self._optimizer, name, value)
@@ -335,15 +333,10 @@ class FabricDataLoader:
 
     def __init__(self, dataloader: Any, device: torch.device | None = None) -> None:
         self._dataloader = dataloader
-        self._device = device
+        self.device: torch.device | None = device
         self._position = Position()
         self._num_iter_calls: int = 0
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where batches go."""
-        return self._device
 
     @property
     def place(self) -> tuple[int, int]:
@@ -380,10 +373,10 @@ class FabricDataLoader:
         return running is not None and inspect.getgeneratorstate(running) != inspect.GEN_CLOSED
 
     def _placed(self, batch: Batch) -> Any:
-        return batch if self._device is None else move_data_to_device(batch, self._device)
+        return batch if self.device is None else move_data_to_device(batch, self.device)
 
     def _follow(self, batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-        device = self._device
+        device = self.device
         try:
             for batch in batches:
                 yield batch if device is None else move_data_to_device(batch, device)
@@ -405,6 +398,20 @@ def is_wrapped(obj: object) -> bool:
     """
     obj, _ = split_compiled(obj)
     return isinstance(obj, (FabricModule, FabricOptimizer, FabricDataLoader))
+
+
+def check_new(kind: type, *objects: object) -> None:
+    """Check what a ``setup`` method was given.
+
+    Raises:
+        TypeError: One of them is of another kind.
+        ValueError: One of them was set up before.
+    """
+    for obj in objects:
+        if is_wrapped(obj):
+            raise ValueError(f"An object is set up once, received a {type(obj).__name__}. Pass the one you made.")
+        if not isinstance(obj, kind):
+            raise TypeError(f"Objects of {kind.__name__} are set up here, received {type(obj).__name__}. {CALLS[kind]}")
 
 
 def unwrap(obj: Any) -> Any:

@@ -140,24 +140,29 @@ def diagnose(reports: Iterable[Report]) -> str:
 
 
 def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
-    """Return whether all ranks wait for each other, in collectives of different groups: no time will help.
+    """Return whether all ranks wait for one that has left, or for each other in different groups: no time will help.
 
     Ranks that go the same way begin the collectives of their groups in the same order. So none of them can be ahead of
     another in one group and behind it in another one.
 
     Args:
         reports: One per rank.
-        stuck_s: For how many seconds all of them must not have moved.
+        stuck_s: For how many seconds all that have not left must not have moved.
 
     Example:
         >>> ahead = Report(0, stuck_s=9, is_in_collective=True, counts={"gradients": 5, "control": 2})
         >>> ended = Report(1, stuck_s=9, is_in_collective=True, counts={"gradients": 4, "control": 3})
         >>> is_deadlock([ahead, ended], 5), is_deadlock([ahead, ahead], 5)
         (True, False)
+        >>> is_deadlock([ahead, Report(1, has_left=True)], 5)
+        True
     """
     everyone = list(reports)
-    if not all(report.is_in_collective and report.stuck_s >= stuck_s for report in everyone):
+    present = [report for report in everyone if not report.has_left]
+    if not all(report.is_in_collective and report.stuck_s >= stuck_s for report in present):
         return False
+    if len(present) < len(everyone):
+        return True
     first = everyone[0].counts
     return any(
         any(report.counts.get(group, count) < count for group, count in first.items())

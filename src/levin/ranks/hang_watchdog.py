@@ -230,7 +230,8 @@ class Watchdog(threading.Thread):
         waited_s = time.monotonic() - self._moved_at
         if self._rank == 0 and waited_s > self._next_comparison_s:
             self._next_comparison_s = waited_s + DEADLOCK_S
-            states = self._read("state")
+            left = {rank: report for rank, report in self._read("report").items() if report.has_left}
+            states = {**self._read("state"), **left}
             if len(states) == self._world_size and is_deadlock(states.values(), DEADLOCK_S / 2):
                 return True
         limit = self._step_timeout if self._is_short else self._first_timeout

@@ -45,9 +45,7 @@ class Collective(ABC):
         Raises:
             RuntimeError: There is none yet.
         """
-        if self._group is None:
-            raise RuntimeError(f"{type(self).__name__} has no group yet. Call create_group() before.")
-        return self._group
+        return self._own_group()
 
     @property
     @abstractmethod
@@ -89,11 +87,16 @@ class Collective(ABC):
         """Take the group down.
 
         Raises:
-            RuntimeError: There is none.
+            RuntimeError: :meth:`create_group` was not called.
         """
-        group, self._group = self.group, None
+        group, self._group = self._own_group(), None
         self.destroy_group(group)
         return self
+
+    def _own_group(self) -> Any:
+        if self._group is None:
+            raise RuntimeError(f"{type(self).__name__} has no group yet. Call create_group() before.")
+        return self._group
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, src: int) -> Tensor:
@@ -154,6 +157,15 @@ class TorchCollective(Collective):
             raise RuntimeError("This torch was built without torch.distributed. Install another build.")
         super().__init__()
         self._owns_world: bool = False
+
+    @property
+    def group(self) -> Any:
+        """The group; that of all processes where they are connected and none was made.
+
+        Raises:
+            RuntimeError: There is none yet.
+        """
+        return dist.group.WORLD if self._group is None and dist.is_initialized() else self._own_group()
 
     @staticmethod
     def is_available() -> bool:

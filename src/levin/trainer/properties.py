@@ -9,11 +9,6 @@ from typing import Any
 from levin.utilities.states import RunningStage
 
 
-def reads(path: str, doc: str) -> Any:
-    """Return a property that reads ``path``, such as ``"strategy.world_size"``, from the Trainer."""
-    return property(attrgetter(path), doc=doc)
-
-
 def part(path: str, doc: str) -> Any:
     """Return a property for what lies at ``path``, such as ``"strategy.optimizers"``, and may be set there."""
     owner, _, name = path.rpartition(".")

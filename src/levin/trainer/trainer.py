@@ -30,8 +30,9 @@ from levin.resume.checkpoint_tree import save_checkpoint
 from levin.settings import Settings, check_settings, defaults_from_environment
 from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
-from levin.trainer.properties import callbacks_of, first_of, of_run, part, reads, setting, shared, stage
+from levin.trainer.properties import callbacks_of, first_of, of_run, part, setting, shared, stage
 from levin.utilities.numbers import to_numbers
+from levin.utilities.properties import reads
 from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
 from levin.utilities.types import Kwargs, LRSchedulerConfig, PathLike, StateDict
 
@@ -120,9 +121,7 @@ class Trainer:
     overfit_batches: Limit = setting("overfit_batches")
     reload_dataloaders_every_n_epochs: int = setting("reload_dataloaders_every_n_epochs")
     val_check_interval: Limit = setting("val_check_interval")
-    val_check_interval_seconds: Optional[float] = reads(
-        "settings.val_check_seconds", "Seconds between validations by the clock."
-    )
+    val_check_interval_seconds: Optional[float] = reads("settings.val_check_seconds", "Seconds between validations.")
     # The engine
     accelerator: Accelerator = reads("_engine.accelerator", "The hardware.")
     strategy: Strategy = reads("_engine.strategy", "How the module runs on it.")

@@ -13,6 +13,18 @@ from levin.utilities.types import Function, Tree
 Types = Union[type, tuple[type, ...]]
 
 
+def as_list(value: object) -> list[Any]:
+    """Return a list of what may be one object, several, or None for none.
+
+    Example:
+        >>> as_list(None), as_list(1), as_list((1, 2))
+        ([], [1], [1, 2])
+    """
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def is_namedtuple(obj: object) -> bool:
     """Return whether ``obj`` is an instance of a named tuple."""
     return isinstance(obj, tuple) and hasattr(obj, "_asdict") and hasattr(obj, "_fields")
