@@ -48,6 +48,21 @@ test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes
 		annotated-types typing-inspection
 	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(RUN) $(BIN)/python -m pytest -q -m deepspeed tests/strategies
 
+# In an environment of its own. Packages without a floor are taken as new as they come; setuptools is for the oldest torchmetrics.
+OLDEST := $(VENV)-oldest
+OLDEST_TESTS := tests/data tests/loops tests/ranks tests/checkpoint tests/callbacks tests/strategies tests/precision tests/utilities tests/trainer
+
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[cli]' setuptools hypothesis \
+		lightning==2.6.6 matplotlib numpy omegaconf psutil pytest pytest-timeout pytest-xdist safetensors tensorboard
+	touch $@
+
+.PHONY: test-oldest
+test-oldest: $(OLDEST)/.installed  ## Run tests of data, loops, checkpoints and strategies with the oldest versions that are allowed
+	$(RUN) $(OLDEST)/bin/python -m pytest -q -n 2 -m "not slow and not timing and not deepspeed and not packages" $(OLDEST_TESTS)
+
 test-precision: $(STAMP)  ## Run the tests that need torchao and bitsandbytes, on the CPU
 	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/precision --no-deps torchao==0.18.0 bitsandbytes==0.50.2
 	PYTHONPATH=$(CURDIR)/$(VENV)/precision $(RUN) $(BIN)/python -m pytest -q -m packages tests/precision
@@ -140,4 +155,4 @@ test-integrations:  ## Run all tests against real services and schedulers, one b
 	$(PYTHON) tests/integrations/run.py
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) site dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) site dist .mypy_cache .ruff_cache .pytest_cache

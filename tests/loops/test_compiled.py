@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -14,6 +15,7 @@ from levin.loops.compiled import repeated_blocks
 
 # Torch reads the .grad of each tensor that a cut function goes on with, and then warns of that.
 CUTS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+IS_OLD = Version(torch.__version__) < Version("2.7")
 EAGER = {"backend": "aot_eager"}  # all but the code generation
 
 
@@ -89,6 +91,7 @@ def test_compiled_training_is_the_same_training(options, flags):
     assert_same(fit(compile={**EAGER, **options}, **flags), fit(**flags))
 
 
+@pytest.mark.skipif(IS_OLD, reason="inductor of torch 2.6 warns of its own settings")
 def test_generated_code_trains_the_same_and_a_checkpoint_says_nothing_of_it(tmp_path):
     flags = {"enable_checkpointing": True, "default_root_dir": tmp_path}
     compiled = fit(compile=True, **flags)
@@ -103,6 +106,7 @@ def test_a_step_that_logs_is_one_graph_with_its_gradients():
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.skipif(IS_OLD, reason="torch 2.6 compiles each block for itself")
 @CUTS
 def test_blocks_of_one_kind_are_compiled_once_and_left_as_they_were():
     module, _ = fit(compile={**EAGER, "blocks": True}, val=[], limit_val_batches=0)
@@ -169,10 +173,12 @@ def test_a_step_that_is_compiled_again_and_again_is_told_of():
             self.number += "0"
             return self(batch[0]).mean() * len(self.number)
 
-    with pytest.warns(UserWarning, match="`training_step` was compiled 6 times, the last time because .*number"):
+    reason = "" if IS_OLD else ", the last time because .*number"  # torch 2.6 gives none
+    with pytest.warns(UserWarning, match=f"`training_step` was compiled 6 times{reason}"):
         fit(Changing(), compile=EAGER, val=[], limit_val_batches=0)
 
 
+@pytest.mark.skipif(IS_OLD, reason="torch 2.6 compiles no gradients, so that these are not spoken of")
 @CUTS
 def test_parts_and_where_they_are_cut_are_told(caplog):
     class Cut(Model):

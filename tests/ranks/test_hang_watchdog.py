@@ -87,13 +87,17 @@ def run_with(fault: str, folder: Path) -> tuple[list[multiprocessing.Process], l
             process.join()
 
 
+# Torch 2.6 writes no collectives of Gloo down.
+IS_RECORDED = hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json")
+ALL_REDUCE, ALL_GATHER = (["in all_reduce"], ["in all_gather"]) if IS_RECORDED else ([], [])
+
 EXPECTED = {
-    "sleeps": ["Rank 1 is late, the others wait for it", "time.sleep(1000)", "all_reduce"],
+    "sleeps": ["Rank 1 is late, the others wait for it", "time.sleep(1000)", *ALL_REDUCE],
     "stopped": ["Rank 1 gives no sign of life", "stopped by a signal"],
     "killed": ["Rank 1 gives no sign of life", "it has ended"],
     "raises": ["Rank 1 failed first", "KeyError: 'broken in the step'"],
     # Found long before the timeout of a step.
-    "ends the epoch alone": ["The ranks went different ways and wait for each other", "in all_reduce", "in all_gather"],
+    "ends the epoch alone": ["The ranks went different ways and wait for each other", *ALL_REDUCE, *ALL_GATHER],
 }
 
 

@@ -69,9 +69,6 @@ class Compiler:
         self.only_blocks = self.only_blocks or needs_blocks
         if self.only_blocks:
             self._compile_blocks()
-        elif traces_gradients():
-            self._config = torch._dynamo.config.patch(trace_autograd_ops=True)
-            self._config.__enter__()
 
     def _compile_blocks(self) -> None:
         self.blocks = repeated_blocks(self.module)
@@ -92,6 +89,11 @@ class Compiler:
         for block in self.blocks:
             block._compiled_call_impl = None
         self.leave_gradients()
+
+    def enter_gradients(self) -> None:
+        """Let torch compile gradients that a function computes."""
+        self._config = torch._dynamo.config.patch(trace_autograd_ops=True)
+        self._config.__enter__()
 
     def leave_gradients(self) -> None:
         """Let torch compile no gradients from here on, which it does at some cost for functions that it cuts."""
@@ -212,8 +214,11 @@ class CompiledStep:
         self.compiler = compiler
         self.inner_backward = backward
         self.forward = compiler.function(step, "training_step")
-        whole = {**compiler.options, "fullgraph": True}
-        self.joint = JointFunction(self._with_gradients, "training_step", compiler, whole) if is_joint else None
+        self.joint: Optional[JointFunction] = None
+        if is_joint:
+            compiler.enter_gradients()
+            whole = {**compiler.options, "fullgraph": True}
+            self.joint = JointFunction(self._with_gradients, "training_step", compiler, whole)
         self.parameters: list[nn.Parameter] = list(compiler.module.parameters())
         self.gradients: Any = None
         self.shapes: Optional[list[torch.Size]] = None
@@ -282,7 +287,8 @@ def _num_frames() -> int:
 
 
 def _reason() -> str:
-    reasons = [metrics.recompile_reason for metrics in torch._dynamo.utils.get_compilation_metrics()]
+    # Not every torch knows the reason.
+    reasons = [getattr(metrics, "recompile_reason", None) for metrics in torch._dynamo.utils.get_compilation_metrics()]
     last = next((reason for reason in reversed(reasons) if reason), None)
     return "" if last is None else f", the last time because {last.splitlines()[-1].strip()}"
 

@@ -76,8 +76,7 @@ class Watchdog(threading.Thread):
         # Many ranks write into one store: the more there are, the more seldom.
         self.beat_s = min(max(1.0, world_size / 1000), max(0.05, limit_s / 5))
         # A connection of its own: the other one may be busy for as long as the main thread waits.
-        plain: Any = distributed_c10d._get_default_store()
-        plain = plain.clone()
+        plain = _connected_again(distributed_c10d._get_default_store())
         plain.set_timeout(_STORE_TIMEOUT)
         # Each rank counts its runs, and all have made as many.
         run = plain.add(f"levin/runs/{rank}", 1)
@@ -323,6 +322,19 @@ class Watchdog(threading.Thread):
             if report.host == socket.gethostname():
                 report.process_state = state_of_process(report.pid)
         return missing
+
+
+def _connected_again(store: Any) -> Any:
+    """Return the same store through a connection of its own."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    # Torch 2.6 and before. The prefix of the store is not to be read there; what it keeps apart are attempts of torchrun.
+    base = store._underlying_non_prefix_store if isinstance(store, dist.PrefixStore) else store
+    if isinstance(base, dist.TCPStore):
+        base = dist.TCPStore(base.host, base.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    elif isinstance(base, dist.FileStore):
+        base = dist.FileStore(base.path)
+    return dist.PrefixStore(f"levin/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
 
 
 def start_watchdog(strategy: Strategy) -> Watchdog | None:
