@@ -37,6 +37,7 @@ test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 
 
 # In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
 test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
+	@command -v mpirun || { echo "mpirun is missing: apt-get install --no-install-recommends openmpi-bin"; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
 	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import sqlite3
+import statistics
 import struct
 import subprocess
 import sys
@@ -382,36 +383,38 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(900)
-def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(tmp_path, small_disk):
-    conditions = {
-        "wandb": ["no logger", "healthy", "stopped", "killed", "full disk"],
-        "comet": ["healthy", "deaf at the start", "refuses", "full disk"],
-    }
+@pytest.mark.parametrize(
+    ("service", "conditions"),
+    [
+        ("wandb", ["no logger", "healthy", "stopped", "killed", "full disk"]),
+        ("comet", ["no logger", "healthy", "deaf at the start", "refuses", "full disk"]),
+    ],
+)
+def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(service, conditions, tmp_path, small_disk):
     deaf = Proxy(_free_port())
     deaf.is_deaf = True
     addresses = {"deaf at the start": deaf.port, "refuses": _free_port()}
     times, whole_s = {}, {}
-    for service, names in conditions.items():
-        for condition in names:
-            results = tmp_path / service / condition
-            results.mkdir(parents=True)
-            folder = small_disk if condition == "full disk" else results
-            variables = {}
-            if condition in addresses:
-                url = f"http://127.0.0.1:{addresses[condition]}/"
-                variables = {"COMET_URL_OVERRIDE": url, "COMET_API_KEY": "a" * 25}
-            done = run_program(OFFLINE, folder, results, service, condition, **variables)
-            assert ("The process of wandb is gone" in done.stdout + done.stderr) == (condition == "killed")
-            name = f"{service}, {condition}"
-            times[name] = json.loads((results / "times").read_text())
-            whole_s[name] = float((results / "whole").read_text())
-            assert (results / "told").exists() == (service == "wandb" and condition != "no logger")
+    for condition in conditions:
+        results = tmp_path / condition
+        results.mkdir()
+        variables = {}
+        if condition in addresses:
+            url = f"http://127.0.0.1:{addresses[condition]}/"
+            variables = {"COMET_URL_OVERRIDE": url, "COMET_API_KEY": "a" * 25}
+        folder = small_disk if condition == "full disk" else results
+        done = run_program(OFFLINE, folder, results, service, condition, **variables)
+        assert ("The process of wandb is gone" in done.stdout + done.stderr) == (condition == "killed")
+        assert (results / "told").exists() == (service == "wandb" and condition != "no logger")
+        times[condition] = json.loads((results / "times").read_text())
+        whole_s[condition] = float((results / "whole").read_text())
     deaf.stop()
-    print_times("Offline", times, whole_s)
-    for name, seconds in times.items():
-        assert len(seconds) == 399 and sorted(seconds)[-2] < 0.25, name
-    for condition in ("healthy", "stopped"):
-        assert len(wandb_history(wandb_records(tmp_path / "wandb" / condition))) >= 400
+    print_times(f"{service}, offline", times, whole_s)
+    for condition, seconds in times.items():
+        # A logger that waits for the process, the disk or the service would never come here, or wait in each step.
+        assert len(seconds) == 399 and statistics.median(seconds) < 0.05, condition
+        if service == "wandb" and condition in ("healthy", "stopped"):
+            assert len(wandb_history(wandb_records(tmp_path / condition))) >= 400
 
 
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from levin.checkpoint.verify import verify
 from levin.utilities.filesystem import list_folder
 from tests.distributed import _free_port
 from tests.integrations.proxy import Proxy, running
+from tests.integrations.times import Clock, print_times
 from tests.strategies.small import QUIET, Small
 
 pytestmark = pytest.mark.filterwarnings(
@@ -115,6 +116,40 @@ def test_a_connection_that_is_cut_leaves_the_file_whole_or_absent(folder, proxy)
     trainer.save_checkpoint(path)
     verify(path)
     assert torch.load(fsspec.open(path).open(), weights_only=False)["state_dict"]["large"].numel() == 4_000_000
+
+
+def test_a_store_that_is_slow_holds_up_the_save_alone_and_in_the_background_nothing(folder, proxy):
+    conditions: dict[str, Callable[[], object]] = {
+        "healthy": lambda: None, "slow (0.1 s a piece)": lambda: setattr(proxy, "delay_s", 0.1), "refuses": proxy.stop,
+    }  # fmt: skip
+    times, whole_s, ends = {}, {}, {}
+    for how, plugins in (("waits", None), ("background", [AsyncCheckpointIO()])):
+        for condition, act in conditions.items():
+            name = f"{how}, {condition}"
+            clock = Clock({20: act})
+            saved = ModelCheckpoint(f"{folder}/{how}-{condition[:4]}", every_n_train_steps=50)
+            trainer = Trainer(**{
+                **QUIET, "devices": 1, "max_epochs": 1, "callbacks": [saved, clock], "plugins": plugins, "limit_val_batches": 0,
+                "default_root_dir": folder,
+            })  # fmt: skip
+            began = time.perf_counter()
+            try:
+                trainer.fit(Small(size=4 * 95))
+                ends[name] = "success"
+            except Exception as error:  # Whatever s3fs makes of it.
+                ends[name] = type(error).__name__
+            whole_s[name], times[name] = time.perf_counter() - began, clock.seconds
+            proxy.delay_s = 0.0
+            if condition == "refuses":
+                proxy.start()
+    print_times("S3, one save", times, whole_s)
+    print(ends)
+    for name, end in ends.items():
+        assert (end == "success") == ("refuses" not in name), ends
+    # The step that saves waits, unless the save is in the background.
+    assert max(times["waits, slow (0.1 s a piece)"]) > 0.3
+    assert sorted(times["background, slow (0.1 s a piece)"])[-2] < 0.25
+    assert len(times["waits, refuses"]) == 49
 
 
 def test_a_background_save_that_fails_is_raised(folder, proxy):

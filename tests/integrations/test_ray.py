@@ -98,6 +98,49 @@ def test_a_worker_that_is_killed_goes_on_where_it_was(tmp_path):
             assert torch.equal(weight, rank["weights"][name])
 
 
+def train_sharded(config: dict[str, Any]) -> None:
+    """What each worker runs with a strategy of Ray's that cuts the module."""
+    import lightning.pytorch as pl
+    import ray.train.lightning
+    from ray.train import get_context
+
+    from tests.strategies.small import QUIET, Small
+
+    strategy = getattr(ray.train.lightning, config["strategy"])()
+    trainer = pl.Trainer(**{
+        **QUIET, "max_epochs": 2, "devices": "auto", "strategy": strategy, "enable_checkpointing": False,
+        "plugins": [ray.train.lightning.RayLightningEnvironment()],
+        "callbacks": [ray.train.lightning.RayTrainReportCallback()],
+    })  # fmt: skip
+    module = Small(size=32)
+    ray.train.lightning.prepare_trainer(trainer).fit(module)
+    left = {
+        "seen": module.seen,
+        "world": trainer.world_size,
+        "kinds": [kind.__name__ for kind in type(strategy).__mro__],
+    }
+    torch.save(left, Path(config["folder"], f"rank-{get_context().get_world_rank()}"))
+
+
+@pytest.mark.parametrize("strategy", ["RayFSDPStrategy"])
+def test_modules_that_are_cut(strategy, tmp_path):
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    result = TorchTrainer(
+        train_sharded,
+        train_loop_config={"folder": str(tmp_path), "strategy": strategy},
+        scaling_config=ScalingConfig(num_workers=2),
+        run_config=RunConfig(storage_path=str(tmp_path), name="run"),
+    ).fit()
+    assert result.error is None and result.metrics["step"] == 8
+    saved = torch.load(os.path.join(result.checkpoint.path, "checkpoint.ckpt"), weights_only=False)
+    assert saved["state_dict"]["net.1.weight"].shape == (1, 4)  # whole, in one file
+    first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
+    assert first["world"] == 2 and not {*first["seen"]} & {*second["seen"]}
+    assert "FSDPStrategy" in first["kinds"]
+
+
 def trial(config: dict[str, Any]) -> None:
     """What each trial of Ray Tune runs: the digits example with its settings."""
     import lightning.pytorch as pl

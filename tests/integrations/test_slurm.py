@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -150,6 +151,61 @@ def test_a_job_that_is_told_to_leave_is_put_back_and_goes_on_bit_for_bit(jobs, w
     for name, value in unbroken[0]["weights"].items():
         assert torch.equal(value, resumed[0]["weights"][name])
     assert unbroken[0]["loss"] == resumed[0]["loss"]
+
+
+TIMES = """
+import os, signal, statistics, time
+from levin import Trainer
+from tests.integrations.times import Clock
+from tests.strategies.small import QUIET, Small
+
+def reach(name):
+    # Tell the test where this is, and wait until it has done its part.
+    open(name, "w").close()
+    while not os.path.exists(f"{name}-done"):
+        time.sleep(0.05)
+
+def leave():
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+when = {200: lambda: reach("stop"), 400: leave}
+clock = Clock(when if "SLURM_RESTART_COUNT" not in os.environ else None)
+trainer = Trainer(**{**QUIET, "devices": 1, "max_epochs": 1, "callbacks": [clock], "enable_checkpointing": False})
+try:
+    trainer.fit(Small(size=4 * 450))
+finally:
+    for name, part in (("healthy", clock.seconds[:198]), ("no controller", clock.seconds[200:398])):
+        if len(part) > 2:
+            percent = statistics.quantiles(part, n=100)
+            print(f"SLURM, {name}: median step {1e6 * percent[49]:.0f} us, 99 % {1e6 * percent[98]:.0f} us", flush=True)
+open(f"steps-{trainer.global_step}", "w").close()
+"""
+
+
+def test_steps_go_on_without_the_controller_and_the_job_is_put_back_when_it_answers(jobs):
+    (jobs.folder / "train.py").write_text(TIMES)
+    job = jobs.start(f"srun {PYTHON} train.py", "--ntasks-per-node=1", "--requeue", "--open-mode=append")
+    controller = next(child for child in psutil.Process().children() if child.name() == "slurmctld")
+
+    def wait_for(pattern: str) -> None:
+        deadline = time.monotonic() + 200
+        while not list(jobs.folder.rglob(pattern)):
+            assert job.poll() is None and time.monotonic() < deadline, jobs.logs()
+            time.sleep(0.1)
+
+    wait_for("stop")
+    controller.suspend()
+    try:
+        (jobs.folder / "stop-done").touch()
+        # Saved before the scheduler is asked, which does not answer.
+        wait_for("hpc_ckpt_1.ckpt")
+        time.sleep(2)
+    finally:
+        controller.resume()
+    assert job.wait(300) == 0, jobs.logs()
+    assert (jobs.folder / "steps-450").exists(), jobs.logs()
+    print("", *(line for line in jobs.logs().splitlines() if line.startswith("SLURM, ")), sep="\n")
 
 
 MISTAKES = {

@@ -21,12 +21,13 @@ class Clock(Callback):
     def __init__(self, when: dict[int, Callable[[], object]] | None = None) -> None:
         self.seconds: list[float] = []
         self.when = when or {}
+        self.began: float | None = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx in self.when:
             self.when[batch_idx]()
         now = time.perf_counter()
-        if batch_idx:
+        if self.began is not None:
             self.seconds.append(now - self.began)
         self.began = now
 

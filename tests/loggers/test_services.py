@@ -182,6 +182,26 @@ def test_wandb(calls_of, tmp_path):
     assert pickle.loads(pickle.dumps(logger)).version == "v"
 
 
+def test_a_process_of_wandb_that_is_gone_ends_no_run_and_is_told_once(calls_of, tmp_path):
+    from levin.loggers.wandb import WandbLogger
+
+    class Gone:
+        id = "r"
+        config = property(lambda self: self)
+
+        def log(self, *args, **kwargs):
+            raise ConnectionResetError("Connection lost")
+
+        update = log_artifact = log
+
+    logger = WandbLogger(save_dir=tmp_path, log_model="all")
+    logger._experiment = Gone()
+    with pytest.warns(UserWarning, match="The process of wandb is gone") as told:
+        fit(logger, tmp_path)
+        logger.log_hyperparams({"a": 1})
+    assert len([warning for warning in told if "is gone" in str(warning.message)]) == 1
+
+
 def test_wandb_offline(calls_of, tmp_path):
     from levin.loggers.wandb import WandbLogger
 
