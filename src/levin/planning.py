@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten
 from levin.module import LightningModule
 from levin.strategies.contexts import run_as_forward
 from levin.strategies.mesh import parse_mesh
-from levin.strategies.model_parallel import TENSOR, apply_plan
+from levin.strategies.model_parallel import COPIES, SHARDS, TENSOR, apply_plan
 from levin.strategies.sharding import ShardingPlan, apply_sharding
 
 MakeModule = Callable[[], tuple[nn.Module, Any]]
@@ -104,8 +104,8 @@ def plan_run(
     copies, shards, tensor = (degrees.get(name, 1) for name in ("ddp", "dp", "tp"))
     size = math.prod(degrees.values())
     with _processes_that_are_not_there(size):
-        layout = init_device_mesh("cpu", (copies, shards, tensor), mesh_dim_names=("copies", "shards", TENSOR))
-        data = layout["copies", "shards"] if copies > 1 else layout["shards"]
+        layout = init_device_mesh("cpu", (copies, shards, tensor), mesh_dim_names=(COPIES, SHARDS, TENSOR))
+        data = layout[COPIES, SHARDS] if copies > 1 else layout[SHARDS]
         meshes = (data if shards > 1 else None, layout[TENSOR] if tensor > 1 else None)
         try:
             return _measure(make, meshes, size, optimizer, plan, copies > 1)

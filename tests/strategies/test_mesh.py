@@ -18,7 +18,9 @@ def test_degrees_choose_the_strategy():
     assert strategy_of_mesh("mesh: ddp=2, fsdp=3")._given_mesh == (2, 3)
     tensor = strategy_of_mesh("mesh:tp=2,dp=3")
     assert type(tensor) is ModelParallelStrategy
-    assert (tensor.data_parallel_size, tensor.tensor_parallel_size) == (3, 2)
+    assert (tensor.data_parallel_size, tensor.tensor_parallel_size, tensor.copies) == (3, 2, 1)
+    copied = strategy_of_mesh("mesh:ddp=2,dp=3,tp=2")
+    assert (copied.data_parallel_size, copied.tensor_parallel_size, copied.copies) == (6, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +29,7 @@ def test_degrees_choose_the_strategy():
         ("mesh:", "received ''"), ("mesh:dp", "received 'dp'"), ("mesh:dp=0", "received 'dp=0'"),
         ("mesh:dp=2,fsdp=2", "received 'fsdp=2'"), ("mesh:dp=-1", "received 'dp=-1'"), ("mesh:zz=2", "Degrees are ddp"),
         ("mesh:dp=2;tp=2", "received 'dp=2;tp=2'"), ("mesh:cp=2", "Context parallelism"),
-        ("mesh:dp=2,pp=2", "Pipeline parallelism"), ("mesh:ddp=2,tp=2", "mesh:dp=2,tp=2"),
+        ("mesh:dp=2,pp=2", "Pipeline parallelism"), ("mesh:ddp=2,tp=2", "product is 3"),
         ("mesh:dp=2", "devices=3 and num_nodes=1, which make 3. Use devices=2"),
         ("mesh:ddp=4", "which make 3"), ("mesh:dp=2,tp=2", "product is 3"), ("mesh:ddp=2,dp=2", "product is 3"),
     ],
@@ -36,6 +38,13 @@ def test_what_cannot_be_is_said_before_a_process_starts(text, words):
     with pytest.raises(ValueError) as caught:
         Trainer(accelerator="cpu", devices=3, strategy=text)
     assert words in str(caught.value)
+
+
+def test_copies_fit_the_data_parallel_processes():
+    with pytest.raises(ValueError, match=r"copies=3 must divide data_parallel_size=2.* Use copies=2"):
+        Trainer(accelerator="cpu", devices=4, strategy=ModelParallelStrategy(2, 2, copies=3))
+    with pytest.raises(ValueError, match=r"copies must be an int >= 1, received 0"):
+        ModelParallelStrategy(2, 2, copies=0)
 
 
 def make_net() -> nn.Module:

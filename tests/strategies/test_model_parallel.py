@@ -54,18 +54,20 @@ def in_rank(strategy: ModelParallelStrategy, devices: int, **settings) -> Traine
     )
 
 
-@pytest.mark.parametrize("kind", ["plan", "by hand"])
+@pytest.mark.parametrize("kind", ["plan", "by hand", "copies"])
 @world_size(4, connect=False, timeout_s=120)
 def test_two_dimensions_are_one_device(tmp_path, kind):
-    module, reference = (Wide if kind == "plan" else ByHand)(4), Wide(8)
-    strategy = ModelParallelStrategy(2, 2, plan=PLAN if kind == "plan" else None)
+    module, reference = (ByHand if kind == "by hand" else Wide)(4), Wide(8)
+    strategy = ModelParallelStrategy(
+        2, 2, plan=None if kind == "by hand" else PLAN, copies=2 if kind == "copies" else 1
+    )
     trainer = in_rank(strategy, 4, gradient_clip_val=0.05)
     # torch's advice for those who change the output of a layer in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     trainer.fit(module)
     assert trainer.strategy.data_parallel.size == 2
     weight = module.net.embed.weight
-    assert isinstance(weight, DTensor) and weight.to_local().shape == (2, 4)
+    assert isinstance(weight, DTensor) and weight.to_local().shape == (4 if kind == "copies" else 2, 4)
     alone(gradient_clip_val=0.05).fit(reference)
     torch.testing.assert_close(whole(module), whole(reference))
     path = str(tmp_path / "saved.ckpt")

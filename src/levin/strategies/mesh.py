@@ -63,7 +63,7 @@ def strategy_of_mesh(text: str) -> Strategy:
         text: As for :func:`parse_mesh`.
 
     Raises:
-        MisconfigurationException: As there; or there is no strategy for it.
+        MisconfigurationException: As there.
 
     Example:
         >>> strategy_of_mesh("mesh:dp=2,tp=2").tensor_parallel_size
@@ -74,12 +74,7 @@ def strategy_of_mesh(text: str) -> Strategy:
     if tensor > 1:
         from levin.strategies.model_parallel import ModelParallelStrategy  # slow to import
 
-        if copies > 1:
-            raise MisconfigurationException(
-                f"ddp={copies} cannot stand beside tp={tensor}, received strategy={text!r}. Use dp, which cuts the weights "
-                f"instead of copying them: strategy='mesh:dp={copies * shards},tp={tensor}'."
-            )
-        return ModelParallelStrategy(data_parallel_size=shards, tensor_parallel_size=tensor)
+        return ModelParallelStrategy(data_parallel_size=copies * shards, tensor_parallel_size=tensor, copies=copies)
     if shards > 1:
         from levin.strategies.fsdp import FSDPStrategy  # slow to import
 

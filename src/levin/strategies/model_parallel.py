@@ -28,6 +28,8 @@ from levin.strategies.sharding import ShardingPlan, apply_sharding
 from levin.utilities.exceptions import MisconfigurationException
 
 DATA, TENSOR = "data_parallel", "tensor_parallel"
+# The two dimensions of the data-parallel processes, where some of them keep copies.
+COPIES, SHARDS = "copies", "shards"
 STYLES: dict[str, type[ParallelStyle]] = {
     "column": ColwiseParallel, "row": RowwiseParallel, "sequence": SequenceParallel,
 }  # fmt: skip
@@ -49,9 +51,12 @@ class ModelParallelStrategy(ShardedStrategy):
         process_group_backend: torch.distributed's transport; on CUDA NCCL with Gloo for the CPU, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up, until its first batch is done.
         plan: Pattern of a submodule's name -> ``"column"``, ``"row"``, ``"sequence"`` or a ``ParallelStyle``.
+        copies: Of the weights, among the data-parallel processes: each copy is cut over ``data_parallel_size / copies`` of
+            them. The mesh has the dimensions ``"copies"`` and ``"shards"`` then, in the place of ``"data_parallel"``.
 
     Raises:
-        MisconfigurationException: The sizes are no counts, or a style is unknown.
+        MisconfigurationException: The sizes are no counts, ``copies`` does not divide ``data_parallel_size``, or a style is
+            unknown.
 
     Example:
         >>> strategy = ModelParallelStrategy(2, 2, plan={"net.*.up": "column", "net.*.down": "row"})
@@ -67,11 +72,16 @@ class ModelParallelStrategy(ShardedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         plan: Mapping[str, str | ParallelStyle] | None = None,
+        copies: int = 1,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
             if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise MisconfigurationException(f"{name} must be 'auto' or an int >= 1, received {size!r}. Use 'auto'.")
+        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+            raise MisconfigurationException(
+                f"copies must be an int >= 1, received {copies!r}. Use 1 to cut without copies."
+            )
         for pattern, style in (plan or {}).items():
             if not isinstance(style, ParallelStyle) and style not in STYLES:
                 raise MisconfigurationException(
@@ -79,6 +89,9 @@ class ModelParallelStrategy(ShardedStrategy):
                 )
         self.data_parallel_size: int | str = data_parallel_size
         self.tensor_parallel_size: int | str = tensor_parallel_size
+        self.copies: int = copies
+        # Both of its dimensions in one, where there are copies.
+        self._all_data: DeviceMesh | None = None
         self.saves_folders = save_distributed_checkpoint
         self.plan: dict[str, str | ParallelStyle] = dict(plan or {})
 
@@ -100,10 +113,22 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{world_size} (devices={self.num_processes}, num_nodes={self.num_nodes}). Choose sizes whose product is "
                 f"{world_size}, or leave one out and set devices={data * tensor}."
             )
+        if data % self.copies:
+            raise MisconfigurationException(
+                f"copies={self.copies} must divide data_parallel_size={data}: each copy of the weights is cut over as many "
+                f"processes. Use copies={data} for copies that are not cut over data-parallel processes at all."
+            )
 
     def make_mesh(self) -> DeviceMesh:
         """Return ``(data_parallel, tensor_parallel)``: processes next to each other share layers."""
-        return init_device_mesh(self.root_device.type, self._sizes(), mesh_dim_names=(DATA, TENSOR))
+        kind, (data, tensor) = self.root_device.type, self._sizes()
+        if self.copies == 1:
+            return init_device_mesh(kind, (data, tensor), mesh_dim_names=(DATA, TENSOR))
+        mesh = init_device_mesh(
+            kind, (self.copies, data // self.copies, tensor), mesh_dim_names=(COPIES, SHARDS, TENSOR)
+        )
+        self._all_data = mesh[COPIES, SHARDS]._flatten(DATA)
+        return mesh
 
     @property
     def data_parallel(self) -> DataParallelGroup:
@@ -112,8 +137,9 @@ class ModelParallelStrategy(ShardedStrategy):
         if mesh is None:
             data, tensor = self._sizes()
             return DataParallelGroup(self.global_rank // tensor, data)
-        ranks = mesh[DATA].mesh.flatten().tolist()
-        return DataParallelGroup(mesh.get_local_rank(DATA), len(ranks), mesh.get_group(DATA), tuple(ranks))
+        line = mesh[DATA] if self._all_data is None else self._all_data
+        ranks = line.mesh.flatten().tolist()
+        return DataParallelGroup(line.get_local_rank(), len(ranks), line.get_group(), tuple(ranks))
 
     # Modules
 
@@ -132,8 +158,9 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{type(module).__name__} is cut. Cut it in `configure_model` with self.device_mesh['{TENSOR}'], or pass "
                 "ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
             )
-        if not any(isinstance(part, FSDPModule) for part in parts) and self.device_mesh[DATA].size() > 1:
-            return apply_sharding(module, ShardingPlan(mesh=self.device_mesh[DATA]))
+        data = self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS]
+        if not any(isinstance(part, FSDPModule) for part in parts) and data.size() > 1:
+            return apply_sharding(module, ShardingPlan(mesh=data))
         return module
 
 
