@@ -21,7 +21,7 @@ from tests.strategies.small import QUIET, dataset
 from tests.strategies.test_fsdp import Block, Deep, alone
 
 torch_xla = pytest.importorskip("torch_xla", reason="torch_xla is not installed; `make test-xla` installs it")
-pytestmark = pytest.mark.xla
+pytestmark = [pytest.mark.xla, pytest.mark.timeout(500)]
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,7 @@ class Manual(Deep):
         return loss.detach()
 
 
-@world_size(2, connect=False, timeout_s=220)
+@world_size(2, connect=False, timeout_s=400)
 def test_two_processes_are_one_device():
     os.environ["PJRT_DEVICE"] = "CPU"
     for kind, settings in (
@@ -274,7 +274,7 @@ def test_two_processes_are_one_device():
         assert_same(module, reference)
 
 
-@world_size(2, connect=False, timeout_s=220)
+@world_size(2, connect=False, timeout_s=400)
 def test_two_processes_go_on_from_their_checkpoint(tmp_path):
     os.environ["PJRT_DEVICE"] = "CPU"
     path = tmp_path / "middle.ckpt"
@@ -340,7 +340,7 @@ class Watched(Deep):
         self.specs = [[spec(tensor) for tensor in group] for group in (list(self.parameters()), moments)]
 
 
-@world_size(1, connect=False, timeout_s=220)
+@world_size(1, connect=False, timeout_s=400)
 def test_weights_are_cut_over_four_devices(tmp_path):
     os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
     with pytest.raises(ValueError, match=r"takes all devices, received devices=2 where there are 4. Use devices=4"):

@@ -244,6 +244,7 @@ class XLAStrategy(XLASteps, ParallelStrategy):
         return super().optimizer_step(optimizer, averaged, model, **kwargs)
 
     def _average_gradients(self, optimizer: Optimizer) -> None:
+        import torch_xla
         import torch_xla.core.xla_model as xm
         from torch_xla import runtime
 
@@ -251,6 +252,8 @@ class XLAStrategy(XLASteps, ParallelStrategy):
         if runtime.world_size() == self.world_size:
             xm.all_reduce(xm.REDUCE_SUM, gradients, scale=1.0 / self.world_size)
             return
+        # Each gradient that is read would be a program of its own.
+        torch_xla.sync()
         for gradient, mean in zip(gradients, self.reduce(gradients), strict=True):
             gradient.copy_(mean)
 
