@@ -4,7 +4,7 @@
 
 A step takes STEP_S. MOMENT is ``"batch"``; with ``"busy"`` rank 0 does not hear of signals within a step, as in a long
 operation; with ``"saving"`` files are written in the background, which takes a while; with ``"setup"`` both ranks wait in
-``setup`` until they are told. Each rank writes the number of its process and of the step that it is in into a file of its own; rank 0 writes the
+``setup`` until they are told; with ``"stuck"`` the shutdown after Ctrl-C takes for ever. Each rank writes the number of its process and of the step that it is in into a file of its own; rank 0 writes the
 weights at the end. It goes on with ``ckpt_path="auto"``.
 """
 
@@ -22,12 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from levin import LightningModule, Trainer
-from levin.callbacks import ModelCheckpoint
+from levin.callbacks import Callback, ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO
 from levin.utilities import filesystem
 from levin.utilities.filesystem import SyncedFile
 
 STEPS_PER_EPOCH, EPOCHS = 10, 2
+SHUTDOWN = 1000  # where both ranks would be in step 1000
 
 
 class Model(LightningModule):
@@ -61,6 +62,12 @@ class Model(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class Stuck(Callback):
+    def on_exception(self, trainer, pl_module, exception):
+        pl_module.announce(SHUTDOWN)
+        time.sleep(600)
+
+
 class SlowFile(SyncedFile):
     def finish(self) -> None:
         time.sleep(2.5)
@@ -75,7 +82,7 @@ def main() -> None:
         filesystem.SyncedFile = SlowFile
     trainer = Trainer(
         accelerator="cpu", devices=2, max_epochs=EPOCHS, logger=False, strategy=strategy, default_root_dir=str(folder),
-        callbacks=[ModelCheckpoint(folder / "saved")], enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[ModelCheckpoint(folder / "saved"), *([Stuck()] if moment == "stuck" else [])], enable_progress_bar=False, enable_model_summary=False,
         plugins=[AsyncCheckpointIO()] if moment == "saving" else None,
     )  # fmt: skip
     model = Model(folder, step_s, moment)

@@ -14,6 +14,7 @@ import torch
 
 from levin.checkpoint.verify import verify
 from levin.ranks.signals import FILE_NAME
+from tests.launchers.signalled_program import SHUTDOWN
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "signalled_program.py"
@@ -159,3 +160,31 @@ def test_a_signal_during_set_up_ends_all_processes(tmp_path, launcher, strategy,
     assert process.returncode == 143, output
     assert time.monotonic() - told_s < 20
     assert not list(folder.rglob("*.ckpt"))
+
+
+@pytest.mark.timeout(2 * DEADLINE_S)
+@pytest.mark.parametrize(
+    ("strategy", "press"),
+    [
+        pytest.param("ddp", os.killpg, id="script"),
+        pytest.param("ddp", os.kill, id="script-first-alone", marks=slow),
+        pytest.param("ddp_spawn", os.killpg, id="spawn", marks=slow),
+        pytest.param("ddp_fork", os.killpg, id="fork", marks=slow),
+    ],
+)
+def test_ctrl_c_pressed_again_ends_all_processes_at_once(tmp_path, strategy, press):
+    """A terminal sends it to all processes, ``kill`` to one. Rank 1 never ends its shutdown after the first one, and rank 0
+    waits for it: in a collective, where no handler runs, or with the patience of a launcher."""
+    folder = tmp_path / "run"
+    process = start(folder, strategy=strategy, step_s=1.0, moment="stuck")
+    wait_for_ranks(folder, process, step=1)
+    os.killpg(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + DEADLINE_S
+    while (folder / "step-1").read_text().split()[1] != str(SHUTDOWN) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.5)
+    pressed_s = time.monotonic()
+    press(process.pid, signal.SIGINT)
+    output = finish(process)
+    assert time.monotonic() - pressed_s < 10
+    assert process.returncode == 130, output

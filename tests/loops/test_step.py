@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from levin import Trainer
+from levin.precision import Precision
+from levin.strategies import SingleDeviceStrategy
 from tests.strategies.small import QUIET, Small
 
 
@@ -37,3 +40,37 @@ def test_an_optimizer_that_calls_the_closure_under_no_grad_learns(accumulate):
         weights.append(model.net[1].weight)
         assert torch.is_grad_enabled()
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("who", ["strategy", "precision"])
+def test_an_own_optimizer_step_is_called_for_every_step(who):
+    steps = []
+
+    class Counting:
+        def optimizer_step(self, optimizer, *args, **kwargs):
+            steps.append(type(optimizer).__name__)
+            return super().optimizer_step(optimizer, *args, **kwargs)
+
+    part = {
+        "strategy": lambda: {"strategy": type("Own", (Counting, SingleDeviceStrategy), {})(torch.device("cpu"))},
+        "precision": lambda: {"plugins": type("Own", (Counting, Precision), {})()},
+    }[who]()
+    settings = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = Trainer(**QUIET, devices=1, **settings, **part)
+    trainer.fit(Small())
+    assert steps == ["SGD"] * 3
+    assert trainer.global_step == 3
+
+
+def test_the_device_of_the_run_is_known_in_setup(monkeypatch):
+    class Looks(Small):
+        def setup(self, stage):
+            seen.append((self.device.type, next(self.parameters()).device.type))
+            raise InterruptedError("meant")
+
+    seen: list[tuple[str, str]] = []
+    trainer = Trainer(**QUIET, devices=1)
+    monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("meta"))
+    with pytest.raises(InterruptedError, match="meant"):
+        trainer.test(Looks(), DataLoader(torch.zeros(1)))
+    assert seen == [("meta", "cpu")]

@@ -104,6 +104,13 @@ def bases(framework: SimpleNamespace) -> SimpleNamespace:
         def keep(self):
             self.save_hyperparameters(frame=inspect.currentframe().f_back)
 
+    class OuterFrame(Frame):
+        def __init__(self, colour):
+            super().__init__(3)
+
+        def keep(self):
+            self.save_hyperparameters(frame=inspect.currentframe().f_back.f_back)
+
     class Helper(Module):
         def __init__(self, width, depth=2):
             super().__init__()
@@ -252,6 +259,7 @@ MAKERS: dict[str, Any] = {
     "twice, silent at last": lambda c: c.TwiceSilent(3),
     "changed before": lambda c: c.Late(3),
     "frame": lambda c: c.Frame(3),
+    "frame of the outer one": lambda c: c.OuterFrame("red"),
     "helper": lambda c: c.Helper(3),
     "before super": lambda c: c.Before(3),
     "base": lambda c: c.Base(colour="blue"),

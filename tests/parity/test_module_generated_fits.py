@@ -198,7 +198,7 @@ def failing(framework: Any, hook: str, at: int) -> Any:
     """Return a callback that raises when the hook is called for that time."""
     calls: list[int] = []
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         calls.append(1)
         if len(calls) == at:
             raise OSError("meant")

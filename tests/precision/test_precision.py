@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from levin import Trainer
 from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from tests.strategies.small import QUIET, Small
 
 # torch's loss scale is off on machines without CUDA unless it is made for the CPU.
 SCALER_DEVICE = "cpu"
@@ -238,3 +240,21 @@ def test_half_precision_training_on_cuda():
         loss = precision.optimizer_step(optimizer, module, closure)
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
+    def trainer(max_epochs: int) -> Trainer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        settings = {"limit_train_batches": 3, "limit_val_batches": 0, "enable_checkpointing": False}
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        return Trainer(**QUIET, devices=1, max_epochs=max_epochs, plugins=plugin, **settings)
+
+    whole, first, second = trainer(2), trainer(1), trainer(2)
+    whole.fit(Small())
+    first.fit(Small())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    kept = torch.load(tmp_path / "half.ckpt")["MixedPrecision"]
+    assert (kept["scale"], kept["_growth_tracker"]) == (512.0, 1)
+    second.fit(Small(), ckpt_path=tmp_path / "half.ckpt")
+    assert second.scaler.state_dict() == whole.scaler.state_dict()
+    assert second.scaler.get_scale() == 2048.0

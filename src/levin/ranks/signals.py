@@ -6,6 +6,7 @@ nothing to finish, and the run ends at once.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
@@ -83,33 +84,26 @@ def signal_handlers(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def second_interrupt_ends(launcher: Launcher | None) -> Iterator[None]:
-    """Let a shutdown after Ctrl-C end in peace, unless it is pressed again: then this process and those it started end.
+def second_interrupt_ends(launcher: Launcher | None, is_shutdown: bool) -> Iterator[None]:
+    """Let Ctrl-C be answered in peace, unless it is pressed again: then this process and those it started end.
 
     Afterwards Ctrl-C works as before, for those who catch the exit (notebooks).
 
     Args:
         launcher: What started other processes; None where there are none.
+        is_shutdown: What runs is the answer to the first one, which is not heard again. Otherwise that raises as ever, or
+            the user's own handler answers; then the second one ends only what did not come to it in between.
     """
-    if threading.current_thread() is not threading.main_thread():
+    previous = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not (is_shutdown or callable(previous)):
         yield
         return
-    began_s = time.monotonic()
+    interrupts = _Interrupts(launcher, None if is_shutdown else previous)
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-
-    def watch() -> None:
-        # A thread, since the main one may wait for ever for another process, and then runs no handler.
-        while received := reader.recv(64):
-            if signal.SIGINT in received and time.monotonic() - began_s > _SAME_REQUEST_S:
-                if launcher is not None:
-                    launcher.kill(signal.SIGKILL)
-                os._exit(_INTERRUPT_STATUS)
-        reader.close()
-
-    previous = signal.signal(signal.SIGINT, lambda number, frame: None)
+    signal.signal(signal.SIGINT, interrupts.answer)
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    thread = threading.Thread(target=watch, name="levin-interrupt", daemon=True)
+    thread = threading.Thread(target=interrupts.watch, args=[reader], name="levin-interrupt", daemon=True)
     thread.start()
     try:
         yield
@@ -118,6 +112,41 @@ def second_interrupt_ends(launcher: Launcher | None) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
         writer.close()
         thread.join()
+
+
+class _Interrupts:
+    """When Ctrl-C was pressed, and whether the main thread came to it.
+
+    Args:
+        launcher: What started other processes.
+        previous: The handler that answers; None where it was pressed already, and the shutdown is the answer.
+    """
+
+    def __init__(self, launcher: Launcher | None, previous: Any) -> None:
+        self._launcher = launcher
+        self._previous = previous
+        self._pressed_s: float = -math.inf if previous else time.monotonic()
+        self._answered_s: float = -math.inf
+
+    def answer(self, number: int, frame: Any) -> None:
+        """Do in the main thread what was done before; a KeyboardInterrupt only begins to be an answer."""
+        if self._previous not in (None, signal.default_int_handler):
+            self._answered_s = time.monotonic()
+        if self._previous is not None:
+            self._previous(number, frame)
+
+    def watch(self, reader: socket.socket) -> None:
+        """Do in a thread what the main one cannot, which may wait for ever for another process and then runs no handler."""
+        while received := reader.recv(64):
+            now = time.monotonic()
+            is_open = self._pressed_s > self._answered_s + _SAME_REQUEST_S
+            if signal.SIGINT in received and is_open and now - self._pressed_s > _SAME_REQUEST_S:
+                if self._launcher is not None:
+                    self._launcher.kill(signal.SIGKILL)
+                os._exit(_INTERRUPT_STATUS)
+            if signal.SIGINT in received and not is_open:
+                self._pressed_s = now
+        reader.close()
 
 
 class _SigtermHandler:

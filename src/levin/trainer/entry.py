@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any, Optional, Protocol
 
@@ -139,7 +140,9 @@ def _resolve_limits(trainer: Caller) -> None:
 
 def execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> Any:
     """Carry out ``run``, in this process or in those that the strategy launches; handle what goes wrong."""
-    with signal_handlers(run), lenient_streams():
+    has_others = run.strategy.is_distributed
+    watching = second_interrupt_ends(run.strategy.launcher, is_shutdown=False) if has_others else nullcontext()
+    with signal_handlers(run), lenient_streams(), watching:
         try:
             result = _execute(trainer, run, ckpt_path, weights_only, model_given)
         except BaseException as error:
@@ -177,7 +180,7 @@ def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optiona
             result = run_call.run_sequence(run, weights_only)
     except KeyboardInterrupt as error:
         rank_zero_info("Detected KeyboardInterrupt, attempting graceful shutdown ...")
-        with second_interrupt_ends(launcher):
+        with second_interrupt_ends(launcher, is_shutdown=True):
             fail(run, error, runs_elsewhere)
             if launcher is not None and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGTERM)
