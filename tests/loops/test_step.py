@@ -71,6 +71,7 @@ def test_the_device_of_the_run_is_known_in_setup(monkeypatch):
     seen: list[tuple[str, str]] = []
     trainer = Trainer(**QUIET, devices=1)
     monkeypatch.setattr(type(trainer.strategy), "root_device", torch.device("meta"))
+    monkeypatch.setattr(trainer.accelerator, "setup_device", lambda device: None)
     with pytest.raises(InterruptedError, match="meant"):
         trainer.test(Looks(), DataLoader(torch.zeros(1)))
     assert seen == [("meta", "cpu")]
