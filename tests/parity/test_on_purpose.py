@@ -153,3 +153,30 @@ def test_the_modes_after_an_error_in_validation(tmp_path, hook):
             trainer.fit(module, data(), data())
         seen.append([part.training for part in (module, module.backbone, module.head)])
     assert seen == [[False, False, False], [True, False, True]]
+
+
+def test_the_random_numbers_of_a_fit_after_one_that_failed(tmp_path):
+    states = []
+    for framework in pair():
+        calls, seen = [], []
+
+        class Failing(framework.Callback):
+            def on_before_optimizer_step(self, *_, calls=calls):
+                calls.append(1)
+                if len(calls) == 2:
+                    raise OSError("meant")
+
+            def on_train_batch_start(self, *_, seen=seen):
+                seen.append(torch.get_rng_state())
+
+        torch.manual_seed(1)
+        module = make(framework)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[Failing()], accumulate_grad_batches=3)
+        with pytest.raises(OSError, match="meant"):
+            trainer.fit(module, data())
+        trainer.fit(module, data())
+        assert len(seen) == 9
+        states.append(torch.Generator().set_state(seen[6]))
+    # A DataLoader draws one number when it is begun: here Lightning begins one more.
+    torch.empty((), dtype=torch.int64).random_(generator=states[1])
+    assert torch.equal(states[0].get_state(), states[1].get_state())
