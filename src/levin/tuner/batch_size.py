@@ -23,7 +23,8 @@ def is_oom_error(exception: BaseException) -> bool:
     """Return whether the exception says that the memory of a device or of the machine is full."""
     if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(exception, RuntimeError) and any(part in str(exception) for part in _FULL)
+    is_of_torch = isinstance(exception, RuntimeError) and len(exception.args) == 1
+    return is_of_torch and any(part in str(exception) for part in _FULL)
 
 
 def largest(
