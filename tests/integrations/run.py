@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # Target of make -> the packages whose versions matter.
 TARGETS = {
-    "test-loggers": ["mlflow", "wandb", "comet-ml", "trackio"],
+    "test-loggers": ["mlflow", "wandb", "comet-ml", "trackio", "litlogger"],
     "test-slurm": ["slurm-wlm", "submitit"],
     "test-ray": ["ray"],
     "test-jobs": ["optuna", "hydra-core"],
