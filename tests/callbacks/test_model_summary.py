@@ -7,7 +7,7 @@ import torch
 
 from levin import LightningModule, Trainer
 from levin.callbacks import ModelSummary, RichModelSummary
-from levin.utilities.model_summary import summarize
+from levin.utilities.model_summary import format_summary_table, summarize
 
 # One layer is frozen on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:Found 1 module")
@@ -47,6 +47,13 @@ def test_totals_and_rows():
     assert summary.layer_names == ["body", "body.0", "body.1", "head"]
     assert summary.param_nums == [23, 15, 8, 3]
     assert summary.in_sizes == [[5, 4], [5, 4], [5, 3], [5, 2]] and summary.out_sizes[-1] == [5, 1]
+
+
+@pytest.mark.parametrize(("size_mb", "width"), [(0.5, 10), (123456789.0, 16)])
+def test_the_totals_stand_in_one_column_however_large_they_are(size_mb, width):
+    text = format_summary_table([("Name", ["net"])], 2_000, 2_000, size_mb, {"train": 1, "eval": 0}, 0)
+    for label in ("Trainable params", "Total params"):
+        assert f"\n{'2.0 K':<{width}}{label}" in text
 
 
 def test_the_text_of_a_run(caplog):
