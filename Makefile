@@ -57,7 +57,8 @@ $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[cli]' setuptools hypothesis \
-		lightning==2.6.6 matplotlib numpy omegaconf psutil pytest pytest-timeout pytest-xdist safetensors tensorboard
+		lightning==2.6.6 matplotlib numpy omegaconf psutil pytest pytest-timeout pytest-xdist safetensors \
+		tensorboard torchdata
 	touch $@
 
 .PHONY: test-oldest
@@ -114,6 +115,14 @@ test-downstream: $(STAMP)  ## Run the tests of released packages on Lightning an
 
 bench-ddp: $(STAMP)  ## Measure several processes against bare DistributedDataParallel and Lightning
 	$(RUN) $(BIN)/python benchmarks/ddp.py
+
+# Twine in a folder of its own.
+.PHONY: wheel-check
+wheel-check: $(STAMP)  ## Build the wheel and check what it says of itself
+	rm -rf dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/twine twine
+	PYTHONPATH=$(VENV)/twine $(VENV)/twine/bin/twine check --strict dist/*.whl
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet
