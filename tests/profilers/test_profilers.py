@@ -318,6 +318,7 @@ def test_xla_profiler_marks_steps_and_backward(monkeypatch):
         pass
 
     module = ModuleType("torch_xla.debug.profiler")
+    module.set_tracer_marked_step = lambda value: None
     module.Trace, module.StepTrace = Trace, StepTrace
     module.start_server = lambda port: calls.append(("server", port)) or object()
     monkeypatch.setattr("levin.profilers.xla.find_spec", lambda name: object())

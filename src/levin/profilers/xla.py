@@ -58,4 +58,8 @@ class XLAProfiler(Profiler):
         """Close the trace of :meth:`start`."""
         trace = self._running.pop(action_name, None)
         if trace is not None:
+            import torch_xla.debug.profiler as xp
+
             trace.__exit__(None, None, None)
+            # torch_xla would take all later steps, also those of other runs, for named ones.
+            xp.set_tracer_marked_step(False)
