@@ -39,7 +39,8 @@ def run(command: list[str], tmp_path: Path, ranks: list[dict[str, object]], argu
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     base = {name: value for name, value in os.environ.items() if name not in OURS}
-    base["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    # What is there already is where mpi4py lies.
+    base["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     base["OMP_NUM_THREADS"] = "1"
     processes = [
         subprocess.Popen(
