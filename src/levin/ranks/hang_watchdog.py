@@ -329,12 +329,13 @@ def _connected_again(store: Any) -> Any:
     if hasattr(store, "clone"):
         return store.clone()
     # Torch 2.6 and before. The prefix of the store is not to be read there; what it keeps apart are attempts of torchrun.
-    base = store._underlying_non_prefix_store if isinstance(store, dist.PrefixStore) else store
-    if isinstance(base, dist.TCPStore):
-        base = dist.TCPStore(base.host, base.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
-    elif isinstance(base, dist.FileStore):
-        base = dist.FileStore(base.path)
-    return dist.PrefixStore(f"levin/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
+    kinds: Any = dist  # whose stores torch gives no types
+    base = store._underlying_non_prefix_store if isinstance(store, kinds.PrefixStore) else store
+    if isinstance(base, kinds.TCPStore):
+        base = kinds.TCPStore(base.host, base.port, is_master=False, wait_for_workers=False, timeout=_STORE_TIMEOUT)
+    elif isinstance(base, kinds.FileStore):
+        base = kinds.FileStore(base.path)
+    return kinds.PrefixStore(f"levin/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
 
 
 def start_watchdog(strategy: Strategy) -> Watchdog | None:

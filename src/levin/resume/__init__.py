@@ -32,8 +32,8 @@ numbers for batches that nobody has seen. So each leaves its random states in sh
 (``worker_states``), and a resumed worker begins with the one after its last batch that was done with. ``workers_started_at`` has the
 states from which persistent workers got their seed, perhaps epochs ago. One that has given nothing of its epoch has the state of its
 last batch, marked as ``left``, and how often it came to its end since (``num_ended``), which it does again before it begins.
-Without workers, batches that the feed took ahead are taken again
-from the states before each, and so is the end if it was seen (``in_flight_states``). Generators that data sets hold are found by ``held_generators.py``.
+Without workers, batches that the feed took ahead are taken again from the states before each, and so is the end if it was
+seen (``in_flight_states``). Generators that data sets hold are found by ``held_generators.py``.
 
 **When.** Nothing is read per batch but where the numbers could not be known otherwise: by workers, and before batches that are taken ahead.
 Everything else is read when an epoch begins and when a checkpoint is saved. An epoch begins as a

@@ -205,11 +205,8 @@ class RestoringInit:
         info = get_worker_info()
         if state is None or info is None:
             return
-        worker, ended, num_ended = (
-            WorkerState(info.dataset, self.collate_fn),
-            bool(state.get("ended")),
-            state.get("num_ended", 0),
-        )
+        worker = WorkerState(info.dataset, self.collate_fn)
+        ended, num_ended = bool(state.get("ended")), state.get("num_ended", 0)
         if ended or (state.get("left") and not num_ended):
             # It gives no batch in this epoch (see `Workers.release`), or has given none yet.
             worker.write_left(state, ended)
