@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1
 
-.PHONY: help demo test test-report test-mpi test-deepspeed test-precision test-xla test-slow test-hosts test-fuzz lint bench bench-ddp bench-checkpoint gpu docs clean
+.PHONY: help demo test test-report test-mpi test-deepspeed test-precision test-xla test-slow test-hosts test-fuzz lint bench bench-ddp bench-sharded bench-checkpoint gpu docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 20
@@ -93,6 +93,9 @@ bench: $(STAMP)  ## Measure against the bare PyTorch loop and Lightning
 gpu:  ## Test and measure on a CUDA device, with the python that is there
 	PYTHON=$(PYTHON) tests/gpu/run.sh
 	PYTHONPATH=src PYTHONDONTWRITEBYTECODE=1 $(PYTHON) benchmarks/gpu.py
+
+bench-sharded: $(STAMP)  ## Measure DDP, FSDP and tensor parallel on two processes against bare PyTorch and Lightning
+	$(RUN) $(BIN)/python benchmarks/sharded.py
 
 bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the training loop
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large

@@ -58,6 +58,8 @@ been told to stop, to end, has a save failed, what time is it), one small all-ga
 each of them. And a thread writes about once a second where its process is into the store of the process group, some 200 bytes; from
 1000 processes on it does so more seldom, so that the store never sees more than about 1000 writes a second.
 """
+# So many batches are fetched ahead of a loader whose length cannot be relied on: single steps cannot be told apart.
+BLOCK = 8
 CASES = {"tiny": (tiny, 32, 4), "wide": (wide, 512, 64)}
 
 
@@ -92,9 +94,10 @@ class Pairs:
             self.clocks.append((start, middle, clocks()))
 
     def times(self) -> list[list[float]]:
-        """Return for each pair: wall time of the bare step and of the framework's, processor time of both."""
-        kept = self.clocks[len(self.clocks) // 10 :]
-        return [[b[0] - a[0], c[0] - b[0], b[1] - a[1], c[1] - b[1]] for a, b, c in kept]
+        """Return for each block of pairs: wall time of a bare step and of the framework's, processor time of both."""
+        pairs = [[b[0] - a[0], c[0] - b[0], b[1] - a[1], c[1] - b[1]] for a, b, c in self.clocks]
+        blocks = [pairs[first : first + BLOCK] for first in range(BLOCK, len(pairs) - BLOCK + 1, BLOCK)]
+        return [[sum(column) / BLOCK for column in zip(*block)] for block in blocks]
 
 
 def clocks() -> tuple[float, float]:
@@ -141,11 +144,15 @@ def fit(lib: Any, case: str, size: int, data: Pairs) -> None:
     gc.enable()
 
 
-def rank_main(rank: int, size: int, port: int, case: str, steps: int, turns: int, pipe: Any) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(size),
-        OMP_NUM_THREADS="1",
-    )  # fmt: skip
+def set_ranks(rank: int, size: int) -> None:
+    """Say who this process is; either framework removes parts of it after a run."""
+    os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
+
+
+def begin(rank: int, size: int, port: int) -> dict[str, Any]:
+    """Connect a process with the others, make it quiet, and return the frameworks."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    set_ranks(rank, size)
     warnings.simplefilter("ignore")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -158,13 +165,18 @@ def rank_main(rank: int, size: int, port: int, case: str, steps: int, turns: int
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(minutes=10))
-    libs = {"levin": levin, "lightning": lightning}
+    return {"levin": levin, "lightning": lightning}
+
+
+def rank_main(rank: int, size: int, port: int, case: str, steps: int, turns: int, pipe: Any) -> None:
+    import torch.distributed as dist
+
+    libs = begin(rank, size, port)
     times: dict[str, list[list[float]]] = {name: [] for name in libs}
     batches = list(loader(case, steps))
     for _ in range(turns):
         for name, lib in libs.items():
-            # The environment is put back, as either framework removes parts of it after a run.
-            os.environ.update(WORLD_SIZE=str(size), RANK=str(rank), LOCAL_RANK=str(rank))
+            set_ranks(rank, size)
             pairs = Pairs(batches, bare_step_for(case))
             fit(lib, case, size, pairs)
             times[name] += pairs.times()
@@ -182,25 +194,25 @@ def columns(pairs: list[list[float]]) -> dict[str, list[float]]:
     }
 
 
-def measure(size: int, case: str, steps: int, turns: int) -> dict[str, list[list[float]]]:
+def measure(size: int, function: Callable[..., None], *arguments: Any) -> Any:
+    """Return what ``function(rank, size, port, *arguments, pipe)`` sends through the pipe as JSON from one of its processes."""
     context: Any = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [context.Process(target=rank_main, args=(r, size, port, case, steps, turns, writer)) for r in range(size)]
+    ranks = [context.Process(target=function, args=(r, size, port, *arguments, writer)) for r in range(size)]
     for process in ranks:
         process.start()
     writer.close()
     try:
-        times: dict[str, list[list[float]]] = json.loads(reader.recv())
+        return json.loads(reader.recv())
     except EOFError:
         raise SystemExit("a process of the benchmark failed") from None
     finally:
         for process in ranks:
             process.join(60)
             process.kill()
-    return times
 
 
 def main() -> int:
@@ -222,7 +234,7 @@ def main() -> int:
     print("\n".join(lines), flush=True)
     failed = False
     for case, size, steps in rows:
-        found = {name: columns(pairs) for name, pairs in measure(size, case, steps, turns).items()}
+        found = {name: columns(pairs) for name, pairs in measure(size, rank_main, case, steps, turns).items()}
         ours, theirs = found["levin"], found["lightning"]
         low, ratio, high = statistics.quantiles(ours["ratio"], n=4)
         failed = failed or (case == "wide" and ratio > BUDGET)
