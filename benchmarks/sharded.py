@@ -276,7 +276,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer steps and turns; writes no file")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     options = parser.parse_args()
-    steps, turns, saves = (40, 1, 2) if options.quick else (96, 3, 3)
+    steps, turns, saves = (40, 1, 2) if options.quick else (48, 2, 3)
     lines = [
         "| | | bare step | step | quartiles | save: bare, this | load: bare, this | memory: bare, this |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
