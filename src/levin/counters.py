@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Optional
 
+from levin.utilities.properties import reads
 from levin.utilities.types import StateDict
 
 FIELDS = ("ready", "started", "processed", "completed")
@@ -237,25 +238,12 @@ class FitLoop:
         """Leave the data where they are."""
         return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
-    @property
-    def min_steps(self) -> Optional[int]:
-        """The least number of optimizer steps."""
-        return self.epoch_loop.min_steps
-
-    @property
-    def max_steps(self) -> int:
-        """The greatest number of optimizer steps; -1 for no limit."""
-        return self.epoch_loop.max_steps
-
-    @property
-    def batch_idx(self) -> int:
-        """Index of the present batch in the epoch; -1 before the first."""
-        return self.epoch_loop.batch_idx
-
-    @property
-    def total_batch_idx(self) -> int:
-        """Index of the present batch in the whole training; -1 before the first."""
-        return self.epoch_loop.total_batch_idx
+    min_steps: Optional[int] = reads("epoch_loop.min_steps", "The least number of optimizer steps.")
+    max_steps: int = reads("epoch_loop.max_steps", "The greatest number of optimizer steps; -1 for no limit.")
+    batch_idx: int = reads("epoch_loop.batch_idx", "Index of the present batch in the epoch; -1 before the first.")
+    total_batch_idx: int = reads(
+        "epoch_loop.total_batch_idx", "Index of the present batch in the whole training; -1 before the first."
+    )
 
     def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint."""

@@ -38,6 +38,7 @@ from levin.strategies.mesh import check_mesh, is_mesh, strategy_of_mesh
 from levin.strategies.parallel import is_connected
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
 from levin.utilities.warnings import PossibleUserWarning
 
@@ -60,7 +61,6 @@ class PluginTypeError(MisconfigurationException, TypeError):
     """A plugin is of no kind that levin knows. A ValueError and a TypeError, for those who catch either."""
 
 
-@dataclass
 class Engine:
     """A strategy, which holds the other parts of a run, and the devices of this machine.
 
@@ -69,48 +69,24 @@ class Engine:
         parallel_devices: One device per process of this machine.
     """
 
-    strategy: Strategy
-    parallel_devices: list[torch.device]
+    def __init__(self, strategy: Strategy, parallel_devices: list[torch.device]) -> None:
+        self.strategy = strategy
+        self.parallel_devices = parallel_devices
 
-    @property
-    def accelerator(self) -> Accelerator:
-        """The hardware."""
-        return self.strategy.accelerator
-
-    @property
-    def precision(self) -> Precision:
-        """The number format."""
-        return self.strategy.precision
-
-    @property
-    def environment(self) -> ClusterEnvironment | None:
-        """Who starts the processes; None in a single process."""
-        return self.strategy.environment
-
-    @property
-    def layer_sync(self) -> LayerSync | None:
-        """What makes layers aware of other processes in training; None for no such thing."""
-        return self.strategy.layer_sync
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of machines."""
-        return self.strategy.num_nodes
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether the strategy is one of several processes, however many there are."""
-        return self.strategy.is_distributed
+    accelerator: Accelerator = reads("strategy.accelerator", "The hardware.")
+    precision: Precision = reads("strategy.precision", "The number format.")
+    environment: ClusterEnvironment | None = reads("strategy.environment", "Who starts the processes, if anybody.")
+    layer_sync: LayerSync | None = reads(
+        "strategy.layer_sync", "What makes layers aware of other processes, if anything."
+    )
+    num_nodes: int = reads("strategy.num_nodes", "Number of machines.")
+    is_distributed: bool = reads("strategy.is_distributed", "Whether it is a strategy of several processes.")
+    _parallel_devices: list[torch.device] = reads("parallel_devices", "The name by which pina-mathlab asks for them.")
 
     @property
     def num_devices(self) -> int:
         """Number of devices of this machine, one process each."""
         return len(self.parallel_devices)
-
-    @property
-    def _parallel_devices(self) -> list[torch.device]:
-        """The devices, under the name by which pina-mathlab asks ``trainer._accelerator_connector`` for them."""
-        return self.parallel_devices
 
     @property
     def device_ids(self) -> list[int]:

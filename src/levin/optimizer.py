@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.overrides import is_overridden
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import Closure, Function, LRSchedulerConfig, StateDict
 
@@ -38,10 +39,7 @@ class LightningOptimizer:
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
         self.__class__ = type("Lightning" + type(optimizer).__name__, (type(self), type(optimizer)), {})
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The torch optimizer itself."""
-        return self._optimizer
+    optimizer: Optimizer = reads("_optimizer", "The torch optimizer itself.")
 
     def step(self, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         """Update the parameters.

@@ -18,6 +18,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.ranks.clock import AgreedClock
 from levin.utilities.filesystem import absolute, exists, is_inside, list_folder, open_file, replace_link
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from levin.utilities.types import STEP_OUTPUT, Batch, Metrics, StateDict
 
@@ -139,10 +140,7 @@ class ModelCheckpoint(Checkpoint):
             train_time_interval=self._train_time_interval,
         )
 
-    @property
-    def every_n_epochs(self) -> int:
-        """Epochs between checkpoints, 0 when epochs are no trigger."""
-        return self._every_n_epochs
+    every_n_epochs: int = reads("_every_n_epochs", "Epochs between checkpoints, 0 when epochs are no trigger.")
 
     # When to save -----------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from levin.data.loaders import known_length, stop_workers
 from levin.utilities.collections import is_namedtuple
+from levin.utilities.properties import reads
 from levin.utilities.types import Batch, Tree
 
 Mode = Literal["min_size", "max_size_cycle", "max_size", "sequential"]
@@ -57,20 +58,9 @@ class CombinedLoader(Iterable[Batch]):
         self._iterator: Iterator[NumberedBatch] | None = None
         self.is_settled: bool = False  # set where the loaders are prepared: from then on the length is known
 
-    @property
-    def iterables(self) -> Any:
-        """The iterables in their structure."""
-        return self._iterables
-
-    @property
-    def rebuild(self) -> Rebuild:
-        """Puts a list of one item per iterable into the structure of ``iterables``."""
-        return self._rebuild
-
-    @property
-    def mode(self) -> Mode:
-        """How the iterables are combined."""
-        return self._mode
+    iterables: Any = reads("_iterables", "The iterables in their structure.")
+    rebuild: Rebuild = reads("_rebuild", "Puts a list of one item per iterable into the structure of ``iterables``.")
+    mode: Mode = reads("_mode", "How the iterables are combined.")
 
     @property
     def flattened(self) -> list[Any]:

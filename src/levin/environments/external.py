@@ -30,10 +30,7 @@ class ExternalEnvironment(ClusterEnvironment, ABC):
     is_lone_without_variables: ClassVar[bool] = False
     """Whether a process without the variables is the only one; an error otherwise."""
 
-    @property
-    @override
-    def creates_processes_externally(self) -> bool:
-        return True
+    creates_processes_externally = True
 
     @override
     def world_size(self) -> int:

@@ -21,6 +21,7 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.strategy import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.move import move_data_to_device
+from levin.utilities.properties import reads
 from levin.utilities.torch_optimizer import update_of, zero_grad_of
 from levin.utilities.types import Batch, Closure, Function, StateDict
 
@@ -247,10 +248,7 @@ class FabricOptimizer:
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
         self.__class__ = type("Fabric" + type(optimizer).__name__, (FabricOptimizer, type(optimizer)), {})
 
-    @property
-    def optimizer(self) -> Optimizer:
-        """The original optimizer."""
-        return self._optimizer
+    optimizer: Optimizer = reads("_optimizer", "The original optimizer.")
 
     def step(self, closure: Closure | None = None, **kwargs: Any) -> Any:
         """Update the parameters.

@@ -19,10 +19,8 @@ class Launcher(ABC):
     def is_interactive_compatible(self) -> bool:
         """Whether it can be used at a Python prompt and in notebooks."""
 
-    @property
-    def runs_elsewhere(self) -> bool:
-        """Whether the function runs in other processes only, and its results have to be brought back."""
-        return False
+    runs_elsewhere: bool = False
+    """Whether the function runs in other processes only, and its results have to be brought back."""
 
     @abstractmethod
     def launch(self, function: Function, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:

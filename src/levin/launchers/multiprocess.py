@@ -54,6 +54,8 @@ class MultiProcessingLauncher(Launcher):
         enter: Called first in each process with its local rank.
     """
 
+    runs_elsewhere = True
+
     def __init__(
         self,
         environment: ClusterEnvironment,
@@ -74,11 +76,6 @@ class MultiProcessingLauncher(Launcher):
     def is_interactive_compatible(self) -> bool:
         """Whether the function may be defined at the prompt: forked processes have it already."""
         return self.start_method == "fork"
-
-    @property
-    def runs_elsewhere(self) -> bool:
-        """True: this process only waits."""
-        return True
 
     def launch(self, function: Function, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Run the function in new processes and return the result of rank 0.

@@ -74,6 +74,8 @@ class SubprocessLauncher(Launcher):
         num_nodes: Number of machines.
     """
 
+    is_interactive_compatible = False  # a prompt has no script to start again
+
     def __init__(self, environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
         self._environment = environment
         self._num_processes = num_processes
@@ -82,11 +84,6 @@ class SubprocessLauncher(Launcher):
         self._watcher: _Watcher | None = None
         # Whether the run ended for SIGTERM, which all processes obey by themselves.
         self._is_told: bool = False
-
-    @property
-    def is_interactive_compatible(self) -> bool:
-        """False: a prompt has no script to start again."""
-        return False
 
     def launch(
         self, function: Callable[..., object], *args: object, trainer: object = None, **kwargs: object

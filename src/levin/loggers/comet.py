@@ -14,6 +14,7 @@ from typing_extensions import override
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
 from levin.utilities.numbers import to_numbers
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, StateDict
 
@@ -84,20 +85,9 @@ class CometLogger(Logger):
         # The key of the experiment is the version, which folders of checkpoints are named after.
         _ = self.experiment
 
-    @property
-    @override
-    def name(self) -> Optional[str]:
-        return self._project
-
-    @property
-    @override
-    def version(self) -> Optional[str]:
-        return self._experiment_key
-
-    @property
-    @override
-    def save_dir(self) -> Optional[str]:
-        return self._offline_directory
+    name: Optional[str] = reads("_project", "The project.")
+    version: Optional[str] = reads("_experiment_key", "The key of the experiment.")
+    save_dir: Optional[str] = reads("_offline_directory", "Where files of an experiment are kept that cannot be sent.")
 
     @property
     @rank_zero_experiment

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from levin.loggers.logger import Logger
 from levin.loggers.utilities import join_path, next_version, version_name
+from levin.utilities.properties import reads
 from levin.utilities.types import PathLike
 
 
@@ -35,10 +36,7 @@ class FolderLogger(Logger):
         self._prefix: str = prefix
         self._experiment: Any = None
 
-    @property
-    @override
-    def name(self) -> str:
-        return self._name
+    name: str = reads("_name", "Name of the folder of all versions.")
 
     @property
     @override
@@ -47,10 +45,7 @@ class FolderLogger(Logger):
             self._version = next_version(self.root_dir)
         return self._version
 
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self._save_dir
+    save_dir: str = reads("_save_dir", "The root of all folders.")
 
     @property
     @override

@@ -20,6 +20,7 @@ from levin.loggers.outbox import Entry, Outbox
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, hold, release
 from levin.loggers.utilities import flatten, join_path, to_dict
 from levin.utilities.numbers import to_numbers
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Metrics, PathLike, StateDict
 
@@ -60,6 +61,8 @@ class LitLogger(UploadingLogger, metaclass=_EachBaseOnce):
         >>> logger.log_file("confusion.png")  # doctest: +SKIP
     """
 
+    version = None
+
     def __init__(
         self,
         root_dir: Optional[PathLike] = None,
@@ -89,25 +92,9 @@ class LitLogger(UploadingLogger, metaclass=_EachBaseOnce):
         self._experiment: Any = None
         self._outbox: Outbox = Outbox("Lightning", self._send, _is_away, self._keep)
 
-    @property
-    @override
-    def name(self) -> str:
-        return self._name
-
-    @property
-    @override
-    def version(self) -> Optional[str]:
-        return None
-
-    @property
-    @override
-    def root_dir(self) -> str:
-        return self._root_dir
-
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self.log_dir
+    name: str = reads("_name", "Name of the experiment.")
+    root_dir: str = reads("_root_dir", "Folder of all experiments.")
+    save_dir: str = reads("log_dir", "Folder of this experiment.")
 
     @property
     @override

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, TypeVar, Union
 
 from typing_extensions import override
 
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only
 from levin.utilities.types import HParams
 
@@ -147,23 +148,13 @@ class DummyExperiment:
 class DummyLogger(Logger):
     """Accepts every call and does nothing; stands in for the loggers in ``fast_dev_run``."""
 
+    name = ""
+    version = ""
+
     def __init__(self) -> None:
         self._experiment: DummyExperiment = DummyExperiment()
 
-    @property
-    def experiment(self) -> DummyExperiment:
-        """An object that accepts every call."""
-        return self._experiment
-
-    @property
-    @override
-    def name(self) -> str:
-        return ""
-
-    @property
-    @override
-    def version(self) -> str:
-        return ""
+    experiment: DummyExperiment = reads("_experiment", "An object that accepts every call.")
 
     @override
     def log_metrics(self, *args: object, **kwargs: object) -> None:

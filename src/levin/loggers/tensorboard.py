@@ -18,6 +18,7 @@ from levin.loggers.utilities import HPARAMS_FILE, add_prefix, flatten, join_path
 from levin.utilities.filesystem import ensure_folder, exists, is_local
 from levin.utilities.modes import forward_of_example, kept_modes
 from levin.utilities.numbers import to_numbers
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
@@ -78,10 +79,7 @@ class TensorBoardLogger(FolderLogger):
         self._experiment: Optional[SummaryWriter] = None
         self._hparams_are_saved: bool = False
 
-    @property
-    def sub_dir(self) -> Optional[str]:
-        """Folder below the version, as given."""
-        return self._sub_dir
+    sub_dir: Optional[str] = reads("_sub_dir", "Folder below the version, as given.")
 
     @property
     @override

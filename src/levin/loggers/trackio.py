@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, json_values, to_dict
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only
 from levin.utilities.types import HParams, Kwargs, Metrics, StateDict
 
@@ -49,15 +50,8 @@ class TrackioLogger(Logger):
         self._init: Kwargs = {"embed": False, "resume": "allow", **kwargs}
         self._experiment: Any = None
 
-    @property
-    @override
-    def name(self) -> str:
-        return self._project
-
-    @property
-    @override
-    def version(self) -> str:
-        return self._run_name
+    name: str = reads("_project", "The project.")
+    version: str = reads("_run_name", "Name of the run.")
 
     @property
     @rank_zero_experiment

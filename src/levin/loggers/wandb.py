@@ -16,6 +16,7 @@ from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata
 from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
@@ -111,20 +112,14 @@ class WandbLogger(UploadingLogger):
         if offline:
             self._wandb_init.setdefault("mode", "offline")
 
-    @property
-    @override
-    def name(self) -> str:
-        return self._project
+    name: str = reads("_project", "The project.")
 
     @property
     @override
     def version(self) -> Optional[str]:
         return self._experiment.id if self._experiment is not None else self._id
 
-    @property
-    @override
-    def save_dir(self) -> str:
-        return self._save_dir
+    save_dir: str = reads("_save_dir", "Folder of the files of all runs.")
 
     @property
     @rank_zero_experiment

@@ -325,15 +325,8 @@ class SingleDeviceCollective(Collective):
         tensor([1.])
     """
 
-    @property
-    def rank(self) -> int:
-        """0."""
-        return 0
-
-    @property
-    def world_size(self) -> int:
-        """1."""
-        return 1
+    rank = 0
+    world_size = 1
 
     def setup(self, **kwargs: Any) -> Self:
         """Return this object."""

@@ -22,10 +22,7 @@ T = TypeVar("T")
 class OneProcess(Strategy, ABC):
     """There is nobody to talk to."""
 
-    @property
-    def is_global_zero(self) -> bool:
-        """True: this is the only process."""
-        return True
+    is_global_zero = True
 
     def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
         """Return ``tensor``."""

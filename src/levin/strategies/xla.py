@@ -163,6 +163,8 @@ class XLAStrategy(XLASteps, ParallelStrategy):
         True
     """
 
+    process_group_backend = "gloo"
+
     def __init__(
         self,
         accelerator: Accelerator | None = None,
@@ -201,11 +203,6 @@ class XLAStrategy(XLASteps, ParallelStrategy):
     def root_device(self) -> torch.device:
         # Each process sees its own device alone.
         return torch.device("xla", 0)
-
-    @property
-    @override
-    def process_group_backend(self) -> str:
-        return "gloo"
 
     @property
     def supports_inference_mode(self) -> bool:  # type: ignore[override]  # see ParallelStrategy

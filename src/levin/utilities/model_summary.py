@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from levin.utilities.modes import eval_mode, forward_of_example
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_warn
 
 UNKNOWN_SIZE = "?"
@@ -88,10 +89,7 @@ class LayerSummary:
         """Number of parameters that this process holds; differs from ``num_parameters`` when they are sharded."""
         return sum(_num_local_elements(parameter) for parameter in self._module.parameters())
 
-    @property
-    def training(self) -> bool:
-        """Whether the layer is in training mode."""
-        return self._module.training
+    training: bool = reads("_module.training", "Whether the layer is in training mode.")
 
 
 class ModelSummary:

@@ -17,6 +17,7 @@ from levin.callbacks.progress.terminal import draws_in_place
 from levin.data.combined import combined_length
 from levin.module import LightningModule
 from levin.protocols import Trainer
+from levin.utilities.properties import reads
 from levin.utilities.types import STEP_OUTPUT, Batch
 
 DRAW_INTERVAL_S = 0.1
@@ -124,10 +125,7 @@ class DrawnProgressBar(ProgressBar):
         self._began_s: float = 0.0
         self._began_at: tuple[float, int] = (0.0, 0)
 
-    @property
-    def refresh_rate(self) -> int:
-        """The upper bound on how often the bar is drawn."""
-        return self._refresh_rate
+    refresh_rate: int = reads("_refresh_rate", "The upper bound on how often the bar is drawn.")
 
     @override
     def disable(self) -> None:

@@ -16,6 +16,7 @@ from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALI
 from levin.callbacks.progress.terminal import NoStream, draws_in_place, is_notebook, real_stream
 from levin.module import LightningModule
 from levin.protocols import Trainer
+from levin.utilities.properties import reads
 from levin.utilities.types import Kwargs, StateDict
 
 if TYPE_CHECKING:
@@ -224,10 +225,9 @@ class RichProgressBar(DrawnProgressBar):
     def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_console": None}
 
-    @property
-    def progress(self) -> MetricsProgress | None:
-        """Rich's display of the bars, that of the last run if none is under way."""
-        return self._renderer.progress
+    progress: MetricsProgress | None = reads(
+        "_renderer.progress", "Rich's display of the bars, that of the last run if none is under way."
+    )
 
     train_progress_bar = _task_property(TRAIN, "Rich's task of the training.")
     val_sanity_check_bar = _task_property(SANITY, "Rich's task of the sanity check.")

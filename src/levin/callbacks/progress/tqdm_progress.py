@@ -17,6 +17,7 @@ from levin.callbacks.progress.lines import format_value
 from levin.callbacks.progress.progress_bar import Metrics, convert_inf
 from levin.callbacks.progress.renderer import PREDICT, SANITY, TEST, TRAIN, VALIDATE, Renderer, ShownLoop
 from levin.callbacks.progress.terminal import NoStream, draws_in_place, is_notebook, real_stream
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_debug
 
 if is_notebook() and importlib.util.find_spec("ipywidgets") is not None:
@@ -207,10 +208,7 @@ class TQDMProgressBar(DrawnProgressBar):
     test_progress_bar = _bar_property("test", "The bar of the test.")
     predict_progress_bar = _bar_property("predict", "The bar of the prediction.")
 
-    @property
-    def process_position(self) -> int:
-        """How many pairs of lines are left free above."""
-        return self._process_position
+    process_position: int = reads("_process_position", "How many pairs of lines are left free above.")
 
     def init_sanity_tqdm(self) -> Tqdm:
         """Return the bar for the sanity check; override it to change the bar."""
