@@ -60,11 +60,8 @@ TABLE: dict[str, dict[str, str]] = {
         _ACCELERATORS: "Accelerator AcceleratorRegistry CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
         "find_usable_cuda_devices",
     },
-    "pytorch.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
     "pytorch.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator", EQUIVALENTS: "get_cpu_stats"},
     "pytorch.accelerators.cuda": {_ACCELERATORS: "CUDAAccelerator", "levin.accelerators.cuda": "num_cuda_devices"},
-    "pytorch.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
-    "pytorch.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
     "pytorch.callbacks": {
         _CALLBACKS: "BackboneFinetuning BaseFinetuning BasePredictionWriter Callback Checkpoint DeviceStatsMonitor "
         "EMAWeightAveraging EarlyStopping GradientAccumulationScheduler LambdaCallback LearningRateMonitor "
@@ -72,23 +69,12 @@ TABLE: dict[str, dict[str, str]] = {
         "SpikeDetection StochasticWeightAveraging TQDMProgressBar ThroughputMonitor Timer WeightAveraging",
         _TUNER: "BatchSizeFinder LearningRateFinder",
     },
-    "pytorch.callbacks.batch_size_finder": {_TUNER: "BatchSizeFinder"},
-    "pytorch.callbacks.callback": {_CALLBACKS: "Callback"},
-    "pytorch.callbacks.checkpoint": {_CALLBACKS: "Checkpoint"},
-    "pytorch.callbacks.device_stats_monitor": {_CALLBACKS: "DeviceStatsMonitor"},
     "pytorch.callbacks.early_stopping": {
         _CALLBACKS: "Callback EarlyStopping", "levin.callbacks.early_stopping": "EarlyStoppingReason",
     },
     "pytorch.callbacks.finetuning": {
         _CALLBACKS: "BackboneFinetuning BaseFinetuning", "levin.callbacks.finetuning": "multiplicative",
     },
-    "pytorch.callbacks.gradient_accumulation_scheduler": {_CALLBACKS: "GradientAccumulationScheduler"},
-    "pytorch.callbacks.lambda_function": {_CALLBACKS: "LambdaCallback"},
-    "pytorch.callbacks.lr_finder": {_TUNER: "LearningRateFinder"},
-    "pytorch.callbacks.lr_monitor": {_CALLBACKS: "LearningRateMonitor"},
-    "pytorch.callbacks.model_checkpoint": {_CALLBACKS: "ModelCheckpoint"},
-    "pytorch.callbacks.model_summary": {_CALLBACKS: "ModelSummary"},
-    "pytorch.callbacks.on_exception_checkpoint": {_CALLBACKS: "OnExceptionCheckpoint"},
     "pytorch.callbacks.prediction_writer": {_CALLBACKS: "BasePredictionWriter", "levin.callbacks.prediction_writer": "WriteInterval"},
     "pytorch.callbacks.progress": {_CALLBACKS: "ProgressBar RichProgressBar TQDMProgressBar"},
     "pytorch.callbacks.progress.progress_bar": {
@@ -104,24 +90,16 @@ TABLE: dict[str, dict[str, str]] = {
         f"{_BARS}.tqdm_progress": "Tqdm",
         f"{_BARS}.progress_bar": "convert_inf",
     },
-    "pytorch.callbacks.pruning": {_CALLBACKS: "ModelPruning"},
-    "pytorch.callbacks.rich_model_summary": {_CALLBACKS: "RichModelSummary"},
-    "pytorch.callbacks.spike": {_CALLBACKS: "SpikeDetection"},
-    "pytorch.callbacks.stochastic_weight_avg": {_CALLBACKS: "StochasticWeightAveraging"},
-    "pytorch.callbacks.throughput_monitor": {_CALLBACKS: "ThroughputMonitor"},
     "pytorch.callbacks.timer": {_CALLBACKS: "Timer", EQUIVALENTS: "Interval"},
-    "pytorch.callbacks.weight_averaging": {_CALLBACKS: "EMAWeightAveraging WeightAveraging"},
     "pytorch.cli": {
         _CLI: "ArgsType LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion "
         "LightningArgumentParser LightningCLI OptimizerCallable ReduceLROnPlateau SaveConfigCallback instantiate_class "
         "instantiate_module",
     },
     "pytorch.core": {"levin": "LightningDataModule LightningModule"},
-    "pytorch.core.datamodule": {"levin": "LightningDataModule"},
     "pytorch.core.hooks": {"levin.hooks": "CheckpointHooks DataHooks ModelHooks"},
     "pytorch.core.mixins": {"levin.hparams": "HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": {"levin.hparams": "HyperparametersMixin"},
-    "pytorch.core.module": {"levin": "LightningModule"},
     "pytorch.core.optimizer": {
         "levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer", EQUIVALENTS: "do_nothing_closure",
     },
@@ -153,25 +131,15 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.loggers.wandb": "WandbLogger",
         ABSENT: "NeptuneLogger",
     },
-    "pytorch.loggers.comet": {"levin.loggers.comet": "CometLogger"},
     "pytorch.loggers.csv_logs": {_LOGGERS: "CSVLogger", "levin.loggers.csv_logs": "ExperimentWriter"},
-    "pytorch.loggers.litlogger": {"levin.loggers.litlogger": "LitLogger"},
     "pytorch.loggers.logger": {
         _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
         EQUIVALENTS: "merge_dicts",
     },
-    "pytorch.loggers.mlflow": {"levin.loggers.mlflow": "MLFlowLogger"},
-    "pytorch.loggers.neptune": {ABSENT: "NeptuneLogger"},
-    "pytorch.loggers.tensorboard": {_LOGGERS: "TensorBoardLogger"},
-    "pytorch.loggers.wandb": {"levin.loggers.wandb": "WandbLogger"},
     "pytorch.loops": {
         _COUNTERS: "_FitLoop:FitLoop _TrainingEpochLoop:EpochLoop _EvaluationLoop:EvaluationLoop "
         "_PredictionLoop:EvaluationLoop",
     },
-    "pytorch.loops.evaluation_loop": {_COUNTERS: "_EvaluationLoop:EvaluationLoop"},
-    "pytorch.loops.fit_loop": {_COUNTERS: "_FitLoop:FitLoop"},
-    "pytorch.loops.prediction_loop": {_COUNTERS: "_PredictionLoop:EvaluationLoop"},
-    "pytorch.loops.training_epoch_loop": {_COUNTERS: "_TrainingEpochLoop:EpochLoop"},
     "pytorch.overrides": {},
     "pytorch.overrides.distributed": {"levin.data.samplers": "UnrepeatedDistributedSampler"},
     "pytorch.plugins": {
@@ -183,56 +151,27 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
     "pytorch.plugins.io": {_CHECKPOINT: f"AsyncCheckpointIO CheckpointIO {_FILES}"},
-    "pytorch.plugins.io.async_plugin": {_CHECKPOINT: "AsyncCheckpointIO"},
-    "pytorch.plugins.io.checkpoint_plugin": {_CHECKPOINT: "CheckpointIO"},
-    "pytorch.plugins.io.torch_plugin": {_CHECKPOINT: "TorchCheckpointIO"},
     "pytorch.plugins.layer_sync": {_STRATEGIES: "LayerSync TorchSyncBatchNorm"},
     "pytorch.plugins.precision": {
         _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
     },
-    "pytorch.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
-    "pytorch.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
-    "pytorch.plugins.precision.deepspeed": {_PRECISION: "DeepSpeedPrecision"},
     "pytorch.plugins.precision.double": {
         _PRECISION: "DoublePrecision", EQUIVALENTS: "LightningDoublePrecisionModule",
     },
-    "pytorch.plugins.precision.fsdp": {ABSENT: "FSDPPrecision"},
-    "pytorch.plugins.precision.half": {_PRECISION: "HalfPrecision"},
-    "pytorch.plugins.precision.precision": {_PRECISION: "Precision"},
-    "pytorch.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
-    "pytorch.plugins.precision.xla": {_PRECISION: "XLAPrecision"},
     "pytorch.profilers": {
         _PROFILERS: "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler",
     },
-    "pytorch.profilers.advanced": {_PROFILERS: "AdvancedProfiler"},
-    "pytorch.profilers.base": {_PROFILERS: "PassThroughProfiler"},
-    "pytorch.profilers.profiler": {_PROFILERS: "Profiler"},
     "pytorch.profilers.pytorch": {_PROFILERS: "PyTorchProfiler", EQUIVALENTS: "_KINETO_AVAILABLE"},
-    "pytorch.profilers.simple": {_PROFILERS: "SimpleProfiler"},
-    "pytorch.profilers.xla": {_PROFILERS: "XLAProfiler"},
     "pytorch.serve": {_CALLBACKS: "ServableModule ServableModuleValidator"},
-    "pytorch.serve.servable_module": {_CALLBACKS: "ServableModule"},
-    "pytorch.serve.servable_module_validator": {_CALLBACKS: "ServableModuleValidator"},
     "pytorch.strategies": {
         _STRATEGIES: "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
         "SingleDeviceStrategy SingleDeviceXLAStrategy Strategy StrategyRegistry XLAStrategy",
     },
-    "pytorch.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
-    "pytorch.strategies.deepspeed": {_STRATEGIES: "DeepSpeedStrategy"},
-    "pytorch.strategies.fsdp": {_STRATEGIES: "FSDPStrategy"},
     "pytorch.strategies.launchers": {
         _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
         ABSENT: "_XLALauncher",
     },
     "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
-    "pytorch.strategies.launchers.multiprocessing": {_LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher"},
-    "pytorch.strategies.launchers.subprocess_script": {_LAUNCHERS: "_SubprocessScriptLauncher:SubprocessLauncher"},
-    "pytorch.strategies.model_parallel": {_STRATEGIES: "ModelParallelStrategy"},
-    "pytorch.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
-    "pytorch.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
-    "pytorch.strategies.single_xla": {_STRATEGIES: "SingleDeviceXLAStrategy"},
-    "pytorch.strategies.strategy": {_STRATEGIES: "Strategy"},
-    "pytorch.strategies.xla": {_STRATEGIES: "XLAStrategy"},
     "pytorch.trainer": {"levin": "Trainer seed_everything"},
     "pytorch.trainer.connectors": {},
     "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector"},
@@ -258,17 +197,14 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.testing": {ABSENT: "_runif_reasons"},
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
-    "pytorch.utilities.combined_loader": {"levin.data.combined": "CombinedLoader"},
     "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
     "pytorch.utilities.consolidate_checkpoint": {},
     "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
     "pytorch.utilities.deepspeed": {"levin.checkpoint.zero": "convert_zero_checkpoint_to_fp32_state_dict"},
-    "pytorch.utilities.enums": {"levin.utilities.states": "GradClipAlgorithmType", EQUIVALENTS: "LightningEnum"},
     "pytorch.utilities.exceptions": {
         "levin.utilities.exceptions": "MisconfigurationException SIGTERMException",
         EQUIVALENTS: "_TunerExitException",
     },
-    "pytorch.utilities.grads": {"levin.utilities.parameters": "grad_norm"},
     "pytorch.utilities.imports": {
         "lightning_utilities.core.imports": "RequirementCache compare_version package_available",
         EQUIVALENTS: "_OMEGACONF_AVAILABLE",
@@ -283,9 +219,6 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.model_summary": {_SUMMARY: _SUMMARY_NAMES},
     "pytorch.utilities.model_summary.model_summary": {_SUMMARY: f"{_SUMMARY_NAMES} NOT_APPLICABLE UNKNOWN_SIZE"},
-    "pytorch.utilities.parameter_tying": {
-        "levin.utilities.parameters": "find_shared_parameters set_shared_parameters",
-    },
     "pytorch.utilities.parsing": {
         "levin.utilities.attribute_dict": "AttributeDict",
         HPARAMS: "clean_namespace collect_init_args get_init_args lightning_getattr lightning_hasattr lightning_setattr "
@@ -313,20 +246,14 @@ TABLE: dict[str, dict[str, str]] = {
         "find_usable_cuda_devices",
         f"{_ACCELERATORS}.registry": "ACCELERATOR_REGISTRY:AcceleratorRegistry",
     },
-    "fabric.accelerators.accelerator": {_ACCELERATORS: "Accelerator"},
-    "fabric.accelerators.cpu": {_ACCELERATORS: "CPUAccelerator"},
     "fabric.accelerators.cuda": {
         _ACCELERATORS: "CUDAAccelerator find_usable_cuda_devices",
         "levin.accelerators.cuda": "num_cuda_devices",
         EQUIVALENTS: "is_cuda_available",
     },
-    "fabric.accelerators.mps": {_ACCELERATORS: "MPSAccelerator"},
-    "fabric.accelerators.xla": {_ACCELERATORS: "XLAAccelerator"},
     "fabric.fabric": {_FABRIC: "Fabric"},
     "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
-    "fabric.loggers.csv_logs": {EQUIVALENT_LOGGERS: "CSVLogger"},
     "fabric.loggers.logger": {_LOGGERS: "Logger rank_zero_experiment"},
-    "fabric.loggers.tensorboard": {EQUIVALENT_LOGGERS: "TensorBoardLogger"},
     "fabric.plugins": {
         _CHECKPOINT: f"CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",
@@ -334,35 +261,15 @@ TABLE: dict[str, dict[str, str]] = {
         ABSENT: "FSDPPrecision",
     },
     "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
-    "fabric.plugins.collectives.collective": {_STRATEGIES: "Collective"},
-    "fabric.plugins.collectives.single_device": {_STRATEGIES: "SingleDeviceCollective"},
-    "fabric.plugins.collectives.torch_collective": {_STRATEGIES: "TorchCollective"},
     "fabric.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
-    "fabric.plugins.environments.cluster_environment": {_ENVIRONMENTS: "ClusterEnvironment"},
-    "fabric.plugins.environments.kubeflow": {_ENVIRONMENTS: "KubeflowEnvironment"},
     "fabric.plugins.environments.lightning": {
         _ENVIRONMENTS: "LightningEnvironment",
         "levin.environments.local": "find_free_network_port:find_free_port",
     },
-    "fabric.plugins.environments.lsf": {_ENVIRONMENTS: "LSFEnvironment"},
-    "fabric.plugins.environments.mpi": {_ENVIRONMENTS: "MPIEnvironment"},
-    "fabric.plugins.environments.slurm": {_ENVIRONMENTS: "SLURMEnvironment"},
-    "fabric.plugins.environments.torchelastic": {_ENVIRONMENTS: "TorchElasticEnvironment"},
-    "fabric.plugins.environments.xla": {_ENVIRONMENTS: "XLAEnvironment"},
     "fabric.plugins.io": {_CHECKPOINT: f"CheckpointIO {_FILES}"},
-    "fabric.plugins.io.checkpoint_io": {_CHECKPOINT: "CheckpointIO"},
-    "fabric.plugins.io.torch_io": {_CHECKPOINT: "TorchCheckpointIO"},
     "fabric.plugins.precision": {
         _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
     },
-    "fabric.plugins.precision.amp": {_PRECISION: "MixedPrecision"},
-    "fabric.plugins.precision.bitsandbytes": {_PRECISION: "BitsandbytesPrecision"},
-    "fabric.plugins.precision.deepspeed": {_PRECISION: "DeepSpeedPrecision"},
-    "fabric.plugins.precision.double": {_PRECISION: "DoublePrecision"},
-    "fabric.plugins.precision.half": {_PRECISION: "HalfPrecision"},
-    "fabric.plugins.precision.precision": {_PRECISION: "Precision"},
-    "fabric.plugins.precision.transformer_engine": {_PRECISION: "TransformerEnginePrecision"},
-    "fabric.plugins.precision.xla": {_PRECISION: "XLAPrecision"},
     "fabric.strategies": {
         _STRATEGIES: "DDPStrategy DeepSpeedStrategy ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy "
         "XLAFSDPStrategy XLAStrategy",
@@ -370,9 +277,6 @@ TABLE: dict[str, dict[str, str]] = {
         ABSENT: "DataParallelStrategy",
         f"{_STRATEGIES}.registry": "STRATEGY_REGISTRY:StrategyRegistry",
     },
-    "fabric.strategies.ddp": {_STRATEGIES: "DDPStrategy"},
-    "fabric.strategies.deepspeed": {_STRATEGIES: "DeepSpeedStrategy"},
-    "fabric.strategies.dp": {ABSENT: "DataParallelStrategy"},
     "fabric.strategies.fsdp": {
         EQUIVALENT_STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
     },
@@ -380,12 +284,6 @@ TABLE: dict[str, dict[str, str]] = {
         _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
         ABSENT: "_XLALauncher",
     },
-    "fabric.strategies.model_parallel": {EQUIVALENT_STRATEGIES: "ModelParallelStrategy"},
-    "fabric.strategies.parallel": {_STRATEGIES: "ParallelStrategy"},
-    "fabric.strategies.single_device": {_STRATEGIES: "SingleDeviceStrategy"},
-    "fabric.strategies.strategy": {_STRATEGIES: "Strategy"},
-    "fabric.strategies.xla": {_STRATEGIES: "XLAStrategy"},
-    "fabric.strategies.xla_fsdp": {_STRATEGIES: "XLAFSDPStrategy"},
     "fabric.utilities": {
         _RANK_ZERO: _RANK_ZERO_NAMES,
         "levin.utilities.attribute_dict": "AttributeDict",
@@ -448,3 +346,63 @@ TABLE: dict[str, dict[str, str]] = {
         "_FabricOptimizer:FabricOptimizer",
     },
 }  # fmt: skip
+
+# Package -> those of its modules that hold nothing but names which the package has, too: they are where it has them.
+_MODULES = {
+    "pytorch.accelerators": "accelerator=Accelerator mps=MPSAccelerator xla=XLAAccelerator",
+    "pytorch.callbacks": "batch_size_finder=BatchSizeFinder callback=Callback checkpoint=Checkpoint "
+    "device_stats_monitor=DeviceStatsMonitor gradient_accumulation_scheduler=GradientAccumulationScheduler "
+    "lambda_function=LambdaCallback lr_finder=LearningRateFinder lr_monitor=LearningRateMonitor "
+    "model_checkpoint=ModelCheckpoint model_summary=ModelSummary on_exception_checkpoint=OnExceptionCheckpoint "
+    "pruning=ModelPruning rich_model_summary=RichModelSummary spike=SpikeDetection "
+    "stochastic_weight_avg=StochasticWeightAveraging throughput_monitor=ThroughputMonitor "
+    "weight_averaging=EMAWeightAveraging,WeightAveraging",
+    "pytorch.core": "datamodule=LightningDataModule module=LightningModule",
+    "pytorch.loggers": "comet=CometLogger litlogger=LitLogger mlflow=MLFlowLogger neptune=NeptuneLogger "
+    "tensorboard=TensorBoardLogger wandb=WandbLogger",
+    "pytorch.loops": "evaluation_loop=_EvaluationLoop fit_loop=_FitLoop prediction_loop=_PredictionLoop "
+    "training_epoch_loop=_TrainingEpochLoop",
+    "pytorch.plugins.io": "async_plugin=AsyncCheckpointIO checkpoint_plugin=CheckpointIO "
+    "torch_plugin=TorchCheckpointIO",
+    "pytorch.plugins.precision": "amp=MixedPrecision bitsandbytes=BitsandbytesPrecision deepspeed=DeepSpeedPrecision "
+    "fsdp=FSDPPrecision half=HalfPrecision precision=Precision transformer_engine=TransformerEnginePrecision "
+    "xla=XLAPrecision",
+    "pytorch.profilers": "advanced=AdvancedProfiler base=PassThroughProfiler profiler=Profiler simple=SimpleProfiler "
+    "xla=XLAProfiler",
+    "pytorch.serve": "servable_module=ServableModule servable_module_validator=ServableModuleValidator",
+    "pytorch.strategies": "ddp=DDPStrategy deepspeed=DeepSpeedStrategy fsdp=FSDPStrategy "
+    "model_parallel=ModelParallelStrategy parallel=ParallelStrategy single_device=SingleDeviceStrategy "
+    "single_xla=SingleDeviceXLAStrategy strategy=Strategy xla=XLAStrategy",
+    "pytorch.strategies.launchers": "multiprocessing=_MultiProcessingLauncher "
+    "subprocess_script=_SubprocessScriptLauncher",
+    "pytorch.utilities": "combined_loader=CombinedLoader enums=GradClipAlgorithmType,LightningEnum grads=grad_norm "
+    "parameter_tying=find_shared_parameters,set_shared_parameters",
+    "fabric.accelerators": "accelerator=Accelerator cpu=CPUAccelerator mps=MPSAccelerator xla=XLAAccelerator",
+    "fabric.loggers": "csv_logs=CSVLogger tensorboard=TensorBoardLogger",
+    "fabric.plugins.collectives": "collective=Collective single_device=SingleDeviceCollective "
+    "torch_collective=TorchCollective",
+    "fabric.plugins.environments": "cluster_environment=ClusterEnvironment kubeflow=KubeflowEnvironment "
+    "lsf=LSFEnvironment mpi=MPIEnvironment slurm=SLURMEnvironment torchelastic=TorchElasticEnvironment "
+    "xla=XLAEnvironment",
+    "fabric.plugins.io": "checkpoint_io=CheckpointIO torch_io=TorchCheckpointIO",
+    "fabric.plugins.precision": "amp=MixedPrecision bitsandbytes=BitsandbytesPrecision deepspeed=DeepSpeedPrecision "
+    "double=DoublePrecision half=HalfPrecision precision=Precision transformer_engine=TransformerEnginePrecision "
+    "xla=XLAPrecision",
+    "fabric.strategies": "ddp=DDPStrategy deepspeed=DeepSpeedStrategy dp=DataParallelStrategy "
+    "model_parallel=ModelParallelStrategy parallel=ParallelStrategy single_device=SingleDeviceStrategy "
+    "strategy=Strategy xla=XLAStrategy xla_fsdp=XLAFSDPStrategy",
+}
+
+
+def _add_modules() -> None:
+    for package, modules in _MODULES.items():
+        for module in modules.split():
+            name, _, held = module.partition("=")
+            TABLE[f"{package}.{name}"] = {
+                home: " ".join(kept)
+                for home, names in TABLE[package].items()
+                if (kept := [entry for entry in names.split() if entry.partition(":")[0] in held.split(",")])
+            }
+
+
+_add_modules()
