@@ -321,7 +321,7 @@ def test_xla_profiler_marks_steps_and_backward(monkeypatch):
     module.set_tracer_marked_step = lambda value: None
     module.Trace, module.StepTrace = Trace, StepTrace
     module.start_server = lambda port: calls.append(("server", port)) or object()
-    monkeypatch.setattr("levin.profilers.xla.find_spec", lambda name: object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     for name in ("torch_xla", "torch_xla.debug"):
         parent = ModuleType(name)
         parent.__path__ = []

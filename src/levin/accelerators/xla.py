@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 from levin.utilities.xla_generator import XLA_GENERATOR
 
 
@@ -25,11 +26,7 @@ class XLAAccelerator(Accelerator):
     """
 
     def __init__(self) -> None:
-        if not _is_installed():
-            raise ModuleNotFoundError(
-                "accelerator='tpu' needs the package torch_xla, which is not installed. Run `pip install torch_xla`, "
-                "or use accelerator='auto'."
-            )
+        require_package("torch_xla", "accelerator='tpu'", "Or use accelerator='auto'.")
 
     @staticmethod
     @override

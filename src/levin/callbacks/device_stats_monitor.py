@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable
 
 from typing_extensions import override
@@ -12,6 +11,7 @@ from levin.callbacks.logging_steps import is_logging_step, log_values, require_l
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
+from levin.utilities.packages import require_package
 
 
 def _logs(hook: str) -> Callable[..., None]:
@@ -49,11 +49,8 @@ class DeviceStatsMonitor(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_logger(trainer, self)
-        if self._reads_cpu(trainer) and importlib.util.find_spec("psutil") is None:
-            raise ModuleNotFoundError(
-                f"DeviceStatsMonitor(cpu_stats={self._cpu_stats}) needs the package psutil to read the stats of the "
-                "CPU. Install it with `pip install psutil`, or use cpu_stats=False."
-            )
+        if self._reads_cpu(trainer):
+            require_package("psutil", f"DeviceStatsMonitor(cpu_stats={self._cpu_stats})", "Or use cpu_stats=False.")
 
     def _reads_cpu(self, trainer: Trainer) -> bool:
         return self._cpu_stats is True or (self._cpu_stats is None and trainer.strategy.root_device.type == "cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import multiprocessing
 import time
@@ -19,6 +18,7 @@ from typing_extensions import override
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only
 from levin.utilities.types import Function, Kwargs, StateDict
 
@@ -100,8 +100,7 @@ class ServableModuleValidator(Callback):
         if server != "fastapi":
             raise NotImplementedError(f"server must be 'fastapi', received {server!r}: no other is there.")
         for name in ("fastapi", "uvicorn"):
-            if importlib.util.find_spec(name) is None:
-                raise ModuleNotFoundError(f"ServableModuleValidator requires `{name}`. Install levin[serve].")
+            require_package(name, "ServableModuleValidator", "Both are in levin[serve].")
         self.optimization: str | None = optimization
         self.server: str = server
         self.host: str = host

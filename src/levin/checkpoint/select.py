@@ -7,13 +7,13 @@ left, or ``"registry"`` and its longer forms, through the package litmodels.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
 from typing import Any, Optional, Protocol
 
 from levin.utilities.filesystem import exists, is_local, list_folder, local_path, modified_s
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn, TrainerState
 
@@ -264,10 +264,7 @@ def download_checkpoint(run: Call, given: str) -> str | None:
         FileNotFoundError: What was downloaded holds no ``.ckpt`` file.
     """
     name = name_in_registry(given, run.settings.model_registry)
-    if importlib.util.find_spec("litmodels") is None:
-        raise ModuleNotFoundError(
-            f"ckpt_path={given!r} needs the package litmodels, which is not installed. Run `pip install litmodels`."
-        )
+    require_package("litmodels", f"ckpt_path={given!r}")
     root = run.settings.default_root_dir
     if not is_local(root):
         raise ValueError(f"ckpt_path={given!r} needs a local default_root_dir, received {root!r}.")

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from levin.utilities.packages import versions_of
 from levin.utilities.processors import count_processors
-from levin.utilities.versions import versions_of
 
 PACKAGES = [
     "torch",

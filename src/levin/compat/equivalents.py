@@ -30,6 +30,7 @@ from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
+from levin.utilities.packages import require_package
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
@@ -266,8 +267,7 @@ def get_torchvision_model(model_name: str, **kwargs: Any) -> torch.nn.Module:
     Raises:
         ModuleNotFoundError: torchvision is not installed.
     """
-    if find_spec("torchvision") is None:
-        raise ModuleNotFoundError("`get_torchvision_model` needs torchvision. Install it with: pip install torchvision")
+    require_package("torchvision", "`get_torchvision_model`")
     models: Any = importlib.import_module("torchvision.models")
     model: torch.nn.Module = models.get_model(model_name, **kwargs)
     return model

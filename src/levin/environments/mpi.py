@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from levin.environments.external import ExternalEnvironment
 from levin.environments.local import find_free_port
+from levin.utilities.packages import require_package
 
 # By Open MPI, by MPICH and what descends from it, by MVAPICH, by PMIx, by Cray's launcher.
 _SET_BY_MPIRUN = (
@@ -32,10 +33,7 @@ class MPIEnvironment(ExternalEnvironment):
     """
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("mpi4py") is None:
-            raise ModuleNotFoundError(
-                "MPIEnvironment needs the package mpi4py, which is not installed. Run `pip install mpi4py`."
-            )
+        require_package("mpi4py", "MPIEnvironment")
         from mpi4py import MPI
 
         self._world: Any = MPI.COMM_WORLD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
 from torch import Tensor
@@ -14,6 +13,7 @@ from typing_extensions import override
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import json_values, to_dict
 from levin.utilities.numbers import to_numbers
+from levin.utilities.packages import require_package
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, StateDict
@@ -59,8 +59,7 @@ class CometLogger(Logger):
         prefix: Optional[str] = None,
         **kwargs: Any,
     ) -> None:
-        if find_spec("comet_ml") is None:
-            raise ModuleNotFoundError("CometLogger needs the package comet_ml. Install it with: pip install comet-ml")
+        require_package("comet_ml", "CometLogger")
         super().__init__()
         if "project_name" in kwargs:
             project = project or kwargs.pop("project_name")

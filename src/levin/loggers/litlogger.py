@@ -10,7 +10,6 @@ import time
 from abc import ABCMeta
 from collections import defaultdict
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from importlib.util import find_spec
 from typing import Any, Optional
 
 from typing_extensions import override
@@ -20,6 +19,7 @@ from levin.loggers.outbox import Entry, Outbox
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, hold, release
 from levin.loggers.utilities import flatten, join_path, to_dict
 from levin.utilities.numbers import to_numbers
+from levin.utilities.packages import require_package
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Metrics, PathLike, StateDict
@@ -74,8 +74,7 @@ class LitLogger(UploadingLogger, metaclass=_EachBaseOnce):
         save_logs: bool = False,
         checkpoint_name: Optional[str] = None,
     ) -> None:
-        if find_spec("litlogger") is None:
-            raise ModuleNotFoundError("LitLogger needs the package litlogger. Install it with: pip install litlogger")
+        require_package("litlogger", "LitLogger")
         super().__init__("all" if log_model else False)
         if save_logs:
             rank_zero_warn(

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -22,6 +21,7 @@ from levin.loggers.outbox import Entry, Outbox
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata, hold, release
 from levin.loggers.utilities import add_prefix, flatten, to_dict
 from levin.utilities.numbers import to_numbers
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
 
@@ -75,8 +75,7 @@ class MLFlowLogger(UploadingLogger):
         run_id: Optional[str] = None,
         synchronous: Optional[bool] = None,
     ) -> None:
-        if find_spec("mlflow") is None:
-            raise ModuleNotFoundError("MLFlowLogger needs the package mlflow. Install it with: pip install mlflow")
+        require_package("mlflow", "MLFlowLogger")
         super().__init__(log_model)
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{_FILE}{save_dir or './mlruns'}"
         self.tags: dict[str, object] = dict(tags or {})

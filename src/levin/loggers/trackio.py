@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from importlib.util import find_spec
 from typing import Any, Optional
 
 from typing_extensions import override
 
 from levin.loggers.logger import Logger, rank_zero_experiment
 from levin.loggers.utilities import add_prefix, json_values, to_dict
+from levin.utilities.packages import require_package
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only
 from levin.utilities.types import HParams, Kwargs, Metrics, StateDict
@@ -41,8 +41,7 @@ class TrackioLogger(Logger):
     def __init__(
         self, project: str = "lightning_logs", name: Optional[str] = None, prefix: str = "", **kwargs: Any
     ) -> None:
-        if find_spec("trackio") is None:
-            raise ModuleNotFoundError("TrackioLogger needs the package trackio. Install it with: pip install trackio")
+        require_package("trackio", "TrackioLogger")
         super().__init__()
         self._project: str = project
         self._run_name: str = name or time.strftime(f"%Y%m%d-%H%M%S-{secrets.token_hex(2)}")

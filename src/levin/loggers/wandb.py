@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Literal, Optional, Union
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata
 from levin.loggers.utilities import add_prefix, json_values, to_dict
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, Kwargs, Metrics, PathLike, StateDict
@@ -79,8 +79,7 @@ class WandbLogger(UploadingLogger):
         add_file_policy: Literal["mutable", "immutable"] = "mutable",
         **kwargs: object,
     ) -> None:
-        if find_spec("wandb") is None:
-            raise ModuleNotFoundError("WandbLogger needs the package wandb. Install it with: pip install wandb")
+        require_package("wandb", "WandbLogger")
         if offline and log_model:
             raise MisconfigurationException(
                 f"log_model must be False with offline=True, received {log_model!r}, since checkpoints cannot be"

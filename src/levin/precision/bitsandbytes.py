@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
-from levin.precision.packages import require_package
 from levin.precision.true import TruePrecision
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 
 _FOUR_BITS = {
     "nf4": {"quant_type": "nf4", "compress_statistics": False},

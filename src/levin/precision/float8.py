@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.nn import Linear, Module
 
-from levin.precision.packages import require_package
 from levin.precision.precision import Precision
 from levin.precision.true import convert_floats
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
 # torch's products of 8-bit floats want dimensions that are multiples of this.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn import LayerNorm, Linear, Module
 
-from levin.precision.packages import require_package
 from levin.precision.precision import default_dtype
 from levin.precision.true import TruePrecision
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_info
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 from typing_extensions import override
 
 from levin.profilers.profiler import Profiler
+from levin.utilities.packages import require_package
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 RECORDED = (*_STEPS, "backward")
@@ -26,8 +26,7 @@ class XLAProfiler(Profiler):
     """
 
     def __init__(self, port: int = 9012) -> None:
-        if find_spec("torch_xla") is None:
-            raise ModuleNotFoundError("XLAProfiler needs the package torch_xla. Install it with: pip install torch_xla")
+        require_package("torch_xla", "XLAProfiler")
         super().__init__()
         self.port: int = port
         self._server: Any = None

@@ -20,7 +20,7 @@ import torch
 from levin.loops.run import Run
 from levin.loops.time_shares import Point
 from levin.settings import DEFAULTS
-from levin.utilities.versions import versions_of
+from levin.utilities.packages import versions_of
 
 
 def record_of(run: Run, error: Optional[BaseException]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +24,7 @@ from levin.strategies.zero_config import make_config, read_config, with_precisio
 from levin.strategies.zero_parts import forgetting, load_into_parts
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.filesystem import local_path
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -162,11 +162,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         uneven: str = "longest",
     ) -> None:
         options = dict(locals())
-        if importlib.util.find_spec("deepspeed") is None:
-            raise ModuleNotFoundError(
-                "DeepSpeedStrategy needs the package deepspeed, which is not installed. Run `pip install deepspeed`, or use "
-                "strategy='fsdp', which cuts weights, gradients and optimizer states as well."
-            )
+        require_package("deepspeed", "DeepSpeedStrategy", "Or use strategy='fsdp', which cuts the same.")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
