@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from levin.utilities.exceptions import MisconfigurationException
+
 
 class Accelerator(ABC):
     """A kind of hardware: how many devices there are, how the user names them, how one is prepared and measured.
@@ -34,6 +36,9 @@ class Accelerator(ABC):
         >>> Toy().get_parallel_devices(Toy.parse_devices("2"))
         [device(type='cpu'), device(type='cpu')]
     """
+
+    # The ``type`` of its devices; None where it takes any.
+    _device_type: str | None = None
 
     @staticmethod
     @abstractmethod
@@ -74,7 +79,16 @@ class Accelerator(ABC):
 
         Args:
             device: The device that this process will use.
+
+        Raises:
+            ValueError: It is of another type than those of this accelerator.
         """
+        if self._device_type not in (None, device.type):
+            article = "an" if self._device_type in ("mps", "xla") else "a"
+            raise MisconfigurationException(
+                f"The {self.name()} accelerator needs {article} {self._device_type} device, received {device}. Pass the "
+                "accelerator of that device."
+            )
 
     def setup(self, trainer: Any) -> None:
         """Run once at the start of each fit, validate, test or predict.

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.packages import require_package
 
 
 class CPUAccelerator(Accelerator):
@@ -18,6 +19,8 @@ class CPUAccelerator(Accelerator):
         >>> CPUAccelerator.get_parallel_devices(CPUAccelerator.parse_devices("2"))
         [device(type='cpu'), device(type='cpu')]
     """
+
+    _device_type = "cpu"
 
     @staticmethod
     @override
@@ -54,30 +57,15 @@ class CPUAccelerator(Accelerator):
         return True
 
     @override
-    def setup_device(self, device: torch.device) -> None:
-        """Check that ``device`` is a CPU.
-
-        Raises:
-            ValueError: ``device`` is not a CPU.
-        """
-        if device.type != "cpu":
-            raise MisconfigurationException(
-                f"The cpu accelerator needs a cpu device, received {device}. Pass the accelerator of that device."
-            )
-
-    @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:
         """Return the load of processor, memory and swap in percent.
 
         Raises:
             ModuleNotFoundError: psutil is not installed.
         """
-        try:
-            import psutil
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "CPU statistics need the package psutil, which is not installed. Run `pip install psutil`."
-            ) from error
+        require_package("psutil", "CPU statistics")
+        import psutil
+
         return {
             "cpu_vm_percent": psutil.virtual_memory().percent,
             "cpu_percent": psutil.cpu_percent(),

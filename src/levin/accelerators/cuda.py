@@ -11,7 +11,6 @@ from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.accelerators.devices import parse_device_indices
-from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.interactive import is_interactive
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -21,6 +20,8 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 class CUDAAccelerator(Accelerator):
     """Runs on CUDA devices; see :func:`levin.accelerators.devices.parse_device_indices` for the ways to name them."""
+
+    _device_type = "cuda"
 
     @staticmethod
     @override
@@ -54,10 +55,7 @@ class CUDAAccelerator(Accelerator):
         Raises:
             ValueError: ``device`` is not a CUDA device.
         """
-        if device.type != "cuda":
-            raise MisconfigurationException(
-                f"The cuda accelerator needs a cuda device, received {device}. Pass the accelerator of that device."
-            )
+        super().setup_device(device)
         _hint_matmul_precision(device)
         torch.cuda.set_device(device)
 

@@ -10,11 +10,12 @@ from typing_extensions import override
 
 from levin.accelerators.accelerator import Accelerator
 from levin.accelerators.devices import parse_device_indices
-from levin.utilities.exceptions import MisconfigurationException
 
 
 class MPSAccelerator(Accelerator):
     """Runs on the single graphics processor of an Apple machine; ``DISABLE_MPS=1`` hides it."""
+
+    _device_type = "mps"
 
     @staticmethod
     @override
@@ -40,18 +41,6 @@ class MPSAccelerator(Accelerator):
     @override
     def is_available() -> bool:
         return torch.backends.mps.is_available() and os.environ.get("DISABLE_MPS", "0") != "1"
-
-    @override
-    def setup_device(self, device: torch.device) -> None:
-        """Check that ``device`` is an MPS device.
-
-        Raises:
-            ValueError: ``device`` is not an MPS device.
-        """
-        if device.type != "mps":
-            raise MisconfigurationException(
-                f"The mps accelerator needs an mps device, received {device}. Pass the accelerator of that device."
-            )
 
     @override
     def get_device_stats(self, device: torch.device | str | int) -> dict[str, float]:

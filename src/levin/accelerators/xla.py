@@ -25,6 +25,8 @@ class XLAAccelerator(Accelerator):
         ModuleNotFoundError: torch_xla is not installed.
     """
 
+    _device_type = "xla"
+
     def __init__(self) -> None:
         require_package("torch_xla", "accelerator='tpu'", "Or use accelerator='auto'.")
 
@@ -98,10 +100,7 @@ class XLAAccelerator(Accelerator):
         Raises:
             ValueError: ``device`` is of another kind.
         """
-        if device.type != "xla":
-            raise MisconfigurationException(
-                f"The tpu accelerator needs an xla device, received {device}. Pass the accelerator of that device."
-            )
+        super().setup_device(device)
         import torch_xla
 
         torch_xla.device()

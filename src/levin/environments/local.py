@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from abc import ABC
 
 from typing_extensions import override
 
@@ -12,16 +13,8 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import set_rank
 
 
-class LightningEnvironment(ClusterEnvironment):
-    """The default: levin starts one process per device of this machine.
-
-    On several machines the user starts the script once on each with ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK``
-    set. When ``LOCAL_RANK`` is set as well, every process was started by hand and levin starts none.
-
-    Example:
-        >>> LightningEnvironment().local_rank()
-        0
-    """
+class LocalEnvironment(ClusterEnvironment, ABC):
+    """Processes of this machine that levin starts; on several machines the user starts the script once on each."""
 
     def __init__(self) -> None:
         self._main_port = -1
@@ -44,11 +37,6 @@ class LightningEnvironment(ClusterEnvironment):
         if self._main_port == -1:
             self._main_port = read_int("MASTER_PORT") if "MASTER_PORT" in os.environ else find_free_port()
         return self._main_port
-
-    @staticmethod
-    @override
-    def detect() -> bool:
-        return True
 
     @override
     def world_size(self) -> int:
@@ -74,6 +62,23 @@ class LightningEnvironment(ClusterEnvironment):
     @override
     def node_rank(self) -> int:
         return read_int("GROUP_RANK", read_int("NODE_RANK", 0))
+
+
+class LightningEnvironment(LocalEnvironment):
+    """The default: levin starts one process per device of this machine.
+
+    On several machines the user starts the script once on each with ``MASTER_ADDR``, ``MASTER_PORT`` and ``NODE_RANK``
+    set. When ``LOCAL_RANK`` is set as well, every process was started by hand and levin starts none.
+
+    Example:
+        >>> LightningEnvironment().local_rank()
+        0
+    """
+
+    @staticmethod
+    @override
+    def detect() -> bool:
+        return True
 
     @override
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from levin.strategies import collectives
-from levin.strategies.contexts import in_forward_context
+from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy, check_start_method
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Kwargs
@@ -279,37 +279,24 @@ def average_after_steps(optimizer: Optimizer, period: int, warmup_steps: int) ->
 def run_through(wrapper: DistributedDataParallel, module: Module, step: Function) -> Function:
     """Return a callable that runs ``step`` where ``wrapper.forward`` expects ``module.forward``.
 
-    The wrapper prepares and finishes its work in its own ``forward``, and calls the module there. For the time of that
-    call the module's ``forward`` is ``step``; inside the step, ``self(x)`` is the module's own again.
+    The wrapper prepares and finishes its work in its own ``forward``, and calls the module there.
     """
-    attributes = module.__dict__
-    is_automatic = _is_automatic(module)
+    if _is_automatic(module):
+        return run_as_forward(wrapper, module, step)
 
-    def redirected(*args: Any, **kwargs: Any) -> Any:
-        restore()
+    def without_sync(*args: Any, **kwargs: Any) -> Any:
         result = step(*args, **kwargs)
-        if not is_automatic:
-            # The backward passes are over: the wrapper must not wait for one after its forward.
-            wrapper.require_backward_grad_sync = False
+        # The backward passes are over: the wrapper must not wait for one after its forward.
+        wrapper.require_backward_grad_sync = False
         return result
 
-    # A forward set on the instance (and not in the class) is put back, too.
-    own = attributes.get("forward")
-
-    def restore() -> None:
-        if own is None:
-            attributes.pop("forward", None)
-        else:
-            attributes["forward"] = own
+    redirected = run_as_forward(wrapper, module, without_sync)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        attributes["forward"] = redirected
         try:
-            return wrapper(*args, **kwargs)
+            return redirected(*args, **kwargs)
         finally:
-            restore()
-            if not is_automatic:
-                wrapper.require_backward_grad_sync = True
+            wrapper.require_backward_grad_sync = True
 
     return run
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from levin.strategies.contexts import SkipInit
 from levin.utilities.move import move_data_to_device
+from levin.utilities.properties import reads
 from levin.utilities.types import Batch, Function, StateDict, Tree
 
 if TYPE_CHECKING:
@@ -58,17 +59,8 @@ class ExtensionPoints:
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Add this class to a registry under its names."""
 
-    @property
-    def precision_plugin(self) -> Precision:
-        """Another name for :attr:`precision`."""
-        found: Precision = self._strategy.precision
-        return found
-
-    @property
-    def cluster_environment(self) -> ClusterEnvironment | None:
-        """Another name for :attr:`environment`."""
-        found: ClusterEnvironment | None = self._strategy.environment
-        return found
+    precision_plugin: Precision = reads("precision", "Another name for :attr:`precision`.")
+    cluster_environment: ClusterEnvironment | None = reads("environment", "Another name for :attr:`environment`.")
 
     # From set-up to teardown
 
