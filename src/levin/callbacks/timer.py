@@ -139,27 +139,17 @@ class Timer(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.VALIDATING).start()
+        self._evaluation(trainer).start()
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.VALIDATING).stop()
+        self._evaluation(trainer).stop()
 
-    @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.TESTING).start()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
-    @override
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.TESTING).stop()
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.PREDICTING).start()
-
-    @override
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stopwatch(RunningStage.PREDICTING).stop()
+    def _evaluation(self, trainer: Trainer) -> _Stopwatch:
+        return self._stopwatch(RunningStage.VALIDATING if trainer.state.fn == "fit" else str(trainer.state.fn))
 
     @override
     def state_dict(self) -> StateDict:

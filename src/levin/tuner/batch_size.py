@@ -75,13 +75,13 @@ def largest(
 
 def scale_batch_size(
     run: Run,
-    mode: str = "power",
-    steps_per_trial: int = 3,
-    init_val: int = 2,
-    max_trials: int = 25,
-    batch_arg_name: str = "batch_size",
-    margin: float = 0.05,
-    max_val: int = 8192,
+    mode: str,
+    steps_per_trial: int,
+    init_val: int,
+    max_trials: int,
+    batch_arg_name: str,
+    margin: float,
+    max_val: int,
 ) -> int:
     """Return the largest batch size that fits into memory; module and data module have it afterwards.
 

@@ -13,7 +13,6 @@ from levin.tuner.learning_rate import SCALES, LRFinder, lr_find
 from levin.tuner.search import holders
 from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from levin.utilities.types import Kwargs
 
 
 class LearningRateFinder(Callback):
@@ -54,10 +53,7 @@ class LearningRateFinder(Callback):
     ) -> None:
         require_choice("mode", mode.lower(), self.SUPPORTED_MODES)
         self.optimal_lr: Optional[LRFinder] = None
-        self._search: Kwargs = dict(
-            min_lr=min_lr, max_lr=max_lr, num_training=num_training_steps, mode=mode.lower(),
-            early_stop_threshold=early_stop_threshold,
-        )  # fmt: skip
+        self._search = (min_lr, max_lr, num_training_steps, mode.lower(), early_stop_threshold)
         self._update_attr: bool = update_attr
         self._attr_name: str = attr_name
 
@@ -68,7 +64,7 @@ class LearningRateFinder(Callback):
             return
         run: Run = trainer.run
         name = self._find_name(pl_module) if self._update_attr else ""
-        found = self.optimal_lr = lr_find(run, **self._search)
+        found = self.optimal_lr = lr_find(run, *self._search)
         if not self._update_attr:
             return
         lr = found.suggestion()
@@ -144,17 +140,14 @@ class BatchSizeFinder(Callback):
     ) -> None:
         require_choice("mode", mode.lower(), self.SUPPORTED_MODES)
         self.optimal_batch_size: Optional[int] = init_val
-        self._search: Kwargs = dict(
-            mode=mode.lower(), steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
-            batch_arg_name=batch_arg_name, margin=margin, max_val=max_val,
-        )  # fmt: skip
+        self._search = (mode.lower(), steps_per_trial, init_val, max_trials, batch_arg_name, margin, max_val)
 
     def scale_batch_size(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search now; the result is ``self.optimal_batch_size``."""
         if trainer.fast_dev_run:
             rank_zero_warn("The batch size is not searched with fast_dev_run.")
             return
-        self.optimal_batch_size = scale_batch_size(trainer.run, **self._search)
+        self.optimal_batch_size = scale_batch_size(trainer.run, *self._search)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Search."""

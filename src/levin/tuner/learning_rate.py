@@ -144,12 +144,7 @@ class _Recorder(Callback):
 
 
 def lr_find(
-    run: Run,
-    min_lr: float = 1e-8,
-    max_lr: float = 1,
-    num_training: int = 100,
-    mode: str = "exponential",
-    early_stop_threshold: Optional[float] = 4.0,
+    run: Run, min_lr: float, max_lr: float, num_training: int, mode: str, early_stop_threshold: Optional[float]
 ) -> LRFinder:
     """Train a few steps with growing learning rates and note the loss; module, optimizer and data stay as they are.
 

@@ -73,10 +73,7 @@ class Tuner:
         """
         if method != "fit":
             raise MisconfigurationException(f"method must be 'fit' to search for a learning rate, received {method!r}.")
-        finder = LearningRateFinder(
-            min_lr=min_lr, max_lr=max_lr, num_training_steps=num_training, mode=mode,
-            early_stop_threshold=early_stop_threshold, update_attr=update_attr, attr_name=attr_name,
-        )  # fmt: skip
+        finder = LearningRateFinder(min_lr, max_lr, num_training, mode, early_stop_threshold, update_attr, attr_name)
         self._search(finder, "fit", model, train_dataloaders, val_dataloaders, dataloaders, datamodule)
         return finder.optimal_lr
 
@@ -122,10 +119,7 @@ class Tuner:
         """
         if method not in ("fit", *_LIMITS):
             raise MisconfigurationException(f"method must be one of {['fit', *_LIMITS]}, received {method!r}.")
-        finder = BatchSizeFinder(
-            mode=mode, steps_per_trial=steps_per_trial, init_val=init_val, max_trials=max_trials,
-            batch_arg_name=batch_arg_name, margin=margin, max_val=max_val,
-        )  # fmt: skip
+        finder = BatchSizeFinder(mode, steps_per_trial, init_val, max_trials, batch_arg_name, margin, max_val)
         self._search(finder, method, model, train_dataloaders, val_dataloaders, dataloaders, datamodule)
         return None if self._trainer.fast_dev_run else finder.optimal_batch_size
 
