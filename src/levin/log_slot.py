@@ -9,10 +9,13 @@ from typing import Any, Callable, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from levin.utilities.types import StateDict
+from levin.utilities.types import Group, StateDict
 
 BLOCK = 32
 """Values on a device that are folded into the running sum at once."""
+
+Sync = Callable[[Tensor, str, Group], Tensor]
+"""Reduces a tensor over the ranks: ``sync(tensor, reduction, group)``."""
 
 # What changes no mean (its weight is zero), sum, minimum or maximum.
 _NEUTRAL = {"mean": 0.0, "sum": 0.0, "min": float("inf"), "max": float("-inf")}
@@ -27,7 +30,7 @@ class Arguments(NamedTuple):
     on_epoch: Optional[bool]
     reduce_fx: Any
     sync_dist: bool
-    sync_dist_group: Any
+    sync_dist_group: Group
     add_dataloader_idx: bool
     metric_attribute: Optional[str]
     rank_zero_only: bool
@@ -146,7 +149,7 @@ class Slot:
         reduction: str,
         dataloader_idx: Optional[int],
         metric: Any,
-        sync: Optional[Callable[[Tensor, str, Any], Tensor]],
+        sync: Optional[Sync],
     ) -> None:
         self.name = name
         self.hook = hook
@@ -251,7 +254,7 @@ class Slot:
         """Return a new tensor with ``value``."""
         return value.clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=self.dtype)
 
-    def _sync_step(self, cell: Tensor, sync: Callable[[Tensor, str, Any], Tensor], is_filler: Optional[bool]) -> Tensor:
+    def _sync_step(self, cell: Tensor, sync: Sync, is_filler: Optional[bool]) -> Tensor:
         group = self.arguments.sync_dist_group
         if is_filler is None or self.reduction != "mean":
             return sync(cell, self.reduction, group)

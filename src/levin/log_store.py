@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from levin.log_slot import Arguments, Slot, metric_class
+from levin.log_slot import Arguments, Slot, Sync, metric_class
 from levin.utilities.collections import leaves
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
@@ -86,7 +86,7 @@ class LogStore:
         self,
         training: bool,
         modules: Callable[[], dict[str, object]],
-        sync: Optional[Callable[[Tensor, str, object], Tensor]] = None,
+        sync: Optional[Sync] = None,
         has_loggers: bool = True,
         num_ranks: int = 1,
     ) -> None:

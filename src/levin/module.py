@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from levin.hooks import Callback
     from levin.log_store import LogStore
     from levin.protocols import Trainer
-    from levin.utilities.types import STEP_OUTPUT, Closure, OptimizerLRScheduler, StateDict, Tree
+    from levin.utilities.types import STEP_OUTPUT, Closure, Group, OptimizerLRScheduler, StateDict, Tree
 
 log = logging.getLogger("levin")
 
@@ -431,7 +431,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             param.requires_grad = True
         return self.train()
 
-    def all_gather(self, data: Tree, group: Any = None, sync_grads: bool = False) -> Tree:
+    def all_gather(self, data: Tree, group: Group = None, sync_grads: bool = False) -> Tree:
         """Gather tensors or numbers, alone or in a collection, from all ranks along a new first dimension.
 
         Without other ranks there is no new dimension: numbers become tensors, tensors stay as they are.

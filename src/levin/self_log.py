@@ -13,6 +13,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 if TYPE_CHECKING:
     from levin.log_store import LogStore
     from levin.protocols import Trainer
+    from levin.utilities.types import Group
 
 
 class SelfLog:
@@ -33,7 +34,7 @@ class SelfLog:
         reduce_fx: Any = "mean",
         enable_graph: bool = False,
         sync_dist: bool = False,
-        sync_dist_group: Any = None,
+        sync_dist_group: Group = None,
         add_dataloader_idx: bool = True,
         batch_size: Optional[int] = None,
         metric_attribute: Optional[str] = None,
@@ -82,7 +83,7 @@ class SelfLog:
         reduce_fx: Any = "mean",
         enable_graph: bool = False,
         sync_dist: bool = False,
-        sync_dist_group: Any = None,
+        sync_dist_group: Group = None,
         add_dataloader_idx: bool = True,
         batch_size: Optional[int] = None,
         rank_zero_only: bool = False,

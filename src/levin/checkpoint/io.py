@@ -26,7 +26,7 @@ def save_tree(
     checkpoint_io: CheckpointIO,
     checkpoint: StateDict,
     path: PathLike,
-    storage_options: Any = None,
+    storage_options: object = None,
     is_writer: bool = True,
     is_alone: bool = False,
 ) -> None:

@@ -25,7 +25,7 @@ from levin.utilities.collections import apply_to_collection, as_list
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
-from levin.utilities.types import Tree
+from levin.utilities.types import Group, Tree
 
 _SHARDED = ("fsdp", "fsdp_cpu_offload")
 
@@ -239,7 +239,7 @@ class Processes:
         self._check_launched()
         return self._strategy.broadcast(obj, src=src)
 
-    def all_gather(self, data: object, group: object = None, sync_grads: bool = False) -> Tree:
+    def all_gather(self, data: object, group: Group = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes along a new first dimension; of one process as they are.
 
         Args:
@@ -250,7 +250,7 @@ class Processes:
         self._check_launched()
         return self._strategy.all_gather(self._tensors(data), group=group, sync_grads=sync_grads)
 
-    def all_reduce(self, data: object, group: object = None, reduce_op: object = "mean") -> Tree:
+    def all_reduce(self, data: object, group: Group = None, reduce_op: object = "mean") -> Tree:
         """Return the tensors reduced over all processes.
 
         Args:

@@ -34,7 +34,7 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
-from levin.utilities.types import Batch, LRSchedulerConfig, PathLike, StateDict
+from levin.utilities.types import Batch, Group, LRSchedulerConfig, PathLike, StateDict
 
 
 class Step(Protocol):
@@ -292,7 +292,7 @@ def new_store(run: Run, training: bool) -> LogStore:
             found.update(module.named_modules(remove_duplicate=False))
         return found
 
-    def sync(value: Tensor, reduction: str, group: object) -> Tensor:
+    def sync(value: Tensor, reduction: str, group: Group) -> Tensor:
         group = strategy.data_parallel.group if group is None else group
         reduced: Tensor = strategy.reduce(value.to(strategy.root_device), group=group, reduce_op=reduction)
         return reduced

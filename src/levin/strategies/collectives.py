@@ -12,7 +12,7 @@ from torch import Tensor
 
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import Tree
+from levin.utilities.types import Group, Tree
 
 T = TypeVar("T")
 _NUMBERS = (Tensor, bool, int, float)
@@ -22,7 +22,7 @@ _NUM_ON_THE_WAY = 8
 _OP_NAMES = ("sum", "min", "max", "product", "band", "bor", "bxor")
 
 
-def reduce(data: Tree, group: Any = None, reduce_op: Any = "mean", device: torch.device | None = None) -> Tree:
+def reduce(data: Tree, group: Group = None, reduce_op: object = "mean", device: torch.device | None = None) -> Tree:
     """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
 
     Args:
@@ -87,9 +87,7 @@ def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
     )
 
 
-def all_gather(
-    data: object, group: object = None, sync_grads: bool = False, device: torch.device | None = None
-) -> Tree:
+def all_gather(data: object, group: Group = None, sync_grads: bool = False, device: torch.device | None = None) -> Tree:
     """Return the tensors of all processes of ``group``, stacked along a new first dimension.
 
     Args:
@@ -109,7 +107,7 @@ def all_gather(
     return apply_to_collection(data, _NUMBERS, gather_one)
 
 
-def check_same_shapes(data: Tree, group: Any = None) -> None:
+def check_same_shapes(data: Tree, group: Group = None) -> None:
     """Check that the tensors of all processes have one shape and type: transports crash or mix them up otherwise.
 
     Args:
@@ -137,51 +135,46 @@ def _described(leaf: object) -> str:
     return type(leaf).__name__
 
 
-def broadcast_object(obj: T, src: int = 0, group: Any = None, device: torch.device | None = None) -> T:
-    """Return the object of global rank ``src`` in every process of ``group``.
+def broadcast_object(obj: T, src: int = 0, device: torch.device | None = None) -> T:
+    """Return the object of global rank ``src`` in every process.
 
     Args:
         obj: Anything that pickle can carry; only that of ``src`` matters.
         src: The rank it comes from.
-        group: The processes that take part; all when None.
         device: The device that the bytes travel over; that of the process group's choice when None.
     """
     holder: list[Any] = [obj]
-    dist.broadcast_object_list(holder, src=src, group=group, device=device)
+    dist.broadcast_object_list(holder, src=src, device=device)
     result: T = holder[0]
     return result
 
 
-def agree(decision: bool, all_must: bool, group: object = None, device: torch.device | None = None) -> bool:
+def agree(decision: bool, all_must: bool, group: Group = None, device: torch.device | None = None) -> bool:
     """Return whether all processes (or any of them) say yes, the same answer everywhere.
 
     Args:
         decision: What this process says.
         all_must: Whether all have to say yes; otherwise one is enough.
-        group: The processes that take part; all when None.
         device: The device of the process group.
     """
     vote = torch.tensor(int(decision), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MIN if all_must else dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(vote, op=dist.ReduceOp.MIN if all_must else dist.ReduceOp.MAX)
     return bool(vote.item())
 
 
-def num_collectives(group: Any = None) -> int:
+def num_collectives(group: Group = None) -> int:
     """Return how many collectives this process has taken part in over a group; over that of all processes when None."""
     asked: Any = dist.group.WORLD if group is None else group
     count: int = asked._get_sequence_number_for_group()
     return count
 
 
-def sync_tensors(
-    tensors: Iterable[Tensor], src: int = 0, group: Any = None, device: torch.device | None = None
-) -> None:
+def sync_tensors(tensors: Iterable[Tensor], src: int = 0, device: torch.device | None = None) -> None:
     """Overwrite the tensors of every process by those of rank ``src``.
 
     Args:
         tensors: The same number of tensors, of the same shapes, in every process.
         src: The rank they come from.
-        group: The processes that take part; all when None.
         device: The device that the bytes travel over, a few tensors at a time; where they are when None.
     """
     # Started together, so that the time on the way is paid once and not for each.
@@ -189,7 +182,7 @@ def sync_tensors(
     for tensor in tensors:
         plain = tensor.detach()
         sent = plain.to(device or plain.device).contiguous()
-        pending.append((dist.broadcast(sent, src=src, group=group, async_op=True), plain, sent))
+        pending.append((dist.broadcast(sent, src=src, async_op=True), plain, sent))
         if sent.device != plain.device and len(pending) > _NUM_ON_THE_WAY:
             _receive(*pending.popleft())
     while pending:
@@ -204,7 +197,7 @@ def _receive(work: Any, plain: Tensor, sent: Tensor) -> None:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
         ctx.group = group
         return _gather(tensor, group)
 
@@ -216,7 +209,7 @@ class _AllGather(torch.autograd.Function):
         return grad[dist.get_rank(ctx.group)], None
 
 
-def _gather(tensor: Tensor, group: Any) -> Tensor:
+def _gather(tensor: Tensor, group: Group) -> Tensor:
     tensor = tensor.contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor, group=group)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from levin.utilities.types import Group
+
 
 class DataParallelGroup(NamedTuple):
     """Where this process stands among those that see different data: all of them, unless a model is cut over some.
@@ -26,7 +28,7 @@ class DataParallelGroup(NamedTuple):
 
     rank: int = 0
     size: int = 1
-    group: object = None
+    group: Group = None
     ranks: tuple[int, ...] | None = None
 
     def global_rank(self, rank: int) -> int:

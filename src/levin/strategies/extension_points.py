@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from levin.strategies.contexts import SkipInit
 from levin.utilities.move import move_data_to_device
 from levin.utilities.properties import reads
-from levin.utilities.types import Batch, Function, StateDict, Tree
+from levin.utilities.types import Batch, Function, Group, StateDict, Tree
 
 if TYPE_CHECKING:
     from levin.environments.environment import ClusterEnvironment
@@ -136,7 +136,7 @@ class ExtensionPoints:
 
     # Talking to the other processes
 
-    def all_reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+    def all_reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
         """Return the tensor reduced over all processes; another name for :meth:`Strategy.reduce`."""
         return self._strategy.reduce(tensor, group=group, reduce_op=reduce_op)
 

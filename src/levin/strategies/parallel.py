@@ -29,7 +29,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, set_rank
 from levin.utilities.seed import reset_seed
-from levin.utilities.types import StateDict, Tree
+from levin.utilities.types import Group, StateDict, Tree
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -230,13 +230,13 @@ class ParallelStrategy(Strategy, ABC):
 
     # Talking to the other processes
 
-    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+    def reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
         if self.control.is_closed:
             return tensor
         return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
 
-    def all_gather(self, tensor: Tree, group: Any = None, sync_grads: bool = False) -> Tree:
+    def all_gather(self, tensor: Tree, group: Group = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`.
 
         Raises:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from levin.strategies.strategy import Strategy
-from levin.utilities.types import Tree
+from levin.utilities.types import Group, Tree
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -24,11 +24,11 @@ class OneProcess(Strategy, ABC):
 
     is_global_zero = True
 
-    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+    def reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
         """Return ``tensor``."""
         return tensor
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: Group = None, sync_grads: bool = False) -> Tensor:
         """Return ``tensor``."""
         return tensor
 

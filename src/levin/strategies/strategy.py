@@ -24,7 +24,7 @@ from levin.utilities.clipping import clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
-from levin.utilities.types import Closure, Function, StateDict, Tree
+from levin.utilities.types import Closure, Function, Group, StateDict, Tree
 
 if TYPE_CHECKING:
     import os
@@ -374,7 +374,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     # Talking to the other processes
 
     @abstractmethod
-    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+    def reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
         """Return the tensor reduced over all processes.
 
         Args:
@@ -384,7 +384,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         """
 
     @abstractmethod
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: Group = None, sync_grads: bool = False) -> Tensor:
         """Return the tensors of all processes, stacked along a new first dimension; on one device as it is.
 
         Args:
@@ -463,7 +463,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
             param.grad = None if gradient is None else gradient.to(param.device, param.dtype)
 
     def save_checkpoint(
-        self, checkpoint: StateDict, filepath: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: StateDict, filepath: str | os.PathLike[str], storage_options: object = None
     ) -> None:
         """Write a checkpoint, from the process that has to; all processes call this."""
         save_tree(self.checkpoint_io, checkpoint, filepath, storage_options, self.is_global_zero)

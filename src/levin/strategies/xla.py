@@ -24,7 +24,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_data_to_device
-from levin.utilities.types import Closure, Function, StateDict, Tree
+from levin.utilities.types import Closure, Function, Group, StateDict, Tree
 from levin.utilities.xla_generator import XLA_GENERATOR
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class XLASteps(Strategy, ABC):
 
     @override
     def save_checkpoint(
-        self, checkpoint: StateDict, filepath: str | os.PathLike[str], storage_options: Any = None
+        self, checkpoint: StateDict, filepath: str | os.PathLike[str], storage_options: object = None
     ) -> None:
         import torch_xla
 
@@ -265,11 +265,11 @@ class XLAStrategy(XLASteps, ParallelStrategy):
         return CPU
 
     @override
-    def reduce(self, tensor: Tree, group: Any = None, reduce_op: Any = "mean") -> Tree:
+    def reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
         return move_data_to_device(super().reduce(tensor, group, reduce_op), self.root_device)
 
     @override
-    def all_gather(self, tensor: Tree, group: Any = None, sync_grads: bool = False) -> Tree:
+    def all_gather(self, tensor: Tree, group: Group = None, sync_grads: bool = False) -> Tree:
         return move_data_to_device(super().all_gather(tensor, group, sync_grads), self.root_device)
 
 

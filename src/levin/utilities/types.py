@@ -6,10 +6,13 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Optional, TypedDict, Union
+from typing import TYPE_CHECKING, Any, Callable, Optional, TypedDict, Union
 
 import torch
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Batch = Any
 """What a loader gives: whatever the user's data set and collate function make. Hooks name the type that they expect."""
@@ -19,6 +22,9 @@ Tree = Any
 
 Closure = Callable[[], Any]
 """Computes the loss and its gradients, and returns the loss."""
+
+Group = Optional["ProcessGroup"]
+"""Processes that talk to each other, as torch.distributed knows them; None for all."""
 
 Function = Callable[..., Any]
 """Whatever can be called: a method of the user's, which takes and returns what it likes."""
