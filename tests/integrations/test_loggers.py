@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import socket
 import sqlite3
-import statistics
 import struct
 import subprocess
 import sys
@@ -355,13 +355,13 @@ def tell(number):
 when = {"stopped": {50: lambda: tell(signal.SIGSTOP)}, "killed": {50: lambda: tell(signal.SIGKILL)}}
 clock = Clock(when.get(condition))
 warnings.simplefilter("default", UserWarning)
+began = time.perf_counter()
 if condition == "no logger":
     logger = False
 elif service == "wandb":
     logger = WandbLogger(project="p", save_dir=folder, offline=True)
 else:
     logger = CometLogger(project="p", online=None if "COMET_API_KEY" in os.environ else False, offline_directory=str(folder))
-began = time.perf_counter()
 trainer(folder, logger, max_epochs=1, callbacks=[clock], enable_checkpointing=False).fit(Line(), loader(400))
 (results / "whole").write_text(str(time.perf_counter() - began))
 tell(signal.SIGCONT)
@@ -391,9 +391,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ],
 )
 def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(service, conditions, tmp_path, small_disk):
-    deaf = Proxy(_free_port())
-    deaf.is_deaf = True
-    addresses = {"deaf at the start": deaf.port, "refuses": _free_port()}
+    deaf = socket.create_server(("127.0.0.1", 0), backlog=64)  # connections are made, and nobody reads them
+    addresses = {"deaf at the start": deaf.getsockname()[1], "refuses": _free_port()}
     times, whole_s = {}, {}
     for condition in conditions:
         results = tmp_path / condition
@@ -408,11 +407,11 @@ def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(service, cond
         assert (results / "told").exists() == (service == "wandb" and condition != "no logger")
         times[condition] = json.loads((results / "times").read_text())
         whole_s[condition] = float((results / "whole").read_text())
-    deaf.stop()
+    deaf.close()
     print_times(f"{service}, offline", times, whole_s)
     for condition, seconds in times.items():
-        # A logger that waits for the process, the disk or the service would never come here, or wait in each step.
-        assert len(seconds) == 399 and statistics.median(seconds) < 0.05, condition
+        # A logger that waits for the process, the disk or the service would never come here, or wait in a step.
+        assert whole_s[condition] < 40 and len(seconds) == 399 and max(seconds) < 0.25, condition
         if service == "wandb" and condition in ("healthy", "stopped"):
             assert len(wandb_history(wandb_records(tmp_path / condition))) >= 400
 

@@ -68,6 +68,16 @@ def start(**kwargs):
     calls.append(("start", (), kwargs))
     return Recorder("experiment", get_key=lambda: "key", project_name=kwargs["project"])
 """,
+    "comet_ml/config.py": """
+def get_config():
+    return {}
+
+def get_api_key(api_key, config):
+    return api_key
+
+def get_backend_address():
+    return "http://127.0.0.1:9/"
+""",
     "mlflow/__init__.py": RECORDER,
     "mlflow/entities.py": """
 class Metric:

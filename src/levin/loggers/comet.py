@@ -106,8 +106,9 @@ class CometLogger(Logger):
                 mode=self._mode,
                 experiment_config=config,
             )
-            self._experiment = start(online=self._online)
-            if self._experiment.alive is False:
+            if self._online is False or not _is_deaf(self._api_key):
+                self._experiment = start(online=self._online)
+            if self._experiment is None or self._experiment.alive is False:
                 self._experiment = start(online=False)
                 rank_zero_warn(
                     "Comet cannot be reached. The experiment is kept in local files, and Comet says at the end how to"
@@ -159,3 +160,18 @@ class CometLogger(Logger):
 
     def __getstate__(self) -> StateDict:
         return {**self.__dict__, "_experiment": None}
+
+
+def _is_deaf(api_key: Optional[str]) -> bool:
+    """Whether the service takes a connection and then answers nothing, which Comet would try again for minutes."""
+    import comet_ml.config
+    import requests
+
+    comet_ml.config.get_api_key(api_key, comet_ml.config.get_config())  # it may name a service of one's own
+    try:
+        requests.head(comet_ml.config.get_backend_address(), timeout=5)
+    except requests.Timeout:
+        return True
+    except requests.RequestException:
+        pass  # Comet finds out at once
+    return False
