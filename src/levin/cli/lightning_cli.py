@@ -18,6 +18,7 @@ from levin import __version__
 from levin.checkpoint.reading import load
 from levin.cli.callables import ArgsType, LRSchedulerTypeUnion, ReduceLROnPlateau
 from levin.cli.instantiate import class_config, instantiate_class, saving_instantiator
+from levin.cli.links import add_links_argument, link_as_configured
 from levin.cli.parser import ActionConfigFile, Configured, LightningArgumentParser, class_from_function
 from levin.cli.save_config import SaveConfigCallback
 from levin.datamodule import LightningDataModule
@@ -106,6 +107,7 @@ class LightningCLI:
         of_subcommands = {name: value for name, value in self.parser_kwargs.items() if name in self.subcommands()}
         of_main = {name: value for name, value in self.parser_kwargs.items() if name not in of_subcommands}
         self.setup_parser(run, of_main, of_subcommands)
+        link_as_configured(self.parser, self._subcommand_parsers, args)
         self.parse_arguments(self.parser, args)
         self.subcommand: Optional[str] = self.config["subcommand"] if run else None
         self._parse_ckpt_path()
@@ -140,13 +142,14 @@ class LightningCLI:
         return parser
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--seed_everything``."""
+        """Add ``--seed_everything`` and ``--links``."""
         parser.add_argument(
             "--seed_everything",
             type=Union[bool, int],
             default=self.seed_everything_default,
             help="Seed of all random numbers: an int, true for that of PL_GLOBAL_SEED or else 0, false for none.",
         )
+        add_links_argument(parser)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the arguments of Trainer, module and data module."""

@@ -205,6 +205,7 @@ def nearest(message: str, keys: Sequence[str], names: Sequence[str] = ()) -> str
     unknown = re.findall(r"--([\w.]+)", message) if message.startswith("unrecognized arguments") else []
     unknown += [".".join(pair) for pair in re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)]
     unknown += re.findall(r"Option '([\w.]+)' is not accepted", message)
+    unknown += re.findall(r'No action for key "([\w.]+)"', message)
     found = [_near(key, keys) for key in unknown]
     found += [_near(name, names) for name in re.findall(r"Expected a dot import path string: (\w+)", message)]
     meant = dict.fromkeys(match for match in found if match)

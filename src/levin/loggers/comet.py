@@ -106,7 +106,7 @@ class CometLogger(Logger):
                 mode=self._mode,
                 experiment_config=config,
             )
-            if self._online is False or not _is_deaf(self._api_key):
+            if self._online is False or _is_reachable(self._api_key):
                 self._experiment = start(online=self._online)
             if self._experiment is None or self._experiment.alive is False:
                 self._experiment = start(online=False)
@@ -162,16 +162,14 @@ class CometLogger(Logger):
         return {**self.__dict__, "_experiment": None}
 
 
-def _is_deaf(api_key: Optional[str]) -> bool:
-    """Whether the service takes a connection and then answers nothing, which Comet would try again for minutes."""
+def _is_reachable(api_key: Optional[str]) -> bool:
+    """Whether the service answers, be it with an error; where it does not, Comet would try again for minutes."""
     import comet_ml.config
     import requests
 
     comet_ml.config.get_api_key(api_key, comet_ml.config.get_config())  # it may name a service of one's own
     try:
         requests.head(comet_ml.config.get_backend_address(), timeout=5)
-    except requests.Timeout:
-        return True
     except requests.RequestException:
-        pass  # Comet finds out at once
-    return False
+        return False
+    return True
