@@ -13,6 +13,7 @@ import torch
 
 from levin.checkpoint.pickling import UNPICKLABLE, raise_explained
 from levin.checkpoint.reading import load
+from levin.utilities.exceptions import causes
 from levin.utilities.filesystem import atomic_open, remove
 from levin.utilities.types import PathLike, StateDict, Tree
 
@@ -75,10 +76,7 @@ def atomic_save(obj: object, path: PathLike) -> None:
             raise_explained(error, obj)
         except RuntimeError as error:
             # The writer is in C++, and complains of its position in a file that has refused some bytes.
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):
-                cause = cause.__context__
-            raise cause or error from None
+            raise next((cause for cause in causes(error) if isinstance(cause, OSError)), error) from None
 
 
 class Save:

@@ -49,35 +49,33 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
     run.strategy.checkpoint_io.wait()  # what is being written in the background may be what is asked for
     if given is None:
         given = _implicit(run, model_given)
-    path: Any = None
     if given is None:
-        path = None
-    elif given == "best":
-        path = _best(run)
-    elif given == "last":
+        return None
+    if given == "best":
+        return _best(run)
+    if given == "last":
         path = _last(run)
         if path is None:
             rank_zero_warn(
                 f'.{run.state.fn}(ckpt_path="last") is set, but there is no last checkpoint available. No checkpoint will be loaded.'
             )
-    elif given == "hpc":
+        return path
+    if given == "hpc":
         numbered = hpc_checkpoints(run.settings.default_root_dir)
         if not numbered:
             raise ValueError(
                 f'.{run.state.fn}(ckpt_path="hpc") is set, but no hpc_ckpt_N.ckpt is in {run.settings.default_root_dir!r}. Pass a path.'
             )
-        path = max(numbered)[1]
-    elif given == "auto":
-        path = find_newest(run)
-    elif is_registry(given):
-        path = download_checkpoint(run, given)
-    else:
-        path = given
-        if is_local(path) and not os.path.exists(local_path(path)):
-            raise FileNotFoundError(
-                f"ckpt_path must be an existing file, received {str(path)!r}. Aborting {run.state.fn}."
-            )
-    return path
+        return max(numbered)[1]
+    if given == "auto":
+        return find_newest(run)
+    if is_registry(given):
+        return download_checkpoint(run, given)
+    if is_local(given) and not os.path.exists(local_path(given)):
+        raise FileNotFoundError(
+            f"ckpt_path must be an existing file, received {str(given)!r}. Aborting {run.state.fn}."
+        )
+    return given
 
 
 def _implicit(run: Call, model_given: bool) -> Optional[str]:

@@ -99,11 +99,6 @@ class Fabric(Processes):
         for entry in entry_points(group=ENTRY_POINTS):
             self._callbacks.extend(as_list(entry.load()()))
         self._guard = BackwardGuard(self._strategy)
-        hooks = (self._strategy.pre_backward, self._strategy.post_backward)
-        # What remains of the backward pass where nobody takes part in it.
-        self._is_backward_plain: bool = not self._guard.is_needed and not any(
-            self._strategy.is_overridden(hook.__name__) for hook in hooks
-        )
 
     loggers: list[Any] = reads("_loggers", "All loggers.")
 
@@ -246,7 +241,7 @@ class Fabric(Processes):
             model: The module it is of, for engines that need it where there are several.
             kwargs: Passed on.
         """
-        if self._is_backward_plain:
+        if self._guard.is_plain:
             tensor.backward(*args, **kwargs)
             return
         self._guard.is_open = True

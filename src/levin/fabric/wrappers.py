@@ -48,6 +48,10 @@ class BackwardGuard:
         kind = type(strategy.precision)
         is_precisions = any(getattr(kind, name) is not getattr(Precision, name) for name in names)
         self.is_needed: bool = is_precisions or type(strategy).backward is not Strategy.backward
+        # What remains of the backward pass where nobody takes part in it.
+        self.is_plain: bool = not self.is_needed and not any(
+            map(strategy.is_overridden, ("pre_backward", "post_backward"))
+        )
         self.is_open: bool = False
 
     def watch(self, output: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -54,14 +55,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def named_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> set[str]:
     """Return the names of the options that the command line, or torchrun's environment variables, set."""
-    silent = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=True)
-    for action in parser._actions:
-        if not action.option_strings:
-            silent.add_argument(action.dest, nargs=action.nargs)
-        elif action.nargs == 0:
-            silent.add_argument(*action.option_strings, dest=action.dest, action="store_true")
-        else:
-            silent.add_argument(*action.option_strings, dest=action.dest)
+    silent = copy.deepcopy(parser)
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
     named = vars(silent.parse_args(list(arguments)))
     variables = {action.dest for action in parser._actions if f"PET_{action.dest.upper()}" in os.environ}
     return set(named) | variables

@@ -15,9 +15,10 @@ from typing import Any, Optional
 from typing_extensions import override
 
 from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
-from levin.loggers.outbox import Entry, Outbox
+from levin.loggers.outbox import Entry, Outbox, asks_to_wait
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, hold, release
 from levin.loggers.utilities import flatten, join_path, to_dict
+from levin.utilities.exceptions import causes
 from levin.utilities.numbers import to_numbers
 from levin.utilities.packages import require_package
 from levin.utilities.properties import reads
@@ -336,12 +337,7 @@ def _is_away(error: BaseException) -> bool:
     from requests.exceptions import Timeout
     from urllib3.exceptions import HTTPError
 
-    chain: Optional[BaseException] = error
-    while chain is not None:
-        if isinstance(chain, (RequestsConnectionError, Timeout, HTTPError, ConnectionError, TimeoutError)):
-            return True
-        status = getattr(chain, "status", None)
-        if isinstance(status, int) and (status >= 500 or status in (408, 429)):
-            return True
-        chain = chain.__cause__ or chain.__context__
-    return False
+    unreachable = (RequestsConnectionError, Timeout, HTTPError, ConnectionError, TimeoutError)
+    return any(
+        isinstance(cause, unreachable) or asks_to_wait(getattr(cause, "status", None)) for cause in causes(error)
+    )

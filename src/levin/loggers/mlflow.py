@@ -17,9 +17,10 @@ from typing import Any, Literal, Optional
 from typing_extensions import override
 
 from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
-from levin.loggers.outbox import Entry, Outbox
+from levin.loggers.outbox import Entry, Outbox, asks_to_wait
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata, hold, release
 from levin.loggers.utilities import add_prefix, flatten, to_dict
+from levin.utilities.exceptions import causes
 from levin.utilities.numbers import to_numbers
 from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -334,18 +335,13 @@ def _is_away(error: BaseException) -> bool:
     from requests.exceptions import ConnectionError as RequestsConnectionError
     from requests.exceptions import HTTPError, Timeout
 
-    chain: Optional[BaseException] = error
-    while chain is not None:
-        if isinstance(chain, (RequestsConnectionError, Timeout, ConnectionError, TimeoutError)):
+    for cause in causes(error):
+        if isinstance(cause, (RequestsConnectionError, Timeout, ConnectionError, TimeoutError)):
             return True
-        status = 0
-        if isinstance(chain, HTTPError) and chain.response is not None:
-            status = chain.response.status_code
-        elif isinstance(chain, MlflowException) and chain.error_code in _AWAY_CODES:
+        if isinstance(cause, HTTPError) and cause.response is not None and asks_to_wait(cause.response.status_code):
             return True
-        if status >= 500 or status in (408, 429):
+        if isinstance(cause, MlflowException) and cause.error_code in _AWAY_CODES:
             return True
-        chain = chain.__cause__ or chain.__context__
     return False
 
 

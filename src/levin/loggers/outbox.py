@@ -211,6 +211,11 @@ class Outbox:
             group[0].sent.set_exception(error)
 
 
+def asks_to_wait(status: object) -> bool:
+    """Return whether a status of HTTP means that the service cannot answer now."""
+    return isinstance(status, int) and (status >= 500 or status in (408, 429))
+
+
 def _first_line(error: Optional[Exception]) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"

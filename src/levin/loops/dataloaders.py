@@ -30,21 +30,20 @@ NEXT = {
     "predict": "[_PredictionLoop].predict_next",
 }
 """Stage -> name of the wait for the next batch in reports of profilers; these are the names that it has always had."""
+STAGE_OF = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+"""Method of the Trainer -> stage of the loaders that it runs over."""
 
 
 def loaders_of(run: Run, fn: str) -> StageLoaders:
     """Return the loaders that ``validate``, ``test`` or ``predict`` runs over."""
-    return {
-        "validate": run.loaders.val, "test": run.loaders.test, "predict": run.loaders.predict,
-    }[fn]  # fmt: skip
+    loaders: StageLoaders = getattr(run.loaders, STAGE_OF[fn])
+    return loaders
 
 
 def limit_of(run: Run, fn: str) -> int | float:
     """Return the limit of batches of ``validate``, ``test`` or ``predict``."""
-    return {
-        "validate": run.settings.limit_val_batches, "test": run.settings.limit_test_batches,
-        "predict": run.settings.limit_predict_batches,
-    }[fn]  # fmt: skip
+    limit: int | float = getattr(run.settings, f"limit_{STAGE_OF[fn]}_batches")
+    return limit
 
 
 def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float]] = None) -> Feed:

@@ -21,7 +21,7 @@ from levin.checkpoint.select import hpc_checkpoints
 from levin.environments.slurm import SLURMEnvironment
 from levin.launchers.launcher import SIGTERM_STATUS, Launcher
 from levin.protocols import Run
-from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.exceptions import SIGTERMException, causes
 from levin.utilities.rank_zero import log, rank_zero_info
 from levin.utilities.states import TrainerFn
 
@@ -239,12 +239,8 @@ def as_ended(run: Run, error: BaseException) -> BaseException:
     if isinstance(error, RuntimeError) and launcher is not None and launcher.runs_elsewhere:
         return SIGTERMException()
     # Torch tells of a lost worker wherever this process is just then, perhaps where the error becomes another one.
-    cause: Optional[BaseException] = error
-    while cause is not None:
-        if isinstance(cause, RuntimeError) and "DataLoader worker" in str(cause):
-            return SIGTERMException()
-        cause = cause.__cause__ or cause.__context__
-    return error
+    is_lost = any(isinstance(cause, RuntimeError) and "DataLoader worker" in str(cause) for cause in causes(error))
+    return SIGTERMException() if is_lost else error
 
 
 def save_for_restart(run: Run) -> None:

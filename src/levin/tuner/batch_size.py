@@ -9,9 +9,9 @@ from collections.abc import Callable, Sized
 import torch
 
 from levin.data.combined import CombinedLoader
+from levin.loops.dataloaders import STAGE_OF, loaders_of
 from levin.loops.run import Run
-from levin.loops.stage_loaders import StageLoaders
-from levin.tuner.search import STAGES, holders, try_run
+from levin.tuner.search import holders, try_run
 from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -103,7 +103,7 @@ def scale_batch_size(
     check_batch_size_search(run, mode, batch_arg_name)
     owners = holders(batch_arg_name, run.module, run.datamodule)
     before = getattr(owners[0], batch_arg_name)
-    stage = STAGES[run.fn]
+    stage = STAGE_OF[run.fn]
     limits = {"limit_val_batches": 0} if run.fn == "fit" else {f"limit_{stage}_batches": steps_per_trial}
     num_samples = sys.maxsize
 
@@ -144,7 +144,7 @@ def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
             f"The batch size is searched on one process, received {run.strategy.world_size}. "
             "Search with Trainer(devices=1) and set the size for all."
         )
-    loaders: StageLoaders = getattr(run.loaders, STAGES[run.fn])
+    loaders = loaders_of(run, run.fn)
     if loaders.given is not None:
         raise MisconfigurationException(
             "The batch size finder cannot be used with dataloaders passed directly to the Trainer. "

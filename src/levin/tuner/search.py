@@ -13,13 +13,11 @@ from torch import nn
 
 from levin.counters import FitLoop, Loops
 from levin.hooks import Callback
+from levin.loops.dataloaders import STAGE_OF
 from levin.loops.run import Run
 from levin.loops.run_call import compose_run, run_stage
 from levin.loops.stage_loaders import Loaders
 from levin.utilities.seed import isolate_rng
-
-STAGES = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
-"""Method of the Trainer -> stage of the loaders that it runs over."""
 
 
 def try_run(run: Run, callbacks: list[Callback], max_steps: int = -1, **settings: Any) -> Run:
@@ -113,7 +111,7 @@ def _unchanged_optimizers(run: Run) -> Iterator[None]:
 def _unloaded(loaders: Loaders) -> Loaders:
     """Return loaders from the same place, which are asked for anew."""
     fresh = Loaders()
-    for stage in STAGES.values():
+    for stage in STAGE_OF.values():
         ours, theirs = getattr(fresh, stage), getattr(loaders, stage)
         ours.given, ours.owner = theirs.given, theirs.owner
     return fresh

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Optional
 
 
 class MisconfigurationException(ValueError):
@@ -28,6 +29,14 @@ class SIGTERMException(SystemExit):
     def __reduce__(self) -> tuple[type[SIGTERMException], tuple[()]]:
         """Be made again without arguments: exceptions are sent from process to process."""
         return type(self), ()
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, the one that it was raised from or while it was handled, and so on."""
+    cause: Optional[BaseException] = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
