@@ -221,8 +221,9 @@ def user_code(seen: trace.Trace, plan: Plan) -> None:
     if "validation" in plan.fails_in or "sanity" in plan.fails_in:
         return  # Lightning leaves the module in eval mode, which differs on purpose.
     seen.note("modes", [child.training for child in module.modules()])
-    # After an error the next fit draws other random numbers, which differs on purpose.
-    if plan.then and not (plan.then == "fit" and (plan.fails_in or plan.raise_at)):
+    if plan.fails_in or plan.raise_at:
+        module.dropout.p = 0.0  # After an error the next fit draws other random numbers, which differs on purpose.
+    if plan.then:
         seen.attempt(after_the_fit, trainer, module, plan.then)
 
 

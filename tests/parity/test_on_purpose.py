@@ -155,28 +155,30 @@ def test_the_modes_after_an_error_in_validation(tmp_path, hook):
     assert seen == [[False, False, False], [True, False, True]]
 
 
-def test_the_random_numbers_of_a_fit_after_one_that_failed(tmp_path):
+@pytest.mark.parametrize("hook", ["on_before_optimizer_step", "on_train_epoch_start"])
+def test_the_random_numbers_of_a_fit_after_one_that_failed(tmp_path, hook):
     states = []
     for framework in pair():
         calls, seen = [], []
 
-        class Failing(framework.Callback):
-            def on_before_optimizer_step(self, *_, calls=calls):
-                calls.append(1)
-                if len(calls) == 2:
-                    raise OSError("meant")
+        def fail(*_, calls=calls):
+            calls.append(1)
+            if len(calls) == 2:
+                raise OSError("meant")
 
-            def on_train_batch_start(self, *_, seen=seen):
-                seen.append(torch.get_rng_state())
+        def note(*_, seen=seen):
+            seen.append(torch.get_rng_state())
 
+        callback = type("Failing", (framework.Callback,), {hook: fail, "on_train_batch_start": note})()
         torch.manual_seed(1)
         module = make(framework)
-        trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[Failing()], accumulate_grad_batches=3)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[callback], accumulate_grad_batches=3)
         with pytest.raises(OSError, match="meant"):
             trainer.fit(module, data())
+        num_before = len(seen)
         trainer.fit(module, data())
-        assert len(seen) == 9
-        states.append(torch.Generator().set_state(seen[6]))
+        assert len(seen) == num_before + 3
+        states.append(torch.Generator().set_state(seen[num_before]))
     # A DataLoader draws one number when it is begun: here Lightning begins one more.
     torch.empty((), dtype=torch.int64).random_(generator=states[1])
     assert torch.equal(states[0].get_state(), states[1].get_state())
