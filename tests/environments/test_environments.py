@@ -23,6 +23,7 @@ from levin.environments import (
 from levin.environments.lsf import read_rank_file
 from levin.environments.slurm import first_node
 from levin.utilities.rank_zero import rank_zero_only
+from levin.utilities.warnings import PossibleUserWarning
 
 PREFIXES = ("SLURM_", "LSB_", "JSM_", "TORCHELASTIC_")
 NAMES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "STANDALONE_PORT")
@@ -288,11 +289,20 @@ def test_kubeflow(monkeypatch):
 
 def test_mpi_and_tpu_without_their_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     for environment, package in ((MPIEnvironment, "mpi4py"), (XLAEnvironment, "torch_xla")):
         assert not environment.detect()
         with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}, which is not installed"):
             environment()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_processes_of_mpirun_that_cannot_find_each_other_are_told(monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.setenv(name, "1")
+    assert not MPIEnvironment.detect()
+    monkeypatch.setenv(name, "3")
+    with pytest.warns(PossibleUserWarning, match="mpirun started 3 processes.*each process trains alone"):
+        assert not MPIEnvironment.detect()
 
 
 def test_mpi_is_not_started_where_mpirun_did_not_start_the_process(monkeypatch):

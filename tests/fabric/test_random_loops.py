@@ -172,6 +172,7 @@ def test_loops_of_two_processes_go_on(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(660)
 @world_size(2, timeout_s=600)
 def test_many_loops_of_two_processes_go_on(tmp_path):
     for seed in (100, *range(104, 130)):

@@ -88,6 +88,19 @@ def test_mpirun(tmp_path, monkeypatch):
     check(tmp_path, "MPIEnvironment")
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (make test-mpi)")
+def test_mpirun_without_mpi4py_says_that_each_process_trains_alone(tmp_path, monkeypatch):
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+        monkeypatch.setenv(name, "1")
+    program = "import sys; sys.modules['mpi4py'] = None; import levin; print(levin.Trainer(logger=False).world_size)"
+    done = subprocess.run(
+        ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, cwd=tmp_path, capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.split() == ["1", "1"], done.stderr
+    assert done.stderr.count("mpirun started 2 processes") == 2
+
+
 def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:
     port = _free_port()
     if cluster == "srun":

@@ -9,9 +9,12 @@ from typing import Any
 
 from typing_extensions import override
 
+from levin.environments.environment import read_int
 from levin.environments.external import ExternalEnvironment
 from levin.environments.local import find_free_port
 from levin.utilities.packages import require_package
+from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.warnings import PossibleUserWarning
 
 # By Open MPI, by MPICH and what descends from it, by MVAPICH, by PMIx, by Cray's launcher.
 _SET_BY_MPIRUN = (
@@ -23,6 +26,9 @@ _SET_BY_MPIRUN = (
     "PMIX_RANK",
     "PALS_RANKID",
 )
+
+
+_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class MPIEnvironment(ExternalEnvironment):
@@ -62,14 +68,23 @@ class MPIEnvironment(ExternalEnvironment):
     @override
     def detect() -> bool:
         # To import MPI is to start it, which a process that nothing of the kind has started is spared.
-        if not any(name in os.environ for name in _SET_BY_MPIRUN) or importlib.util.find_spec("mpi4py") is None:
+        if not any(name in os.environ for name in _SET_BY_MPIRUN):
             return False
-        try:
-            from mpi4py import MPI
-        except (ImportError, RuntimeError):
-            # mpi4py is there, the MPI library that it was built for is not.
-            return False
-        return bool(MPI.COMM_WORLD.Get_size() > 1)
+        if importlib.util.find_spec("mpi4py") is not None:
+            try:
+                from mpi4py import MPI
+            except (ImportError, RuntimeError):
+                pass  # the MPI library that it was built for is not there
+            else:
+                return bool(MPI.COMM_WORLD.Get_size() > 1)
+        num_processes = max(read_int(name, 1) for name in _SIZES)
+        if num_processes > 1:
+            rank_zero_warn(
+                f"mpirun started {num_processes} processes, which find each other through mpi4py, and that cannot be"
+                " imported: each process trains alone. Run `pip install mpi4py` to let them train together.",
+                category=PossibleUserWarning,
+            )
+        return False
 
     @override
     def world_size(self) -> int:
