@@ -162,4 +162,16 @@ PACKAGES = (
         ),
     ),
     Package("pina-mathlab", "0.3.2", ("tests",), ("scipy",)),
+    Package(
+        "gluonts",
+        "0.17.0",
+        ("usage/gluonts.py",),
+        note="ships no tests; used as its documentation says",
+    ),
+    Package(
+        "pytorch-tabular",
+        "1.2.0",
+        ("usage/pytorch_tabular.py",),
+        note="ships no tests; used as its documentation says",
+    ),
 )
