@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
 from levin.data.combined import CombinedLoader
+from tests.parity import both, trace
 
 SOURCES: dict[str, Any] = {
     "loader": lambda: [DataLoader([]), [1, 2, 3]],
@@ -61,3 +62,41 @@ def test_training_on_what_gives_nothing_ends_at_once(mode):
     )
     trainer.fit(Model(), CombinedLoader([[], [1, 2, 3]], mode))
     assert (trainer.num_training_batches, trainer.global_step) == (0, 0)
+
+
+VALIDATION: dict[str, Any] = {
+    "empty": lambda combined: DataLoader([]),
+    "drop_last": lambda combined: DataLoader(torch.ones(2, 4), batch_size=3, drop_last=True),
+    "several": lambda combined: [DataLoader([]), DataLoader([])],
+    "one of several": lambda combined: [DataLoader([]), trace.batches(2)],
+    "joint": lambda combined: combined([DataLoader([]), trace.batches(2)], "min_size"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*hold no batches:UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"val_check_interval": 1}, {"num_sanity_val_steps": 0, "max_epochs": 1}])
+@pytest.mark.parametrize("kind", VALIDATION)
+def test_hooks_of_a_validation_without_batches(tmp_path, kind, settings):
+    def code(seen: trace.Trace) -> None:
+        module = both.recording_module(seen.framework, [], log=False)[0]
+        module.training_step = lambda batch, batch_idx: module.layer(batch).pow(2).mean()
+        module.validation_step = module.test_step = lambda batch, batch_idx, dataloader_idx=0: None
+        hooks = [name for name in both.HOOKS_OF_CALLBACK if "checkpoint" not in name]
+        trainer = seen.trainer(**{"max_epochs": 2, "callbacks": [seen.callback(hooks)], **settings})
+        data = VALIDATION[kind](CombinedLoader if seen.is_levin else Theirs)
+        trainer.fit(module, trace.batches(2), data)
+        for method in (trainer.validate, trainer.test):
+            seen.note(method(module, data, verbose=False))
+        seen.note(trainer.num_val_batches, trainer.global_step)
+
+    trace.same(code, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*hold no batches:UserWarning", "ignore:.*returned 0 length:UserWarning")
+def test_an_interval_of_validation_is_no_error_where_there_is_nothing_to_train_on(tmp_path):
+    def code(seen: trace.Trace) -> None:
+        trainer = seen.trainer(max_epochs=1, val_check_interval=3)
+        trainer.fit(both.recording_module(seen.framework, [])[0], DataLoader([]), trace.batches(2))
+        seen.note(trainer.global_step, trainer.current_epoch)
+
+    trace.same(code, tmp_path)

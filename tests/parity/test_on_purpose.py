@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from tests.parity import both
 
@@ -56,13 +56,19 @@ def data() -> DataLoader:
     return DataLoader(torch.ones(6, 4), batch_size=2)
 
 
+class Unsized(IterableDataset):
+    def __iter__(self):
+        return iter(TooLong())
+
+
 @pytest.mark.filterwarnings("ignore:.*has a length of 5 and ended")
-def test_a_length_that_is_too_long(tmp_path):
+@pytest.mark.parametrize("train", [TooLong(), DataLoader(Unsized(), batch_size=None)], ids=["length", "limit"])
+def test_an_epoch_of_fewer_batches_than_were_counted_on(tmp_path, train):
     seen = []
     for framework in pair():
         module = make(framework)
-        trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=0)
-        trainer.fit(module, TooLong(), data())
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=0, limit_train_batches=5)
+        trainer.fit(module, train, data())
         seen.append((trainer.global_step, module.num_validated, trainer.optimizers[0].param_groups[0]["lr"]))
     assert seen == [(6, 0, 0.1), (6, 6, pytest.approx(0.001))]
 

@@ -84,7 +84,7 @@ class Plan:
         limits = [min(steps, count) for count in run.loaders.val.num_batches]
         yield from self._hooks("on_sanity_check_start")
         yield from self._loader(run.loaders.val)
-        if sum(limits):
+        if sum(run.loaders.val.batches_per_loader):
             yield Node("sanity check: nothing of it is logged or counted", body=[*self._evaluation(limits, False)])
         yield from self._hooks("on_sanity_check_end")
 
@@ -230,7 +230,7 @@ class Plan:
         body = [
             self._call(run.module.on_validation_model_zero_grad, "", frees_when),
             *self._reloaded_validation(),
-            *self._evaluation(run.loaders.val.num_batches, True),
+            *(self._evaluation(run.loaders.val.num_batches, True) if sum(run.loaders.val.batches_per_loader) else ()),
         ]
         if run.settings.val_check_seconds is not None:
             clock = str(timedelta(seconds=run.settings.val_check_seconds))

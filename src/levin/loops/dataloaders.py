@@ -85,6 +85,11 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
             loop.max_batches = loaders.batches_per_loader
 
 
+def has_batches(run: Run, loaders: StageLoaders) -> bool:
+    """Whether any loader of a stage has a batch on any rank; where none has, its hooks are not called either."""
+    return agreed_batches(run.strategy, sum(loaders.batches_per_loader)) > 0
+
+
 def measure_again(run: Run, loaders: StageLoaders, limit: int | float) -> bool:
     """Find the lengths of a new epoch, which may be others. Returns whether they are."""
     return loaders.measure_again(limit, f"limit_{loaders.stage}_batches", num_from_limit)
@@ -158,7 +163,7 @@ def _val_check_batch(run: Run) -> Optional[int | float]:
     if run.settings.val_check_seconds is not None:
         return None
     if isinstance(interval, int) and not isinstance(interval, bool):
-        if interval > count and run.settings.check_val_every_n_epoch is not None and run.enable_validation:
+        if interval > count > 0 and run.settings.check_val_every_n_epoch is not None and run.enable_validation:
             raise ValueError(
                 f"val_check_interval must be <= the number of training batches ({count}), received {interval}. "
                 "Set Trainer(check_val_every_n_epoch=None) to count batches across epochs."

@@ -13,6 +13,7 @@ from levin.data.feed import Feed
 from levin.log_store import LogStore
 from levin.loops.dataloaders import (
     batch_indices,
+    has_batches,
     load_if_dropped,
     load_validation,
     make_feed,
@@ -55,11 +56,12 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
         run.val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
     if not (is_new or run.strategy.is_distributed):
         measure_again(run, loaders, run.settings.limit_val_batches)
-    feed = make_feed(run, loaders)
-    exact.follow_validation(feed, loaders, is_new, is_due)
-    tell_epoch(run, loaders)
-    with torch.no_grad():
-        evaluate(run, "validation", feed, run.val_step, run.loops.fit.epoch_loop.val_loop)
+    if has_batches(run, loaders):
+        feed = make_feed(run, loaders)
+        exact.follow_validation(feed, loaders, is_new, is_due)
+        tell_epoch(run, loaders)
+        with torch.no_grad():
+            evaluate(run, "validation", feed, run.val_step, run.loops.fit.epoch_loop.val_loop)
     run.resume.end_validation()
     run.state.stage = RunningStage.TRAINING
     run.last_validation_s = run.now_s

@@ -15,6 +15,7 @@ from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
 from levin.loops.compiled import Compiler
 from levin.loops.dataloaders import (
+    has_batches,
     limit_of,
     load,
     load_training,
@@ -38,7 +39,6 @@ from levin.ranks.agreement import agreement_for
 from levin.ranks.hang_watchdog import start_watchdog
 from levin.ranks.location import locate
 from levin.ranks.same_everywhere import check_same_settings
-from levin.ranks.uneven import agreed_batches
 from levin.resume import checkpoint_tree as tree
 from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
@@ -191,7 +191,7 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
     step = compose_evaluation_step(run, name, len(feed.sources))
     uses_inference = run.settings.inference_mode and run.strategy.supports_inference_mode
     no_gradients = torch.inference_mode() if uses_inference else torch.no_grad()
-    if agreed_batches(run.strategy, sum(loaders.num_batches)) == 0:
+    if not has_batches(run, loaders):
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
     tell_epoch(run, loaders)
@@ -249,8 +249,8 @@ def sanity_check(run: Run, is_resumed: bool) -> None:
         run.call("on_sanity_check_start")
         load_validation(run)
         loaders = run.loaders.val
-        limits = [min(steps, count) for count in loaders.num_batches]
-        if agreed_batches(run.strategy, sum(limits)) > 0:
+        if has_batches(run, loaders):
+            limits = [min(steps, count) for count in loaders.num_batches]
             feed = make_feed(run, loaders, limits)
             run.resume.follow_validation(feed, loaders, is_new=True, is_due=True)
             run.val_step = run.val_step or compose_evaluation_step(run, "validation", len(feed.sources))
