@@ -387,9 +387,9 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
                 "Pass clip_gradients(optimizer, gradient_clip_val=1.0)."
             )
         if value > 0 or is_under_fabric:
-            bound: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": value}
+            clip_val, max_norm = (value, None) if algorithm == "value" else (None, value)
             owner = self._fabric if is_under_fabric else trainer.strategy
-            owner.clip_gradients(self, optimizer, **bound)
+            owner.clip_gradients(self, optimizer, clip_val, max_norm)
 
     def toggle_optimizer(self, optimizer: Any) -> None:
         """Let only the parameters of ``optimizer`` require gradients, until :meth:`untoggle_optimizer`."""

@@ -175,7 +175,7 @@ def find_newest(run: Call) -> Optional[str]:
         if run.state.fn == TrainerFn.FITTING and getattr(callback, "save_weights_only", False):
             continue  # there is nothing to go on from
         rows.append(_folders_of(run, callback))
-    found: dict[str, Any] = {}
+    found: dict[str, float] = {}
     seen: set[str] = set()
     for row in rows:
         for folder in row:

@@ -66,7 +66,7 @@ class Snapshot:
     pickled: bytes
     tensors: list[_StagedTensor]
     memory: memoryview
-    events: list[Any] = field(default_factory=list)
+    events: list[torch.cuda.Event] = field(default_factory=list)
     taken_s: float = field(default_factory=time.time)
 
     def realize(self) -> Any:
@@ -149,7 +149,7 @@ class _Block:
             self.view = memoryview(memory)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.view)) if size else 0
 
-    def copy_in(self, storages: list[_StagedStorage], helpers: ThreadPoolExecutor) -> list[Any]:
+    def copy_in(self, storages: list[_StagedStorage], helpers: ThreadPoolExecutor) -> list[torch.cuda.Event]:
         """Copy each storage to its offset; return what to wait for until all is there."""
         devices: set[torch.device] = set()
         address, move = self.address, ctypes.memmove

@@ -110,10 +110,11 @@ class StageLoaders:
                     f"`{self.hook}` gives a Dataset ({name}), not a loader: each of its samples is taken for a batch. "
                     f"Wrap it if this was not meant: DataLoader({name.lower()}, batch_size=32)."
                 )
-        stage: Any = self.stage
         combined.flattened = [
             process(
-                prepare_dataloader(loader, stage=stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit)
+                prepare_dataloader(
+                    loader, stage=self.stage, sampler_kwargs=sampler_kwargs, shuffle=None, overfit=is_overfit
+                )
             )
             for loader in combined.flattened
         ]

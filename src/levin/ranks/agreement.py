@@ -130,7 +130,8 @@ def agreed_value(run: Run, name: str, value: Any) -> Any:
     """
     if run.agreement is None:
         return value
-    strategy: Any = run.strategy
+    strategy = run.strategy
+    assert isinstance(strategy, ParallelStrategy), "there is an agreement on several ranks alone"
     own = [0.0, 0.0] if value is None else [1.0, float(value)]
     rows = strategy.control.exchange(own)
     values = [number for is_there, number in rows if is_there]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
 from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.strategies.collectives import num_collectives
-from levin.strategies.parallel import is_connected
+from levin.strategies.parallel import ParallelStrategy, is_connected
 from levin.utilities.types import Batch, StateDict
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
         stage: ``"train"``, ``"val"``, ``"test"`` or ``"predict"``.
         args: As for :class:`~levin.data.feed.Feed`.
     """
-    strategy: Any = run.strategy
+    strategy = run.strategy
+    assert is_shared(strategy)
     data = strategy.data_parallel
     counted = functools.partial(num_collectives, data.group)
     peers = Peers(data.rank, data.size, strategy.data_control.exchange, strategy.data_control.share, counted)
@@ -99,7 +100,7 @@ def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
     return SharedFeed(*args, peers=peers, rule=strategy.uneven if stage == "train" else None, uneven=uneven)
 
 
-def agreed_batches(strategy: Any, num_batches: float, rule: str = "longest") -> int | float:
+def agreed_batches(strategy: Strategy, num_batches: float, rule: str = "longest") -> int | float:
     """Return how many batches of one loader all ranks go through together; each asks with its own number."""
     if not is_shared(strategy) or not is_connected():
         return num_batches
@@ -108,6 +109,6 @@ def agreed_batches(strategy: Any, num_batches: float, rule: str = "longest") -> 
     return agreed if agreed == float("inf") else int(agreed)
 
 
-def is_shared(strategy: Strategy) -> bool:
+def is_shared(strategy: Strategy) -> TypeGuard[ParallelStrategy]:
     """Whether the data is split over several ranks, which take their steps together."""
-    return strategy.is_distributed and strategy.data_parallel.size > 1
+    return isinstance(strategy, ParallelStrategy) and strategy.data_parallel.size > 1

@@ -16,6 +16,7 @@ from levin.utilities.rng_states import collect_rng_states, set_rng_states
 
 if TYPE_CHECKING:
     from levin.protocols import Run
+    from levin.strategies.strategy import Strategy
     from levin.utilities.types import PathLike, StateDict
 
 # Of what levin adds to the file; counted up when its keys change.
@@ -179,7 +180,7 @@ def own_state(checkpoint: Mapping[str, object]) -> Optional[StateDict]:
     return state if isinstance(state, dict) else None
 
 
-def keep_part_of_rank(checkpoint: StateDict, strategy: Any, weights_only: Optional[bool]) -> None:
+def keep_part_of_rank(checkpoint: StateDict, strategy: Strategy, weights_only: Optional[bool]) -> None:
     """Leave of :func:`own_state` the part that is for this rank.
 
     Args:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from levin.checkpoint.io import own_parts
+from levin.strategies.parallel import ParallelStrategy
+from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
@@ -24,11 +25,11 @@ _ALONE = "alone_of"
 _CPU = torch.device("cpu")
 
 
-def with_other_ranks(own: StateDict, strategy: Any) -> StateDict:
+def with_other_ranks(own: StateDict, strategy: Strategy) -> StateDict:
     """Return what rank 0 writes: its own state and, beside it, those of the other ranks; all ranks call this."""
     own = own_parts(own)
     data = strategy.data_parallel
-    if not strategy.is_distributed or data.size == 1:
+    if not isinstance(strategy, ParallelStrategy) or data.size == 1:
         return own
     if strategy.control.is_closed:
         return {**own, _ALONE: data.size}
