@@ -205,7 +205,7 @@ def read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"hparams_file must be a .yaml, .yml or .csv file, received {str(path)!r}.")
     with fsspec.open(str(path), "r", newline="" if suffix == ".csv" else None) as file:
         if suffix == ".csv":
-            return {row["key"]: _literal(row["value"]) for row in csv.DictReader(file)}
+            return {row["key"]: literal(row["value"]) for row in csv.DictReader(file)}
         return _read_yaml(file, path)
 
 
@@ -323,7 +323,8 @@ def _restore_module(module: Any, checkpoint: StateDict, strict: bool | None) -> 
         module.to(device)
 
 
-def _literal(text: str) -> object:
+def literal(text: str) -> object:
+    """Return the value that a text of a CSV file stands for, the text itself where it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

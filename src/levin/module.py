@@ -187,16 +187,14 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
     @property
     def logger(self) -> Any:
         """The first logger, or None."""
-        if self._fabric is not None and self._trainer is None:
-            return self._fabric.logger
-        return self._trainer.logger if self._trainer is not None else None
+        owner = self._trainer or self._fabric
+        return owner.logger if owner is not None else None
 
     @property
     def loggers(self) -> list[Any]:
         """All loggers."""
-        if self._fabric is not None and self._trainer is None:
-            return list(self._fabric.loggers)
-        return self._trainer.loggers if self._trainer is not None else []
+        owner = self._trainer or self._fabric
+        return owner.loggers if owner is not None else []
 
     @property
     def automatic_optimization(self) -> bool:

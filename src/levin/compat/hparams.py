@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import inspect
 import os
@@ -14,7 +13,7 @@ from typing import Any
 
 from levin.compat.equivalents import is_picklable
 from levin.hparams import frame_arguments
-from levin.loading import read_hparams_file
+from levin.loading import literal, read_hparams_file
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -166,15 +165,6 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
 
 
-def convert(val: str) -> int | float | bool | str | list[Any] | dict[str, Any]:
-    """Return the value that a text of a CSV file stands for, the text itself where it is none."""
-    try:
-        value: int | float | bool | str | list[object] | dict[str, object] = ast.literal_eval(val)
-    except (ValueError, SyntaxError):
-        return val
-    return value
-
-
 def load_hparams_from_tags_csv(tags_csv: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the hyper-parameters in a file of old; an empty dict when there is no such file.
 
@@ -185,7 +175,7 @@ def load_hparams_from_tags_csv(tags_csv: str | os.PathLike[str]) -> dict[str, An
         rank_zero_warn(f"There is no file {str(tags_csv)!r}, so it holds no hyper-parameters.", category=RuntimeWarning)
         return {}
     with open(tags_csv, newline="") as file:
-        return {row["key"]: convert(row["value"]) for row in csv.DictReader(file)}
+        return {row["key"]: literal(row["value"]) for row in csv.DictReader(file)}
 
 
 def save_hparams_to_tags_csv(tags_csv: str | os.PathLike[str], hparams: Any) -> None:

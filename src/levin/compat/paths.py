@@ -118,9 +118,9 @@ TABLE: dict[str, dict[str, str]] = {
         f"{_DEMOS}.transformer": "Dictionary LightningTransformer PositionalEncoding Transformer WikiText2 tokenize",
     },
     "pytorch.core.saving": {
-        "levin.loading": "_load_from_checkpoint:load_from_checkpoint _default_map_location:default_map_location",
+        "levin.loading": "_load_from_checkpoint:load_from_checkpoint _default_map_location:default_map_location convert:literal",
         "levin.utilities.filesystem": "get_filesystem",
-        HPARAMS: "convert load_hparams_from_tags_csv load_hparams_from_yaml save_hparams_to_tags_csv save_hparams_to_yaml "
+        HPARAMS: "load_hparams_from_tags_csv load_hparams_from_yaml save_hparams_to_tags_csv save_hparams_to_yaml "
         "update_hparams",
     },
     "pytorch.loggers": {

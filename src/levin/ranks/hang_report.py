@@ -110,7 +110,8 @@ def diagnose(reports: Iterable[Report]) -> str:
     silent = [r for r in everyone if not r.is_alive and not r.has_left]
     if silent:
         lines = [f"{r.label}: last seen at {r.place or 'set-up'}; {_why_silent(r)}." for r in silent]
-        return _compose(f"{_names(silent)} no sign of life.", lines, silent, everyone)
+        verb = "gives" if len(silent) == 1 else "give"
+        return _compose(f"{_names(silent)} {verb} no sign of life.", lines, silent, everyone)
     left = [r for r in everyone if r.has_left]
     if left and len(left) < len(everyone):
         lines = [f"{r.label}: its run ended at {r.place}." for r in left]
@@ -126,7 +127,7 @@ def diagnose(reports: Iterable[Report]) -> str:
             for r in late
         ]
         verb, them = ("is", "it") if len(late) == 1 else ("are", "them")
-        return _compose(f"{_names(late, '')} {verb} late, the others wait for {them}.", lines, late, everyone)
+        return _compose(f"{_names(late)} {verb} late, the others wait for {them}.", lines, late, everyone)
     if behind or len({_kind(r.collective) for r in everyone if r.collective}) > 1:
         lines = [
             f"{r.label}: {r.place}, for {r.stuck_s:.0f} s, in {r.collective or 'a collective'}.{_indented_stack(r)}"
@@ -194,16 +195,10 @@ def _compose(headline: str, lines: list[str], named: list[Report], everyone: lis
     return "\n".join([headline, *shown])
 
 
-def _names(reports: list[Report], verb: str | None = None) -> str:
+def _names(reports: list[Report]) -> str:
     ranks = [str(r.rank) for r in reports[:_NAMED_AT_MOST]]
     more = ", ..." if len(reports) > len(ranks) else ""
-    if verb is None:
-        verb = " has" if len(reports) == 1 else " have"
-        if any(r.has_left for r in reports):
-            verb = ""
-        elif any(not r.is_alive for r in reports):
-            verb = " gives" if len(reports) == 1 else " give"
-    return f"{'Rank' if len(reports) == 1 else 'Ranks'} {', '.join(ranks)}{more}{verb}"
+    return f"{'Rank' if len(reports) == 1 else 'Ranks'} {', '.join(ranks)}{more}"
 
 
 def _why_silent(report: Report) -> str:
