@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 from collections.abc import Sequence
 
 from levin.checkpoint.io import atomic_save
-from levin.checkpoint.layout import META_FILE, is_zero
+from levin.checkpoint.layout import META_FILE, folder_name, is_zero
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import consolidate_zero
+from levin.utilities.filesystem import exists, is_folder
 from levin.utilities.types import PathLike, StateDict
 
 VERSION_KEY = "pytorch-lightning_version"
@@ -23,7 +23,7 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
     """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
 
     Args:
-        folder: Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``, or is one of DeepSpeed, which gives
+        folder: Local or remote. Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``, or is one of DeepSpeed, which gives
             weights in single precision and no states of optimizers.
         weights_only: For ``meta.pt``, as for :func:`levin.checkpoint.load`.
 
@@ -38,15 +38,15 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
     Example:
         >>> checkpoint = consolidate("epoch=3-step=400.ckpt")  # doctest: +SKIP
     """
-    folder = os.fspath(folder)
-    if not os.path.isdir(folder):
+    folder = folder_name(folder)
+    if not is_folder(folder):
         raise ValueError(
             f"{folder!r} is no folder. Give the folder of a sharded checkpoint; a file needs no consolidation."
         )
     if is_zero(folder):
         return consolidate_zero(folder, weights_only)
     verify(folder)
-    meta = load(os.path.join(folder, META_FILE), "cpu", weights_only)
+    meta = load(f"{folder}/{META_FILE}", "cpu", weights_only)
     from levin.checkpoint.shards import read_shards  # torch.distributed.checkpoint takes long to import
 
     shards = read_shards(folder)
@@ -72,12 +72,12 @@ def main(arguments: Sequence[str]) -> int:
         prog="levin consolidate",
         description="Turn the folder of a sharded checkpoint into one file that any Trainer reads.",
     )
-    parser.add_argument("folder", metavar="DIR", help="holds .metadata, *.distcp and meta.pt")
+    parser.add_argument("folder", metavar="DIR", help="a path or URL; holds .metadata, *.distcp and meta.pt")
     parser.add_argument("--output_file", "--output-file", metavar="FILE", help="by default DIR.consolidated")
     options = parser.parse_args(list(arguments))
     output = options.output_file or f"{options.folder.rstrip('/')}.consolidated"
     try:
-        if os.path.exists(output):
+        if exists(output):
             raise FileExistsError(f"{output!r} is there already; remove it, or choose another --output_file")
         atomic_save(consolidate(options.folder), output)
     except (OSError, ValueError, pickle.UnpicklingError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 
-from levin.utilities.filesystem import is_local, local_path, remove
+from levin.utilities.filesystem import exists, is_folder, is_local, local_path, remove
 from levin.utilities.types import PathLike, StateDict
 
 COMPATIBLE_VERSION = "2.6.6"
@@ -40,9 +40,10 @@ def is_sharded(path: PathLike) -> bool:
     Raises:
         ValueError: It is a folder of something else, or of a save that did not come to its end.
     """
-    if not is_local(path) or not os.path.isdir(local_path(path)):
+    if not is_folder(path):
         return False
-    if not os.path.isfile(os.path.join(local_path(path), META_FILE)) and not is_zero(local_path(path)):
+    folder = folder_name(path)
+    if not exists(f"{folder}/{META_FILE}") and not is_zero(folder):
         raise ValueError(
             f"{os.fspath(path)!r} is a folder without {META_FILE}, so it is no complete checkpoint. Give the folder of a "
             "save that came to its end, or a file."
@@ -52,7 +53,12 @@ def is_sharded(path: PathLike) -> bool:
 
 def is_zero(folder: str) -> bool:
     """Return whether a folder is a checkpoint of DeepSpeed, which writes ``latest`` when all else is there."""
-    return os.path.isfile(os.path.join(folder, "latest")) and os.path.isdir(os.path.join(folder, ZERO_FOLDER))
+    return exists(f"{folder}/latest") and is_folder(f"{folder}/{ZERO_FOLDER}")
+
+
+def folder_name(path: PathLike) -> str:
+    """Return the path of a local folder as the operating system knows it, or its URL, without a slash at the end."""
+    return local_path(path).rstrip("/")
 
 
 def local_folder(path: PathLike) -> str:
@@ -63,10 +69,10 @@ def local_folder(path: PathLike) -> str:
     """
     if not is_local(path):
         raise ValueError(
-            f"A sharded checkpoint needs a folder of the file system, received {os.fspath(path)!r}. "
-            "Give a local path that all processes see, or save one file (state_dict_type='full')."
+            f"DeepSpeed reads and writes folders of the file system, received {os.fspath(path)!r}. "
+            "Give a local path that all processes see."
         )
-    return os.fspath(local_path(path)).rstrip("/")
+    return folder_name(path)
 
 
 def put_in_place(unfinished: str, folder: str) -> None:

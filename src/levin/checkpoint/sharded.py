@@ -2,29 +2,28 @@
 
 A folder holds the files of torch (``.metadata`` and ``*.distcp``) with the weights under ``model`` and the state of each
 optimizer under ``optimizer_N``, and ``meta.pt`` with the rest. In one of a Fabric modules and optimizers have the user's
-names. It appears under its name when all of it is there: it is
-written under another name beside it, ``meta.pt`` last, and renamed.
+names. ``placing.py`` has it count as a checkpoint when all of it is there.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from typing_extensions import override
 
 from levin.checkpoint.folder import VERSION_KEY, consolidate
-from levin.checkpoint.io import CheckpointIO, atomic_save, own_parts, reject_storage_options
-from levin.checkpoint.layout import META_FILE, StateElsewhere, is_sharded, is_zero, local_folder, put_in_place
+from levin.checkpoint.io import CheckpointIO, own_parts, reject_storage_options
+from levin.checkpoint.layout import META_FILE, StateElsewhere, folder_name, is_sharded, is_zero
+from levin.checkpoint.placing import place_for
 from levin.checkpoint.reading import load
 from levin.checkpoint.shards import PartsPlanner, ShardReader, cause_of
 from levin.checkpoint.verify import verify
@@ -58,7 +57,7 @@ class ShardedEntry(StateElsewhere):
 
 
 class ShardedCheckpointIO(CheckpointIO):
-    """A folder for each checkpoint, into which every process writes its part.
+    """A folder for each checkpoint, into which every process writes its part, on any file system that fsspec knows.
 
     Example:
         >>> from levin.strategies import FSDPStrategy
@@ -87,27 +86,23 @@ class ShardedCheckpointIO(CheckpointIO):
 
         Raises:
             TypeError: ``storage_options`` are given.
-            OSError: The disk is full, and so on; what was under the name before is intact.
+            OSError: The disk is full, and so on; what was under the name before is intact. Remote systems raise errors of
+                their own.
         """
         reject_storage_options(storage_options, self)
         self.connect()
-        folder = local_folder(path)
-        unfinished = f"{folder}.part"
+        place = place_for(path)
         shards, meta = _parted(checkpoint)
-        is_first = not dist.is_initialized() or dist.get_rank() == 0
-        if is_first:
-            remove(unfinished)
-            os.makedirs(unfinished)
-        self._wait_for_all()
         try:
-            writer = FileSystemWriter(unfinished, sync_files=True)
-            save_parts(shards, storage_writer=writer, process_group=self._group)
-        except CheckpointException as error:
-            raise cause_of(error) from error
-        if is_first:
-            atomic_save(meta, os.path.join(unfinished, META_FILE))
-            put_in_place(unfinished, folder)
-        self._wait_for_all()
+            self._on_first_rank(place.begin, path)
+            save_parts(shards, storage_writer=place.writer(), process_group=self._group)
+            self._on_first_rank(lambda: place.finish(meta), path)
+        except BaseException as error:
+            if _is_first_rank():
+                place.give_up()
+            if isinstance(error, CheckpointException):
+                raise cause_of(error) from error
+            raise
 
     def load_checkpoint(
         self, path: PathLike, map_location: object | None = None, weights_only: bool | None = None
@@ -120,12 +115,31 @@ class ShardedCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: PathLike) -> None:
         """Remove the folder at ``path``. All processes call this."""
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if _is_first_rank():
+            # First what makes it a checkpoint, since the rest goes file by file.
+            remove(f"{folder_name(path)}/{META_FILE}")
             remove(path)
 
-    def _wait_for_all(self) -> None:
+    def _on_first_rank(self, act: Callable[[], None], path: PathLike) -> None:
+        """Call ``act`` on rank 0 while the others wait; when it fails, none of them goes on."""
+        failure: list[Exception | str | None] = [None]
+        if _is_first_rank():
+            try:
+                act()
+            except Exception as error:
+                failure = [error]
         if self._group is not None:
-            dist.barrier(group=self._group)
+            told = [failure[0] and f"{type(failure[0]).__name__}: {failure[0]}"]
+            dist.broadcast_object_list(told, src=0, group=self._group)
+            failure = failure if _is_first_rank() else told
+        if isinstance(failure[0], Exception):
+            raise failure[0]
+        if failure[0] is not None:
+            raise OSError(f"Rank 0 could not save {os.fspath(path)!r}: {failure[0]}")
+
+
+def _is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
@@ -141,11 +155,11 @@ def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
     Raises:
         ValueError: It is no complete sharded checkpoint, or is damaged.
     """
-    folder = local_folder(path)
+    folder = folder_name(path)
     if is_zero(folder):
         return consolidate_zero(folder, weights_only)
     verify(folder)
-    checkpoint: StateDict = load(os.path.join(folder, META_FILE), "cpu", weights_only)
+    checkpoint: StateDict = load(f"{folder}/{META_FILE}", "cpu", weights_only)
     keys = _keys_of(folder)
     if VERSION_KEY not in checkpoint:
         return {**checkpoint, **{key: ShardedEntry(folder, key) for key in keys}}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from levin.checkpoint.reading import load
 from levin.utilities.exceptions import DamagedCheckpointError
+from levin.utilities.filesystem import is_local, open_file
 from levin.utilities.types import StateDict
 
 # What the index of a sharded checkpoint consists of, beside types of numbers; a pickle that names more is refused.
@@ -56,11 +57,24 @@ def read_shards(folder: str) -> StateDict:
 
 
 class ShardReader(FileSystemReader):
-    """Reads the index without running what it names."""
+    """Reads a local or remote folder, and the index without running what it names.
+
+    Args:
+        folder: Holds ``.metadata`` and ``*.distcp``.
+    """
+
+    fs: Any  # torch's own type is that of local files
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self._index = f"{folder}/.metadata"
+        if not is_local(folder):
+            self.fs = FileSystem()
+            self.path = self.fs.init_path(folder)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the index."""
-        with open(os.path.join(self.path, ".metadata"), "rb") as file:
+        """Return the index; a remote folder is seen as it is now."""
+        with open_file(self._index, "rb") as file:
             return _IndexUnpickler(file).load()
 
 

@@ -17,9 +17,9 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO
 
-from levin.checkpoint.layout import META_FILE, ZERO_FOLDER, is_zero
+from levin.checkpoint.layout import META_FILE, ZERO_FOLDER, folder_name, is_zero
 from levin.utilities.exceptions import DamagedCheckpointError
-from levin.utilities.filesystem import get_filesystem, is_local, local_path
+from levin.utilities.filesystem import exists, get_filesystem, is_folder, is_local, list_folder, local_path, modified_s
 from levin.utilities.rank_zero import rank_zero_warn
 
 _READ_BYTES = 4 * 2**20
@@ -43,8 +43,8 @@ def verify(path: str | os.PathLike[str]) -> None:
     """Check that the checkpoint at ``path`` is complete and as it was written.
 
     Args:
-        path: A file, local or remote, or the folder of a sharded checkpoint (whose ``meta.pt`` is checked, and whose
-            other files have to be there).
+        path: A file, or the folder of a sharded checkpoint (whose ``meta.pt`` is checked, and whose other files have to
+            be there), local or remote.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
@@ -53,8 +53,8 @@ def verify(path: str | os.PathLike[str]) -> None:
     Example:
         >>> verify("best.ckpt")  # doctest: +SKIP
     """
-    if is_local(path) and os.path.isdir(local_path(path)):
-        _verify_folder(local_path(path))
+    if is_folder(path):
+        _verify_folder(folder_name(path))
         return
     with open_for_reading(path) as file:
         if not is_zip(file):
@@ -215,17 +215,17 @@ def _check_structure(file: IO[bytes], archive: zipfile.ZipFile, records: list[zi
 
 
 def _verify_folder(folder: str) -> None:
-    meta = os.path.join(folder, META_FILE)
-    if not os.path.isfile(meta):
+    meta = f"{folder}/{META_FILE}"
+    if not exists(meta):
         raise DamagedCheckpointError(
             f"{folder} is a folder without `meta.pt`, so it is no complete sharded checkpoint."
         )
     verify(meta)
     if is_zero(folder):
-        for name in os.listdir(os.path.join(folder, ZERO_FOLDER)):
-            verify(os.path.join(folder, ZERO_FOLDER, name))
+        for path in list_folder(f"{folder}/{ZERO_FOLDER}"):
+            verify(path)
         return
-    names = os.listdir(folder)
+    names = [os.path.basename(path) for path in list_folder(folder)]
     if ".metadata" not in names or not any(name.endswith(".distcp") for name in names):
         raise DamagedCheckpointError(
             f"{folder} lacks `.metadata` or the `.distcp` files, so it is no complete sharded checkpoint."
@@ -245,8 +245,8 @@ def _newest_first(folder: str, pattern: str) -> list[str]:
         return []
     matching = map(str, filesystem.glob(f"{folder.rstrip('/')}/{pattern}"))
     remote = [path for path in matching if not os.path.basename(path).startswith(".")]
-    remote.sort(key=lambda path: (filesystem.modified(path), path), reverse=True)
-    return [str(filesystem.unstrip_protocol(path)) for path in remote]
+    urls = [str(filesystem.unstrip_protocol(path)) for path in remote]
+    return sorted(urls, key=lambda url: (modified_s(url), url), reverse=True)
 
 
 def _modified(path: str) -> tuple[object, str]:

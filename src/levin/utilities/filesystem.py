@@ -64,6 +64,11 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return bool(get_filesystem(path).exists(str(path)))
 
 
+def is_folder(path: str | os.PathLike[str]) -> bool:
+    """Return whether there is a folder, or a link to one, at a local path or URL."""
+    return os.path.isdir(local_path(path)) if is_local(path) else bool(get_filesystem(path).isdir(str(path)))
+
+
 def list_folder(path: str | os.PathLike[str]) -> list[str]:
     """Return the paths of what is in a local folder or at a URL, nothing if there is no such folder."""
     if is_local(path):
@@ -121,11 +126,15 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 
 def modified_s(path: str | os.PathLike[str]) -> float:
-    """Return when a file or folder, local or remote, was changed last, in seconds since the epoch."""
+    """Return when a file or folder, local or remote, was changed last, in seconds since the epoch.
+
+    Object stores know no folders: a remote one is as old as the newest file in it, an empty one as old as can be.
+    """
     if is_local(path):
         return os.stat(local_path(path)).st_mtime
-    when: float = get_filesystem(path).modified(str(path)).timestamp()
-    return when
+    filesystem = get_filesystem(path)
+    times = (float(filesystem.modified(file).timestamp()) for file in filesystem.find(str(path)))
+    return max(times, default=0.0)
 
 
 def set_modified(path: str | os.PathLike[str], seconds: float) -> None:
