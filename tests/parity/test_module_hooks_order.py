@@ -305,3 +305,21 @@ def test_configure_callbacks_must_return_callbacks(tmp_path):
     theirs, ours = trace.on_both(code, tmp_path)
     assert theirs.events == [("raised", "AttributeError")]
     assert ours.events == [("raised", "TypeError")]
+
+
+@pytest.mark.parametrize("method", ["fit", "test"])
+def test_an_error_in_configure_callbacks(tmp_path, method):
+    def code(seen: trace.Trace) -> None:
+        model = make_module(seen)
+
+        def fail():
+            raise OSError("meant")
+
+        model.configure_callbacks = fail
+        trainer = seen.trainer(max_epochs=1, callbacks=[seen.callback()])
+        seen.attempt(getattr(trainer, method), model, datamodule=make_data(seen))
+        seen.note(trainer.state.status.value, trainer.interrupted)
+        del model.configure_callbacks
+        seen.attempt(getattr(trainer, method), model, datamodule=make_data(seen))
+
+    assert ("C", "on_exception", "OSError") in trace.same(code, tmp_path).events

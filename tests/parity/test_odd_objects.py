@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 from unittest.mock import Mock
@@ -9,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.parity import both
+from tests.parity import both, trace
 
 
 class WithState:
@@ -88,3 +89,64 @@ def test_a_mock_of_a_callback_is_called(tmp_path):
             trainer.save_checkpoint(tmp_path / "mock.ckpt")
         seen.append([name for name, *_ in callback.method_calls if name != "_parse_item"])
     assert seen[1] == seen[0] and "on_train_batch_end" in seen[1] and "state_dict" in seen[1]
+
+
+def noting_defaults(kind: type, names: Any, seen: trace.Trace) -> None:
+    """Wrap the methods that ``kind`` inherits, as class decorators do that time or trace them."""
+
+    def wrapper(name: str, default: Any) -> Any:
+        @functools.wraps(default)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            seen.note(kind.__name__, name)
+            return default(*args, **kwargs)
+
+        return method
+
+    for name in names:
+        setattr(kind, name, wrapper(name, getattr(kind, name)))
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+def test_wrappers_of_hooks_that_are_only_inherited(tmp_path, method):
+    def code(seen: trace.Trace) -> None:
+        class Model(seen.framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).mean()
+
+            def validation_step(self, batch, batch_idx):
+                return self.layer(batch).mean()
+
+            test_step = predict_step = validation_step
+
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+        class Silent(seen.framework.Callback):
+            pass
+
+        # Lightning asks what these two wrap, and calls neither.
+        noting_defaults(
+            Model, [name for name in both.HOOKS_OF_MODULE if name not in ("prepare_data", "configure_model")], seen
+        )
+        noting_defaults(Silent, both.HOOKS_OF_CALLBACK, seen)
+        trainer = seen.trainer(max_epochs=2, callbacks=[Silent()])
+        data = [trace.batches(2), trace.batches(1)] if method == "fit" else [trace.batches(2)]
+        getattr(trainer, method)(Model(), *data)
+
+    trace.same(code, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_an_evaluation_frees_gradients(tmp_path, method):
+    def code(seen: trace.Trace) -> None:
+        module = both.recording_module(seen.framework, [])[0]
+        module.layer(torch.ones(4)).sum().backward()
+        getattr(seen.trainer(), method)(module, both.loader(1))
+        seen.note(module.layer.weight.grad)
+
+    assert trace.same(code, tmp_path).events == [(None,)]

@@ -18,7 +18,7 @@ from levin.loops.stage_loaders import StageLoaders
 from levin.loops.step import AutomaticStep, compose_step
 from levin.module import LightningModule
 from levin.precision.precision import Precision
-from levin.utilities.overrides import has_own, is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.types import Function
 
 _ARGUMENTS = {
@@ -205,7 +205,7 @@ class Plan:
         run, rules = self.run, self.rules
         if not run.module.automatic_optimization:
             return
-        own = is_overridden("lr_scheduler_step", run.module, LightningModule)
+        own = has_own("lr_scheduler_step", run.module, LightningModule)
         for config in run.schedulers:
             if config.interval != interval or config.reduce_on_plateau != plateau:
                 continue

@@ -42,7 +42,7 @@ from levin.ranks.same_everywhere import check_same_settings
 from levin.resume import checkpoint_tree as tree
 from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_info, rank_zero_warn
 from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
@@ -178,6 +178,7 @@ def configure_optimizers(run: Run) -> tuple[list[Any], list[LRSchedulerConfig]]:
 
 def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any:
     """Run the loop of ``fn`` and return what the user gets."""
+    run.module.zero_grad()
     if fn == "fit":
         run_fit(run, checkpoint)
         return None
@@ -202,7 +203,6 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
 def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
     """Sanity check, then training."""
     module = run.module
-    module.zero_grad()
     loop = run.loops.fit
     loop.restarted_mid_epoch = False
     run.resume = ResumeState()
@@ -267,7 +267,7 @@ def sanity_check(run: Run, is_resumed: bool) -> None:
 def prepare_data(run: Run) -> None:
     """Let the data module, then the module, prepare data in one process per node (or in one altogether)."""
     for owner in (run.datamodule, run.module):
-        if owner is None or not is_overridden("prepare_data", owner, DataHooks):
+        if owner is None or not has_own("prepare_data", owner, DataHooks):
             continue
         per_node = getattr(owner, "prepare_data_per_node", True)
         if run.strategy.local_rank == 0 if per_node else run.strategy.is_global_zero:

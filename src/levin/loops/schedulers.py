@@ -9,7 +9,7 @@ from levin.module import LightningModule
 from levin.ranks.agreement import agreed_value
 from levin.resume.optimizer_groups import schedule_new_groups
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
-from levin.utilities.overrides import is_overridden
+from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import LRSchedulerConfig
 
@@ -35,7 +35,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
         MisconfigurationException: The monitored value is missing and the scheduler is strict.
     """
     epoch_loop = run.loops.fit.epoch_loop
-    own = run.is_profiled or is_overridden("lr_scheduler_step", run.module, LightningModule)
+    own = run.is_profiled or has_own("lr_scheduler_step", run.module, LightningModule)
     for config in due_schedulers(run, interval, plateau):
         value: Any = None
         if config.reduce_on_plateau:

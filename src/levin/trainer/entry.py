@@ -164,13 +164,13 @@ def _report(run: Run, error: Optional[BaseException]) -> None:
 
 
 def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optional[bool], model_given: bool) -> object:
-    configured = run.call_of(run.module, "configure_callbacks")
-    trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
-    for callback in run.callbacks:
-        vars(callback).update(log=run.module.log, log_dict=run.module.log_dict)  # for the time of the call
     launcher = run.strategy.launcher
     runs_elsewhere = False
     try:
+        configured = run.call_of(run.module, "configure_callbacks")
+        trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)
+        for callback in run.callbacks:
+            vars(callback).update(log=run.module.log, log_dict=run.module.log_dict)  # for the time of the call
         run.ckpt_path = select_checkpoint(run, _chosen_path(trainer, ckpt_path), model_given)
         if launcher is not None:
             runs_elsewhere = run.signals.waits_for_batch = launcher.runs_elsewhere

@@ -33,16 +33,18 @@ def is_overridden(method_name: str, instance: object, parent: Optional[type] = N
 
 
 def has_own(method_name: str, instance: object, parent: type) -> bool:
-    """Return whether ``instance`` has a method of its own, in its class or, however it is wrapped, set on itself.
+    """Return whether ``instance`` has a method of its own, in its class or set on itself.
 
-    None stands for no method: ``module.validation_step = None`` takes the one of the class away.
+    A wrapper counts, though all that it wraps is the default: it is there to be called. None stands for no method:
+    ``module.validation_step = None`` takes the one of the class away.
 
     Args:
         method_name: Name of the method.
         instance: The object to look at.
         parent: The class with the default.
     """
-    return vars(instance).get(method_name) is not None or is_overridden(method_name, instance, parent)
+    own: object = getattr(instance, method_name, None)
+    return own is not None and getattr(own, "__func__", own) is not getattr(parent, method_name)
 
 
 def _parent_with(kind: type, method_name: str) -> Optional[type]:
