@@ -2,12 +2,14 @@ import io
 import logging
 import os
 import random
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from levin.utilities import rng_states
 from levin.utilities.seed import (
     MAX_SEED,
     collect_rng_states,
@@ -170,3 +172,17 @@ def test_worker_seeding_inside_a_loader():
     first = rows()
     assert len(first.unique(dim=0)) == 8
     assert torch.equal(first, rows())
+
+
+@pytest.mark.parametrize("reads_memory", [True, False])
+def test_the_state_of_python_is_read_as_it_is(monkeypatch, reads_memory):
+    assert rng_states._can_read_memory() == (sys.implementation.name == "cpython")
+    monkeypatch.setattr(rng_states, "_can_read_memory", lambda: reads_memory)
+    for seed in range(40):
+        random.seed(seed)
+        for _ in range(seed * 40):  # past the end of the 624 words
+            random.random()
+        if seed % 2:
+            random.gauss(0, 1)  # of two numbers, one waits
+        state = rng_states.ProcessRng().read(("python",))["python"]
+        assert rng_states.unpack_python(state) == random.getstate()

@@ -44,7 +44,7 @@ class Position:
         Args:
             loader: A DataLoader, a :class:`Joint`, or any iterable.
             lookahead: How many batches the caller takes before it needs them. To be exact with them, the random
-                states are read before each batch (about 20 us).
+                states are read before each batch (about 10 us).
 
         Returns:
             The batches, or those that are left.
