@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import importlib
 import math
 import os
@@ -116,15 +115,6 @@ class _AcceleratorConnector:
 _DECIDED_ELSEWHERE = ("benchmark", "deterministic", "use_distributed_sampler")
 
 
-def is_cuda_available() -> bool:
-    """Return whether CUDA can be used."""
-    return torch.cuda.is_available()
-
-
-def _distributed_is_initialized() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def is_picklable(obj: object) -> bool:
     """Return whether ``obj`` can be pickled."""
     try:
@@ -183,13 +173,6 @@ def is_out_of_cpu_memory(exception: BaseException) -> bool:
 
 def _says(exception: BaseException, text: str) -> bool:
     return isinstance(exception, RuntimeError) and len(exception.args) == 1 and text in str(exception)
-
-
-def garbage_collection_cuda() -> None:
-    """Free what can be freed on the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def get_cpu_stats() -> dict[str, Any]:

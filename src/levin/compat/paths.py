@@ -210,8 +210,8 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "_OMEGACONF_AVAILABLE",
     },
     "pytorch.utilities.memory": {
-        "levin.tuner.batch_size": "is_oom_error",
-        EQUIVALENTS: "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
+        "levin.tuner.batch_size": "garbage_collection_cuda:free_memory is_oom_error",
+        EQUIVALENTS: "is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
         "recursive_detach",
     },
     "pytorch.utilities.model_helpers": {
@@ -249,7 +249,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.accelerators.cuda": {
         _ACCELERATORS: "CUDAAccelerator find_usable_cuda_devices",
         "levin.accelerators.cuda": "num_cuda_devices",
-        EQUIVALENTS: "is_cuda_available",
+        "torch.cuda": "is_cuda_available:is_available",
     },
     "fabric.fabric": {_FABRIC: "Fabric"},
     "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
@@ -311,8 +311,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.utilities.distributed": {
         "levin.data.samplers": "DistributedSamplerWrapper",
+        "levin.strategies.parallel": "_distributed_is_initialized:is_connected",
         "torch.distributed": "ReduceOp group",
-        EQUIVALENTS: "_distributed_is_initialized is_shared_filesystem",
+        EQUIVALENTS: "is_shared_filesystem",
     },
     "fabric.utilities.enums": {EQUIVALENTS: "LightningEnum"},
     "fabric.utilities.exceptions": {"levin.utilities.exceptions": "MisconfigurationException"},

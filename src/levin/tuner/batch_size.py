@@ -110,7 +110,7 @@ def scale_batch_size(
     def fits(size: int) -> bool:
         nonlocal num_samples
         _set(owners, batch_arg_name, size)
-        _free_memory()
+        free_memory()
         try:
             tried = try_run(run, [], max_steps=steps_per_trial, **limits)
             num_samples = _num_samples(getattr(tried.loaders, stage).combined)
@@ -120,7 +120,7 @@ def scale_batch_size(
             rank_zero_info(f"Batch size {size} failed, trying a smaller one")
             return False
         finally:
-            _free_memory()
+            free_memory()
         rank_zero_info(f"Batch size {size} succeeded")
         return True
 
@@ -168,7 +168,8 @@ def _set(owners: list[object], name: str, value: int) -> None:
         setattr(owner, name, value)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Give back what Python and torch hold of the memory of a GPU without using it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
