@@ -37,7 +37,7 @@ class Signals(Protocol):
 
     waits_for_batch: bool
     is_before_training: bool
-    is_training: bool
+    is_looping: bool
     wants_requeue: bool
     is_requeued: bool
 

@@ -351,35 +351,106 @@ Trainer(accelerator="cpu", devices=1, max_epochs=1, limit_train_batches=2, logge
 """
 
 
+@pytest.fixture
+def slurm(tmp_path):
+    """Variables of a job of SLURM with one task, whose ``scontrol`` writes down what it is asked for."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (programs / "scontrol").chmod(0o755)
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train",
+    }  # fmt: skip
+
+
+def run_job(program: str, *words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *words], cwd=cwd, capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **variables},
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("where", "asked"), [("set-up", "requeue 77\n"), ("sanity check", "requeue 77\n"), ("end", "")]
 )
-def test_a_job_that_has_not_trained_yet_is_put_back_as_it_is(tmp_path, where, asked):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    slurm = {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train", "PYTHONPATH": f"{ROOT / 'src'}",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IN_SET_UP, where], env={**os.environ, **slurm}, cwd=tmp_path,
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+def test_a_job_that_has_not_trained_yet_is_put_back_as_it_is(tmp_path, slurm, where, asked):
+    done = run_job(IN_SET_UP, where, cwd=tmp_path, **slurm)
     assert done.returncode == (143 if asked else 0), done.stderr
     assert ((tmp_path / "asked").read_text() if asked else "") == asked and (tmp_path / "asked").exists() == bool(asked)
     assert not list(tmp_path.glob("hpc_ckpt_*"))
 
 
+IN_EVALUATION = """
+import os, signal, sys
+from levin import Trainer
+from levin.demos.boring_classes import BoringModel
+
+fn, before = sys.argv[1:]
+
+class Told(BoringModel):
+    where = before
+
+    def told(self, where):
+        if where == self.where and "SLURM_RESTART_COUNT" not in os.environ:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def on_train_batch_start(self, *args):
+        print("trains", flush=True)
+
+    def setup(self, stage):
+        self.told(f"set-up of {stage}")
+
+    def evaluate(self, batch, batch_idx):
+        if trainer.state.fn == fn and batch_idx == 1:
+            self.told("fit")
+            self.told("weights")
+        return self(batch).sum()
+
+    validation_step = test_step = predict_step = evaluate
+
+options = dict(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+               enable_model_summary=False)
+trainer = Trainer(max_epochs=2, limit_train_batches=2, limit_val_batches=3, limit_test_batches=3, limit_predict_batches=3, **options)
+model = Told()
+if before != "weights":
+    trainer.fit(model)
+    path = None
+else:
+    other = Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0, **options)
+    other.fit(model)
+    path = "weights.ckpt"
+    other.save_checkpoint(path)
+print("evaluates", flush=True)
+getattr(trainer, fn)(model, ckpt_path=path)
+print("all is done")
+"""
+
+
+@pytest.mark.parametrize("fn", ["test", "predict"])
+def test_a_job_in_an_evaluation_is_put_back_and_trains_no_second_time(tmp_path, slurm, fn):
+    done = run_job(IN_EVALUATION, fn, "fit", cwd=tmp_path, **slurm)
+    assert done.returncode == 143, done.stderr
+    assert done.stdout.split() == ["trains"] * 4 + ["evaluates"]
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    verify(tmp_path / "hpc_ckpt_1.ckpt")
+    done = run_job(IN_EVALUATION, fn, "fit", cwd=tmp_path, SLURM_RESTART_COUNT="1", **slurm)
+    assert done.returncode == 0, done.stderr
+    # The fit is known to be over; the evaluation began again.
+    assert "trains" not in done.stdout and "evaluates" in done.stdout and "all is done" in done.stdout
+
+
+@pytest.mark.parametrize("before", ["weights", "set-up of validate"])
+def test_a_job_in_an_evaluation_is_put_back_as_it_is_where_nothing_can_be_saved(tmp_path, slurm, before):
+    done = run_job(IN_EVALUATION, "validate", before, cwd=tmp_path, **slurm)
+    assert done.returncode == 143, done.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+    assert "all is done" not in done.stdout and not list(tmp_path.glob("hpc_ckpt_*"))
+
+
 @pytest.mark.parametrize("is_found", [False, True], ids=["given as a plugin", "found by itself"])
-def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path, is_found):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    (programs / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (programs / "scontrol").chmod(0o755)
-    slurm = {
-        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "77", "SLURM_PROCID": "0",
-        "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NAME": "train", **({"is_found": "yes"} if is_found else {}),
-    }  # fmt: skip
+def test_slurm_puts_the_job_back_in_the_queue_and_it_goes_on(tmp_path, slurm, is_found):
+    slurm = {**slurm, **({"is_found": "yes"} if is_found else {})}
     first = start(tmp_path, "slurm", **slurm)
     first.send_signal(signal.SIGUSR1)
     _, errors = first.communicate(timeout=60)

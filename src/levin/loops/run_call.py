@@ -196,6 +196,7 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
     tell_epoch(run, loaders)
+    run.signals.is_looping = True
     with no_gradients:
         return evaluate(run, name, feed, step, getattr(run.loops, fn))
 
@@ -227,7 +228,7 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
     feed = make_feed(run, run.loaders.train)
     run.uneven = step.uneven = feed.uneven
     run.resume.follow(run, feed, step, exact)
-    run.signals.is_before_training, run.signals.is_training = False, True
+    run.signals.is_before_training, run.signals.is_looping = False, True
     if run.strategy.is_global_zero and not run.settings.barebones:
         run.time_shares = TimeShares(run)
     with torch.autograd.set_detect_anomaly(True) if run.settings.detect_anomaly else nullcontext():
@@ -236,7 +237,7 @@ def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
         finally:
             if run.time_shares is not None:
                 run.time_shares.stop()
-    run.signals.is_training = False
+    run.signals.is_looping = False
 
 
 def sanity_check(run: Run, is_resumed: bool) -> None:

@@ -40,8 +40,8 @@ class Signals:
         # Whether a signal waits for the end of a batch; during set-up it does not.
         self.waits_for_batch: bool = False
         self.is_before_training: bool = True
-        # Whether there is something to save.
-        self.is_training: bool = False
+        # Whether batches are worked on, so that all ranks leave at the same one.
+        self.is_looping: bool = False
         self.wants_requeue: bool = False
         self.is_requeued: bool = False
         self.first_s: Optional[float] = None
@@ -244,32 +244,33 @@ def as_ended(run: Run, error: BaseException) -> BaseException:
 
 
 def save_for_restart(run: Run) -> None:
-    """Save a fit that was asked to terminate, and put its job back in the queue if that is what was asked for.
+    """Save a fit that was asked to terminate, and put the job back in the queue if that is what was asked for.
 
     The file lies in the folder of the first checkpoint callback, or in ``default_root_dir``. There is none if the Trainer
     has no checkpoint callback, except for a job that is requeued. Before the first batch there is nothing to save: the job
-    is put back as it is.
+    is put back as it is. An evaluation begins again; the fit before it is saved, so that the job does not train twice.
     """
-    signals, strategy = run.signals, run.strategy
-    if run.state.fn != TrainerFn.FITTING or run.settings.fast_dev_run:
+    signals, strategy, is_fit = run.signals, run.strategy, run.state.fn == TrainerFn.FITTING
+    if run.settings.fast_dev_run:
         return
-    if not signals.is_training:
+    if not signals.is_looping:
         # The scheduler tells every rank; in set-up they cannot be asked.
         if signals.wants_requeue and signals.is_before_training and strategy.is_global_zero:
             signals.is_requeued = True
             requeue()
         return
     if strategy.reduce_boolean_decision(signals.wants_requeue, all=False):
-        path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
-        run.trainer.save_checkpoint(str(path))
-        strategy.finish_saves()
+        if is_fit or run.trainer.global_step:
+            path: Optional[str] = strategy.broadcast(_next_hpc_path(run.settings.default_root_dir))
+            run.trainer.save_checkpoint(str(path))
+            strategy.finish_saves()
         # After the file, since a logger may wait for its service.
         for logger in run.loggers:
             logger.finalize("finished")
         signals.is_requeued = True
         if strategy.is_global_zero:
             requeue()
-    elif (path := _path_for_restart(run)) is not None:
+    elif is_fit and (path := _path_for_restart(run)) is not None:
         run.trainer.save_checkpoint(path)
         strategy.finish_saves()
         rank_zero_info(f"Saved a checkpoint to {path}, from which fit(ckpt_path='auto') goes on.")
