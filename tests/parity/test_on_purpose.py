@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 import pytest
@@ -180,7 +181,7 @@ def test_the_random_numbers_of_a_fit_after_one_that_failed(tmp_path, hook):
         module = make(framework)
         trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[callback], accumulate_grad_batches=3)
         with pytest.raises(OSError, match="meant"):
-            trainer.fit(module, data())
+            trainer.fit(module, data(), data())
         num_before = len(seen)
         trainer.fit(module, data())
         assert len(seen) == num_before + 3
@@ -188,3 +189,199 @@ def test_the_random_numbers_of_a_fit_after_one_that_failed(tmp_path, hook):
     # A DataLoader draws one number when it is begun: here Lightning begins one more.
     torch.empty((), dtype=torch.int64).random_(generator=states[1])
     assert torch.equal(states[0].get_state(), states[1].get_state())
+
+
+def test_a_mean_of_many_values(tmp_path):
+    value = torch.tensor(0.1)
+    means = []
+    for framework in pair():
+        module = make(framework)
+        module.validation_step = lambda batch, batch_idx, module=module: module.log("value", value, batch_size=1)
+        both.quiet(framework, tmp_path).validate(module, DataLoader(torch.ones(300, 4)), verbose=False)
+        means.append(module.trainer.callback_metrics["value"].item())
+    assert means[0] != value.item() == means[1]
+
+
+def test_when_an_epoch_begins_to_iterate(tmp_path):
+    seen = []
+    for framework in pair():
+        events = []
+
+        class Noted:
+            def __len__(self):
+                return 1
+
+            def __iter__(self, events=events):
+                events.append("iter")
+                return iter([torch.ones(2, 4)])
+
+        class Noting(framework.Callback):
+            def on_train_start(self, *_, events=events):
+                events.append("start")
+
+            def on_train_epoch_start(self, *_, events=events):
+                events.append("epoch")
+
+        both.quiet(framework, tmp_path, max_epochs=2, callbacks=[Noting()]).fit(make(framework), Noted())
+        seen.append(events)
+    assert seen == [["iter", "iter", "start", "epoch", "epoch", "iter"], ["start", "epoch", "iter", "epoch", "iter"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_a_resume_in_the_middle_of_an_epoch(tmp_path):
+    seen = []
+    for framework in pair():
+        batches = []
+        module = make(framework)
+        step = module.training_step
+
+        def training_step(batch, batch_idx, step=step, batches=batches):
+            batches.append(batch[0, 0].item())
+            return step(batch, batch_idx)
+
+        module.training_step = training_step
+        loader = DataLoader(torch.arange(4.0).reshape(4, 1).expand(4, 4))
+        path = tmp_path / f"{framework.name}.ckpt"
+
+        class Saving(framework.Callback):
+            def on_train_batch_end(self, trainer, *_, path=path):
+                if trainer.global_step == 2:
+                    trainer.save_checkpoint(path)
+
+        both.quiet(framework, tmp_path, max_epochs=1, callbacks=[Saving()]).fit(module, loader)
+        batches.clear()
+        both.quiet(framework, tmp_path, max_epochs=1).fit(module, loader, ckpt_path=path)
+        seen.append(batches)
+    assert seen == [[0.0, 1.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_complex_numbers_in_another_precision(tmp_path, precision):
+    seen = []
+    for framework in pair():
+        module = make(framework)
+        module.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+        batches = []
+        module.validation_step = lambda batch, batch_idx, batches=batches: batches.append(batch["phase"].dtype)
+        data = DataLoader([{"phase": torch.ones(2, dtype=torch.complex64)}])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            both.quiet(framework, tmp_path, precision=precision).validate(module, data, verbose=False)
+        seen.append((module.phase.dtype, batches[0]))
+    single, double = torch.complex64, torch.complex128
+    if precision == "64-true":
+        assert seen == [(single, single), (double, double)]
+    else:
+        assert seen == [(torch.bfloat16, single), (single, single)]
+
+
+def test_private_parts(tmp_path):
+    names = ("_logger_connector", "_results")
+    theirs, ours = (both.quiet(framework, tmp_path) for framework in pair())
+    assert [hasattr(theirs, name) for name in names] == [True, True]
+    assert [hasattr(ours, name) for name in names] == [False, False]
+
+
+def test_weights_that_begin_anew_after_each_pruning(tmp_path):
+    """Lightning resets by the lottery ticket after the first pruning alone."""
+    means = []
+    for framework in pair():
+
+        class Noting(framework.Callback):
+            def __init__(self):
+                self.seen = []
+
+            def on_train_epoch_start(self, trainer, module):
+                self.seen.append(module.head.weight_orig.clone() if hasattr(module.head, "weight_orig") else None)
+
+        torch.manual_seed(3)
+        module = make(framework)
+        first = module.head.weight.detach().clone()
+        pruning = framework.module.callbacks.ModelPruning(
+            "l1_unstructured",
+            parameters_to_prune=[(module.head, "weight")],
+            amount=0.25,
+            use_lottery_ticket_hypothesis=True,
+        )
+        noting = Noting()
+        both.quiet(framework, tmp_path, max_epochs=4, callbacks=[pruning, noting]).fit(module, data())
+        means.append([weight is not None and torch.equal(weight, first) for weight in noting.seen])
+    assert means == [[False, True, False, False], [False, True, True, True]]
+
+
+@pytest.mark.parametrize("inside", [list, lambda item: dict(enumerate(item))], ids=["list", "dict"])
+def test_a_module_inside_of_a_collection_of_a_state(tmp_path, inside):
+    for framework, name in zip(pair(), ("lightning.fabric", "levin")):
+        fabric = importlib.import_module(name).Fabric(accelerator="cpu", devices=1)
+        state = {"all": inside([fabric.setup(torch.nn.Linear(1, 1))])}
+        path = tmp_path / f"{framework.name}.ckpt"
+        if framework.name == "lightning":
+            fabric.save(path, state)
+            assert path.exists()
+        else:
+            with pytest.raises((TypeError, ValueError)):
+                fabric.save(path, state)
+            assert not path.exists()
+
+
+def test_a_ranked_file_of_the_same_name_after_an_error(tmp_path):
+    numbers = []
+    for framework in pair():
+        folder = tmp_path / framework.name
+        checkpoint = framework.module.callbacks.ModelCheckpoint(
+            dirpath=folder, filename="one", monitor="epoch", save_top_k=1, save_on_exception=True, every_n_train_steps=2
+        )
+
+        class Failing(framework.Callback):
+            def on_train_batch_start(self, trainer, module, batch, batch_idx):
+                module.log("epoch", 1.0)
+                if trainer.global_step == 3:
+                    raise OSError("meant")
+
+        trainer = both.quiet(
+            framework, tmp_path, max_epochs=2, callbacks=[checkpoint, Failing()], enable_checkpointing=True
+        )
+        with pytest.raises(OSError, match="meant"):
+            trainer.fit(make(framework), data())
+        numbers.append(len(list(folder.glob("*.ckpt"))))
+    assert numbers == [1, 2]
+
+
+def test_a_search_for_a_rate_that_takes_more_than_the_epochs(tmp_path):
+    numbers = []
+    for framework in pair():
+        module = make(framework)
+        module.lr = 0.1
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=module.lr)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2)
+        tuner = importlib.import_module(
+            "lightning.pytorch.tuner" if framework.name == "lightning" else "levin.tuner"
+        ).Tuner
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = tuner(trainer).lr_find(
+                module, data(), num_training=30, early_stop_threshold=None, update_attr=False
+            )
+        numbers.append(len(found.results["lr"]))
+    assert numbers[0] < 30 <= numbers[1]
+
+
+def test_what_lies_beside_the_logs(tmp_path):
+    reports = []
+    for framework in pair():
+
+        class Bar(framework.module.callbacks.ProgressBar):
+            is_enabled = True
+
+            def disable(self):
+                pass
+
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+                module.log("loss", outputs["loss"])
+
+        logger = framework.module.loggers.CSVLogger(tmp_path / framework.name)
+        settings = {"max_epochs": 1, "log_every_n_steps": 1, "enable_progress_bar": True}
+        both.quiet(framework, tmp_path, logger=logger, callbacks=[Bar()], **settings).fit(make(framework), data())
+        reports.append(len(list((tmp_path / framework.name).rglob("report.html"))))
+    assert reports == [0, 1]
