@@ -103,7 +103,7 @@ bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the traini
 .PHONY: mutants
 mutants: $(STAMP)  ## Change the code at random and see whether the tests notice (PATHS, TESTS, NUMBER say what)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
-	$(RUN) $(BIN)/python tests/mutants.py --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(or $(TESTS),tests)
+	$(RUN) $(BIN)/python tests/mutants.py --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(TESTS)
 
 .PHONY: test-parity-fuzz
 test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and Lightning, one and two processes (SEED, SEEDS say which)

@@ -1,15 +1,18 @@
 """Change the code at random, one place at a time, and see whether a test notices.
 
-    python tests/mutants.py --number 60 --paths src/levin/callbacks -- tests/callbacks tests/parity/test_callbacks.py
+    python tests/mutants.py --number 60 --paths src/levin/callbacks
+    python tests/mutants.py --number 60 --paths src/levin/module.py -- tests/parity/test_module_state.py
 
-The tests run once under coverage, which knows who came by each line; each mutant then meets those tests alone. What no
-test notices is printed with its place, and the share of those that were noticed.
+The tests of a room run once under coverage, when the first mutant of the room is drawn; coverage knows who came by each
+line, and each mutant then meets those tests alone. What no test notices is printed with its place, and the share of those
+that were noticed. Lines that no test of the room runs in its own process give no mutants.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import os
 import random
 import re
@@ -73,11 +76,12 @@ def mutants(path: Path) -> Iterator[Mutant]:
             yield Mutant(path, node.lineno, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
 
 
-def who_comes_by(tests: list[str], folder: Path) -> dict[tuple[str, int], list[str]]:
+def who_comes_by(tests: tuple[str, ...], folder: Path) -> dict[tuple[str, int], list[str]]:
     """Return file and line -> the tests that run it and pass: one that fails on the code as it is would notice anything."""
     from coverage import CoverageData
 
     data = folder / "coverage"
+    data.unlink(missing_ok=True)
     settings = folder / "settings"
     settings.write_text(f"[run]\ndynamic_context = test_function\ndata_file = {data}\nsource = {ROOT / 'src'}\n")
     run = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m"]
@@ -101,6 +105,17 @@ def who_comes_by(tests: list[str], folder: Path) -> dict[tuple[str, int], list[s
         for file in found.measured_files()
         for line, names in found.contexts_by_lineno(file).items()
     }
+
+
+def tests_of(path: Path) -> list[str]:
+    """Return the tests of the room that a file of the code is in: a folder or a file of that name, and comparisons."""
+    room = path.relative_to(ROOT / "src/levin").parts[0].removesuffix(".py")
+    found = [
+        *ROOT.glob(f"tests/{room}"),
+        *ROOT.glob(f"tests/test_{room}*.py"),
+        *ROOT.glob(f"tests/parity/test_{room}*.py"),
+    ]
+    return [str(test.relative_to(ROOT)) for test in found] or ["tests/parity"]
 
 
 def is_noticed(mutant: Mutant, tests: list[str], copy: Path) -> bool:
@@ -132,7 +147,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="which ones")
     parser.add_argument("--paths", nargs="+", default=["src/levin"], help="what may be changed")
     parser.add_argument("--tests-each", type=int, default=20, help="how many tests a mutant meets at most")
-    parser.add_argument("tests", nargs="*", default=["tests"], help="what pytest runs")
+    parser.add_argument("tests", nargs="*", help="what pytest runs; by default the tests of the room")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     files = [
@@ -142,24 +157,27 @@ def main() -> int:
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        visitors = who_comes_by(arguments.tests, folder)
-        found = [mutant for file in sorted(files) for mutant in mutants(file) if visitors.get((str(file), mutant.line))]
-        sample = draw.sample(found, min(arguments.number, len(found)))
+        comes_by = functools.cache(functools.partial(who_comes_by, folder=folder))
+        found = [mutant for file in sorted(files) for mutant in mutants(file)]
+        draw.shuffle(found)
         copy = folder / "src"
         shutil.copytree(ROOT / "src", copy)
-        survivors = 0
-        for number, mutant in enumerate(sample, 1):
-            tests = visitors[str(mutant.path), mutant.line]
+        number = survivors = 0
+        for mutant in found:
+            tests = comes_by(tuple(arguments.tests or tests_of(mutant.path))).get((str(mutant.path), mutant.line))
+            if not tests:
+                continue
+            number += 1
             if not is_noticed(mutant, draw.sample(tests, min(len(tests), arguments.tests_each)), copy):
                 survivors += 1
                 old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
                 print(f"{mutant.path.relative_to(ROOT)}:{mutant.line}: {old!r} -> {mutant.text!r}", flush=True)
             if number % 10 == 0:
-                print(f"{number} of {len(sample)}, {survivors} not noticed", file=sys.stderr, flush=True)
-    share = 1 - survivors / max(1, len(sample))
-    print(
-        f"{len(sample) - survivors} of {len(sample)} mutants were noticed ({share:.0%}), of {len(found)} possible ones."
-    )
+                print(f"{number} mutants, {survivors} not noticed", file=sys.stderr, flush=True)
+            if number == arguments.number:
+                break
+    share = 1 - survivors / max(1, number)
+    print(f"{number - survivors} of {number} mutants were noticed ({share:.0%}), of {len(found)} possible ones.")
     return int(share < 0.9)
 
 

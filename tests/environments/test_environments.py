@@ -332,9 +332,10 @@ def test_torchruns_store_is_divided_by_attempts(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "GROUP_WORLD_SIZE": 1,
-        "TORCHELASTIC_RESTART_COUNT": 0,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
+    assert environment.store(None) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert environment.store(None) is None
     stores = []
     for attempt in ("1", "2"):

@@ -385,3 +385,82 @@ def test_what_lies_beside_the_logs(tmp_path):
         both.quiet(framework, tmp_path, logger=logger, callbacks=[Bar()], **settings).fit(make(framework), data())
         reports.append(len(list((tmp_path / framework.name).rglob("report.html"))))
     assert reports == [0, 1]
+
+
+def test_gathered_numbers_keep_their_types():
+    types = []
+    for name in ("lightning.fabric", "levin"):
+        fabric = importlib.import_module(name).Fabric(accelerator="cpu", devices=1)
+        types.append([fabric.all_gather(value).dtype for value in (1, True)])
+    assert types == [[torch.int32, torch.uint8], [torch.int64, torch.bool]]
+
+
+def test_logging_in_a_module_inside_of_the_model(tmp_path):
+    for framework in pair():
+        module = make(framework)
+        step = module.training_step
+
+        class Inner(framework.LightningModule):
+            def forward(self, batch):
+                self.log("inner", batch.mean())
+                return batch
+
+        module.inner = Inner()
+        module.training_step = lambda batch, batch_idx, module=module, step=step: step(module.inner(batch), batch_idx)
+        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        if framework.name == "lightning":
+            with pytest.raises(Exception, match=r"self\.log"):
+                trainer.fit(module, data())
+        else:
+            trainer.fit(module, data())
+            assert trainer.callback_metrics["inner"] == 1
+
+
+def test_the_loss_that_callbacks_get_under_accumulation(tmp_path):
+    losses = []
+    for framework in pair():
+        seen = []
+
+        class Noting(framework.Callback):
+            def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx, seen=seen):
+                seen.append(outputs["loss"].item())
+
+        module = make(framework)
+        module.training_step = lambda batch, batch_idx, module=module: module.head(batch).sum() * 0 + 1
+        both.quiet(framework, tmp_path, max_epochs=1, accumulate_grad_batches=2, callbacks=[Noting()]).fit(
+            module, data()
+        )
+        losses.append(seen)
+    assert losses == [[0.5] * 3, [1.0] * 3]
+
+
+def test_hyperparameters_of_a_module_that_another_one_makes():
+    saved = []
+    for framework in pair():
+
+        class Inner(framework.LightningModule):
+            def __init__(self, inner=1):
+                super().__init__()
+                self.save_hyperparameters()
+
+        class Outer(framework.LightningModule):
+            def __init__(self, outer=2, made=Inner):
+                super().__init__()
+                self.made = made()
+
+        hparams = Outer().made.hparams
+        saved.append(sorted(hparams))
+    assert saved == [["inner", "made", "outer"], ["inner"]]
+
+
+def test_the_largest_batch_size(tmp_path):
+    sizes = []
+    for framework in pair():
+        module = make(framework)
+        module.batch_size = 2
+        module.train_dataloader = lambda module=module: DataLoader(torch.ones(64, 4), batch_size=module.batch_size)
+        module.val_dataloader = lambda: data()
+        tuner = importlib.import_module(f"{'lightning.pytorch' if framework.name == 'lightning' else 'levin'}.tuner")
+        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        sizes.append(tuner.Tuner(trainer).scale_batch_size(module, init_val=2, max_trials=4, max_val=10))
+    assert sizes[0] > 10 == sizes[1]
