@@ -134,9 +134,6 @@ PACKAGES = (
         "darts",
         "0.48.1",
         ("usage/darts.py",),
-        differs={
-            "test_darts.py::test_the_learning_rate_finder_is_a_feature_of_the_tuner": "levin has no `Tuner`; the error says so"
-        },
         note="ships no tests; used as its documentation says",
     ),
     Package(

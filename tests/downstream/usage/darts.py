@@ -95,7 +95,7 @@ def test_tensorboard_logs(tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
-def test_the_learning_rate_finder_is_a_feature_of_the_tuner(tmp_path):
+def test_the_learning_rate_finder(tmp_path):
     model = NLinearModel(**settings(tmp_path))
     assert model.lr_find(SERIES, num_training=5, epochs=1) is not None
 
