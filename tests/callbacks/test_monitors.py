@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -7,6 +9,7 @@ from torch.utils.data import DataLoader
 from levin import Trainer
 from levin.callbacks import DeviceStatsMonitor, ThroughputMonitor, throughput_monitor
 from levin.demos.boring_classes import BoringModel, RandomDataset
+from levin.strategies import SingleDeviceStrategy
 from tests.loggers.test_logger import ListLogger
 
 
@@ -65,3 +68,27 @@ def test_a_clock_per_stage_counts_evaluation_batches():
     lines = [line for line in logger.lines if isinstance(line, tuple) and "test/samples" in line[1]]
     assert [(step, values["test/samples"]) for step, values in lines] == [(2, 2), (4, 4), (6, 6)]
     assert all(values["test/device/batches_per_sec"] > 0 for _, values in lines)
+
+
+def test_rates_of_all_processes_are_those_of_one_times_their_number(monkeypatch):
+    monkeypatch.setattr(SingleDeviceStrategy, "data_parallel", SimpleNamespace(size=3, rank=0))
+    last = [values for _, values in fit(ThroughputMonitor(len, window_size=3)) if "train/time" in values][-1]
+    for unit in ("batches", "samples"):
+        assert last[f"train/{unit}_per_sec"] == pytest.approx(3 * last[f"train/device/{unit}_per_sec"])
+
+
+def test_validation_inside_of_fit_has_a_clock_of_its_own():
+    logger = ListLogger()
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, logger=logger, callbacks=[ThroughputMonitor(len, window_size=2)],
+        log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = DataLoader(torch.zeros(3, 32), batch_size=1)
+    for _ in range(2):  # the second call goes on with its epochs, and counts anew
+        trainer.fit(BoringModel(), data, data)
+        lines = [line for line in logger.lines if isinstance(line, tuple) and "validate/samples" in line[1]]
+        assert [(step, values["validate/samples"]) for step, values in lines] == [
+            (n, (n - 1) % 3 + 1) for n in range(1, 7)
+        ]
+        logger.lines.clear()
+        trainer.fit_loop.max_epochs += 2
