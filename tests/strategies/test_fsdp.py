@@ -20,7 +20,7 @@ from levin.strategies import DDPStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
 from tests.distributed import world_size
-from tests.strategies.small import QUIET, dataset, ordered_loader
+from tests.strategies.small import QUIET, Small, dataset, ordered_loader
 
 
 class Block(nn.Module):
@@ -292,6 +292,49 @@ def test_ways_of_cutting(way):
     assert list(module.state_dict()) == list(reference.state_dict())
 
 
+class Counting(Deep):
+    """Counts the bytes that autograd keeps for backward."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.net = Net(depth=8)
+        self.num_bytes = 0
+
+    def training_step(self, batch, batch_idx):
+        def keep(tensor):
+            self.num_bytes += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return super().training_step(batch, batch_idx)
+
+
+@world_size(2, connect=False)
+def test_a_budget_of_activations_is_kept_to():
+    def run(budget):
+        module = Counting()
+        in_rank(FSDPStrategy(activation_checkpointing=budget), max_epochs=1).fit(module)
+        return module
+
+    runs = {budget: run(budget) for budget in (None, 1, 0.5, 0.2, 0)}
+    every, none = runs[None].num_bytes, runs[0].num_bytes
+    assert runs[1].num_bytes == every > none > 0
+    # Of eight blocks four, and one: two would be more than a fifth.
+    assert runs[0.5].num_bytes - none == (every - none) / 2
+    assert runs[0.2].num_bytes - none == (every - none) / 8
+    assert [type(block).__name__ for block in runs[0.5].net.blocks] == ["FSDPCheckpointWrapper", "FSDPBlock"] * 4
+    for module in runs.values():
+        assert list(module.state_dict()) == list(runs[None].state_dict())
+        found, expected = (list(whole(run).values()) for run in (module, runs[None]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@world_size(2, connect=False)
+def test_a_budget_for_a_module_without_blocks_is_an_error():
+    with pytest.raises(ValueError, match=r"activation_checkpointing=0\.5 .* Small has no repeated ones"):
+        in_rank(FSDPStrategy(activation_checkpointing=0.5)).fit(Small())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -303,6 +346,9 @@ def test_ways_of_cutting(way):
         ({"nonsense": 1}, "cannot do nonsense=1"),
         ({"mixed_precision": "bf16"}, "MixedPrecisionPolicy"),
         ({"activation_checkpointing": nn.Linear, "activation_checkpointing_policy": {nn.Linear}}, "same argument"),
+        ({"activation_checkpointing": 1.5}, r"from 0 to 1.* received 1\.5"),
+        ({"activation_checkpointing": float("nan")}, "received nan"),
+        ({"activation_checkpointing_policy": True}, "received True"),
     ],
 )
 def test_arguments_that_cannot_be_met(arguments, message):

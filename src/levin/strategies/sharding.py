@@ -211,6 +211,36 @@ def classes_policy(classes: Iterable[type[Module]]) -> Policy:
     return lambda module: isinstance(module, chosen)
 
 
+def within_budget(module: Module, budget: float, is_unit: Policy | None) -> Policy:
+    """Return a policy that chooses units, as few as it takes, such that the others hold at most a part of the activations.
+
+    Units of one class hold as much as each other; those that are left out of the choice are spread evenly among them.
+
+    Args:
+        module: The whole module.
+        budget: What the units that are not chosen may hold of the activations of all units, from 0 to 1.
+        is_unit: The user's choice of units; see :func:`units_of`.
+
+    Raises:
+        MisconfigurationException: There are no units.
+    """
+    units = set(units_of(module, is_unit))
+    if not units:
+        raise MisconfigurationException(
+            f"activation_checkpointing={budget} is a part of the activations of blocks, and {type(module).__name__} has no "
+            "repeated ones. Name what is to be computed again: activation_checkpointing_policy={MyBlock}."
+        )
+    seen: Counter[type] = Counter()
+    chosen = set()
+    for unit in module.modules():
+        if unit in units:
+            num_kept = int(seen[type(unit)] * budget)
+            seen[type(unit)] += 1
+            if int(seen[type(unit)] * budget) == num_kept:
+                chosen.add(unit)
+    return chosen.__contains__
+
+
 def as_policy(value: object, module: Module, name: str) -> Policy | None:
     """Return what a user gave as a policy in the form that is used here.
 
