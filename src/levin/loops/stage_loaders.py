@@ -38,6 +38,8 @@ class StageLoaders:
         self.limits: list[int | float] = []
         # Of each loader, also of those that make joint batches.
         self.batches_per_loader: list[int | float] = []
+        # What the loaders said of their lengths last.
+        self._measured: tuple[int | float, ...] = ()
         self.loaded_epoch: float = -math.inf
 
     def attach(self, given: object, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
@@ -123,9 +125,16 @@ class StageLoaders:
 
     def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:
         """Find the lengths and limits, per loader, or of the joint batches for a mode that combines."""
+        self._limit(self._lengths(), limit, name, num_from_limit)
+
+    def _lengths(self) -> list[int | float]:
+        assert self.combined is not None
+        return [length_of(loader) for loader in self.combined.flattened]
+
+    def _limit(self, lengths: list[int | float], limit: int | float, name: str, num_from_limit: Any) -> None:
         combined = self.combined
         assert combined is not None
-        lengths = [length_of(loader) for loader in combined.flattened]
+        self._measured = tuple(lengths)
         self.batches_per_loader = [num_from_limit(limit, length, name) for length in lengths]
         if not self.is_sequential:
             lengths = [combined_length(lengths, combined.mode)]
@@ -134,8 +143,11 @@ class StageLoaders:
 
     def measure_again(self, limit: int | float, name: str, num_from_limit: object) -> bool:
         """Find the lengths that loaders have in this epoch. Returns whether they changed."""
+        lengths = self._lengths()
+        if self._measured == tuple(lengths):
+            return False
         before, limits = self.lengths, self.limits
-        self.measure(limit, name, num_from_limit)
+        self._limit(lengths, limit, name, num_from_limit)
         # The feed has found that a length cannot be relied on.
         self.lengths = [math.inf if old == math.inf else new for old, new in zip(before, self.lengths)]
         return (before, limits) != (self.lengths, self.limits)

@@ -25,7 +25,8 @@ def is_overridden(method_name: str, instance: object, parent: Optional[type] = N
             )
     own: object = getattr(instance, method_name, None)
     default: object = getattr(parent, method_name, None)
-    if own is None:
+    # The method of the class itself, as it is, needs no search for what it wraps.
+    if own is None or getattr(own, "__func__", own) is default:
         return False
     if default is None:
         raise ValueError(f"{parent.__name__} has no method {method_name!r} that could be overridden.")

@@ -8,8 +8,7 @@ from typing import Optional
 
 
 class _StrEnum(str, Enum):
-    def __str__(self) -> str:
-        return str(self.value)
+    __str__ = str.__str__
 
 
 class TrainerStatus(_StrEnum):
