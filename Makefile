@@ -156,7 +156,7 @@ test-slurm: $(INTEGRATIONS)/slurm/.installed  ## Run jobs under a real SLURM wit
 	$(call TEST_INTEGRATION,slurm,tests/integrations/test_slurm.py)
 
 test-ray: $(INTEGRATIONS)/ray/.installed  ## Run Ray Train and Ray Tune through the import alias
-	$(call TEST_INTEGRATION,ray,tests/integrations/test_ray.py)
+	$(call TEST_INTEGRATION,ray,tests/integrations/test_ray.py tests/integrations/test_ray_faults.py)
 
 test-jobs: $(INTEGRATIONS)/jobs/.installed  ## Run studies of Optuna, jobs of Hydra, and pods with the variables of operators
 	$(call TEST_INTEGRATION,jobs,tests/integrations/test_jobs.py)
