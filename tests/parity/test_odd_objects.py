@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
+from argparse import Namespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -150,3 +152,49 @@ def test_an_evaluation_frees_gradients(tmp_path, method):
         seen.note(module.layer.weight.grad)
 
     assert trace.same(code, tmp_path).events == [(None,)]
+
+
+def test_hooks_that_are_partials_count_as_overridden():
+    answers = []
+    for framework, name in zip(
+        (both.lightning(), both.levin()), ("lightning.pytorch.utilities.model_helpers", "levin.utilities.overrides")
+    ):
+        is_overridden = importlib.import_module(name).is_overridden
+        module = framework.LightningModule()
+        module.on_fit_start = functools.partial(lambda who: None, "of the user")
+        module.on_fit_end = functools.partial(module.on_fit_end)
+        names = ("on_fit_start", "on_fit_end", "on_train_start")
+        answers.append([is_overridden(each, module, framework.LightningModule) for each in names])
+    assert answers[1] == answers[0] == [True, False, False]
+
+
+def test_what_a_step_of_an_optimizer_returns(tmp_path):
+    class Telling(torch.optim.SGD):
+        def step(self, closure=None):
+            return "told", closure()
+
+    def code(seen: trace.Trace) -> None:
+        module = both.recording_module(seen.framework, [], manual=True)[0]
+        module.configure_optimizers = lambda: Telling(module.parameters(), lr=0.1)
+        module.training_step = lambda batch, batch_idx: seen.note(module.optimizers().step(lambda: 3.0))
+        seen.trainer(max_epochs=1).fit(module, both.loader(1))
+        names = [name for name in dir(seen.framework.DataModule) if name.startswith("CHECKPOINT_")]
+        seen.note([(name, getattr(seen.framework.DataModule, name)) for name in names])
+
+    assert trace.same(code, tmp_path).events[0] == (["tuple", "told", 3.0],)
+
+
+def test_attributes_are_found_in_hyper_parameters_of_any_kind():
+    def find(framework: Any, parsing: Any) -> list[Any]:
+        found = []
+        for hparams in ({"lr": 0.1}, Namespace(lr=0.1)):
+            module = framework.LightningModule()
+            module.save_hyperparameters(hparams)
+            found += [parsing.lightning_hasattr(module, "lr"), parsing.lightning_getattr(module, "lr")]
+            parsing.lightning_setattr(module, "lr", 0.2)
+            found += [module.hparams["lr"], parsing.lightning_hasattr(module, "no")]
+        return found
+
+    names = ("lightning.pytorch.utilities.parsing", "levin.compat.hparams")
+    theirs, ours = (find(f, importlib.import_module(n)) for f, n in zip((both.lightning(), both.levin()), names))
+    assert ours == theirs == [True, 0.1, 0.2, False] * 2
