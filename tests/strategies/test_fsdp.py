@@ -22,6 +22,11 @@ from levin.utilities.exceptions import MisconfigurationException
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, Small, dataset, ordered_loader
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="FSDP on the CPU needs torch.cpu.Stream.record_event (not in 2.6)",
+)
+
 
 class Block(nn.Module):
     def __init__(self, width: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from levin import Trainer
 from levin.strategies.sharding import make_weights
 
 
@@ -24,3 +25,11 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
     attention = layer.self_attn
     assert attention.out_proj.bias.count_nonzero() == attention.in_proj_bias.count_nonzero() == 0
     assert 0 < attention.in_proj_weight.abs().max() <= (6 / 32) ** 0.5
+
+
+def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(
+        ValueError, match=r"needs a torch whose torch\.cpu\.Stream has `record_event`, received torch 2"
+    ):
+        Trainer(accelerator="cpu", devices=2, strategy="fsdp", logger=False, enable_checkpointing=False)

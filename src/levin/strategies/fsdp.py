@@ -136,7 +136,13 @@ class FSDPStrategy(ShardedStrategy):
         self._ignored = frozenset(ignored_states or ())
 
     def check_mesh(self, world_size: int) -> None:
-        """Raise before a process starts when the mesh does not fit the number of processes."""
+        """Raise before a process starts when the mesh does not fit the number of processes, or torch cannot cut there."""
+        if self.root_device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            # As in torch 2.6.
+            raise MisconfigurationException(
+                f"FSDP on the CPU needs a torch whose torch.cpu.Stream has `record_event`, received torch {torch.__version__}. "
+                'Install a newer torch, or use strategy="ddp", or an accelerator.'
+            )
         if isinstance(self._given_mesh, tuple) and self._given_mesh[0] * self._given_mesh[1] != world_size:
             replicas, shards = self._given_mesh
             raise MisconfigurationException(
