@@ -83,11 +83,12 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.2)
         yield variables
     finally:
-        subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, timeout=30)
-        deadline = time.monotonic() + 30
-        # The steps end with the daemons' help alone.
-        while _output(environment, "squeue", "--noheader") and time.monotonic() < deadline:
-            time.sleep(0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # of a controller that does not answer
+            subprocess.run(["scancel", "--user=root"], env=environment, capture_output=True, timeout=30)
+            deadline = time.monotonic() + 30
+            # The steps end with the daemons' help alone.
+            while _output(environment, "squeue", "--noheader") and time.monotonic() < deadline:
+                time.sleep(0.2)
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
