@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 
+from levin import Callback, Trainer
+from levin.demos.boring_classes import BoringModel
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 
 
@@ -59,3 +61,40 @@ def test_the_value_of_the_last_batch_is_kept():
     saved["metric"](torch.tensor(7.0))
     load_metric_states(again, collect_metric_states(saved))
     assert again["metric"]._forward_cache == saved["metric"]._forward_cache == 7.0
+
+
+class Validated(BoringModel):
+    """Whose metric is another number in each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def validation_step(self, batch, batch_idx):
+        self.mean(torch.tensor(float(self.current_epoch)))
+        self.log("mean", self.mean)
+
+
+class Values(Callback):
+    def __init__(self, path):
+        self.values, self.path = {}, path
+
+    def on_validation_end(self, trainer, pl_module):
+        self.values[trainer.current_epoch] = float(trainer.callback_metrics["mean"])
+        if not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_validation_after_a_restart_counts_nothing_of_the_one_that_was_saved(tmp_path):
+    def fit(path=None):
+        values = Values(tmp_path / "saved.ckpt")
+        Trainer(
+            accelerator="cpu", devices=1, max_epochs=3, limit_train_batches=1, limit_val_batches=2, logger=False,
+            callbacks=[values], enable_checkpointing=False, num_sanity_val_steps=0, enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(Validated(), ckpt_path=path)  # fmt: skip
+        return values.values
+
+    assert fit() == {0: 0.0, 1: 1.0, 2: 2.0}
+    resumed = fit(tmp_path / "saved.ckpt")
+    assert {epoch: resumed[epoch] for epoch in (1, 2)} == {1: 1.0, 2: 2.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,8 +11,14 @@ from levin.utilities.move import move_data_to_device
 from levin.utilities.types import StateDict
 
 
-def collect_metric_states(module: torch.nn.Module) -> dict[str, object]:
-    """Return the states of the torchmetrics objects of ``module`` by their names."""
+def collect_metric_states(module: torch.nn.Module, without: Iterable[object] = ()) -> dict[str, object]:
+    """Return the states of the torchmetrics objects of ``module`` by their names.
+
+    Args:
+        module: Of the user.
+        without: Objects that are left out.
+    """
+    left_out = {id(metric) for metric in without}
     return {
         name: {
             "update_count": child._update_count,
@@ -19,7 +26,8 @@ def collect_metric_states(module: torch.nn.Module) -> dict[str, object]:
             **{key: getattr(child, key) for key in child._defaults},
         }
         for name, child in module.named_modules()
-        if "_defaults" in vars(child) and "_update_count" in vars(child)  # a module says slowly what it has not
+        # A module says slowly what it has not.
+        if "_defaults" in vars(child) and "_update_count" in vars(child) and id(child) not in left_out
     }
 
 

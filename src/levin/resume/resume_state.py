@@ -114,6 +114,10 @@ class ResumeState:
         unfinished = self._find_unfinished(run)
         if unfinished is not None:
             state["unfinished"] = {**vars(unfinished), "phase": int(unfinished.phase)}
+            if unfinished.phase == Phase.VALIDATION_END:
+                # Their values are known, and nothing else will reset them for the next validation.
+                over = [slot.metric for slot in run.store.slots()]
+                state["metrics"] = collect_metric_states(run.module, without=over)
             if unfinished.phase == Phase.VALIDATION:
                 state.update(self._validation or {})
         return state
