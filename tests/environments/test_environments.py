@@ -298,11 +298,14 @@ def test_mpi_and_tpu_without_their_packages(monkeypatch):
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
 def test_processes_of_mpirun_that_cannot_find_each_other_are_told(monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setenv(name, "1")
     assert not MPIEnvironment.detect()
     monkeypatch.setenv(name, "3")
     with pytest.warns(PossibleUserWarning, match="mpirun started 3 processes.*each process trains alone"):
         assert not MPIEnvironment.detect()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not MPIEnvironment.detect()
 
 
 def test_mpi_is_not_started_where_mpirun_did_not_start_the_process(monkeypatch):

@@ -78,7 +78,7 @@ class MPIEnvironment(ExternalEnvironment):
             else:
                 return bool(MPI.COMM_WORLD.Get_size() > 1)
         num_processes = max(read_int(name, 1) for name in _SIZES)
-        if num_processes > 1:
+        if num_processes > 1 and "LOCAL_RANK" not in os.environ:  # whoever sets that has them find each other otherwise
             rank_zero_warn(
                 f"mpirun started {num_processes} processes, which find each other through mpi4py, and that cannot be"
                 " imported: each process trains alone. Run `pip install mpi4py` to let them train together.",
