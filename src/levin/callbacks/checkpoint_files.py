@@ -216,7 +216,7 @@ class UnconfirmedSave:
         before = {name: getattr(self._owner, name) for name in _OF_NEWEST_SAVE}
         try:
             yield
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no name may speak of a file that is not there
             vars(self._owner).update(before)
             raise
         self._before = before

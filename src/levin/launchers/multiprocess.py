@@ -147,7 +147,7 @@ class MultiProcessingLauncher(Launcher):
                 self._processes.append(process)
                 readers[reader] = local_rank
             failure = _wait_for_all(self._processes, readers)
-        except BaseException:
+        except BaseException:  # whatever ends this process, the others do not outlive it
             _end(self._processes, grace_s=GRACE_S)
             raise
         if failure is not None:

@@ -138,7 +138,7 @@ class MLFlowLogger(UploadingLogger):
                     f"MLflow at {_without_password(self._tracking_uri)} did not answer within {_START_LIMIT_S} s. The run"
                     " goes on without it, and what it logs is sent when MLflow answers."
                 )
-            except BaseException:
+            except BaseException:  # Ctrl-C too: what has no run yet is begun again
                 self._client = None
                 raise
         return self._client

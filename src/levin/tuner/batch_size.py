@@ -126,7 +126,7 @@ def scale_batch_size(
 
     try:
         found = largest(fits, init_val, max_trials, max_val, mode, margin, lambda size: size >= num_samples)
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves the size as it was
         _set(owners, batch_arg_name, before)
         raise
     _set(owners, batch_arg_name, found)
