@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what is to run in the background so; processes that tests start and interrupt would not hear it either.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

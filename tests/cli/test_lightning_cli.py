@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -82,6 +84,16 @@ def test_the_optimizer_of_the_command_line_is_new_in_each_fit():
     cli = LightningCLI(Net, args=[*QUIET, "--optimizer=SGD", "--optimizer.lr=0.5"], run=False)
     first, second = cli.model.configure_optimizers(), cli.model.configure_optimizers()
     assert first is not second and first.defaults["lr"] == 0.5
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_optimizer_of_the_command_line_goes_with_the_module(way):
+    model = LightningCLI(Net, args=[*QUIET, "--optimizer=SGD", "--optimizer.lr=0.5"], run=False).model
+    copied = way(model)
+    optimizer = copied.configure_optimizers()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert [id(value) for value in optimizer.param_groups[0]["params"]] == [id(value) for value in copied.parameters()]
+    assert copied.layer.weight is not model.layer.weight
 
 
 def test_the_optimizer_of_the_command_line_sees_parameters_that_configure_model_makes():

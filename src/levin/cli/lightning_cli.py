@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from functools import partial, update_wrapper
 from pathlib import Path
-from types import MethodType
 from typing import Any, Optional, Union
 
 import yaml
@@ -332,9 +331,9 @@ class LightningCLI:
                 f"`{type(self.model).__name__}.configure_optimizers` will be overridden by "
                 f"`{type(self).__name__}.configure_optimizers`."
             )
-        configure = partial(_configure, self.configure_optimizers, optimizer, scheduler)
-        update_wrapper(configure, self.configure_optimizers)
-        vars(self.model)["configure_optimizers"] = MethodType(configure, self.model)
+        # Not a bound method: in another process that would be looked up on the class by its name.
+        configure = partial(_configure, self.configure_optimizers, optimizer, scheduler, self.model)
+        vars(self.model)["configure_optimizers"] = update_wrapper(configure, self.configure_optimizers)
 
     def _automatic(self, added: Configured, name: str) -> Optional[Kwargs]:
         """Return class path and arguments of the one optimizer or scheduler that levin configures the module with."""
