@@ -167,7 +167,7 @@ def test_a_signal_during_set_up_ends_all_processes(tmp_path, launcher, strategy,
     ("strategy", "press"),
     [
         pytest.param("ddp", os.killpg, id="script"),
-        pytest.param("ddp", os.kill, id="script-first-alone", marks=slow),
+        pytest.param("ddp", os.kill, id="script-first-alone"),
         pytest.param("ddp_spawn", os.killpg, id="spawn", marks=slow),
         pytest.param("ddp_fork", os.killpg, id="fork", marks=slow),
     ],
