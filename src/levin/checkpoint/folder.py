@@ -23,8 +23,8 @@ def consolidate(folder: PathLike, weights_only: bool | None = None) -> StateDict
     """Read a sharded checkpoint, of any number of processes, into one tree on the CPU.
 
     Args:
-        folder: Local or remote. Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``, or is one of DeepSpeed, which gives
-            weights in single precision and no states of optimizers.
+        folder: Local or remote. Holds the files of ``torch.distributed.checkpoint`` and ``meta.pt``, or is one of
+            DeepSpeed, which gives weights in single precision and no states of optimizers.
         weights_only: For ``meta.pt``, as for :func:`levin.checkpoint.load`.
 
     Returns:
