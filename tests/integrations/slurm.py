@@ -12,12 +12,13 @@ from pathlib import Path
 from tests.distributed import _free_port
 
 # The nodes bear their addresses as names, so that they are found without an entry in /etc/hosts.
+# A job that is put back waits until its credential has expired, by default two minutes.
 NODES = ("127.0.0.1", "127.0.0.2")
 CONFIGURATION = """
 ClusterName=levin
 SlurmctldHost=localhost
 SlurmctldPort={control_port}
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation={folder}/state

@@ -21,24 +21,29 @@ TRAIN = """
 import os, sys, time
 import torch
 from levin import Callback, Trainer
-from tests.strategies.small import QUIET, Small
+from tests.strategies.small import QUIET, Small, loader
+
+fn = next((word for word in sys.argv if word in ("validate", "test")), "fit")
 
 class Slow(Callback):
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if "is_slow" in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
-            if trainer.global_step == 1:
-                open(f"began-{trainer.global_rank}", "w").close()
+    def on_train_batch_end(self, trainer, *args):
+        if "is_slow" in sys.argv and trainer.state.fn == fn and "SLURM_RESTART_COUNT" not in os.environ:
+            open(f"began-{trainer.global_rank}", "w").close()
             time.sleep(2)
+
+    on_validation_batch_end = on_test_batch_end = on_train_batch_end
 
 def train(devices, nodes, epochs=2):
     trainer = Trainer(**{**QUIET, "devices": devices, "num_nodes": nodes, "strategy": "ddp" if devices * nodes > 1 else "auto",
                          "max_epochs": epochs, "callbacks": [Slow()], "enable_checkpointing": False})
     module = Small()
     trainer.fit(module)
+    if fn != "fit":
+        getattr(trainer, fn)(module, loader(1))
     step, task = os.environ.get("SLURM_STEP_ID", ""), os.environ.get("SLURM_ARRAY_TASK_ID", "")
     environment = trainer.strategy.cluster_environment
     torch.save({"weights": module.state_dict(), "seen": module.seen, "from": trainer.ckpt_path, "steps": trainer.global_step,
-                "loss": trainer.callback_metrics["loss"], "environment": type(environment).__name__,
+                "metrics": trainer.callback_metrics, "environment": type(environment).__name__,
                 "restarts": os.environ.get("SLURM_RESTART_COUNT")}, f"result{task}-{step}-{trainer.global_rank}")
 
 if __name__ == "__main__":
@@ -92,6 +97,17 @@ class Jobs:
             )
         return found
 
+    def tell(self, job: subprocess.Popen[str]) -> None:
+        """Send a job of two tasks its signal, once both are at work."""
+        while len(list(self.folder.glob("began-*"))) < 2:
+            assert job.poll() is None, self.logs()
+            time.sleep(0.2)
+        self.command("scancel", "--signal=SIGUSR1", "--name=job.sh")
+
+    def remove_results(self) -> None:
+        for path in [*self.folder.glob("result*"), *self.folder.rglob("hpc_ckpt_*")]:
+            path.unlink()
+
 
 @pytest.fixture
 def jobs(tmp_path: Path, variables: dict[str, str]) -> Jobs:
@@ -126,31 +142,54 @@ def test_the_tasks_of_an_array_are_runs_of_their_own(jobs):
     assert len(jobs.results("result*")) == 3 and (jobs.folder / "result2-0-0").exists()
 
 
-@pytest.mark.parametrize("who", ["the time limit", "an operator, of an array"])
-def test_a_job_that_is_told_to_leave_is_put_back_and_goes_on_bit_for_bit(jobs, who):
+# What tells the job, on how many nodes with how many tasks each, and the options for it.
+REQUEUES = {
     # SLURM sends the signal up to a minute before the time that was asked for.
-    limit = ["--time=3", "--signal=SIGUSR1@70"] if who == "the time limit" else ["--array=7"]
-    job = jobs.start(
-        f"srun {PYTHON} train.py 2 1 60 is_slow", "--ntasks-per-node=2", "--requeue", "--open-mode=append", *limit
-    )
-    while who != "the time limit" and len(list(jobs.folder.glob("began-*"))) < 2:
-        assert job.poll() is None, jobs.logs()
-        time.sleep(0.2)
+    "the time limit": (1, 2, ["--time=3", "--signal=SIGUSR1@70"]),
+    "an operator, of an array": (1, 2, ["--array=7"]),
+    "an operator, of two nodes": (2, 1, []),
+}
+
+
+@pytest.mark.parametrize("who", REQUEUES)
+def test_a_job_that_is_told_to_leave_is_put_back_and_goes_on_bit_for_bit(jobs, who):
+    nodes, tasks, options = REQUEUES[who]
+    command, size = f"srun {PYTHON} train.py {tasks} {nodes} 60", [f"--nodes={nodes}", f"--ntasks-per-node={tasks}"]
+    job = jobs.start(f"{command} is_slow", "--requeue", "--open-mode=append", *size, *options)
     if who != "the time limit":
-        jobs.command("scancel", "--signal=SIGUSR1", "--name=job.sh")
+        jobs.tell(job)
     assert job.wait(400) == 0, jobs.logs()
     resumed = jobs.results("result*")
     assert [result["restarts"] for result in resumed] == ["1", "1"], jobs.logs()
     assert all(str(result["from"]).endswith("hpc_ckpt_1.ckpt") for result in resumed)
-    for path in [*jobs.folder.glob("result*"), *jobs.folder.rglob("hpc_ckpt_*")]:
-        path.unlink()
-    status, log = jobs.sbatch(f"srun {PYTHON} train.py 2 1 60", "--ntasks-per-node=2")
+    jobs.remove_results()
+    status, log = jobs.sbatch(command, *size)
     assert status == 0, log
     unbroken = jobs.results("result*")
     assert resumed[0]["steps"] == unbroken[0]["steps"] == 120
     for name, value in unbroken[0]["weights"].items():
         assert torch.equal(value, resumed[0]["weights"][name])
-    assert unbroken[0]["loss"] == resumed[0]["loss"]
+    assert unbroken[0]["metrics"] == resumed[0]["metrics"]
+
+
+@pytest.mark.parametrize("fn", ["validate", "test"])
+def test_a_job_in_an_evaluation_is_put_back_and_trains_no_second_time(jobs, fn):
+    command = f"srun {PYTHON} train.py 2 1 2 {fn}"
+    job = jobs.start(f"{command} is_slow", "--ntasks-per-node=2", "--requeue", "--open-mode=append")
+    jobs.tell(job)
+    assert job.wait(400) == 0, jobs.logs()
+    resumed = jobs.results("result*")
+    assert list(jobs.folder.rglob("hpc_ckpt_1.ckpt")), jobs.logs()
+    jobs.remove_results()
+    status, log = jobs.sbatch(command, "--ntasks-per-node=2")
+    assert status == 0, log
+    unbroken = jobs.results("result*")
+    # The fit is known to be over; the evaluation began again.
+    assert [(result["restarts"], result["seen"]) for result in resumed] == [("1", [])] * 2, jobs.logs()
+    assert all(len(result["seen"]) == 16 for result in unbroken)
+    for before, after in zip(unbroken, resumed, strict=True):
+        assert before["metrics"] == after["metrics"] and before["steps"] == after["steps"] == 4
+    assert "val_loss" in after["metrics"]
 
 
 TIMES = """
