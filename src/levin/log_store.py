@@ -129,8 +129,8 @@ class LogStore:
         slot = self._slots.get((hook, name, self.dataloader_idx))  # type: ignore[arg-type]  # None is never a key
         if slot is None:
             slot = self._new_slot(name, value, Arguments._make(arguments))
-        elif slot.arguments != arguments:
-            self._take_arguments(slot, Arguments._make(arguments))
+        elif slot.arguments != arguments or (slot.metric is not None and slot.metric is not value):
+            slot = self._go_on(slot, name, value, Arguments._make(arguments))
         if slot.metric is not None:
             slot.has_value = True
             return
@@ -141,7 +141,10 @@ class LogStore:
                     f"{tuple(value.shape)}. Reduce it first, for example with .mean()."
                 )
         elif not isinstance(value, (int, float)):
-            _check_value(name, value, slot)
+            if not slot.has_value and isinstance(value, metric_class()):
+                self._new_slot(name, value, slot.arguments).has_value = True
+                return
+            _check_value(name, value)
         if not slot.on_epoch or slot.reduction != "mean":
             slot.add(value, 1.0, self.is_filler)
         elif batch_size is not None:
@@ -175,7 +178,7 @@ class LogStore:
         metric = self._find_metric(name, value, arguments)
         reduction = "mean"
         if metric is None:
-            _check_value(name, value, None)
+            _check_value(name, value)
             reduction = resolve_reduction(name, arguments.reduce_fx)
             if isinstance(value, Tensor) and not value.is_floating_point():
                 rank_zero_warn(
@@ -191,7 +194,8 @@ class LogStore:
                 category=PossibleUserWarning,
             )
         index = self.dataloader_idx
-        if not arguments.add_dataloader_idx and index and (hook, name, index - 1) in self._slots:
+        before = self._slots.get((hook, name, index - 1)) if index else None
+        if not arguments.add_dataloader_idx and index and before is not None and before.has_value:
             raise MisconfigurationException(
                 f"self.log({name!r}, add_dataloader_idx=False) was called for loader {index - 1} and for loader {index}, "
                 "which would mix their values. Give each loader a name of its own, or leave add_dataloader_idx=True."
@@ -201,14 +205,22 @@ class LogStore:
         self.has_step_slots = self.has_step_slots or on_step
         return slot
 
-    def _take_arguments(self, slot: Slot, arguments: Arguments) -> None:
-        """Go on with ``arguments`` that are written another way and mean the same as those of ``slot``."""
+    def _go_on(self, slot: Slot, name: str, value: object, arguments: Arguments) -> Slot:
+        """Return the slot of a name that is logged in another way than before: in another epoch it may be another."""
+        if not slot.has_value:
+            return self._new_slot(name, value, arguments)
+        if slot.metric is not None and slot.metric is not value:
+            raise MisconfigurationException(
+                f"self.log({name!r}, ...) received another {type(value).__name__} in {slot.hook} than before in this epoch, "
+                "whose values would be lost. Make metrics once, in __init__; levin resets them after each epoch."
+            )
         if not slot.is_restored and self._meaning(slot, arguments) != self._meaning(slot, slot.arguments):
             raise MisconfigurationException(
                 f"self.log({slot.name!r}, ...) was called twice in {slot.hook} with different arguments: "
                 f"{tuple(arguments)} after {tuple(slot.arguments)}. Use two names, or the same arguments."
             )
         slot.arguments, slot.is_restored = arguments, False
+        return slot
 
     def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[object, ...]:
         return (
@@ -284,10 +296,11 @@ class LogStore:
     def load_state_dict(self, state: list[StateDict]) -> None:
         """Take up :meth:`state_dict`."""
         self._slots.clear()
+        modules = self._modules()
         for entry in state:
             slot = Slot(
                 entry["name"], entry["hook"], Arguments._make(entry["arguments"]), entry["on_step"], entry["on_epoch"],
-                entry["reduction"], entry["dataloader_idx"], self._modules().get(entry["metric"]), self._sync,
+                entry["reduction"], entry["dataloader_idx"], modules.get(entry["metric"]), self._sync,
             )  # fmt: skip
             slot.load_state_dict(entry)
             slot.is_restored = True
@@ -341,7 +354,7 @@ def resolve_reduction(name: str, reduce_fx: object) -> str:
     return reduction
 
 
-def _check_value(name: str, value: object, slot: Optional[Slot]) -> None:
+def _check_value(name: str, value: object) -> None:
     if isinstance(value, (int, float, Tensor)):
         return
     if type(value).__module__ == "numpy" and not hasattr(value, "__setitem__") and not isinstance(value, (str, bytes)):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from torch.utils.data import DataLoader, IterableDataset
 
 from tests.parity import both
@@ -464,3 +465,31 @@ def test_the_largest_batch_size(tmp_path):
         trainer = both.quiet(framework, tmp_path, max_epochs=1)
         sizes.append(tuner.Tuner(trainer).scale_batch_size(module, init_val=2, max_trials=4, max_val=10))
     assert sizes[0] > 10 == sizes[1]
+
+
+@pytest.mark.parametrize("how", ["reduction", "metric"])
+@pytest.mark.lightning_raises("MisconfigurationException")
+def test_a_name_that_is_logged_in_another_way_in_a_later_epoch(tmp_path, how):
+    outcomes = []
+    for framework in pair():
+        module = make(framework)
+
+        def validation_step(batch, batch_idx, module=module):
+            epoch = module.current_epoch
+            if how == "reduction":
+                module.log("v", float(batch_idx), reduce_fx="max" if epoch else "min")
+            else:
+                if batch_idx == 0:
+                    module.mean = torchmetrics.MeanMetric()
+                module.mean.update(float(batch_idx + 10 * epoch))
+                module.log("v", module.mean)
+
+        module.validation_step = validation_step
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=0)
+        try:
+            trainer.fit(module, data(), data())
+        except Exception as error:
+            outcomes.append(type(error).__name__)
+        else:
+            outcomes.append(float(trainer.callback_metrics["v"]))
+    assert outcomes == ["MisconfigurationException", 2.0 if how == "reduction" else 11.0]

@@ -46,7 +46,7 @@ def limit_of(run: Run, fn: str) -> int | float:
     return limit
 
 
-def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float]] = None) -> Feed:
+def make_feed(run: Run, loaders: StageLoaders) -> Feed:
     """Return the feed of a stage."""
     precision = run.strategy.precision
     convert = precision.convert_input if type(precision).convert_input is not Precision.convert_input else None
@@ -56,7 +56,7 @@ def make_feed(run: Run, loaders: StageLoaders, limits: Optional[list[int | float
     if on_demand:
         run.hooks.show_batches({"val": "validation"}.get(loaders.stage, loaders.stage))
     arguments = (
-        loaders.sources(), loaders.limits if limits is None else limits, loaders.lengths,
+        loaders.sources(), loaders.limits, loaders.lengths,
         run.strategy.root_device, convert, run.transfer, on_demand,
         run.timed(NEXT[loaders.stage], next) if run.is_profiled else None,
     )  # fmt: skip
@@ -90,9 +90,12 @@ def has_batches(run: Run, loaders: StageLoaders) -> bool:
     return agreed_batches(run.strategy, sum(loaders.batches_per_loader)) > 0
 
 
-def measure_again(run: Run, loaders: StageLoaders, limit: int | float) -> bool:
+def measure_again(loaders: StageLoaders, limit: int | float, feed: Feed) -> bool:
     """Find the lengths of a new epoch, which may be others. Returns whether they are."""
-    return loaders.measure_again(limit, f"limit_{loaders.stage}_batches", num_from_limit)
+    changed = loaders.measure_again(limit, f"limit_{loaders.stage}_batches", num_from_limit)
+    if changed:
+        feed.limits, feed.lengths = loaders.limits, loaders.lengths
+    return changed
 
 
 def _warn_of_pinned_workers(loaders: StageLoaders) -> None:
@@ -197,8 +200,7 @@ def prepare_epoch(run: Run, feed: Feed) -> None:
     if load_training(run):
         _refill(run, loaders, feed)
         run.resume.follow_reloaded()
-    elif not run.strategy.is_distributed and measure_again(run, loaders, run.settings.limit_train_batches):
-        feed.limits, feed.lengths = loaders.limits, loaders.lengths
+    elif not run.strategy.is_distributed and measure_again(loaders, run.settings.limit_train_batches, feed):
         run.loops.fit.max_batches = loaders.num_batches[0]
         if isinstance(run.settings.val_check_interval, float):
             run.loops.fit.val_check_batch = _val_check_batch(run)

@@ -22,7 +22,8 @@ from levin.loops.dataloaders import (
 )
 from levin.loops.hook_table import has_hook
 from levin.loops.logging import send
-from levin.loops.run import Run, new_store, step_arguments
+from levin.loops.run import Evaluation, Run, new_store, step_arguments
+from levin.loops.stage_loaders import StageLoaders
 from levin.ranks.same_everywhere import check_logged_names
 from levin.resume.resume_state import InterruptedPhase
 from levin.utilities.exceptions import SIGTERMException
@@ -34,6 +35,12 @@ from levin.utilities.seed import isolate_rng
 from levin.utilities.states import RunningStage
 
 _CPU = torch.device("cpu")
+
+
+def compose_evaluation(run: Run, stage: str, loaders: StageLoaders) -> Evaluation:
+    """Return what ``validation``, ``test`` or ``predict`` is run with over ``loaders``."""
+    feed = make_feed(run, loaders)
+    return Evaluation(feed, compose_evaluation_step(run, stage, len(feed.sources)), new_store(run, training=False))
 
 
 def validate_in_fit(run: Run, accumulates: bool) -> None:
@@ -52,16 +59,15 @@ def validate_in_fit(run: Run, accumulates: bool) -> None:
     # Loaders that are made for this process only may not draw numbers that the unbroken run does not draw.
     with nullcontext() if is_due else isolate_rng():
         is_new = load_validation(run)
-    if is_new or run.val_step is None:
-        run.val_step = compose_evaluation_step(run, "validation", len(loaders.sources()))
-    if not (is_new or run.strategy.is_distributed):
-        measure_again(run, loaders, run.settings.limit_val_batches)
+    if is_new or run.validation is None:
+        run.validation = compose_evaluation(run, "validation", loaders)
+    elif not run.strategy.is_distributed:
+        measure_again(loaders, run.settings.limit_val_batches, run.validation.feed)
     if has_batches(run, loaders):
-        feed = make_feed(run, loaders)
-        exact.follow_validation(feed, loaders, is_new, is_due)
+        exact.follow_validation(run.validation.feed, loaders, is_new, is_due)
         tell_epoch(run, loaders)
         with torch.no_grad():
-            evaluate(run, "validation", feed, run.val_step, run.loops.fit.epoch_loop.val_loop)
+            evaluate(run, "validation", run.validation, run.loops.fit.epoch_loop.val_loop)
     run.resume.end_validation()
     run.state.stage = RunningStage.TRAINING
     run.last_validation_s = run.now_s
@@ -136,9 +142,7 @@ class Predictions:
         return self._outputs if len(self._outputs) > 1 else (self._outputs[0] if self._outputs else [])
 
 
-def evaluate(
-    run: Run, stage: str, feed: Feed, step: Callable[[object, int, int], object], loop: EvaluationLoop
-) -> Optional[list[object]]:
+def evaluate(run: Run, stage: str, evaluation: Evaluation, loop: EvaluationLoop) -> Optional[list[object]]:
     """Run ``validation``, ``test`` or ``predict`` over all batches once.
 
     In pseudocode::
@@ -150,10 +154,9 @@ def evaluate(
     Returns:
         The logged epoch values, one dict per loader; of predictions what :meth:`Predictions.result` returns.
     """
-    module = run.module
+    module, feed, store = run.module, evaluation.feed, evaluation.store
     predictions = Predictions(feed, loop, run.keeps_predictions) if stage == "predict" else None
     has_own_train = predictions is None and has_hook(module, f"on_{stage}_model_train")
-    store = new_store(run, training=False)
     outer = run.activate(store)
     store.is_between_batches = outer.is_between_batches
     loop.batch_progress.reset()
@@ -165,7 +168,7 @@ def evaluate(
                 load_if_dropped(run, feed)
             run.call(f"on_{stage}_epoch_start")
             with closing(feed.iterate(0)) as batches:
-                results = _batches(run, stage, feed, batches, step, loop, predictions)
+                results = _batches(run, stage, feed, batches, evaluation.step, loop, predictions)
             store.end_batches()
             check_logged_names(run)
             run.call(f"on_{stage}_epoch_end")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from levin.counters import Loops
+from levin.data.feed import Feed
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
 from levin.hooks import Callback, Trainer
@@ -56,6 +57,21 @@ class Step(Protocol):
 
     def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
+
+
+@dataclass
+class Evaluation:
+    """What a stage is evaluated with: made with its loaders, and used again in each epoch.
+
+    Args:
+        feed: Gives the batches.
+        step: ``step(batch, batch_idx, dataloader_idx)`` calls the user's.
+        store: What ``self.log`` writes into meanwhile; empty in between.
+    """
+
+    feed: Feed
+    step: Callable[[object, int, int], object]
+    store: LogStore
 
 
 @dataclass(eq=False)
@@ -121,7 +137,7 @@ class Run:
         self.agreement: Optional[Agreement] = None
         # How training and validation go on.
         self.compiler: Optional[Compiler] = None
-        self.val_step: Optional[Callable[[Batch, int, int], Any]] = None
+        self.validation: Optional[Evaluation] = None
         self.last_validation_s: float = time.monotonic()
         self.eval_log_steps: dict[int, int] = {}
         self.has_explained_minima: bool = False
@@ -285,12 +301,9 @@ class Run:
 def new_store(run: Run, training: bool) -> LogStore:
     """Return an empty log store for a loop of ``run``."""
     strategy, module = run.strategy, run.module
-    found: dict[str, Any] = {}
 
     def modules() -> dict[str, object]:
-        if not found:
-            found.update(module.named_modules(remove_duplicate=False))
-        return found
+        return dict(module.named_modules(remove_duplicate=False))
 
     def sync(value: Tensor, reduction: str, group: Group) -> Tensor:
         group = strategy.data_parallel.group if group is None else group

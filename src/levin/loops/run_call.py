@@ -25,7 +25,7 @@ from levin.loops.dataloaders import (
     make_feed,
     tell_epoch,
 )
-from levin.loops.evaluate import compose_evaluation_step, evaluate
+from levin.loops.evaluate import compose_evaluation, evaluate
 from levin.loops.fit import fit, is_done
 from levin.loops.hook_table import HookTable, has_hook, transfer_hooks
 from levin.loops.logging import send_hyperparameters
@@ -187,9 +187,8 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
     if limit == 0:
         return None if fn == "predict" else []
     load(run, loaders, limit)
-    feed = make_feed(run, loaders)
     name = "validation" if fn == "validate" else fn
-    step = compose_evaluation_step(run, name, len(feed.sources))
+    evaluation = compose_evaluation(run, name, loaders)
     uses_inference = run.settings.inference_mode and run.strategy.supports_inference_mode
     no_gradients = torch.inference_mode() if uses_inference else torch.no_grad()
     if not has_batches(run, loaders):
@@ -198,7 +197,7 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
     tell_epoch(run, loaders)
     run.signals.is_looping = True
     with no_gradients:
-        return evaluate(run, name, feed, step, getattr(run.loops, fn))
+        return evaluate(run, name, evaluation, getattr(run.loops, fn))
 
 
 def run_fit(run: Run, checkpoint: Optional[dict[str, object]]) -> None:
@@ -251,14 +250,15 @@ def sanity_check(run: Run, is_resumed: bool) -> None:
         load_validation(run)
         loaders = run.loaders.val
         if has_batches(run, loaders):
-            limits = [min(steps, count) for count in loaders.num_batches]
-            feed = make_feed(run, loaders, limits)
+            run.validation = compose_evaluation(run, "validation", loaders)
+            feed = run.validation.feed
+            feed.limits = [min(steps, count) for count in loaders.num_batches]
             run.resume.follow_validation(feed, loaders, is_new=True, is_due=True)
-            run.val_step = run.val_step or compose_evaluation_step(run, "validation", len(feed.sources))
             val_loop = run.loops.fit.epoch_loop.val_loop
             counts = val_loop.batch_progress.state_dict()
             with torch.no_grad():
-                evaluate(run, "validation", feed, run.val_step, val_loop)
+                evaluate(run, "validation", run.validation, val_loop)
+            feed.limits = loaders.limits
             run.resume.end_validation()
             val_loop.batch_progress.load_state_dict(counts)
         run.call("on_sanity_check_end")
