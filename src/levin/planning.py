@@ -32,6 +32,7 @@ from levin.strategies.contexts import run_as_forward
 from levin.strategies.mesh import parse_mesh
 from levin.strategies.model_parallel import COPIES, SHARDS, TENSOR, apply_plan
 from levin.strategies.sharding import ShardingPlan, apply_sharding
+from levin.utilities.exceptions import MisconfigurationException
 
 MakeModule = Callable[[], tuple[nn.Module, Any]]
 _MIB = 2**20
@@ -101,6 +102,10 @@ def plan_run(
         512.125
     """
     degrees = parse_mesh(mesh)
+    if degrees.get("pp", 1) > 1:
+        raise MisconfigurationException(
+            f"A plan is for processes that all run the whole step, received {mesh!r}. Leave pp out, and plan for one stage of it."
+        )
     copies, shards, tensor = (degrees.get(name, 1) for name in ("ddp", "dp", "tp"))
     size = math.prod(degrees.values())
     with _processes_that_are_not_there(size):

@@ -166,7 +166,10 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
         grown = (own_state(checkpoint) or {}).get("optimizer_groups")
         if grown:
             restore_groups(run.strategy.optimizers, run.module, *grown)
-        check_optimizers(run.strategy.optimizers, checkpoint["optimizer_states"])
+        optimizers, states = run.strategy.optimizers, checkpoint["optimizer_states"]
+        if len(optimizers) == len(states):
+            checkpoint["optimizer_states"] = states = list(map(run.strategy.own_optimizer_state, optimizers, states))
+        check_optimizers(optimizers, states)
         run.strategy.load_optimizer_state_dict(checkpoint)
     check_schedulers([config.scheduler for config in run.strategy.lr_scheduler_configs], checkpoint["lr_schedulers"])
     for config, state in zip(run.strategy.lr_scheduler_configs, checkpoint["lr_schedulers"]):

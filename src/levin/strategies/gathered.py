@@ -45,20 +45,20 @@ def load_window_gradients(module: Module, gradients: list[Tensor | None]) -> Non
     for parameter, gradient in zip(module.parameters(), gradients, strict=True):
         inner = gathered.get(id(parameter))
         if inner is None:
-            parameter.grad = None if gradient is None else _cut_as(parameter, gradient.to(parameter.dtype))
+            parameter.grad = None if gradient is None else cut_as(parameter, gradient.to(parameter.dtype))
         elif gradient is not None:
             own = inner._unsharded_param
             if gradient.dtype == own.dtype and inner.reduce_dtype in (None, own.dtype):
-                own.grad = _cut_as(own, gradient)
+                own.grad = cut_as(own, gradient)
             else:
-                inner.unsharded_accumulated_grad = _cut_as(own, gradient.to(inner.reduce_dtype or own.dtype))
+                inner.unsharded_accumulated_grad = cut_as(own, gradient.to(inner.reduce_dtype or own.dtype))
 
 
 def _whole(gradient: Tensor) -> Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
-def _cut_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+def cut_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of a parameter that may be cut, out of the whole one, which all processes have."""
     gradient = gradient.to(parameter.device)
     if not isinstance(parameter, DTensor):

@@ -13,10 +13,10 @@ DEGREES = {
     "ddp": "copies of the weights",
     "dp": "processes that share the weights (FSDP); also called fsdp",
     "tp": "processes that share each layer",
+    "pp": "processes that have layers of their own (pipeline)",
 }
 _ABSENT = {
     "cp": "Context parallelism (a sequence over several processes)",
-    "pp": "Pipeline parallelism (layers over several processes)",
 }
 
 
@@ -70,11 +70,16 @@ def strategy_of_mesh(text: str) -> Strategy:
         2
     """
     degrees = parse_mesh(text)
-    copies, shards, tensor = (degrees.get(name, 1) for name in DEGREES)
-    if tensor > 1:
+    copies, shards, tensor, stages = (degrees.get(name, 1) for name in DEGREES)
+    if tensor > 1 or stages > 1:
         from levin.strategies.model_parallel import ModelParallelStrategy  # slow to import
 
-        return ModelParallelStrategy(data_parallel_size=copies * shards, tensor_parallel_size=tensor, copies=copies)
+        return ModelParallelStrategy(
+            data_parallel_size=copies * shards,
+            tensor_parallel_size=tensor,
+            copies=copies,
+            pipeline_parallel_size=stages,
+        )
     if shards > 1:
         from levin.strategies.fsdp import FSDPStrategy  # slow to import
 

@@ -1,13 +1,17 @@
-"""Processes in two dimensions: some share the layers (tensor parallel), the others share data and weights (FSDP2)."""
+"""Processes in several dimensions: some share each layer (tensor parallel), some have layers of their own (pipeline), the
+others share data and weights (FSDP2).
+"""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -19,15 +23,25 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn import Module
+from torch.optim import Optimizer
+from typing_extensions import override
 
-from levin.strategies import collectives
+from levin.checkpoint.layout import StateElsewhere
+from levin.strategies import collectives, stage_state, state_of
+from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
+from levin.strategies.gathered import cut_as
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding
+from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights
+from levin.strategies.stages import PipelinePlan, chain_of, cut, layers_of, leave_out
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.types import Function, Group, StateDict
 
-DATA, TENSOR = "data_parallel", "tensor_parallel"
+if TYPE_CHECKING:
+    from levin.strategies.pipeline import Pipeline
+
+DATA, TENSOR, PIPELINE = "data_parallel", "tensor_parallel", "pipeline_parallel"
 # The two dimensions of the data-parallel processes, where some of them keep copies.
 COPIES, SHARDS = "copies", "shards"
 STYLES: dict[str, type[ParallelStyle]] = {
@@ -36,7 +50,7 @@ STYLES: dict[str, type[ParallelStyle]] = {
 
 
 class ModelParallelStrategy(ShardedStrategy):
-    """Cuts layers over some processes and data over the others.
+    """Cuts layers over some processes, gives others layers of their own, and cuts data over the rest.
 
     ``configure_model`` may cut the module itself, with torch's functions and ``self.device_mesh``, whose dimensions are
     ``"data_parallel"`` and ``"tensor_parallel"``. What it leaves whole is cut here: layers that ``plan`` names over the
@@ -53,10 +67,17 @@ class ModelParallelStrategy(ShardedStrategy):
         plan: Pattern of a submodule's name -> ``"column"``, ``"row"``, ``"sequence"`` or a ``ParallelStyle``.
         copies: Of the weights, among the data-parallel processes: each copy is cut over ``data_parallel_size / copies`` of
             them. The mesh has the dimensions ``"copies"`` and ``"shards"`` then, in the place of ``"data_parallel"``.
+        pipeline_parallel_size: Processes that have layers of their own, through which parts of a batch go one after another.
+            The module must be one ``torch.nn.Sequential``; ``"pipeline_parallel"`` is the first dimension of the mesh then.
+        pipeline_split: Names of the layers that the later processes begin with; None for as many layers each.
+        pipeline_schedule: ``"1f1b"``; ``"gpipe"`` runs all forward passes first; ``"interleaved"`` gives each process two
+            stages, or more that ``pipeline_split`` names.
+        num_microbatches: Parts of a batch; twice ``pipeline_parallel_size`` when None. A batch that cannot be cut into so
+            many equal parts is cut into fewer.
 
     Raises:
-        MisconfigurationException: The sizes are no counts, ``copies`` does not divide ``data_parallel_size``, or a style is
-            unknown.
+        MisconfigurationException: The sizes are no counts, ``copies`` does not divide ``data_parallel_size``, a style is
+            unknown, or what is said of the pipeline does not fit together.
 
     Example:
         >>> strategy = ModelParallelStrategy(2, 2, plan={"net.*.up": "column", "net.*.down": "row"})
@@ -73,6 +94,10 @@ class ModelParallelStrategy(ShardedStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         plan: Mapping[str, str | ParallelStyle] | None = None,
         copies: int = 1,
+        pipeline_parallel_size: int = 1,
+        pipeline_split: Sequence[str] | None = None,
+        pipeline_schedule: str = "1f1b",
+        num_microbatches: int | None = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
@@ -94,6 +119,11 @@ class ModelParallelStrategy(ShardedStrategy):
         self._all_data: DeviceMesh | None = None
         self.saves_folders = save_distributed_checkpoint
         self.plan: dict[str, str | ParallelStyle] = dict(plan or {})
+        self.pipeline_plan = PipelinePlan(pipeline_parallel_size, pipeline_split, pipeline_schedule, num_microbatches)
+        self._pipeline: Pipeline | None = None
+        # Those of the whole module.
+        self._state_names: list[str] = []
+        self._parameter_names: list[str] = []
 
     # How processes are laid out
 
@@ -106,12 +136,13 @@ class ModelParallelStrategy(ShardedStrategy):
 
     def check_mesh(self, world_size: int) -> None:
         """Raise before a process starts when the sizes do not multiply to the number of processes."""
-        data, tensor = self._sizes()
-        if data * tensor != world_size:
+        (data, tensor), stages = self._sizes(), self.pipeline_plan.size
+        if data * tensor * stages != world_size:
+            times = f" times pipeline_parallel_size={stages}" if stages > 1 else ""
             raise MisconfigurationException(
-                f"data_parallel_size={data} times tensor_parallel_size={tensor} must be the number of processes, which is "
+                f"data_parallel_size={data} times tensor_parallel_size={tensor}{times} must be the number of processes, which is "
                 f"{world_size} (devices={self.num_processes}, num_nodes={self.num_nodes}). Choose sizes whose product is "
-                f"{world_size}, or leave one out and set devices={data * tensor}."
+                f"{world_size}, or leave one out and set devices={data * tensor * stages}."
             )
         if data % self.copies:
             raise MisconfigurationException(
@@ -120,32 +151,54 @@ class ModelParallelStrategy(ShardedStrategy):
             )
 
     def make_mesh(self) -> DeviceMesh:
-        """Return ``(data_parallel, tensor_parallel)``: processes next to each other share layers."""
-        kind, (data, tensor) = self.root_device.type, self._sizes()
-        if self.copies == 1:
-            return init_device_mesh(kind, (data, tensor), mesh_dim_names=(DATA, TENSOR))
-        mesh = init_device_mesh(
-            kind, (self.copies, data // self.copies, tensor), mesh_dim_names=(COPIES, SHARDS, TENSOR)
-        )
-        self._all_data = mesh[COPIES, SHARDS]._flatten(DATA)
+        """Return ``(data_parallel, tensor_parallel)``: processes next to each other share layers, those far apart have others."""
+        data, tensor = self._sizes()
+        sizes = {PIPELINE: self.pipeline_plan.size} if self.pipeline_plan.size > 1 else {}
+        sizes |= {DATA: data} if self.copies == 1 else {COPIES: self.copies, SHARDS: data // self.copies}
+        sizes |= {TENSOR: tensor}
+        mesh = init_device_mesh(self.root_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        if self.copies > 1:
+            self._all_data = mesh[COPIES, SHARDS]._flatten(DATA)
         return mesh
 
     @property
     def data_parallel(self) -> DataParallelGroup:
-        """The processes that see different data; those that share layers see the same."""
+        """The processes that see different data; those that share layers, or have others, see the same."""
         mesh = self.device_mesh
         if mesh is None:
             data, tensor = self._sizes()
-            return DataParallelGroup(self.global_rank // tensor, data)
+            return DataParallelGroup(self.global_rank // tensor % data, data)
         line = mesh[DATA] if self._all_data is None else self._all_data
         ranks = line.mesh.flatten().tolist()
         return DataParallelGroup(line.get_local_rank(), len(ranks), line.get_group(), tuple(ranks))
 
     # Modules
 
+    @override
+    def check_module(self, module: Module) -> None:
+        if self.pipeline_plan.size == 1 or self._is_cut(module):
+            return
+        if not getattr(module, "automatic_optimization", True):
+            raise MisconfigurationException(
+                f"A pipeline runs forward and backward of a batch at once, in parts, and {type(module).__name__} has "
+                "automatic_optimization=False. Use automatic optimization, or another strategy."
+            )
+        if next(module.parameters(), None) is None:
+            return  # layers that `configure_model` makes are checked after that
+        name, chain = chain_of(module, self.pipeline_plan)
+        cut(layers_of(chain, name), self.pipeline_plan)
+
+    def module_to_device(self, module: Module) -> None:
+        """Move the module to the device; of a pipeline only the layers of this process, once they are known."""
+        if self.pipeline_plan.size == 1:
+            super().module_to_device(module)
+
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
         """Cut what ``configure_model`` left whole, in place, and return the module."""
         assert self.device_mesh is not None
+        if self._is_cut(module):
+            module.to(self.root_device)
+            return module
         parts = list(module.modules())
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if not is_cut and not any(parameter.is_meta for parameter in module.parameters()):
@@ -158,10 +211,118 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{type(module).__name__} is cut. Cut it in `configure_model` with self.device_mesh['{TENSOR}'], or pass "
                 "ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
             )
+        if self.pipeline_plan.size > 1:
+            self._pipeline = self._cut_into_stages(module)
+            self.join_norms = self._join_norms
         data = self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS]
         if not any(isinstance(part, FSDPModule) for part in parts) and data.size() > 1:
-            return apply_sharding(module, ShardingPlan(mesh=data))
+            for part in [module] if self._pipeline is None else self._pipeline.stages:
+                apply_sharding(part, ShardingPlan(mesh=data))
         return module
+
+    def _is_cut(self, module: Module) -> bool:
+        return self._pipeline is not None and self._pipeline.module is module
+
+    def _cut_into_stages(self, module: Module) -> Pipeline:
+        from levin.strategies.pipeline import Pipeline, Stage  # slow to import
+
+        assert self.device_mesh is not None
+        if module is not self.lightning_module:
+            raise MisconfigurationException(
+                "A pipeline runs forward and backward of a batch at once, in parts, which a loop of one's own does not, received "
+                f"a {type(module).__name__} in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
+            )
+        plan, group = self.pipeline_plan, self.device_mesh[PIPELINE].get_group()
+        name, chain = chain_of(module, plan)
+        layers = layers_of(chain, name)
+        own = cut(layers, plan)[self.device_mesh[PIPELINE].get_local_rank() :: plan.size]
+        self._state_names = list(module.state_dict())
+        self._parameter_names = [name for name, _ in module.named_parameters()]
+        leave_out(chain, name, kept={layer for stage in own for layer in stage})
+        for part in chain.modules():
+            make_weights(part, self.root_device)
+        module.to(self.root_device)
+        stages = [Stage([layers[layer] for layer in stage], self.precision.forward_context) for stage in own]
+        return Pipeline(plan, module, chain, stages, group, self.root_device)
+
+    # The step
+
+    @override
+    def compose_step(self, module: Module, name: str) -> Function:
+        if self._pipeline is None or name != "training_step":
+            return super().compose_step(module, name)
+        return self._pipeline.training_step(in_forward_context(getattr(module, name), self.precision, name))
+
+    @override
+    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:
+        # torch's schedules reduce gradients once, after the last part of a batch.
+        return super().no_sync(module, enabled) if self._pipeline is None else nullcontext()
+
+    def _join_norms(self, norm: Tensor) -> Tensor:
+        norms: Tensor = collectives.all_gather(norm, group=self._stage_group, device=self.root_device)
+        return norms
+
+    # State
+
+    @property
+    def _stage_group(self) -> Group:
+        assert self.device_mesh is not None
+        return self.device_mesh[PIPELINE].get_group()
+
+    @override
+    def module_state(self, module: Module) -> StateDict:
+        state = super().module_state(module)
+        if self._pipeline is None or self.saves_folders:
+            return state
+        return stage_state.gathered(state, self._state_names, self._stage_group)
+
+    @override
+    def load_module_state(self, module: Module, state: Any, strict: bool = True) -> None:
+        if self._pipeline is not None and not isinstance(state, StateElsewhere):
+            elsewhere = set(self._state_names) - set(module.state_dict())
+            state = {name: value for name, value in state.items() if name not in elsewhere}
+        super().load_module_state(module, state, strict)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> StateDict:
+        if self._pipeline is None:
+            return super().optimizer_state(optimizer, module)
+        state = state_of.optimizer_state(self._pipeline.module, optimizer, is_numbered=False)
+        state["param_groups"] = stage_state.joined_groups(
+            state["param_groups"], self._parameter_names, self._stage_group
+        )
+        if self.saves_folders:
+            return state
+        state["state"] = stage_state.gathered(state["state"], self._parameter_names, self._stage_group)
+        return state_of.numbered(state) if self._pipeline.is_first else {}
+
+    @override
+    def own_optimizer_state(self, optimizer: Optimizer, state: Any) -> Any:
+        if self._pipeline is None or isinstance(state, StateElsewhere):
+            return state
+        groups = state_of.optimizer_state(self._pipeline.module, optimizer, is_numbered=False)["param_groups"]
+        joined = stage_state.joined_groups(groups, self._parameter_names, self._stage_group)
+        return stage_state.own_numbers(
+            state, [group["params"] for group in groups], [group["params"] for group in joined]
+        )
+
+    @override
+    def window_gradients(self, module: Module) -> list[Tensor | None]:
+        if self._pipeline is None:
+            return super().window_gradients(module)
+        own = {name: parameter.grad for name, parameter in module.named_parameters()}
+        return list(stage_state.gathered(own, self._parameter_names, self._stage_group).values())
+
+    @override
+    def load_window_gradients(self, module: Module, gradients: list[Tensor | None]) -> None:
+        if self._pipeline is None:
+            super().load_window_gradients(module, gradients)
+            return
+        # torch's schedules have reduced them, so they belong to the parameters that the module shows.
+        of_name = dict(zip(self._parameter_names, gradients, strict=True))
+        for name, parameter in module.named_parameters():
+            gradient = of_name[name]
+            parameter.grad = None if gradient is None else cut_as(parameter, gradient.to(parameter.dtype))
 
 
 def _is_cut_over_layers(parameter: torch.nn.Parameter) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 
 from levin.checkpoint.io import CheckpointIO, TorchCheckpointIO
 from levin.precision.precision import Precision
@@ -34,6 +36,9 @@ class StrategyParts:
 
     is_for_xla: bool = False
     """Whether it runs on XLA devices, and on no others."""
+
+    join_norms: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Returns the norms of all processes that have parameters of their own, out of that of this one; None for no such thing."""
 
     def __init__(
         self,
@@ -109,6 +114,13 @@ class StrategyParts:
         self.checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io or self.default_checkpoint_io()
         self.layer_sync = layer_sync
         self.take_devices(parallel_devices)
+
+    def check_module(self, module: torch.nn.Module) -> None:
+        """Raise before a process starts when a module cannot be set up, as far as its layers are there already."""
+
+    def own_optimizer_state(self, optimizer: Optimizer, state: Any) -> Any:
+        """Return, of the state of an optimizer as it was saved, the part that belongs to the parameters of this process."""
+        return state
 
     def take_devices(self, parallel_devices: list[torch.device]) -> None:
         """Prepare for the devices that the engine chose, for strategies that start processes; see :meth:`assemble`."""

@@ -44,8 +44,11 @@ def optimizer_state(module: Module, optimizer: Optimizer, is_numbered: bool) -> 
         is_numbered: Whether parameters are numbered, as torch's optimizers do, or go by their names.
     """
     state: Any = get_optimizer_state_dict(module, optimizer)
-    if not is_numbered:
-        return dict(state)
+    return numbered(state) if is_numbered else dict(state)
+
+
+def numbered(state: StateDict) -> StateDict:
+    """Return the state of an optimizer by numbers, as torch's optimizers have it, out of one by names."""
     groups = state["param_groups"]
     names = [name for group in groups for name in group["params"]]
     numbers = {name: number for number, name in enumerate(names)}
@@ -71,7 +74,11 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: StateDict 
             for name, values in parts["state"].items()
             if any(f"{state.key}.state.{name}.{key}" in saved for key in values)
         }
-        _take_up(module, optimizer, state.load_into(dict(parts)), is_full=False)
+        own = [group["params"] for group in parts["param_groups"]]
+        loaded = state.load_into(dict(parts))
+        # Of a pipeline the folder names the parameters of all stages.
+        loaded["param_groups"] = [{**group, "params": params} for group, params in zip(loaded["param_groups"], own)]
+        _take_up(module, optimizer, loaded, is_full=False)
         return
     names = parameter_names(module, optimizer)
     numbers = [number for group in state["param_groups"] for number in group["params"]]

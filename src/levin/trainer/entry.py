@@ -172,6 +172,7 @@ def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optiona
         for callback in run.callbacks:
             vars(callback).update(log=run.module.log, log_dict=run.module.log_dict)  # for the time of the call
         run.ckpt_path = select_checkpoint(run, _chosen_path(trainer, ckpt_path), model_given)
+        run.strategy.check_module(run.module)
         if launcher is not None:
             runs_elsewhere = run.signals.waits_for_batch = launcher.runs_elsewhere
             function = spawned_run.run_sequence if runs_elsewhere else run_call.run_sequence

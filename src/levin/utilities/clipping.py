@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -10,7 +10,11 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 
 
 def clip_by_norm(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    join: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Scale the gradients so that their norm over all parameters is at most ``max_norm``.
 
@@ -20,6 +24,7 @@ def clip_by_norm(
         max_norm: Largest norm.
         norm_type: p of the p-norm; ``inf`` for the largest absolute value.
         error_if_nonfinite: Whether a norm that is nan or infinite is an error.
+        join: Returns the norms of all processes that have parameters of their own, out of that of this one.
 
     Returns:
         The norm before clipping, a scalar on the device of the gradients.
@@ -35,9 +40,11 @@ def clip_by_norm(
     """
     groups = list(_by_mesh(parameters).values())
     norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in groups]
-    if not norms:
+    if not norms and join is None:
         return torch.tensor(0.0)
-    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    total = norms[0] if len(norms) == 1 else _joined(torch.stack(norms or [torch.tensor(0.0)]), norm_type)
+    if join is not None:
+        total = _joined(join(total), norm_type)
     if error_if_nonfinite and not bool(torch.isfinite(total)):
         raise RuntimeError(
             f"The norm of the gradients is {total.item()}, so they cannot be clipped. Look for what made them so "
@@ -46,6 +53,11 @@ def clip_by_norm(
     for group in groups:
         clip_grads_with_norm_(group, max_norm, total)
     return total
+
+
+def _joined(norms: Tensor, norm_type: float) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return norm
 
 
 def clip_by_value(parameters: Iterable[Tensor], max_value: float) -> None:
