@@ -36,10 +36,12 @@ test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 
 	$(RUN) $(BIN)/python -m pytest -q -m slow tests/loops/test_fuzz.py
 
 # In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
-test-mpi: $(STAMP)  ## Run the tests that need mpirun (Debian: openmpi-bin) and mpi4py
+# The package mpich has an mpirun and libraries, which mpi4py finds in the environment of its own.
+test-mpi: $(STAMP) $(VENV)/integrations/mpich/.installed  ## Run the tests that need mpirun (Debian: openmpi-bin, and MPICH) and mpi4py
 	@command -v mpirun || { echo "mpirun is missing: apt-get install --no-install-recommends openmpi-bin"; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
 	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
+	PATH=$(CURDIR)/$(VENV)/integrations/mpich/bin:$$PATH $(RUN) python -m pytest -q tests/launchers/test_clusters.py -k mpi
 
 # In a folder of its own, without torch, which is there: nothing that DeepSpeed compiles is needed.
 test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes of the CPU
@@ -135,7 +137,8 @@ docs: $(STAMP)  ## Build the documentation site
 INTEGRATIONS := $(VENV)/integrations
 SITE = lib/python$(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')/site-packages
 PACKAGES_loggers := wandb mlflow comet-ml trackio tensorboard litlogger litmodels
-PACKAGES_slurm := submitit
+PACKAGES_slurm := submitit mpich mpi4py
+PACKAGES_mpich := mpich mpi4py
 PACKAGES_ray := 'ray[train,tune]'
 PACKAGES_jobs := optuna optuna-integration hydra-core hydra-joblib-launcher hydra-submitit-launcher
 PACKAGES_stores := s3fs 'moto[s3]' flask flask-cors

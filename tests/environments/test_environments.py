@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import types
 
 import pytest
 
@@ -165,6 +166,15 @@ def test_a_step_on_a_part_of_the_nodes(monkeypatch):
     assert environment.main_port < 65536
 
 
+def test_a_task_that_is_an_mpirun_has_started_processes_of_its_own(monkeypatch):
+    set_variables(monkeypatch, **{**ALLOCATION, "SLURM_STEP_NUM_TASKS": 8}, PMI_SIZE=8)
+    assert SLURMEnvironment.detect()  # srun --mpi=pmi2
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert not SLURMEnvironment.detect()  # an mpirun over two nodes
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert not SLURMEnvironment.detect()  # an mpirun in the batch script
+
+
 def test_tasks_in_the_shell_of_a_person_are_told_that_each_trains_alone(monkeypatch):
     set_variables(monkeypatch, **{**ALLOCATION, "SLURM_JOB_NAME": "interactive", "SLURM_STEP_NUM_TASKS": 8})
     monkeypatch.setattr("levin.utilities.rank_zero.rank_zero_only.rank", 0)
@@ -302,10 +312,27 @@ def test_processes_of_mpirun_that_cannot_find_each_other_are_told(monkeypatch, n
     monkeypatch.setenv(name, "1")
     assert not MPIEnvironment.detect()
     monkeypatch.setenv(name, "3")
-    with pytest.warns(PossibleUserWarning, match="mpirun started 3 processes.*each process trains alone"):
+    with pytest.warns(
+        PossibleUserWarning, match="mpirun started 3 processes, and each trains alone.*pip install mpi4py"
+    ):
         assert not MPIEnvironment.detect()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert not MPIEnvironment.detect()
+
+
+def test_processes_of_an_mpirun_that_is_not_that_of_mpi4py_are_told(monkeypatch):
+    alone = types.SimpleNamespace(Get_size=lambda: 1)
+    version = "Open MPI v4.1.4, package: Debian"
+    mpi = types.SimpleNamespace(COMM_WORLD=alone, Get_library_version=lambda: version)
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=mpi, __spec__="is there"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.warns(PossibleUserWarning, match="each trains alone.*another MPI than this mpirun, 'Open MPI v4.1.4'"):
+        assert not MPIEnvironment.detect()
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert not MPIEnvironment.detect()
+    alone.Get_size = lambda: 2
+    assert MPIEnvironment.detect()
 
 
 def test_mpi_is_not_started_where_mpirun_did_not_start_the_process(monkeypatch):

@@ -16,7 +16,7 @@ TARGETS = {
     "test-ray": ["ray"],
     "test-jobs": ["optuna", "hydra-core"],
     "test-stores": ["s3fs", "moto"],
-    "test-mpi": ["mpi4py"],
+    "test-mpi": ["mpi4py", "mpich"],
 }
 
 

@@ -127,6 +127,17 @@ def test_a_step_of_two_tasks(jobs, nodes, tasks):
     assert sorted({*first["seen"], *second["seen"]}) == list(range(16)) and not {*first["seen"]} & {*second["seen"]}
 
 
+LAUNCHED = {"SLURMEnvironment": "srun --mpi=pmi2", "MPIEnvironment": f"{Path(PYTHON).with_name('mpirun')} -n 2"}
+
+
+@pytest.mark.parametrize("environment", LAUNCHED)
+def test_the_processes_of_an_mpi_in_a_job(jobs, environment):
+    status, log = jobs.sbatch(f"{LAUNCHED[environment]} {PYTHON} train.py 2 1", "--ntasks-per-node=2")
+    assert status == 0, log
+    first, second = jobs.results("result-*", environment)
+    assert sorted({*first["seen"], *second["seen"]}) == list(range(16)) and not {*first["seen"]} & {*second["seen"]}
+
+
 def test_two_steps_beside_each_other_on_a_node_each(jobs):
     step = f"srun --exact --nodes=1 --ntasks=2 --ntasks-per-node=2 --nodelist=127.0.0.{{}} {PYTHON} train.py 2 1 &"
     status, log = jobs.sbatch(

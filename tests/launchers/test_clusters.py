@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -77,28 +76,54 @@ def test_torchrun(tmp_path):
     check(tmp_path, "TorchElasticEnvironment")
 
 
-@pytest.mark.skipif(
-    shutil.which("mpirun") is None or importlib.util.find_spec("mpi4py") is None,
-    reason="mpirun or the package mpi4py is not installed (make test-mpi)",
+# Of several the first is that of mpi4py. A folder may be there by two names.
+MPIRUNS = list(
+    dict.fromkeys(path.resolve() for folder in os.get_exec_path() if (path := Path(folder, "mpirun")).exists())
 )
-def test_mpirun(tmp_path, monkeypatch):
-    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
+needs_mpirun = pytest.mark.skipif(not MPIRUNS, reason="mpirun is not installed (make test-mpi)")
+needs_mpi4py = pytest.mark.skipif(
+    importlib.util.find_spec("mpi4py") is None, reason="mpi4py is not installed (make test-mpi)"
+)
+
+
+@pytest.fixture
+def open_mpi(monkeypatch):
+    # For what other MPIs do by themselves.
+    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "OMPI_MCA_rmaps_base_oversubscribe"):
         monkeypatch.setenv(name, "1")
-    run(["mpirun", "--oversubscribe", "-n", "2", sys.executable], tmp_path, [{}], ("-", "2", "1"))
+
+
+@needs_mpirun
+@needs_mpi4py
+def test_mpirun(tmp_path, open_mpi):
+    run([str(MPIRUNS[0]), "-n", "2", sys.executable], tmp_path, [{}], ("-", "2", "1"))
     check(tmp_path, "MPIEnvironment")
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed (make test-mpi)")
-def test_mpirun_without_mpi4py_says_that_each_process_trains_alone(tmp_path, monkeypatch):
-    for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
-        monkeypatch.setenv(name, "1")
-    program = "import sys; sys.modules['mpi4py'] = None; import levin; print(levin.Trainer(logger=False).world_size)"
+def told_alone(mpirun: Path, program: str, tmp_path: Path) -> str:
+    """Run a program in two processes that cannot find each other, and return what they say."""
+    program += "; import levin; print(levin.Trainer(logger=False).world_size)"
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        ["mpirun", "--oversubscribe", "-n", "2", sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, cwd=tmp_path, capture_output=True, text=True, timeout=150,
+        [str(mpirun), "-n", "2", sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.split() == ["1", "1"], done.stderr
-    assert done.stderr.count("mpirun started 2 processes") == 2
+    assert done.stderr.count("mpirun started 2 processes, and each trains alone") == 2
+    return done.stderr
+
+
+@needs_mpirun
+def test_mpirun_without_mpi4py_says_that_each_process_trains_alone(tmp_path, open_mpi):
+    told = told_alone(MPIRUNS[0], "import sys; sys.modules['mpi4py'] = None", tmp_path)
+    assert told.count("Run `pip install mpi4py`") == 2
+
+
+@needs_mpi4py
+@pytest.mark.skipif(len(MPIRUNS) < 2, reason="there is no other MPI than Open MPI (make test-mpi)")
+def test_mpirun_of_another_mpi_than_that_of_mpi4py_says_that_each_process_trains_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPI4PY_LIBMPI", "libmpi.so.40")
+    assert told_alone(MPIRUNS[0], "pass", tmp_path).count("has another MPI than this mpirun, 'Open MPI v") == 2
 
 
 def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:

@@ -28,7 +28,9 @@ _SET_BY_MPIRUN = (
 )
 
 
-_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+def num_started_by_mpirun() -> int:
+    """Return how many processes the launcher says that MPI has; 1 where there is none."""
+    return max(read_int(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))
 
 
 class MPIEnvironment(ExternalEnvironment):
@@ -70,18 +72,22 @@ class MPIEnvironment(ExternalEnvironment):
         # To import MPI is to start it, which a process that nothing of the kind has started is spared.
         if not any(name in os.environ for name in _SET_BY_MPIRUN):
             return False
+        lack = "cannot be imported. Run `pip install mpi4py`"
         if importlib.util.find_spec("mpi4py") is not None:
             try:
                 from mpi4py import MPI
             except (ImportError, RuntimeError):
                 pass  # the MPI library that it was built for is not there
             else:
-                return bool(MPI.COMM_WORLD.Get_size() > 1)
-        num_processes = max(read_int(name, 1) for name in _SIZES)
+                if MPI.COMM_WORLD.Get_size() > 1:
+                    return True
+                library = MPI.Get_library_version().partition(",")[0].partition("\n")[0]
+                lack = f"has another MPI than this mpirun, {library!r}. Use the mpirun of that one"
+        num_processes = num_started_by_mpirun()
         if num_processes > 1 and "LOCAL_RANK" not in os.environ:  # whoever sets that has them find each other otherwise
             rank_zero_warn(
-                f"mpirun started {num_processes} processes, which find each other through mpi4py, and that cannot be"
-                " imported: each process trains alone. Run `pip install mpi4py` to let them train together.",
+                f"mpirun started {num_processes} processes, and each trains alone: they find each other through mpi4py, which"
+                f" {lack} to let them train together.",
                 category=PossibleUserWarning,
             )
         return False

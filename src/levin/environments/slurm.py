@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from levin.environments.environment import read_int
 from levin.environments.external import ExternalEnvironment, Variables
+from levin.environments.mpi import num_started_by_mpirun
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
@@ -64,9 +65,11 @@ class SLURMEnvironment(ExternalEnvironment):
     def detect() -> bool:
         if is_srun_missing() or "SLURM_NTASKS" not in os.environ:
             return False
+        num_tasks = read_int("SLURM_STEP_NUM_TASKS", 1)
+        if num_started_by_mpirun() > num_tasks:
+            return False  # A task is an mpirun, or a part of it, which has started several processes.
         if not is_interactive_job():
             return True
-        num_tasks = read_int("SLURM_STEP_NUM_TASKS", 1)
         if num_tasks > 1 and "SLURM_PTY_PORT" not in os.environ:
             rank_zero_warn(
                 f"srun started {num_tasks} tasks in a job named {SLURMEnvironment.job_name()!r}, which is taken for the shell"
