@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import zlib
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -34,6 +35,17 @@ class Arguments(NamedTuple):
     add_dataloader_idx: bool
     metric_attribute: Optional[str]
     rank_zero_only: bool
+
+
+class StepOrder:
+    """A number for the order in which values of steps were reduced over all ranks, which is by the order of calls alone."""
+
+    def __init__(self) -> None:
+        self.number: int = 0
+
+    def note(self, hook: str, name: str, reduction: str) -> None:
+        """A value was logged in ``hook`` under ``name``."""
+        self.number = zlib.crc32(f"{hook} {name} {reduction}".encode(), self.number)
 
 
 def _combined(reduction: str, first: Tensor, second: Tensor) -> Tensor:
@@ -132,6 +144,7 @@ class Slot:
         "name",
         "on_epoch",
         "on_step",
+        "order",
         "prog_bar",
         "reduction",
         "sync",
@@ -150,6 +163,7 @@ class Slot:
         dataloader_idx: Optional[int],
         metric: Any,
         sync: Optional[Sync],
+        order: StepOrder,
     ) -> None:
         self.name = name
         self.hook = hook
@@ -162,6 +176,7 @@ class Slot:
         self.dataloader_idx = dataloader_idx
         self.metric = metric
         self.sync = sync if arguments.sync_dist and not arguments.rank_zero_only else None
+        self.order = order
         self.has_value: bool = False
         self.is_restored: bool = False
         # Of what is read: that of the first value, but never less than float32, in which a running sum soon stands still.
@@ -184,6 +199,11 @@ class Slot:
         if metric is None:
             return self.sync is not None
         return getattr(metric, "sync_on_compute", True) and getattr(metric, "process_group", None) is None
+
+    @property
+    def is_collective_in_steps(self) -> bool:
+        """Whether all ranks take part in each call of ``self.log``."""
+        return self.on_step and self.metric is None and self.sync is not None and self.arguments.sync_dist_group is None
 
     def reset(self) -> None:
         """Forget all values; the slot itself stays."""
@@ -256,6 +276,8 @@ class Slot:
 
     def _sync_step(self, cell: Tensor, sync: Sync, is_filler: Optional[bool]) -> Tensor:
         group = self.arguments.sync_dist_group
+        if group is None:
+            self.order.note(self.hook, self.name, self.reduction)
         if is_filler is None or self.reduction != "mean":
             return sync(cell, self.reduction, group)
         both = torch.stack([cell, torch.full_like(cell, 0.0 if is_filler else 1.0)])

@@ -8,19 +8,22 @@ reads.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from levin.log_slot import Arguments, Slot, Sync, metric_class
+from levin.log_slot import Arguments, Slot, StepOrder, Sync, metric_class
 from levin.utilities.collections import leaves
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 from levin.utilities.warnings import PossibleUserWarning
+
+SlotKey = tuple[str, str, Optional[int]]
+"""Hook, name and index of the loader."""
 
 Recorded = tuple[torch.dtype, Optional[str], str, object, tuple[object, ...], Optional[int]]
 """A call of ``self.log`` in compiled code: the type of its numbers there, hook, name, value, arguments, batch size."""
@@ -99,9 +102,10 @@ class LogStore:
         # None, but for steps for which not all ranks have a batch of their own: whether this one has none.
         self.is_filler: Optional[bool] = None
         self._size: Optional[int] = None
-        self._slots: dict[tuple[str, str, Optional[int]], Slot] = {}
+        self._slots: dict[SlotKey, Slot] = {}
         self._modules = modules
         self._sync = sync
+        self.order = StepOrder()
         self._has_loggers = has_loggers
         self._is_of_many = num_ranks > 1
         # What was logged in compiled code, where a tensor has no value yet: taken up when that code has run.
@@ -200,7 +204,7 @@ class LogStore:
                 f"self.log({name!r}, add_dataloader_idx=False) was called for loader {index - 1} and for loader {index}, "
                 "which would mix their values. Give each loader a name of its own, or leave add_dataloader_idx=True."
             )
-        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, index, metric, self._sync)
+        slot = Slot(name, hook, arguments, on_step, on_epoch, reduction, index, metric, self._sync, self.order)
         self._slots[hook, name, index] = slot
         self.has_step_slots = self.has_step_slots or on_step
         return slot
@@ -252,11 +256,20 @@ class LogStore:
             if slot.has_value:
                 yield slot
 
-    def collective_keys(self) -> list[tuple[str, str, Optional[int]]]:
-        """Return (hook, name, loader index) of the values that all ranks compute together, in the order in which they do."""
-        return [key for key, slot in self._slots.items() if slot.has_value and slot.is_collective]
+    def collective_keys(self) -> dict[SlotKey, str]:
+        """Return (hook, name, loader index) -> how of the values that all ranks compute together, in their order."""
+        names = {id(module): name for name, module in self._modules().items()}
+        return {
+            key: f"reduce_fx={slot.reduction!r}" if slot.metric is None else f"the metric {names.get(id(slot.metric))}"
+            for key, slot in self._slots.items()
+            if slot.has_value and slot.is_collective
+        }
 
-    def put_first(self, keys: list[tuple[str, str, Optional[int]]]) -> None:
+    def names_in_steps(self) -> list[str]:
+        """Return the names whose values of steps all ranks reduce together, in the order of their first calls."""
+        return [slot.name for slot in self.slots() if slot.is_collective_in_steps]
+
+    def put_first(self, keys: Iterable[SlotKey]) -> None:
         """Let the values of ``keys`` be computed before the others, and in this order."""
         self._slots = {key: self._slots[key] for key in keys} | self._slots
 
@@ -301,6 +314,7 @@ class LogStore:
             slot = Slot(
                 entry["name"], entry["hook"], Arguments._make(entry["arguments"]), entry["on_step"], entry["on_epoch"],
                 entry["reduction"], entry["dataloader_idx"], modules.get(entry["metric"]), self._sync,
+                self.order,
             )  # fmt: skip
             slot.load_state_dict(entry)
             slot.is_restored = True

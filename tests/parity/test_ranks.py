@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -178,3 +179,52 @@ def test_every_rank_sees_the_same_samples():
         assert ours == seen, key
         if "own" not in key[0]:
             assert own_sampler == sampler, key
+
+
+def searching_module(framework, losses: list):
+    class Searching(framework.LightningModule):
+        """Its loss falls with other rates on each rank."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.net, self.lr = nn.Linear(1, 1), 0.01
+
+        def training_step(self, batch, batch_idx):
+            loss = self.net(batch[0]).pow(2).mean()
+            loss = loss + (0.1 * batch_idx if self.global_rank else -0.01 * batch_idx**2)
+            losses.append(float(loss.detach()))
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    return Searching()
+
+
+@world_size(2, timeout_s=150)
+def test_a_search_finds_one_rate_for_all_ranks(tmp_path):
+    for framework in (lightning(), levin()):
+        for is_callback in (True, False):
+            losses: list = []
+            module, arguments = searching_module(framework, losses), {"early_stop_threshold": 2.0}
+            finder = framework.module.callbacks.LearningRateFinder(num_training_steps=20, **arguments)
+            loader, callbacks = DataLoader(data(128), batch_size=2), [finder] if is_callback else []
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer = trainer_of(
+                    framework, callbacks=callbacks, default_root_dir=tmp_path, enable_checkpointing=True
+                )
+                if is_callback:
+                    trainer.fit(module, loader)
+                    found = finder.optimal_lr
+                else:
+                    found = framework.module.tuner.Tuner(trainer).lr_find(module, loader, num_training=20, **arguments)
+            everywhere: list = [None, None]
+            dist.all_gather_object(everywhere, (module.lr, found.results, losses[0]))
+            (rate, results, first), (other_rate, other_results, other_first) = everywhere
+            assert rate == other_rate != 0.01
+            assert results == other_results
+            # Rank 0 decides there, the mean here, whose gradients the ranks step by.
+            expected = first if framework.name == "lightning" else (first + other_first) / 2
+            assert results["loss"][0] == pytest.approx(expected * (1 - 0.98) / (1 - 0.98**2))  # smoothed

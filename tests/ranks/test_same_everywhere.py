@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 
 import pytest
@@ -72,6 +73,50 @@ def test_ranks_that_drift_apart_are_told_after_the_first_step_and_once():
     with expected if rank == 0 else nullcontext() as caught:
         Trainer(**{**ONCE, "max_epochs": 3}, strategy="ddp").fit(Manual(is_alone=True))
     assert rank == 1 or len(caught) == 1
+
+
+def rate_of_rank(module):
+    module.optimizers().param_groups[0]["lr"] = 0.1 * (1 + module.global_rank)
+
+
+def plateau_by_hand(module):
+    # What a rank alone has rises on rank 1 and falls on rank 0.
+    module.lr_schedulers().step(float(module.current_epoch * (1 if module.global_rank else -1)))
+
+
+def parameters_of_rank(module):
+    if module.current_epoch == 1 and module.global_rank == 1:
+        module.optimizers().add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+
+def the_same(module):
+    module.optimizers().param_groups[0]["lr"] = 0.1 / (1 + module.current_epoch)
+
+
+class StepsByHand(Manual):
+    """Does something to its optimizer at the end of each epoch."""
+
+    def __init__(self, act) -> None:
+        super().__init__(is_alone=False)
+        self.act = act
+
+    def on_train_epoch_end(self):
+        self.act(self)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)]
+
+
+@world_size(2)
+def test_optimizers_that_differ_are_told_once():
+    for act, is_told in ((rate_of_rank, 1), (plateau_by_hand, 1), (parameters_of_rank, 1), (the_same, 0)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(**{**ONCE, "max_epochs": 5}, strategy="ddp").fit(StepsByHand(act))
+        told = [str(each.message) for each in caught if "The optimizers differ in" in str(each.message)]
+        assert len(told) == (is_told if dist.get_rank() == 0 else 0), (act, told)
+        assert all("those of rank 0, those of rank 1" in text for text in told)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64, torch.int8])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from levin.protocols import Run
-from levin.ranks.same_everywhere import CopiesCheck
+from levin.ranks.same_everywhere import AlikeCheck
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
@@ -46,7 +46,7 @@ class Agreement:
         told: What this rank is told.
         exchange: Returns the numbers of every rank, in the order of ranks.
         check: Raises what has failed in the background of this rank, if anything.
-        copies: Compares the weights of the ranks once; None where nothing is compared.
+        alike: Compares what must be alike on all ranks; None where nothing is compared.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Agreement:
         told: StopFlags,
         exchange: Callable[[list[float]], list[list[float]]],
         check: Callable[[], None],
-        copies: CopiesCheck | None = None,
+        alike: AlikeCheck | None = None,
     ) -> None:
         self.should_stop: bool = False
         self.received_sigterm: bool = False
@@ -63,7 +63,7 @@ class Agreement:
         self._told = told
         self._exchange = exchange
         self._check = check
-        self._copies = copies
+        self._alike = alike
         self._started_s: float = time.monotonic()
         self._num_looks: int = 1
         self._num_left: int = 1
@@ -73,7 +73,7 @@ class Agreement:
 
         Raises:
             Exception: What has failed in the background on this rank.
-            RuntimeError: It has failed on another rank.
+            RuntimeError: It has failed on another rank, or the ranks log different values of steps.
         """
         self._num_left -= 1
         if self._num_left <= 0:
@@ -83,11 +83,10 @@ class Agreement:
         """Exchange what ranks were told; every rank calls this at the same moment. Raises as :meth:`maybe_sync` does."""
         told = self._told
         error = self._failure()
-        copies = 0.0 if self._copies is None else self._copies.number()
-        rows = self._exchange(
-            [told.should_stop, told.received_sigterm, error is not None, time.monotonic() - self._started_s, copies]
-        )
-        stops, signals, failures, times, numbers = zip(*rows)
+        alike = [] if self._alike is None else self._alike.numbers()
+        passed_s = time.monotonic() - self._started_s
+        rows = self._exchange([told.should_stop, told.received_sigterm, error is not None, passed_s, *alike])
+        stops, signals, failures, times, *shown = zip(*rows)
         self.should_stop = any(stops)
         if self.should_stop:
             told.should_stop = True
@@ -101,8 +100,8 @@ class Agreement:
         if any(failures):
             rank = failures.index(True)
             raise RuntimeError(f"Saving in the background failed on rank {rank}, which tells why.")
-        if self._copies is not None:
-            self._copies.compare(numbers)
+        if self._alike is not None:
+            self._alike.compare(*shown)
 
     def _failure(self) -> Exception | None:
         try:
@@ -117,7 +116,7 @@ def agreement_for(run: Run) -> Agreement | None:
     strategy = run.strategy
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return None
-    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, CopiesCheck(run))
+    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, AlikeCheck(run))
 
 
 def agreed_value(run: Run, name: str, value: Any) -> Any:
@@ -135,7 +134,8 @@ def agreed_value(run: Run, name: str, value: Any) -> Any:
     own = [0.0, 0.0] if value is None else [1.0, float(value)]
     rows = strategy.control.exchange(own)
     values = [number for is_there, number in rows if is_there]
-    if not values or (len(values) == len(rows) and all(number == values[0] for number in values)):
+    # What is no number is the same as itself.
+    if not values or (len(values) == len(rows) and len({str(number) for number in values}) == 1):
         return value
     mean = sum(values) / len(values)
     if name not in run.unequal_values:

@@ -1,13 +1,15 @@
-"""What must be the same on all ranks, compared once: the settings before the first batch, the weights after the first step."""
+"""What must be the same on all ranks is compared: settings before the first batch, weights after the first step, and more."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from levin.log_store import SlotKey
 from levin.protocols import Run
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
@@ -58,7 +60,7 @@ def differences(settings: Sequence[dict[str, str]]) -> list[str]:
     for name in settings[0]:
         ranks = _ranks_by_value([values[name] for values in settings])
         if len(ranks) > 1:
-            found.append(f"{name}={' and '.join(f'{value} on {_named(having)}' for value, having in ranks.items())}")
+            found.append(f"{name}={_by_rank(ranks)}")
     return found
 
 
@@ -69,6 +71,10 @@ def _ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
     return ranks
 
 
+def _by_rank(ranks: Mapping[Value, Sequence[int]]) -> str:
+    return " and ".join(f"{value} on {_named(having)}" for value, having in ranks.items())
+
+
 def _named(ranks: Sequence[int]) -> str:
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
@@ -77,30 +83,47 @@ def _named(ranks: Sequence[int]) -> str:
 def check_logged_names(run: Run) -> None:
     """Compare what all ranks have logged for the epoch with ``sync_dist=True``, before it is reduced in the order of calls.
 
+    Values of steps are reduced at the call: what was mixed there is told here, once for many steps.
+
     Raises:
-        RuntimeError: A rank has logged what another one has not, on all ranks.
+        RuntimeError: A rank has logged what another one has not, or reduces it otherwise, on all ranks.
     """
     if run.agreement is None:
         return
-    own = run.store.collective_keys()
     strategy = run.strategy
     assert isinstance(strategy, ParallelStrategy), "there is an agreement on several ranks alone"
-    found = strategy.control.exchange_objects(own)
-    if all(keys == found[0] for keys in found):
-        return
-    for key in sorted({key for keys in found for key in keys}, key=str):
-        having = [rank for rank, keys in enumerate(found) if key in keys]
-        lacking = [rank for rank, keys in enumerate(found) if key not in keys]
-        if lacking:
+    store = run.store
+    everywhere = strategy.control.exchange_objects(
+        (store.collective_keys(), store.order.number, store.names_in_steps())
+    )
+    ways: list[dict[SlotKey, str]] = [keys for keys, _, _ in everywhere]
+    if len({number for _, number, _ in everywhere}) > 1:
+        names = _ranks_by_value([", ".join(map(repr, dict.fromkeys(each))) or "nothing" for _, _, each in everywhere])
+        raise RuntimeError(
+            "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which was not the same on "
+            f"all ranks, so that values of several names were mixed. Logged were {_by_rank(names)}. Log the same names in the "
+            "same order on all ranks, or with on_step=False."
+        )
+    for key in sorted({key for keys in ways for key in keys}, key=str):
+        found = _ranks_by_value([keys.get(key, "") for keys in ways])
+        if len(found) == 1:
+            continue
+        hook, name, _ = key
+        what = f"self.log({name!r}, ...), which is reduced over all ranks, was called in {hook} on"
+        if lacking := found.pop("", None):
+            having = sorted(rank for ranks in found.values() for rank in ranks)
             raise RuntimeError(
-                f"self.log({key[1]!r}, ...), which is reduced over all ranks, was called in {key[0]} on {_named(having)} and not "
-                f"on {_named(lacking)}. Call it on all ranks in every epoch, or with sync_dist=False."
+                f"{what} {_named(having)} and not on {_named(lacking)}. Call it on all ranks in every epoch, or with "
+                "sync_dist=False."
             )
-    run.store.put_first(found[0])
+        raise RuntimeError(f"{what} all ranks, with {_by_rank(found)}. Log the same on all ranks.")
+    store.put_first(ways[0])
 
 
-class CopiesCheck:
-    """Compares the weights of all ranks once, at the first exchange of numbers after the first step.
+class AlikeCheck:
+    """Compares what must be alike while ranks train, at exchanges of numbers that happen anyway.
+
+    The weights once, after the first step; learning rates and the order of logged values each time.
 
     Args:
         run: Whose module it is.
@@ -108,28 +131,66 @@ class CopiesCheck:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._is_done: bool = False
+        self._has_shown_weights: bool = False
+        self._has_copies: bool = False
+        self._has_warned: bool = False
 
-    def number(self) -> float:
-        """Return what this rank shows the others: 0 before the first step, then once what its weights come to."""
+    def numbers(self) -> list[float]:
+        """Return what this rank shows the others."""
+        return [self._weights(), self._groups(), self._run.store.order.number]
+
+    def _weights(self) -> float:
         run = self._run
-        if self._is_done or run.fn != "fit" or run.global_step == 0:
+        if self._has_shown_weights or run.fn != "fit" or run.global_step == 0:
             return 0.0
-        self._is_done = True
-        return fingerprint(run.strategy.copied_parameters(run.module))
+        self._has_shown_weights = True
+        copies = run.strategy.copied_parameters(run.module)
+        self._has_copies = bool(copies)
+        return fingerprint(copies)
 
-    def compare(self, numbers: Sequence[float]) -> None:
-        """Warn when the numbers of the ranks differ."""
-        if len(set(numbers)) == 1:
-            return
-        ranks = _ranks_by_value(numbers).values()
-        rank_zero_warn(
-            f"After the first step the weights differ: those of {', those of '.join(map(_named, ranks))}. The "
-            "gradients were not averaged over the ranks, or something steps or draws differently on each. If this is "
-            "intended, leave it so; otherwise look for no_sync, for backward passes outside of manual_backward, and for "
-            "weights that are made anew during training.",
-            category=PossibleUserWarning,
-        )
+    def _groups(self) -> int:
+        # A rate that is a tensor would have to be waited for; parameters that are spread may be spread unevenly.
+        groups = [
+            (
+                len(group["params"]) if self._has_copies else 0,
+                None if isinstance(group.get("lr"), Tensor) else group.get("lr"),
+            )
+            for optimizer in self._run.optimizers
+            for group in optimizer.param_groups
+        ]
+        return zlib.crc32(repr(groups).encode())
+
+    def compare(self, weights: Sequence[float], groups: Sequence[float], orders: Sequence[float]) -> None:
+        """Warn when weights or optimizers differ.
+
+        Args:
+            weights: Of each rank, as the others.
+            groups: What the groups of its optimizers come to.
+            orders: What the order of its logged values comes to.
+
+        Raises:
+            RuntimeError: The order of logged values differs, on all ranks.
+        """
+        if len(set(weights)) > 1:
+            rank_zero_warn(
+                f"After the first step the weights differ: {_each(weights)}. The gradients were not averaged over the ranks, "
+                "or something steps or draws differently on each. If this is intended, leave it so; otherwise look for no_sync, "
+                "for backward passes outside of manual_backward, and for weights that are made anew during training.",
+                category=PossibleUserWarning,
+            )
+        if len(set(groups)) > 1 and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"The optimizers differ in learning rates or parameters: {_each(groups)}. With these the weights drift apart. "
+                "Decide by what is the same on all ranks, as values that were logged with sync_dist=True.",
+                category=PossibleUserWarning,
+            )
+        if len(set(orders)) > 1:
+            check_logged_names(self._run)
+
+
+def _each(numbers: Sequence[float]) -> str:
+    return ", ".join(f"those of {_named(ranks)}" for ranks in _ranks_by_value(numbers).values())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> float:

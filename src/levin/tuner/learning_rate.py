@@ -108,7 +108,7 @@ def rate(index: int, lr_min: float, lr_max: float, num_training: int, mode: str)
 
 @dataclass(eq=False)
 class _Recorder(Callback):
-    """Sets the rate of each step and notes the loss."""
+    """Sets the rate of each step and notes the loss, which is that of all ranks, so that they find the same."""
 
     finder: LRFinder
     optimizer: Optimizer
@@ -132,7 +132,7 @@ class _Recorder(Callback):
             return
         steps = trainer.global_step
         # Without a loss (a skipped batch) the search goes on.
-        loss = float(outputs["loss"]) if outputs else math.nan
+        loss = float(trainer.strategy.reduce(outputs["loss"], reduce_op="mean")) if outputs else math.nan
         self.average = _BETA * self.average + (1 - _BETA) * loss
         smoothed = self.average / (1 - _BETA ** (steps + 1))
         threshold = self.early_stop_threshold
