@@ -62,7 +62,7 @@ class Deep(LightningModule):
         return DataLoader(dataset(self.size), batch_size=self.batch_size, sampler=sampler)
 
     def val_dataloader(self):
-        return DataLoader(dataset(6), batch_size=3)
+        return DataLoader(dataset(7), batch_size=3)
 
 
 def pipelined(size: int = 2, data: int = 1, **arguments) -> ModelParallelStrategy:
@@ -133,7 +133,8 @@ def test_two_stages_are_one_device(arguments, settings):
 def test_stages_with_data_parallel_processes_are_one_device(tmp_path, arguments):
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     settings = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
-    module, reference = Deep(4), Deep(8)
+    # The last batches are smaller, and of a validation one process has fewer.
+    module, reference = Deep(4, size=30), Deep(8, size=30)
     trainer = in_rank(pipelined(data=2, **arguments), 4, **settings)
     trainer.fit(module)
     assert trainer.strategy.data_parallel.size == 2 and any(isinstance(p, DTensor) for p in module.parameters())
@@ -289,6 +290,11 @@ def test_weights_may_be_shared_within_a_stage():
 def test_arguments_that_cannot_be_meant(arguments, message):
     with pytest.raises(ValueError, match=message):
         pipelined(**arguments)
+
+
+def test_a_scaled_loss_is_refused():
+    with pytest.raises(ValueError, match="precision='16-mixed' scales the loss .* Use 'bf16-mixed'"):
+        in_rank(pipelined(), precision="16-mixed")
 
 
 def test_sizes_that_do_not_multiply_are_refused():

@@ -39,6 +39,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
 
 if TYPE_CHECKING:
+    from levin.precision.precision import Precision
     from levin.strategies.pipeline import Pipeline
 
 DATA, TENSOR, PIPELINE = "data_parallel", "tensor_parallel", "pipeline_parallel"
@@ -175,6 +176,14 @@ class ModelParallelStrategy(ShardedStrategy):
     # Modules
 
     @override
+    def precision_for(self, name: str, device: torch.device) -> Precision:
+        if self.pipeline_plan.size > 1 and name == "16-mixed":
+            raise MisconfigurationException(
+                "precision='16-mixed' scales the loss before its backward pass, and a pipeline runs both in one. Use 'bf16-mixed'."
+            )
+        return super().precision_for(name, device)
+
+    @override
     def check_module(self, module: Module) -> None:
         if self.pipeline_plan.size == 1 or self._is_cut(module):
             return
@@ -243,7 +252,8 @@ class ModelParallelStrategy(ShardedStrategy):
             make_weights(part, self.root_device)
         module.to(self.root_device)
         stages = [Stage([layers[layer] for layer in stage], self.precision.forward_context) for stage in own]
-        return Pipeline(plan, module, chain, stages, group, self.root_device)
+        data = self.data_parallel
+        return Pipeline(plan, module, chain, stages, group, data.group if data.size > 1 else None, self.root_device)
 
     # The step
 

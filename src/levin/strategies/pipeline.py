@@ -33,7 +33,7 @@ from torch.distributed.pipelining import (
 )
 from torch.nn import Module, ModuleList, Sequential
 
-from levin.strategies import microbatches
+from levin.strategies import collectives, microbatches
 from levin.strategies.stages import PipelinePlan
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch, Function, Group, Kwargs
@@ -110,6 +110,7 @@ class Pipeline:
         chain: Its submodule that the layers belong to; its ``forward`` becomes that of all stages.
         stages: Those of this process, in their order.
         group: The processes that share the layers.
+        data_group: The processes that share the weights of these stages; None for no others.
         device: Of this process.
     """
 
@@ -120,17 +121,19 @@ class Pipeline:
         chain: Sequential,
         stages: list[Stage],
         group: Group,
+        data_group: Group,
         device: torch.device,
     ) -> None:
         assert group is not None
         self.plan, self.module, self.stages = plan, module, stages
-        self.group = group
+        self.group, self.data_group = group, data_group
         self.device = device
         self.rank: int = dist.get_rank(group)
         self.is_first: bool = self.rank == 0
         self.is_last: bool = self.rank == plan.size - 1
         self._last_rank = dist.get_global_rank(group, plan.size - 1)
-        self._ways: dict[object, tuple[Any, Any]] = {}
+        # For training and for evaluation: the shapes that the schedule is for, its number of parts, and the schedule.
+        self._ways: dict[bool, tuple[object, int, Any]] = {}
         self._step: _Step | None = None
         # What a call of the layers gives; the forward pass of all stages where no training step is under way.
         self._answer: Callable[..., Any] | None = None
@@ -155,7 +158,7 @@ class Pipeline:
 
     def _train(self, batch: Batch, *arguments: object) -> object:
         size = microbatches.size_of(batch)
-        num_parts = math.gcd(size, self.plan.parts)
+        schedule, num_parts = self._schedule(microbatches.shapes_of(batch), size, is_training=True)
         parts = microbatches.split(batch, num_parts, size)
         # Each process draws this one number, and the rest apart from its own: so all go on with the same.
         step = _Step(parts, arguments, seed=int(torch.randint(2**62, ())))
@@ -165,7 +168,6 @@ class Pipeline:
             parameter.grad = None
         self._step = step
         try:
-            schedule = self._schedule(microbatches.shapes_of(batch), num_parts, is_training=True)
             given = (torch.cat([self._input_of(number) for number in range(num_parts)]),) if self.is_first else ()
             with self._drawing(step.seed - 1 - self.rank):
                 schedule.step(*given, **({"target": torch.arange(num_parts)} if self.is_last else {}))
@@ -281,9 +283,7 @@ class Pipeline:
                 "The layers of a pipeline were called outside of `training_step` with gradients. Call them in `training_step`, "
                 "or under torch.no_grad() on all processes."
             )
-        schedule = self._schedule(
-            microbatches.shapes_of(inputs), math.gcd(len(inputs), self.plan.parts), is_training=False
-        )
+        schedule, _ = self._schedule(microbatches.shapes_of(inputs), len(inputs), is_training=False)
         output = schedule.step(inputs) if self.is_first else schedule.step()
         told: list[Any] = [None]
         if self.is_last:
@@ -296,11 +296,23 @@ class Pipeline:
 
     # What they share
 
-    def _schedule(self, shapes: object, num_parts: int, is_training: bool) -> Any:
-        """Return torch's schedule for batches of these shapes; those of the shapes before are let go."""
-        known, schedule = self._ways.get(is_training, (None, None))
-        if known == (shapes, num_parts):
-            return schedule
+    def _schedule(self, shapes: object, size: int, is_training: bool) -> tuple[Any, int]:
+        """Return torch's schedule for batches of these shapes, and their number of parts; it keeps that of the batch before."""
+        num_parts = math.gcd(size, self.plan.parts)
+        known_shapes, known_parts, schedule = self._ways.get(is_training, (None, 0, None))
+        is_new = shapes != known_shapes
+        if self.data_group is not None:
+            # Each part, and the trial of a new schedule, gathers weights: all who share these do as much.
+            told = collectives.all_gather(
+                torch.tensor([num_parts, is_new]), self.data_group, device=self.device
+            ).tolist()
+            num_parts, is_new = math.gcd(*(num for num, _ in told)), any(new for _, new in told)
+        if is_new or num_parts != known_parts:
+            schedule = self._new_schedule(num_parts, is_training)
+            self._ways[is_training] = (shapes, num_parts, schedule)
+        return schedule, num_parts
+
+    def _new_schedule(self, num_parts: int, is_training: bool) -> Any:
         plan = self.plan
         numbers = [self.rank + plan.size * place for place in range(len(self.stages))]
         parts: list[Any] = [
@@ -316,7 +328,6 @@ class Pipeline:
         )
         if is_training:
             self._last_stage = parts[-1]
-        self._ways[is_training] = ((shapes, num_parts), schedule)
         return schedule
 
     @contextmanager
