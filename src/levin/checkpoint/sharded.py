@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from levin.checkpoint.shards import PartsPlanner, ShardReader, cause_of
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import consolidate_zero
 from levin.utilities.filesystem import remove
-from levin.utilities.types import PathLike, StateDict
+from levin.utilities.types import Group, PathLike, StateDict
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,21 @@ class ShardedCheckpointIO(CheckpointIO):
     is_collective = True
 
     def __init__(self) -> None:
-        self._group: Any = None
+        # A save in the background, and one at once beside it: on each rank another one of them may come first.
+        self._groups: tuple[Any, Any] = (None, None)
+        self._thread: int = threading.get_ident()
         self._world: Any = None
 
     def __getstate__(self) -> StateDict:
         """Leave the connection here: another process makes its own."""
-        return {"_group": None, "_world": None}
+        return {"_groups": (None, None), "_thread": 0, "_world": None}
 
     def connect(self) -> None:
         """Connect the processes apart from the training, so that a save may go on beside it. All processes call this."""
         if dist.is_initialized() and self._world is not dist.group.WORLD:
-            self._group = dist.new_group(backend="gloo")
+            self._groups = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
             self._world = dist.group.WORLD
+            self._thread = threading.get_ident()
 
     def save_checkpoint(self, checkpoint: StateDict, path: PathLike, storage_options: object | None = None) -> None:
         """Save ``checkpoint`` as the folder ``path``. All processes call this.
@@ -93,10 +97,11 @@ class ShardedCheckpointIO(CheckpointIO):
         self.connect()
         place = place_for(path)
         shards, meta = _parted(checkpoint)
+        group = self._groups[threading.get_ident() == self._thread]
         try:
-            self._on_first_rank(place.begin, path)
-            save_parts(shards, storage_writer=place.writer(), process_group=self._group)
-            self._on_first_rank(lambda: place.finish(meta), path)
+            _on_first_rank(place.begin, path, group)
+            save_parts(shards, storage_writer=place.writer(), process_group=group)
+            _on_first_rank(lambda: place.finish(meta), path, group)
         except BaseException as error:
             if _is_first_rank():
                 place.give_up()
@@ -120,26 +125,27 @@ class ShardedCheckpointIO(CheckpointIO):
             remove(f"{folder_name(path)}/{META_FILE}")
             remove(path)
 
-    def _on_first_rank(self, act: Callable[[], None], path: PathLike) -> None:
-        """Call ``act`` on rank 0 while the others wait; when it fails, none of them goes on."""
-        failure: list[Exception | str | None] = [None]
-        if _is_first_rank():
-            try:
-                act()
-            except Exception as error:
-                failure = [error]
-        if self._group is not None:
-            told = [failure[0] and f"{type(failure[0]).__name__}: {failure[0]}"]
-            dist.broadcast_object_list(told, src=0, group=self._group)
-            failure = failure if _is_first_rank() else told
-        if isinstance(failure[0], Exception):
-            raise failure[0]
-        if failure[0] is not None:
-            raise OSError(f"Rank 0 could not save {os.fspath(path)!r}: {failure[0]}")
-
 
 def _is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _on_first_rank(act: Callable[[], None], path: PathLike, group: Group) -> None:
+    """Call ``act`` on rank 0 while the others wait; when it fails, none of them goes on."""
+    failure: list[Exception | str | None] = [None]
+    if _is_first_rank():
+        try:
+            act()
+        except Exception as error:
+            failure = [error]
+    if group is not None:
+        told = [failure[0] and f"{type(failure[0]).__name__}: {failure[0]}"]
+        dist.broadcast_object_list(told, src=0, group=group)
+        failure = failure if _is_first_rank() else told
+    if isinstance(failure[0], Exception):
+        raise failure[0]
+    if failure[0] is not None:
+        raise OSError(f"Rank 0 could not save {os.fspath(path)!r}: {failure[0]}")
 
 
 def load_folder(path: PathLike, weights_only: bool | None = None) -> StateDict:
