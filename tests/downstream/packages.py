@@ -17,6 +17,7 @@ class Package:
         requirements: What its tests need besides.
         without: Tests left out: part of the name -> the reason.
         differs: Tests with another outcome on levin: name -> the reason.
+        removed: What it pulls in and its tests do without, since it needs another torch.
         made: A script of ours that makes what the tests lack; it gets their folder.
         note: What the table says about the choice.
     """
@@ -27,6 +28,7 @@ class Package:
     requirements: tuple[str, ...] = ()
     without: dict[str, str] = field(default_factory=dict)
     differs: dict[str, str] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
     made: str = ""
     note: str = ""
 
@@ -154,5 +156,14 @@ PACKAGES = (
         "1.2.0",
         ("usage/pytorch_tabular.py",),
         note="ships no tests; used as its documentation says",
+    ),
+    Package(
+        "litgpt",
+        "0.5.13",
+        ("usage/litgpt.py",),
+        ("safetensors", "tokenizers"),
+        removed=("torchvision",),
+        note="its loops are those of Fabric. Its tests need files that the source distribution leaves out; used as its "
+        "documentation says",
     ),
 )

@@ -47,6 +47,8 @@ def prepare(package: Package) -> Path:
     pip = [str(python), "-m", "pip", "--disable-pip-version-check"]
     wanted = [f"{package.name}=={package.version}", *package.requirements]
     subprocess.run([*pip, "install", "--quiet", *constraints, *wanted], check=True)
+    if package.removed:
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *package.removed], check=True)
     if not package.is_ours:
         exact = f"{package.name}=={package.version}"
         options = ["--quiet", "--no-binary", package.name, "--no-deps", "--dest", str(folder)]

@@ -47,7 +47,6 @@ _setup_activation_checkpointing = _absent(
 )
 
 FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
-_runif_reasons = _absent("_runif_reasons", "Use `pytest.mark.skipif`.")
 
 _CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")
 _ResultCollection = _absent("_ResultCollection", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")

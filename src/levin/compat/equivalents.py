@@ -26,6 +26,7 @@ from levin.data.loaders import known_length
 from levin.engine import Engine, build_engine
 from levin.precision import DoublePrecision
 from levin.strategies import Strategy
+from levin.strategies.sharding import make_weights
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
@@ -40,7 +41,9 @@ FLOAT64_EPSILON: float = float(torch.finfo(torch.float64).eps)
 _KINETO_AVAILABLE: bool = torch.profiler.kineto_available()
 _IS_WINDOWS: bool = sys.platform == "win32"
 _OMEGACONF_AVAILABLE: bool = find_spec("omegaconf") is not None
+_BITSANDBYTES_AVAILABLE: bool = find_spec("bitsandbytes") is not None
 _EVALUATE_OUTPUT = list[Mapping[str, float]]
+_OUT_DICT = dict[str, torch.Tensor]
 _PREDICT_OUTPUT = Union[list[Any], list[list[Any]]]
 
 
@@ -254,6 +257,21 @@ def get_torchvision_model(model_name: str, **kwargs: Any) -> torch.nn.Module:
     models: Any = importlib.import_module("torchvision.models")
     model: torch.nn.Module = models.get_model(model_name, **kwargs)
     return model
+
+
+class _NotYetLoadedTensor:
+    """For type hints and ``isinstance``: tensors that :func:`_lazy_load` gives are tensors, read by the system when used."""
+
+
+def _lazy_load(filename: str | os.PathLike[str]) -> Any:
+    """Return the checkpoint in a local file, whose tensors take no memory until they are used; read by litgpt."""
+    return torch.load(filename, map_location="cpu", mmap=True, weights_only=True)
+
+
+def _materialize_meta_tensors(module: torch.nn.Module, device: torch.device) -> None:
+    """Give whatever is on the meta device memory and its first values; read by litgpt."""
+    for child in list(module.modules()):
+        make_weights(child, device)
 
 
 def merge_dicts(

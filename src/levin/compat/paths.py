@@ -177,7 +177,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector"},
     "pytorch.trainer.connectors.checkpoint_connector": {ABSENT: "_CheckpointConnector"},
     "pytorch.trainer.connectors.logger_connector": {},
-    "pytorch.trainer.connectors.logger_connector.result": {ABSENT: "_ResultCollection _ResultMetric"},
+    "pytorch.trainer.connectors.logger_connector.result": {
+        ABSENT: "_ResultCollection _ResultMetric", EQUIVALENTS: "_OUT_DICT",
+    },
     "pytorch.trainer.states": {"levin.utilities.states": "RunningStage TrainerFn TrainerState TrainerStatus"},
     "pytorch.trainer.trainer": {"levin": "Trainer"},
     "pytorch.tuner": {_TUNER: "Tuner"},
@@ -195,7 +197,7 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "FLOAT16_EPSILON FLOAT32_EPSILON FLOAT64_EPSILON LightningEnum is_picklable "
         "is_shared_filesystem suggested_max_num_workers",
     },
-    "pytorch.utilities.testing": {ABSENT: "_runif_reasons"},
+    "pytorch.utilities.testing": {"levin.compat.run_if": "_runif_reasons"},
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
     "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
     "pytorch.utilities.consolidate_checkpoint": {},
@@ -293,7 +295,7 @@ TABLE: dict[str, dict[str, str]] = {
         "levin.utilities.warnings": "disable_possible_user_warnings",
         EQUIVALENTS: "LightningEnum is_shared_filesystem suggested_max_num_workers",
     },
-    "fabric.utilities.testing": {ABSENT: "_runif_reasons"},
+    "fabric.utilities.testing": {"levin.compat.run_if": "_runif_reasons"},
     "fabric.utilities.apply_func": {
         "levin.utilities.move": "move_data_to_device",
         "levin.utilities.collections": "apply_to_collection",
@@ -303,6 +305,9 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.cloud_io": {
         "levin.utilities.filesystem": "get_filesystem",
         "levin.checkpoint": "_load:load _atomic_save:atomic_save",
+    },
+    "fabric.plugins.precision.bitsandbytes": {
+        "levin.precision": "BitsandbytesPrecision", EQUIVALENTS: "_BITSANDBYTES_AVAILABLE",
     },
     "fabric.utilities.data": {
         "levin.utilities.attribute_dict": "AttributeDict",
@@ -320,6 +325,8 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.imports": {
         "lightning_utilities.core.imports": "RequirementCache compare_version", EQUIVALENTS: "_IS_WINDOWS",
     },
+    "fabric.utilities.init": {EQUIVALENTS: "_materialize_meta_tensors"},
+    "fabric.utilities.load": {EQUIVALENTS: "_NotYetLoadedTensor _lazy_load"},
     "fabric.utilities.rank_zero": {
         **_RANK_ZERO_MODULE,
         _RANK_ZERO: f"{_RANK_ZERO_MODULE[_RANK_ZERO]} _get_rank:rank_from_environment",
@@ -386,7 +393,7 @@ _MODULES = {
     "lsf=LSFEnvironment mpi=MPIEnvironment slurm=SLURMEnvironment torchelastic=TorchElasticEnvironment "
     "xla=XLAEnvironment",
     "fabric.plugins.io": "checkpoint_io=CheckpointIO torch_io=TorchCheckpointIO",
-    "fabric.plugins.precision": "amp=MixedPrecision bitsandbytes=BitsandbytesPrecision deepspeed=DeepSpeedPrecision "
+    "fabric.plugins.precision": "amp=MixedPrecision deepspeed=DeepSpeedPrecision "
     "double=DoublePrecision half=HalfPrecision precision=Precision transformer_engine=TransformerEnginePrecision "
     "xla=XLAPrecision",
     "fabric.strategies": "ddp=DDPStrategy deepspeed=DeepSpeedStrategy dp=DataParallelStrategy "
