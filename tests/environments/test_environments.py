@@ -22,7 +22,6 @@ from levin.environments import (
     XLAEnvironment,
 )
 from levin.environments.lsf import read_rank_file
-from levin.environments.slurm import first_node
 from levin.utilities.rank_zero import rank_zero_only
 from levin.utilities.warnings import PossibleUserWarning
 
@@ -234,7 +233,7 @@ def test_forgotten_srun_is_pointed_out(monkeypatch, tmp_path):
     ],
 )
 def test_first_node(nodelist, expected):
-    assert first_node(nodelist) == expected
+    assert SLURMEnvironment.resolve_root_node_address(nodelist) == expected
 
 
 def test_lsf(monkeypatch, tmp_path):

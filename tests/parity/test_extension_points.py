@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import os
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -222,4 +225,108 @@ def test_every_documented_name_is_there():
         for name in dir(getattr(theirs, kind))
         if not name.startswith("_") and not hasattr(owner, name)
     ]
+    assert not missing
+
+
+def calling(kind: type, names: list[str], calls: list[str]) -> type:
+    """Return a subclass whose methods ``names`` note that they were called."""
+
+    def noting(name: str) -> Any:
+        inherited = inspect.getattr_static(kind, name)
+        is_static = isinstance(inherited, staticmethod)
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return (inherited.__func__ if is_static else inherited)(*args, **kwargs)
+
+        return staticmethod(method) if is_static else method
+
+    return type(f"Noting{kind.__name__}", (kind,), {name: noting(name) for name in names})
+
+
+@world_size(2, timeout_s=120, connect=False)
+def test_what_subclasses_replace_on_two_ranks(tmp_path):
+    for framework in (both.lightning(), both.levin()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            calls: list[str] = []
+            strategy = calling(
+                framework.module.strategies.DDPStrategy,
+                ["setup_distributed", "configure_ddp", "determine_ddp_device_ids"],
+                calls,
+            )()
+
+            class Checkpoint(framework.module.callbacks.ModelCheckpoint):
+                def file_exists(self, filepath, trainer, calls=calls):
+                    calls.append(os.path.basename(filepath))
+                    return super().file_exists(filepath, trainer) or not str(filepath).endswith("v2.ckpt")
+
+            folder = tmp_path / framework.name
+            loggers = framework.module.loggers
+            csv, board = loggers.CSVLogger(folder), loggers.TensorBoardLogger(folder / "board")
+            trainer = framework.Trainer(
+                accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, callbacks=[Checkpoint(folder, "x")],
+                logger=[csv, board], enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            data = DataLoader(torch.randn(12, 4), batch_size=4)
+            trainer.fit(module_of(framework, False), data, data)
+            trainer.test(module_of(framework, False), data, verbose=False)
+        assert calls == [
+            "setup_distributed", "configure_ddp", "determine_ddp_device_ids", "x.ckpt", "x-v1.ckpt", "x-v2.ckpt",
+            "setup_distributed",
+        ]  # fmt: skip
+        # There a rank may count the folder of another one as an earlier run.
+        if framework.name == "levin":
+            assert (csv.version, board.version) == (0, 0)
+            assert csv.log_dir == f"{folder}/lightning_logs/version_0"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_subclasses_of_callbacks_replace(tmp_path):
+    names = {
+        "StochasticWeightAveraging": [
+            "avg_fn", "update_parameters", "transfer_weights", "reset_batch_norm_and_save_state", "reset_momenta",
+        ],
+        "ModelPruning": [
+            "sanitize_parameters_to_prune", "filter_parameters_to_prune", "apply_pruning",
+            "apply_lottery_ticket_hypothesis", "make_pruning_permanent",
+        ],
+    }  # fmt: skip
+    arguments = {
+        "StochasticWeightAveraging": {"swa_lrs": 0.05, "swa_epoch_start": 1},
+        "ModelPruning": {"pruning_fn": "l1_unstructured", "amount": 0.5, "use_lottery_ticket_hypothesis": True},
+    }
+    for kind, methods in names.items():
+        for framework in (both.lightning(), both.levin()):
+            calls: list[str] = []
+            callback = calling(getattr(framework.module.callbacks, kind), methods, calls)(**arguments[kind])
+            module = module_of(framework, False)
+            module.layer = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+            trainer = framework.Trainer(max_epochs=3, callbacks=[callback], default_root_dir=tmp_path, **QUIET)
+            trainer.fit(module, DataLoader(torch.randn(8, 4), batch_size=4))
+            assert set(calls) == set(methods), framework.name
+
+
+def test_every_method_of_a_public_class_is_there():
+    """What a subclass overrides exists here, so that it is called, or known to be left out."""
+    left_out = {
+        "set_nvidia_flags", "get_registered_strategies", "init_deepspeed",  # how Lightning does its own part
+        "remove_ignored_hparams", "configure_sharded_model",  # of versions before 2.0; the second is called where defined
+    }  # fmt: skip
+    missing = []
+    for theirs, ours in (
+        ("strategies", "strategies"), ("callbacks", "callbacks"), ("loggers", "loggers"), ("profilers", "profilers"),
+        ("plugins.precision", "precision"), ("plugins.environments", "environments"), ("plugins.io", "checkpoint"),
+        ("accelerators", "accelerators"), ("tuner", "tuner"),
+    ):  # fmt: skip
+        room = importlib.import_module(f"levin.{ours}")
+        for name, kind in vars(importlib.import_module(f"lightning.pytorch.{theirs}")).items():
+            # These two inherit from Lightning's DDPStrategy what they do not use.
+            if inspect.isclass(kind) and hasattr(room, name) and name not in ("DeepSpeedStrategy", "XLAStrategy"):
+                missing += [
+                    f"{name}.{method}"
+                    for method in dir(kind)
+                    if callable(getattr(kind, method, None)) and method.islower() and not method.startswith("_")
+                    and method not in left_out and not hasattr(getattr(room, name), method)
+                ]  # fmt: skip
     assert not missing

@@ -493,3 +493,33 @@ def test_a_name_that_is_logged_in_another_way_in_a_later_epoch(tmp_path, how):
         else:
             outcomes.append(float(trainer.callback_metrics["v"]))
     assert outcomes == ["MisconfigurationException", 2.0 if how == "reduction" else 11.0]
+
+
+def test_weights_after_an_average_with_statistics(tmp_path):
+    ends = {}
+    for framework in pair():
+        weights: list[float] = []
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(1)
+                self.norm, self.layer = torch.nn.BatchNorm1d(1), torch.nn.Linear(1, 1)
+
+            def training_step(self, batch, batch_idx, weights=weights):
+                weights.append(self.layer.weight.item())
+                return self.layer(self.norm(batch)).pow(2).mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        callback = framework.module.callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=2, annealing_epochs=1)
+        trainer = framework.Trainer(
+            max_epochs=4, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu",
+        )  # fmt: skip
+        module = Model()
+        trainer.fit(module, DataLoader(torch.arange(16.0).unsqueeze(1), batch_size=2))
+        ends[framework.name] = weights[-1], module.layer.weight.item()
+    assert ends["levin"][0] == ends["lightning"][0] == ends["levin"][1]
+    assert ends["lightning"][1] != ends["lightning"][0]

@@ -445,15 +445,19 @@ class ModelCheckpoint(Checkpoint):
     def _free_path(self, trainer: Trainer, name: Callable[[int | None], str], reusable: str = "") -> str:
         """Return the path to write to; it is free, or ``reusable``, or the user wants files to be replaced."""
 
-        def is_taken(path: str) -> bool:
-            return self._enable_version_counter and path != reusable and (path in self._written or exists(path))
+        def of_rank_zero(version: int | None) -> str:
+            return trainer.strategy.broadcast(name(version) if trainer.is_global_zero else "")
 
-        path = files.first_free_name(name, is_taken, self.STARTING_VERSION) if trainer.is_global_zero else ""
-        return trainer.strategy.broadcast(path)
+        def is_taken(path: str) -> bool:
+            if not self._enable_version_counter or path == reusable:
+                return False
+            return self.file_exists(path, trainer) or trainer.strategy.broadcast(path in self._written)
+
+        return files.first_free_name(of_rank_zero, is_taken, self.STARTING_VERSION)
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Trainer) -> bool:
         """Return whether rank 0 sees a file at ``filepath``; called on all ranks."""
-        return trainer.strategy.broadcast(exists(filepath))
+        return trainer.strategy.broadcast(trainer.is_global_zero and exists(filepath))
 
     def _resolve_ckpt_dir(self, trainer: Trainer) -> str:
         """Return the folder for the files: the user's, or one in that of the first logger."""

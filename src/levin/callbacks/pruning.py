@@ -114,6 +114,36 @@ class ModelPruning(Callback):
         """Return the parameters that are pruned; override it to leave some out."""
         return parameters_to_prune
 
+    @staticmethod
+    def sanitize_parameters_to_prune(
+        pl_module: LightningModule, parameters_to_prune: Parameters = (), parameter_names: Sequence[str] = ()
+    ) -> Parameters:
+        """Return the parameters to prune, all those of the module by default.
+
+        Raises:
+            MisconfigurationException: One that is not in the module.
+        """
+        if not parameters_to_prune:
+            inner = [child for child in pl_module.modules() if child is not pl_module]
+            return [
+                (child, name) for name in parameter_names for child in inner if getattr(child, name, None) is not None
+                and (isinstance(getattr(child, name), nn.Parameter) or hasattr(child, f"{name}_orig"))
+            ]  # fmt: skip
+        children = set(pl_module.modules())
+        for pair in parameters_to_prune:
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise value_error(
+                    "parameters_to_prune", pair, "must hold pairs of a module and the name of its parameter"
+                )
+        foreign = [child for child, _ in parameters_to_prune if child not in children]
+        absent = [name for child, name in parameters_to_prune if getattr(child, name, None) is None]
+        if foreign or absent:
+            raise MisconfigurationException(
+                "Some provided `parameters_to_prune` don't exist in the model. "
+                f"Found missing modules: {foreign} and missing parameters: {absent}."
+            )
+        return parameters_to_prune
+
     def apply_lottery_ticket_hypothesis(self) -> None:
         """Let the weights that are left begin anew, from their first values or from new ones."""
         for module, name, first in self._first:
@@ -151,7 +181,7 @@ class ModelPruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        chosen = _sanitized(pl_module, self._parameters_to_prune, self._parameter_names)
+        chosen = self.sanitize_parameters_to_prune(pl_module, self._parameters_to_prune, self._parameter_names)
         self._parameters_to_prune = self.filter_parameters_to_prune(chosen)
         if self._use_lottery_ticket_hypothesis and not self._first:
             copies: dict[int, nn.Module] = {}
@@ -249,29 +279,3 @@ def _choose_method(pruning_fn: object, pruning_dim: int | None, pruning_norm: in
         if pruning_norm is None:
             raise value_error("pruning_norm", None, f"must be given with {name!r}", "Use 1 or 2.")
     return _METHODS[name], kwargs
-
-
-def _sanitized(module: nn.Module, given: Parameters, names: Sequence[str]) -> Parameters:
-    """Return the parameters to prune, all those of the module by default.
-
-    Raises:
-        MisconfigurationException: One that is not in the module.
-    """
-    if not given:
-        inner = [child for child in module.modules() if child is not module]
-        return [
-            (child, name) for name in names for child in inner if getattr(child, name, None) is not None
-            and (isinstance(getattr(child, name), nn.Parameter) or hasattr(child, f"{name}_orig"))
-        ]  # fmt: skip
-    children = set(module.modules())
-    for pair in given:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise value_error("parameters_to_prune", pair, "must hold pairs of a module and the name of its parameter")
-    foreign = [child for child, _ in given if child not in children]
-    absent = [name for child, name in given if getattr(child, name, None) is None]
-    if foreign or absent:
-        raise MisconfigurationException(
-            "Some provided `parameters_to_prune` don't exist in the model. "
-            f"Found missing modules: {foreign} and missing parameters: {absent}."
-        )
-    return given

@@ -24,11 +24,6 @@ from levin.utilities.types import LRSchedulerConfig, StateDict
 AverageFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def equal_average(average: Tensor, current: Tensor, num_averaged: Tensor) -> Tensor:
-    """Return the mean over all weights so far, ``current`` included."""
-    return average + (current - average) / (num_averaged + 1)
-
-
 class StochasticWeightAveraging(Callback):
     """Averages the weights over the last epochs, at a learning rate of its own, and leaves the average in the module.
 
@@ -78,7 +73,7 @@ class StochasticWeightAveraging(Callback):
         self._swa_epoch_start: int | float = swa_epoch_start
         self._annealing_epochs: int = annealing_epochs
         self._annealing_strategy: Literal["cos", "linear"] = annealing_strategy
-        self._avg_fn: AverageFunction = avg_fn or equal_average
+        self._avg_fn: AverageFunction = avg_fn or self.avg_fn
         self._device: torch.device | str | None = device
 
         self.n_averaged: Tensor = torch.tensor(0)
@@ -91,6 +86,7 @@ class StochasticWeightAveraging(Callback):
         self._is_restored: bool = False
         self._max_epochs: int = 0
         self._undo: list[Callable[[], None]] = []
+        self._momenta: list[tuple[_BatchNorm, float | None]] = []
 
     @property
     def swa_start(self) -> int:
@@ -104,6 +100,11 @@ class StochasticWeightAveraging(Callback):
     def swa_end(self) -> int:
         """The last one."""
         return self._max_epochs - 1
+
+    @staticmethod
+    def avg_fn(averaged_model_parameter: Tensor, model_parameter: Tensor, num_averaged: Tensor) -> Tensor:
+        """Return the mean, to which ``num_averaged`` were added before."""
+        return averaged_model_parameter + (model_parameter - averaged_model_parameter) / (num_averaged + 1)
 
     @staticmethod
     def pl_module_contains_batch_norm(pl_module: nn.Module) -> bool:
@@ -152,7 +153,8 @@ class StochasticWeightAveraging(Callback):
             if self._swa_scheduler is None:
                 self._replace_scheduler(trainer)
             if epoch > self._latest_update_epoch:
-                self._update(pl_module)
+                assert self._average_model is not None, "the average exists from on_fit_start on"
+                self.update_parameters(self._average_model, pl_module, self.n_averaged, self._avg_fn)
                 self._latest_update_epoch = epoch
         elif epoch == self.swa_end + 1 and self.n_averaged > 0:
             self._begin_statistics(trainer, pl_module)
@@ -187,28 +189,43 @@ class StochasticWeightAveraging(Callback):
             rank_zero_info(f"Swapping scheduler `{name}` for `SWALR`")
         configs[:] = [LRSchedulerConfig(self._swa_scheduler)]
 
+    @staticmethod
     @torch.no_grad()
-    def _update(self, pl_module: LightningModule) -> None:
-        assert self._average_model is not None, "the average exists from on_fit_start on"
-        for average, current in zip(self._average_model.parameters(), pl_module.parameters()):
+    def update_parameters(
+        average_model: LightningModule, model: LightningModule, n_averaged: Tensor, avg_fn: AverageFunction
+    ) -> None:
+        """Add the weights of ``model`` to the average, and one to ``n_averaged``."""
+        for average, current in zip(average_model.parameters(), model.parameters()):
             new = current.to(average.device)
-            average.copy_(new if self.n_averaged == 0 else self._avg_fn(average, new, self.n_averaged))
-        self.n_averaged = self.n_averaged + 1
+            average.copy_(new if n_averaged == 0 else avg_fn(average, new, n_averaged))
+        n_averaged += 1
 
+    @staticmethod
     @torch.no_grad()
-    def _transfer(self, pl_module: LightningModule) -> None:
-        assert self._average_model is not None, "the average exists from on_fit_start on"
-        for average, current in zip(self._average_model.parameters(), pl_module.parameters()):
-            current.copy_(average)
+    def transfer_weights(src_pl_module: LightningModule, dst_pl_module: LightningModule) -> None:
+        """Copy the weights of one module into the other."""
+        for source, target in zip(src_pl_module.parameters(), dst_pl_module.parameters()):
+            target.copy_(source)
 
-    def _begin_statistics(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average into the module and let an epoch run that changes nothing but running statistics."""
-        self._transfer(pl_module)
+    def reset_batch_norm_and_save_state(self, pl_module: LightningModule) -> None:
+        """Let the statistics of batch norms begin anew, as the plain mean over the epoch that follows."""
         for module in pl_module.modules():
             if isinstance(module, _BatchNorm):
                 module.reset_running_stats()
-                # Without momentum the statistics are the plain mean over the epoch.
-                self._set_for_now(module, "momentum", None)
+                self._momenta.append((module, module.momentum))
+                module.momentum = None
+
+    def reset_momenta(self) -> None:
+        """Give batch norms their own momenta again."""
+        while self._momenta:
+            module, momentum = self._momenta.pop()
+            module.momentum = momentum
+
+    def _begin_statistics(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the module and let an epoch run that changes nothing but running statistics."""
+        assert self._average_model is not None, "the average exists from on_fit_start on"
+        self.transfer_weights(self._average_model, pl_module)
+        self.reset_batch_norm_and_save_state(pl_module)
         self._set_for_now(trainer.run.step, "backward", lambda loss, *args, **kwargs: None)
         # One window for the whole epoch: no reduction of gradients that are not there, and no more than one step.
         num_batches = max(int(min(trainer.num_training_batches, 10**9)), 1)
@@ -223,7 +240,8 @@ class StochasticWeightAveraging(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
         if self.n_averaged > 0 and not self.pl_module_contains_batch_norm(pl_module):
-            self._transfer(pl_module)
+            assert self._average_model is not None, "the average exists from on_fit_start on"
+            self.transfer_weights(self._average_model, pl_module)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -236,6 +254,7 @@ class StochasticWeightAveraging(Callback):
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
+        self.reset_momenta()
 
     @override
     def state_dict(self) -> StateDict:

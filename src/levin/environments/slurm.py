@@ -47,7 +47,22 @@ class SLURMEnvironment(ExternalEnvironment):
     def main_address(self) -> str:
         # A step may have a part of the job's nodes.
         nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
-        return os.environ.get("MASTER_ADDR") or first_node(nodes)
+        return os.environ.get("MASTER_ADDR") or self.resolve_root_node_address(nodes)
+
+    @staticmethod
+    def resolve_root_node_address(nodes: str) -> str:
+        """Return the first machine of a SLURM node list.
+
+        Example:
+            >>> SLURMEnvironment.resolve_root_node_address("gpu[07-09,12],cpu3")
+            'gpu07'
+            >>> SLURMEnvironment.resolve_root_node_address("alpha,beta")
+            'alpha'
+        """
+        # In "prefix[07-09,12]suffix" the first entry of the brackets stands for the first machine.
+        text = re.sub(r"\[(.*?)[,-].*?\]", r"\1", nodes)
+        text = re.sub(r"\[(.*?)\]", r"\1", text)
+        return text.split(" ")[0].split(",")[0]
 
     @property
     @override
@@ -153,18 +168,3 @@ def is_batch_script() -> bool:
 def is_srun_missing() -> bool:
     """Return whether SLURM is on this machine while this process was started without it."""
     return "SLURM_NTASKS" not in os.environ and shutil.which("srun") is not None
-
-
-def first_node(nodelist: str) -> str:
-    """Return the first machine of a SLURM node list.
-
-    Example:
-        >>> first_node("gpu[07-09,12],cpu3")
-        'gpu07'
-        >>> first_node("alpha,beta")
-        'alpha'
-    """
-    # In "prefix[07-09,12]suffix" the first entry of the brackets stands for the first machine.
-    text = re.sub(r"\[(.*?)[,-].*?\]", r"\1", nodelist)
-    text = re.sub(r"\[(.*?)\]", r"\1", text)
-    return text.split(" ")[0].split(",")[0]

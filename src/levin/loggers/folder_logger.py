@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Optional, Union
 
 from typing_extensions import override
@@ -44,6 +45,14 @@ class FolderLogger(Logger):
         if self._version is None:
             self._version = next_version(self.root_dir)
         return self._version
+
+    def agree(self, broadcast: Callable[[Union[int, str]], Union[int, str]]) -> None:
+        """Take the version of rank 0 in all processes, whose folder the others would count already.
+
+        Args:
+            broadcast: Returns what rank 0 gives.
+        """
+        self._version = broadcast(self.version)
 
     save_dir: str = reads("_save_dir", "The root of all folders.")
 

@@ -13,6 +13,7 @@ from levin.checkpoint.select import agree
 from levin.data.transfer import CopyStream
 from levin.hooks import DataHooks
 from levin.hparams import drop_unpicklable
+from levin.loggers.folder_logger import FolderLogger
 from levin.loops.compiled import Compiler
 from levin.loops.dataloaders import (
     has_batches,
@@ -69,6 +70,8 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     run.profiler.setup(stage=fn, local_rank=local_rank, log_dir=folder)
     prepare_data(run)
     for logger in run.loggers:
+        if isinstance(logger, FolderLogger):
+            logger.agree(strategy.broadcast)
         getattr(logger, "experiment", None)
     set_up_owners(run)
     if run.settings.compile is not None:

@@ -125,14 +125,30 @@ class DDPStrategy(ParallelStrategy):
 
         Either way all processes end up with the weights of rank 0.
         """
+        is_trainers = module is self.lightning_module
         if for_training and self.layer_sync is not None:
             module = self.layer_sync.apply(module)
             self._has_replaced_layers = True
         if not for_training or not any(parameter.requires_grad for parameter in module.parameters()):
             collectives.sync_tensors(_tensors_to_sync(module))
             return module
-        device_ids = [self.root_device.index] if self.root_device.type == "cuda" else None
-        wrapper = DistributedDataParallel(module, device_ids=device_ids, **self.ddp_kwargs)
+        if not is_trainers:
+            return self._in_ddp(module)
+        self.model = module
+        self.configure_ddp()
+        wrapped: Module = self.model
+        return wrapped
+
+    def configure_ddp(self) -> None:
+        """Put :attr:`model`, the Trainer's module, into DistributedDataParallel; called in fit alone."""
+        self.model = self._in_ddp(self.model)
+
+    def determine_ddp_device_ids(self) -> list[int] | None:
+        """Return the ``device_ids`` of DistributedDataParallel: the GPU of this process, None on the CPU."""
+        return [self.root_device.index] if self.root_device.type == "cuda" else None
+
+    def _in_ddp(self, module: Module) -> Module:
+        wrapper = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **self.ddp_kwargs)
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             wrapper.register_comm_hook(state=self._comm_state, hook=hook)

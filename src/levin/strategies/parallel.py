@@ -212,6 +212,10 @@ class ParallelStrategy(Strategy, ABC):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
+        self.setup_distributed()
+
+    def setup_distributed(self) -> None:
+        """Connect this process with the others."""
         self.set_world_ranks()
         share_processors(self.num_processes)
         if self.environment is None:
