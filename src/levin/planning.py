@@ -102,9 +102,10 @@ def plan_run(
         512.125
     """
     degrees = parse_mesh(mesh)
-    if degrees.get("pp", 1) > 1:
+    if degrees.get("pp", 1) * degrees.get("cp", 1) > 1:
         raise MisconfigurationException(
-            f"A plan is for processes that all run the whole step, received {mesh!r}. Leave pp out, and plan for one stage of it."
+            f"A plan is for processes that all run the whole step, received {mesh!r}. Leave out pp, and plan for one stage of it, "
+            "and cp, and plan for sequences as short as a part."
         )
     copies, shards, tensor = (degrees.get(name, 1) for name in ("ddp", "dp", "tp"))
     size = math.prod(degrees.values())

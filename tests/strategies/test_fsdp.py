@@ -518,3 +518,24 @@ def test_an_error_in_a_forward_is_the_one_that_is_raised():
 
     with pytest.raises(RuntimeError, match="in the middle of a forward"):
         in_rank().fit(Failing(4))
+
+
+class Silent(Deep):
+    """Validates without a word to the other processes, but for the weights."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).pow(2).mean())
+
+    def val_dataloader(self):
+        return DataLoader(dataset(5), batch_size=1)
+
+
+@world_size(4, connect=False)
+def test_hybrid_processes_with_fewer_batches_help_the_others_to_validate():
+    module = Silent()
+    trainer = Trainer(
+        strategy=FSDPStrategy(device_mesh=(2, 2)), devices=4, max_epochs=1, enable_checkpointing=False, **QUIET
+    )
+    warnings.filterwarnings("ignore", "Each rank has its own value")
+    trainer.fit(module)
+    assert "val_loss" in trainer.callback_metrics

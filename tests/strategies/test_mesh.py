@@ -21,6 +21,7 @@ def test_degrees_choose_the_strategy():
     assert (tensor.data_parallel_size, tensor.tensor_parallel_size, tensor.copies) == (3, 2, 1)
     piped = strategy_of_mesh("mesh:pp=2")
     assert (piped.pipeline_plan.size, piped.data_parallel_size, piped.tensor_parallel_size) == (2, 1, 1)
+    assert strategy_of_mesh("mesh:cp=2,dp=2").context_parallel_size == 2
     copied = strategy_of_mesh("mesh:ddp=2,dp=3,tp=2")
     assert (copied.data_parallel_size, copied.tensor_parallel_size, copied.copies) == (6, 2, 2)
 
@@ -30,7 +31,7 @@ def test_degrees_choose_the_strategy():
     [
         ("mesh:", "received ''"), ("mesh:dp", "received 'dp'"), ("mesh:dp=0", "received 'dp=0'"),
         ("mesh:dp=2,fsdp=2", "received 'fsdp=2'"), ("mesh:dp=-1", "received 'dp=-1'"), ("mesh:zz=2", "Degrees are ddp"),
-        ("mesh:dp=2;tp=2", "received 'dp=2;tp=2'"), ("mesh:cp=2", "Context parallelism"),
+        ("mesh:dp=2;tp=2", "received 'dp=2;tp=2'"), ("mesh:cp=2", "product is 3"),
         ("mesh:dp=2,pp=2", "product is 3"), ("mesh:ddp=2,tp=2", "product is 3"),
         ("mesh:dp=2", "devices=3 and num_nodes=1, which make 3. Use devices=2"),
         ("mesh:ddp=4", "which make 3"), ("mesh:dp=2,tp=2", "product is 3"), ("mesh:ddp=2,dp=2", "product is 3"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
-from levin.strategies.collectives import num_collectives
 from levin.strategies.parallel import ParallelStrategy, is_connected
 from levin.utilities.types import Batch, StateDict
 
@@ -94,8 +92,8 @@ def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
     strategy = run.strategy
     assert is_shared(strategy)
     data = strategy.data_parallel
-    counted = functools.partial(num_collectives, data.group)
-    peers = Peers(data.rank, data.size, strategy.data_control.exchange, strategy.data_control.share, counted)
+    control = strategy.data_control
+    peers = Peers(data.rank, data.size, control.exchange, control.share, strategy.num_collectives)
     uneven = Uneven(run, data.size)
     return SharedFeed(*args, peers=peers, rule=strategy.uneven if stage == "train" else None, uneven=uneven)
 

@@ -14,9 +14,7 @@ DEGREES = {
     "dp": "processes that share the weights (FSDP); also called fsdp",
     "tp": "processes that share each layer",
     "pp": "processes that have layers of their own (pipeline)",
-}
-_ABSENT = {
-    "cp": "Context parallelism (a sequence over several processes)",
+    "cp": "processes that share each sequence (context)",
 }
 
 
@@ -42,10 +40,6 @@ def parse_mesh(text: str) -> dict[str, int]:
     for word in text.removeprefix(PREFIX).split(","):
         name, _, number = (part.strip() for part in word.partition("="))
         name = "dp" if name == "fsdp" else name
-        if name in _ABSENT:
-            raise MisconfigurationException(
-                f"{_ABSENT[name]} is not there, received strategy={text!r}. Use {', '.join(DEGREES)}."
-            )
         if name not in DEGREES or name in degrees or not number.isdecimal() or int(number) < 1:
             known = "; ".join(f"{known} ({meaning})" for known, meaning in DEGREES.items())
             raise MisconfigurationException(
@@ -70,8 +64,8 @@ def strategy_of_mesh(text: str) -> Strategy:
         2
     """
     degrees = parse_mesh(text)
-    copies, shards, tensor, stages = (degrees.get(name, 1) for name in DEGREES)
-    if tensor > 1 or stages > 1:
+    copies, shards, tensor, stages, context = (degrees.get(name, 1) for name in DEGREES)
+    if tensor > 1 or stages > 1 or context > 1:
         from levin.strategies.model_parallel import ModelParallelStrategy  # slow to import
 
         return ModelParallelStrategy(
@@ -79,6 +73,7 @@ def strategy_of_mesh(text: str) -> Strategy:
             tensor_parallel_size=tensor,
             copies=copies,
             pipeline_parallel_size=stages,
+            context_parallel_size=context,
         )
     if shards > 1:
         from levin.strategies.fsdp import FSDPStrategy  # slow to import

@@ -5,6 +5,7 @@ others share data and weights (FSDP2).
 from __future__ import annotations
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -28,12 +29,13 @@ from typing_extensions import override
 
 from levin.checkpoint.layout import StateElsewhere
 from levin.strategies import collectives, stage_state, state_of
+from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.gathered import cut_as
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights
+from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights, repeated_blocks
 from levin.strategies.stages import PipelinePlan, chain_of, cut, layers_of, leave_out
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from levin.precision.precision import Precision
     from levin.strategies.pipeline import Pipeline
 
-DATA, TENSOR, PIPELINE = "data_parallel", "tensor_parallel", "pipeline_parallel"
+DATA, TENSOR, PIPELINE, CONTEXT = "data_parallel", "tensor_parallel", "pipeline_parallel", "context_parallel"
 # The two dimensions of the data-parallel processes, where some of them keep copies.
 COPIES, SHARDS = "copies", "shards"
 STYLES: dict[str, type[ParallelStyle]] = {
@@ -75,10 +77,14 @@ class ModelParallelStrategy(ShardedStrategy):
             stages, or more that ``pipeline_split`` names.
         num_microbatches: Parts of a batch; twice ``pipeline_parallel_size`` when None. A batch that cannot be cut into so
             many equal parts is cut into fewer.
+        context_parallel_size: Processes that share each sequence, in the repeated blocks of the module: there each has a part
+            of it, and in ``scaled_dot_product_attention`` a part of the heads. Inputs of blocks are ``(batch, sequence,
+            features)``. ``"context_parallel"`` is a dimension of the mesh then, after ``"data_parallel"``.
 
     Raises:
         MisconfigurationException: The sizes are no counts, ``copies`` does not divide ``data_parallel_size``, a style is
-            unknown, or what is said of the pipeline does not fit together.
+            unknown, or what is said of the pipeline does not fit together; or sequences are to be shared beside copies or a
+            pipeline.
 
     Example:
         >>> strategy = ModelParallelStrategy(2, 2, plan={"net.*.up": "column", "net.*.down": "row"})
@@ -99,14 +105,21 @@ class ModelParallelStrategy(ShardedStrategy):
         pipeline_split: Sequence[str] | None = None,
         pipeline_schedule: str = "1f1b",
         num_microbatches: int | None = None,
+        context_parallel_size: int = 1,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
             if size != "auto" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
                 raise MisconfigurationException(f"{name} must be 'auto' or an int >= 1, received {size!r}. Use 'auto'.")
-        if isinstance(copies, bool) or not isinstance(copies, int) or copies < 1:
+        for name, count in (("copies", copies), ("context_parallel_size", context_parallel_size)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise MisconfigurationException(
+                    f"{name} must be an int >= 1, received {count!r}. Use 1 to cut without {name}."
+                )
+        if context_parallel_size > 1 and (copies > 1 or pipeline_parallel_size > 1):
             raise MisconfigurationException(
-                f"copies must be an int >= 1, received {copies!r}. Use 1 to cut without copies."
+                f"context_parallel_size={context_parallel_size} goes beside data_parallel_size and tensor_parallel_size alone, received "
+                f"copies={copies} and pipeline_parallel_size={pipeline_parallel_size}. Leave these out."
             )
         for pattern, style in (plan or {}).items():
             if not isinstance(style, ParallelStyle) and style not in STYLES:
@@ -116,8 +129,11 @@ class ModelParallelStrategy(ShardedStrategy):
         self.data_parallel_size: int | str = data_parallel_size
         self.tensor_parallel_size: int | str = tensor_parallel_size
         self.copies: int = copies
+        self.context_parallel_size: int = context_parallel_size
         # Both of its dimensions in one, where there are copies.
         self._all_data: DeviceMesh | None = None
+        # Those with other data and those with other parts of a sequence in one, where sequences are shared.
+        self._sharers: DeviceMesh | None = None
         self.saves_folders = save_distributed_checkpoint
         self.plan: dict[str, str | ParallelStyle] = dict(plan or {})
         self.pipeline_plan = PipelinePlan(pipeline_parallel_size, pipeline_split, pipeline_schedule, num_microbatches)
@@ -137,13 +153,18 @@ class ModelParallelStrategy(ShardedStrategy):
 
     def check_mesh(self, world_size: int) -> None:
         """Raise before a process starts when the sizes do not multiply to the number of processes."""
-        (data, tensor), stages = self._sizes(), self.pipeline_plan.size
-        if data * tensor * stages != world_size:
-            times = f" times pipeline_parallel_size={stages}" if stages > 1 else ""
+        data, tensor = self._sizes()
+        others = {
+            "pipeline_parallel_size": self.pipeline_plan.size,
+            "context_parallel_size": self.context_parallel_size,
+        }
+        needed = data * tensor * math.prod(others.values())
+        if needed != world_size:
+            times = "".join(f" times {name}={size}" for name, size in others.items() if size > 1)
             raise MisconfigurationException(
                 f"data_parallel_size={data} times tensor_parallel_size={tensor}{times} must be the number of processes, which is "
                 f"{world_size} (devices={self.num_processes}, num_nodes={self.num_nodes}). Choose sizes whose product is "
-                f"{world_size}, or leave one out and set devices={data * tensor * stages}."
+                f"{world_size}, or leave one out and set devices={needed}."
             )
         if data % self.copies:
             raise MisconfigurationException(
@@ -156,19 +177,22 @@ class ModelParallelStrategy(ShardedStrategy):
         data, tensor = self._sizes()
         sizes = {PIPELINE: self.pipeline_plan.size} if self.pipeline_plan.size > 1 else {}
         sizes |= {DATA: data} if self.copies == 1 else {COPIES: self.copies, SHARDS: data // self.copies}
+        sizes |= {CONTEXT: self.context_parallel_size} if self.context_parallel_size > 1 else {}
         sizes |= {TENSOR: tensor}
         mesh = init_device_mesh(self.root_device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         if self.copies > 1:
             self._all_data = mesh[COPIES, SHARDS]._flatten(DATA)
+        if self.context_parallel_size > 1:
+            self._sharers = mesh[DATA, CONTEXT]._flatten("weights")
         return mesh
 
     @property
     def data_parallel(self) -> DataParallelGroup:
-        """The processes that see different data; those that share layers, or have others, see the same."""
+        """The processes that see different data; those that share layers or sequences, or have other layers, see the same."""
         mesh = self.device_mesh
         if mesh is None:
             data, tensor = self._sizes()
-            return DataParallelGroup(self.global_rank // tensor % data, data)
+            return DataParallelGroup(self.global_rank // (tensor * self.context_parallel_size) % data, data)
         line = mesh[DATA] if self._all_data is None else self._all_data
         ranks = line.mesh.flatten().tolist()
         return DataParallelGroup(line.get_local_rank(), len(ranks), line.get_group(), tuple(ranks))
@@ -223,11 +247,26 @@ class ModelParallelStrategy(ShardedStrategy):
         if self.pipeline_plan.size > 1:
             self._pipeline = self._cut_into_stages(module)
             self.join_norms = self._join_norms
-        data = self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS]
-        if not any(isinstance(part, FSDPModule) for part in parts) and data.size() > 1:
+        is_by_hand = any(isinstance(part, FSDPModule) for part in parts)
+        if self.context_parallel_size > 1:
+            self._share_sequences(module, is_by_hand)
+        data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
+        if not is_by_hand and data.size() > 1:
             for part in [module] if self._pipeline is None else self._pipeline.stages:
                 apply_sharding(part, ShardingPlan(mesh=data))
         return module
+
+    def _share_sequences(self, module: Module, is_by_hand: bool) -> None:
+        blocks = repeated_blocks(module)
+        if is_by_hand or not blocks:
+            what = "is cut by `fully_shard` in `configure_model`" if is_by_hand else "has no repeated blocks"
+            raise MisconfigurationException(
+                f"context_parallel_size={self.context_parallel_size} shares sequences in the repeated blocks of a module (of a "
+                f"ModuleList, ModuleDict or Sequential), which it cuts itself, and {type(module).__name__} {what}. Change that, or "
+                "use context_parallel_size=1."
+            )
+        assert self.device_mesh is not None
+        share_sequences(blocks, self.device_mesh[CONTEXT].get_group())
 
     def _is_cut(self, module: Module) -> bool:
         return self._pipeline is not None and self._pipeline.module is module
@@ -319,7 +358,12 @@ class ModelParallelStrategy(ShardedStrategy):
     @override
     def window_gradients(self, module: Module) -> list[Tensor | None]:
         if self._pipeline is None:
-            return super().window_gradients(module)
+            gradients = super().window_gradients(module)
+            if self.context_parallel_size > 1:
+                # Those of a block are of a part of the sequence in each process; loaded in all, they count as often.
+                assert self.device_mesh is not None
+                gradients = collectives.reduce(gradients, group=self.device_mesh[CONTEXT].get_group())
+            return gradients
         own = {name: parameter.grad for name, parameter in module.named_parameters()}
         return list(stage_state.gathered(own, self._parameter_names, self._stage_group).values())
 

@@ -275,6 +275,10 @@ class ParallelStrategy(Strategy, ABC):
             self._data_control.is_closed = self.control.is_closed
         return self._data_control
 
+    def num_collectives(self) -> int:
+        """Return how many collectives this process has taken part in with those that see different data."""
+        return collectives.num_collectives(self.data_parallel.group)
+
     @override
     def abandon_peers(self) -> None:
         self.control.is_closed = True

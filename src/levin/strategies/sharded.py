@@ -18,7 +18,7 @@ from typing_extensions import override
 from levin.checkpoint.io import CheckpointIO
 from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
-from levin.strategies import state_of
+from levin.strategies import collectives, state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
@@ -86,6 +86,12 @@ class ShardedStrategy(ParallelStrategy, ABC):
         if self.lightning_module is not None:
             let_go(self.lightning_module)
         super().teardown()
+
+    @override
+    def num_collectives(self) -> int:
+        # Weights are gathered within a dimension of the layout, which may be a part of those that see different data.
+        groups = [] if self.device_mesh is None else self.device_mesh.get_all_groups()
+        return super().num_collectives() + sum(map(collectives.num_collectives, groups))
 
     # The step
 

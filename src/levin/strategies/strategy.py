@@ -20,7 +20,7 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.extension_points import ExtensionPoints
 from levin.strategies.parts import StrategyParts
-from levin.utilities.clipping import clip_by_norm, clip_by_value
+from levin.utilities.clipping import by_mesh, clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.move import move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
@@ -323,9 +323,8 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     def scale_gradients(self, optimizer: Optimizer, factor: Any) -> None:
         """Multiply the gradients of an optimizer's parameters by a number, or a tensor with one."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        for parameters in by_mesh(p for group in optimizer.param_groups for p in group["params"]).values():
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], factor)
 
     def clip_gradients(
         self,

@@ -38,7 +38,7 @@ def clip_by_norm(
         >>> clip_by_norm([weight], max_norm=1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    groups = list(_by_mesh(parameters).values())
+    groups = list(by_mesh(parameters).values())
     norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in groups]
     if not norms and join is None:
         return torch.tensor(0.0)
@@ -77,14 +77,14 @@ def clip_by_value(parameters: Iterable[Tensor], max_value: float) -> None:
         >>> weight.grad
         tensor([ 3.0000, -3.5000])
     """
-    groups = _by_mesh(parameters)
+    groups = by_mesh(parameters)
     if not groups:
         raise RuntimeError("No parameter has a gradient that could be clipped. Run backward first.")
     for group in groups.values():
         clip_grad_value_(group, max_value)
 
 
-def _by_mesh(parameters: Iterable[Tensor]) -> dict[object, list[Tensor]]:
+def by_mesh(parameters: Iterable[Tensor]) -> dict[object, list[Tensor]]:
     """Return the parameters that have a gradient by the mesh they lie on: torch's fused operations take one at a time."""
     groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
