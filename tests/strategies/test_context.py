@@ -31,13 +31,16 @@ class Attention(nn.Module):
         self.query, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
 
-    def forward(self, x):
+    def forward(self, x, rotations=None):
         batch, length, _ = x.shape
         normed = self.norm(x)
         if self.kind == "positions":
             normed = normed + torch.arange(length)[:, None] / length
         query = self.query(normed).view(batch, length, HEADS, -1).transpose(1, 2)
         key, value = self.both(normed).view(batch, length, 2, HEADS // 2, -1).permute(2, 0, 3, 1, 4)
+        if rotations is not None:
+            cosines, sines = rotations[0][:, None], rotations[1]
+            query, key = (part * cosines + part.roll(2, -1) * sines for part in (query, key))
         attended = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(x)
@@ -64,11 +67,14 @@ class Language(LightningModule):
         self.head = nn.Linear(WIDTH, 12)
         self.losses: list[float] = []
         self.path = ""
+        self.rotates = block is Attention
 
     def forward(self, tokens):
         x = self.tokens(tokens) + self.places(torch.arange(tokens.shape[1]))
+        angles = torch.arange(tokens.shape[1])[:, None] / torch.tensor([1.0, 3.0, 9.0, 27.0])
+        inputs = {"rotations": (angles.cos().expand(len(x), -1, -1), angles.sin())} if self.rotates else {}
         for block in self.blocks:
-            x = block(x)
+            x = block(x, **inputs)
         return self.head(x)
 
     def training_step(self, batch, batch_idx):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, functional
 
+from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.modes import eval_mode
 from levin.utilities.types import Function, Group
@@ -51,16 +52,16 @@ def _exchange(tensor: Tensor, cut: int, joined: int, group: Group) -> Tensor:
 
 
 class _Part(torch.autograd.Function):
-    """The part of the sequence that belongs to this process."""
+    """The part of a dimension that belongs to this process."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _part(whole, group)
+    def forward(ctx: Any, whole: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return _part(whole, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _whole(grads[0], ctx.group) / dist.get_world_size(ctx.group), None
+        return _whole(grads[0], ctx.dim, ctx.group) / dist.get_world_size(ctx.group), None, None
 
 
 class _Whole(torch.autograd.Function):
@@ -69,25 +70,24 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return _whole(part, group)
+        return _whole(part, SEQUENCE, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        return _part(grads[0], ctx.group) * dist.get_world_size(ctx.group), None
+        return _part(grads[0], SEQUENCE, ctx.group) * dist.get_world_size(ctx.group), None
 
 
-def _part(whole: Tensor, group: Group) -> Tensor:
+def _part(whole: Tensor, dim: int, group: Group) -> Tensor:
+    part = whole.chunk(dist.get_world_size(group), dim)[dist.get_rank(group)]
     # A copy, so that what is kept for backward does not hold the whole.
-    return whole.chunk(dist.get_world_size(group), SEQUENCE)[dist.get_rank(group)].clone(
-        memory_format=torch.contiguous_format
-    )
+    return part.clone(memory_format=torch.contiguous_format)
 
 
-def _whole(part: Tensor, group: Group) -> Tensor:
+def _whole(part: Tensor, dim: int, group: Group) -> Tensor:
     part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, part, group=group)
-    return torch.cat(parts, SEQUENCE)
+    return torch.cat(parts, dim)
 
 
 _exchanged: Function = _Exchange.apply
@@ -99,7 +99,8 @@ def share_sequences(blocks: list[Module], group: Group) -> None:
     """Let blocks run on a part of the sequence in each process, in place.
 
     Args:
-        blocks: Each takes a tensor of ``(batch, sequence, features)`` first, and returns one.
+        blocks: Each takes a tensor of ``(batch, sequence, features)`` first, and returns one. Of further inputs they get their
+            part where these have a value for each place; see :func:`place_of_sequence`.
         group: The processes that share sequences.
     """
     tried: set[type] = set()
@@ -128,8 +129,13 @@ def _shared(block: Module, group: Group, tried: set[type]) -> Function:
 
 
 def _run(kind: type, inner: Function, group: Group, whole: Tensor, args: Any, kwargs: Any) -> Any:
+    def own(tensor: Tensor) -> Tensor:
+        dim = place_of_sequence(tensor, whole.shape[SEQUENCE])
+        return tensor if dim is None else _taken(tensor, dim, group)
+
+    args, kwargs = apply_to_collection((args, kwargs), Tensor, own)
     with _shared_attention(group):
-        output = inner(_taken(whole, group), *args, **kwargs)
+        output = inner(_taken(whole, SEQUENCE, group), *args, **kwargs)
     is_tuple = isinstance(output, tuple) and len(output) == 1
     part = output[0] if is_tuple else output
     if not isinstance(part, Tensor):
@@ -138,6 +144,20 @@ def _run(kind: type, inner: Function, group: Group, whole: Tensor, args: Any, kw
         )
     result = _joined(part, group)
     return (result,) if is_tuple else result
+
+
+def place_of_sequence(tensor: Tensor, length: int) -> int | None:
+    """Return the dimension in which a further input of a block has a value for each place; None for a mask, or no such.
+
+    Example:
+        >>> cosines, mask, lengths = torch.ones(2, 6, 4), torch.ones(2, 1, 6, 6), torch.ones(2)
+        >>> [place_of_sequence(tensor, 6) for tensor in (cosines, cosines[0], mask, lengths)]
+        [1, 0, None, None]
+    """
+    if tensor.dim() < 2 or tensor.shape[-2:] == (length, length):
+        return None
+    dim = 0 if tensor.dim() == 2 else SEQUENCE
+    return dim if tensor.shape[dim] == length else None
 
 
 def _try_out(kind: type, inner: Function, group: Group, block: Module, whole: Tensor, args: Any, kwargs: Any) -> None:
