@@ -26,7 +26,6 @@ from levin.data.loaders import known_length
 from levin.engine import Engine, build_engine
 from levin.precision import DoublePrecision
 from levin.strategies import Strategy
-from levin.strategies.sharding import make_weights
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
 from levin.utilities.numbers import to_numbers
@@ -257,21 +256,6 @@ def get_torchvision_model(model_name: str, **kwargs: Any) -> torch.nn.Module:
     models: Any = importlib.import_module("torchvision.models")
     model: torch.nn.Module = models.get_model(model_name, **kwargs)
     return model
-
-
-class _NotYetLoadedTensor:
-    """For type hints and ``isinstance``: tensors that :func:`_lazy_load` gives are tensors, read by the system when used."""
-
-
-def _lazy_load(filename: str | os.PathLike[str]) -> Any:
-    """Return the checkpoint in a local file, whose tensors take no memory until they are used; read by litgpt."""
-    return torch.load(filename, map_location="cpu", mmap=True, weights_only=True)
-
-
-def _materialize_meta_tensors(module: torch.nn.Module, device: torch.device) -> None:
-    """Give whatever is on the meta device memory and its first values; read by litgpt."""
-    for child in list(module.modules()):
-        make_weights(child, device)
 
 
 def merge_dicts(

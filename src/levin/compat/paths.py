@@ -18,6 +18,9 @@ EQUIVALENT_LOGGERS = "levin.compat.fabric_loggers"
 EQUIVALENTS = "levin.compat.equivalents"
 """Small functions and classes that nothing of levin's own needs, and packages do."""
 
+PRIVATE = "levin.compat.private"
+"""Helpers that are private there, and that packages import."""
+
 HPARAMS = "levin.compat.hparams"
 """Helpers for hyper-parameters."""
 
@@ -75,6 +78,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.callbacks.finetuning": {
         _CALLBACKS: "BackboneFinetuning BaseFinetuning", "levin.callbacks.finetuning": "multiplicative",
     },
+    "pytorch.callbacks.model_checkpoint": {
+        _CALLBACKS: "ModelCheckpoint", "levin.utilities.filesystem": "_is_local_file_protocol:is_local",
+    },
     "pytorch.callbacks.prediction_writer": {_CALLBACKS: "BasePredictionWriter", "levin.callbacks.prediction_writer": "WriteInterval"},
     "pytorch.callbacks.progress": {_CALLBACKS: "ProgressBar RichProgressBar TQDMProgressBar"},
     "pytorch.callbacks.progress.progress_bar": {
@@ -84,6 +90,7 @@ TABLE: dict[str, dict[str, str]] = {
         _CALLBACKS: "RichProgressBar RichProgressBarTheme",
         f"{_BARS}.rich_columns": "BatchesProcessedColumn CustomBarColumn CustomTimeColumn MetricsTextColumn "
         "ProcessingSpeedColumn",
+        "rich.progress": "CustomProgress:Progress",
     },
     "pytorch.callbacks.progress.tqdm_progress": {
         _CALLBACKS: "TQDMProgressBar",
@@ -117,6 +124,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.demos.transformer": {
         f"{_DEMOS}.transformer": "Dictionary LightningTransformer PositionalEncoding Transformer WikiText2 tokenize",
     },
+    "pytorch.core.module": {"levin": "LightningModule", PRIVATE: "_jit_is_scripting"},
     "pytorch.core.saving": {
         "levin.loading": "_load_from_checkpoint:load_from_checkpoint _default_map_location:default_map_location convert:literal",
         "levin.utilities.filesystem": "get_filesystem",
@@ -132,6 +140,9 @@ TABLE: dict[str, dict[str, str]] = {
         ABSENT: "NeptuneLogger",
     },
     "pytorch.loggers.csv_logs": {_LOGGERS: "CSVLogger", "levin.loggers.csv_logs": "ExperimentWriter"},
+    "pytorch.loggers.mlflow": {
+        "levin.loggers.mlflow": "MLFlowLogger", "levin.loggers.utilities": "_convert_params:to_dict", PRIVATE: "_flatten_dict",
+    },
     "pytorch.loggers.logger": {
         _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
         EQUIVALENTS: "merge_dicts",
@@ -199,7 +210,11 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.utilities.testing": {"levin.compat.run_if": "_runif_reasons"},
     "pytorch.utilities.cloud_io": {"levin.utilities.filesystem": "get_filesystem"},
-    "pytorch.utilities.compile": {"levin.trainer.compiled": "from_compiled to_uncompiled"},
+    "pytorch.utilities.compile": {
+        "levin.trainer.compiled": "from_compiled to_uncompiled", PRIVATE: "_maybe_unwrap_optimized",
+    },
+    "pytorch.utilities.signature_utils": {PRIVATE: "is_param_in_hook_signature"},
+    "pytorch.plugins.io.wrapper": {PRIVATE: "_WrappingCheckpointIO"},
     "pytorch.utilities.consolidate_checkpoint": {},
     "pytorch.utilities.data": {"levin.log_store": "extract_batch_size", EQUIVALENTS: "has_len_all_ranks"},
     "pytorch.utilities.deepspeed": {"levin.checkpoint.zero": "convert_zero_checkpoint_to_fp32_state_dict"},
@@ -305,7 +320,12 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.cloud_io": {
         "levin.utilities.filesystem": "get_filesystem",
         "levin.checkpoint": "_load:load _atomic_save:atomic_save",
+        PRIVATE: "_is_dir",
     },
+    "fabric.plugins.collectives.torch_collective": {
+        _STRATEGIES: "TorchCollective", "torch.distributed.constants": "default_pg_timeout",
+    },
+    "fabric.plugins.precision.utils": {PRIVATE: "_convert_fp_tensor"},
     "fabric.plugins.precision.bitsandbytes": {
         "levin.precision": "BitsandbytesPrecision", EQUIVALENTS: "_BITSANDBYTES_AVAILABLE",
     },
@@ -325,8 +345,12 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.imports": {
         "lightning_utilities.core.imports": "RequirementCache compare_version", EQUIVALENTS: "_IS_WINDOWS",
     },
-    "fabric.utilities.init": {EQUIVALENTS: "_materialize_meta_tensors"},
-    "fabric.utilities.load": {EQUIVALENTS: "_NotYetLoadedTensor _lazy_load"},
+    "fabric.utilities.init": {PRIVATE: "_materialize_meta_tensors"},
+    "fabric.utilities.logger": {
+        "levin.loggers.utilities": "_add_prefix:add_prefix _convert_params:to_dict _sanitize_params:sanitize",
+        PRIVATE: "_flatten_dict _sanitize_callable_params",
+    },
+    "fabric.utilities.load": {PRIVATE: "_NotYetLoadedTensor _lazy_load"},
     "fabric.utilities.rank_zero": {
         **_RANK_ZERO_MODULE,
         _RANK_ZERO: f"{_RANK_ZERO_MODULE[_RANK_ZERO]} _get_rank:rank_from_environment",
@@ -361,12 +385,12 @@ _MODULES = {
     "pytorch.callbacks": "batch_size_finder=BatchSizeFinder callback=Callback checkpoint=Checkpoint "
     "device_stats_monitor=DeviceStatsMonitor gradient_accumulation_scheduler=GradientAccumulationScheduler "
     "lambda_function=LambdaCallback lr_finder=LearningRateFinder lr_monitor=LearningRateMonitor "
-    "model_checkpoint=ModelCheckpoint model_summary=ModelSummary on_exception_checkpoint=OnExceptionCheckpoint "
+    "model_summary=ModelSummary on_exception_checkpoint=OnExceptionCheckpoint "
     "pruning=ModelPruning rich_model_summary=RichModelSummary spike=SpikeDetection "
     "stochastic_weight_avg=StochasticWeightAveraging throughput_monitor=ThroughputMonitor "
     "weight_averaging=EMAWeightAveraging,WeightAveraging",
-    "pytorch.core": "datamodule=LightningDataModule module=LightningModule",
-    "pytorch.loggers": "comet=CometLogger litlogger=LitLogger mlflow=MLFlowLogger neptune=NeptuneLogger "
+    "pytorch.core": "datamodule=LightningDataModule",
+    "pytorch.loggers": "comet=CometLogger litlogger=LitLogger neptune=NeptuneLogger "
     "tensorboard=TensorBoardLogger wandb=WandbLogger",
     "pytorch.loops": "evaluation_loop=_EvaluationLoop fit_loop=_FitLoop prediction_loop=_PredictionLoop "
     "training_epoch_loop=_TrainingEpochLoop",
@@ -387,8 +411,7 @@ _MODULES = {
     "parameter_tying=find_shared_parameters,set_shared_parameters",
     "fabric.accelerators": "accelerator=Accelerator cpu=CPUAccelerator mps=MPSAccelerator xla=XLAAccelerator",
     "fabric.loggers": "csv_logs=CSVLogger tensorboard=TensorBoardLogger",
-    "fabric.plugins.collectives": "collective=Collective single_device=SingleDeviceCollective "
-    "torch_collective=TorchCollective",
+    "fabric.plugins.collectives": "collective=Collective single_device=SingleDeviceCollective",
     "fabric.plugins.environments": "cluster_environment=ClusterEnvironment kubeflow=KubeflowEnvironment "
     "lsf=LSFEnvironment mpi=MPIEnvironment slurm=SLURMEnvironment torchelastic=TorchElasticEnvironment "
     "xla=XLAEnvironment",

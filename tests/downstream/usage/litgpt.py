@@ -9,9 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.fabric.utilities.init import _materialize_meta_tensors
 from lightning.fabric.utilities.load import _lazy_load
-from lightning.fabric.utilities.testing import _runif_reasons
 from litgpt import pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.config import Config
@@ -119,22 +117,6 @@ def _lora_config():
     from litgpt.lora import Config as LoRAConfig
 
     return LoRAConfig(**CONFIG, lora_r=4, lora_alpha=8, lora_query=True, lora_value=True)
-
-
-def test_a_model_without_memory_gets_some():
-    with torch.device("meta"):
-        layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    _materialize_meta_tensors(layer, torch.device("cpu"))
-    assert layer[1].weight.tolist() == [1.0] * 4
-    assert layer(torch.ones(2, 4)).isfinite().all()
-
-
-def test_what_a_machine_lacks():
-    assert _runif_reasons(min_cuda_gpus=1000, min_torch="99.0", standalone=True) == (
-        ["GPUs>=1000", f"torch>=99.0, {torch.__version__} installed", "Standalone execution"],
-        {"min_cuda_gpus": True, "standalone": True},
-    )
-    assert _runif_reasons(dynamo=True, skip_windows=True, mps=False, max_torch="99.0", min_python="3.6") == ([], {})
 
 
 def test_tokens_are_generated():

@@ -1,0 +1,174 @@
+"""Private helpers that packages import: they do what those of the installed Lightning do."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from argparse import Namespace
+from datetime import timedelta
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+
+from levin import LightningModule
+from levin.checkpoint import TorchCheckpointIO
+from levin.compat import private
+from levin.compat.table import names_in
+
+
+def theirs(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(f"lightning.{module}"), name)
+
+
+def ours(module: str, name: str) -> Any:
+    home, found = names_in(module)[name]
+    return getattr(importlib.import_module(home), found)
+
+
+def both(module: str, name: str) -> tuple[Any, Any]:
+    return theirs(module, name), ours(module, name)
+
+
+PARAMS = [{"a": {"b": 1, "c": [{"d": 2}]}, "e": Namespace(f=3)}, {}, {"x": {"y": {"z": "w"}}, "n": None}]
+
+
+@pytest.mark.parametrize("delimiter", ["/", "."])
+@pytest.mark.parametrize("parent", ["", "top"])
+@pytest.mark.parametrize("params", [PARAMS[1], PARAMS[2]], ids=["empty", "nested"])
+@pytest.mark.parametrize("module", ["fabric.utilities.logger", "pytorch.loggers.mlflow"])
+def test_flattened_parameters(module, params, delimiter, parent):
+    left, right = both(module, "_flatten_dict")
+    assert right(params, delimiter=delimiter, parent_key=parent) == left(params, delimiter=delimiter, parent_key=parent)
+
+
+@pytest.mark.parametrize("params", [None, Namespace(a=1), {"a": 1}], ids=str)
+def test_converted_parameters(params):
+    left, right = both("fabric.utilities.logger", "_convert_params")
+    assert right(params) == left(params)
+
+
+class NoName:
+    def __call__(self, needed):
+        raise AssertionError
+
+
+def test_functions_among_parameters_are_called_or_named():
+    left, right = both("fabric.utilities.logger", "_sanitize_callable_params")
+    params = {"a": lambda: 3, "c": lambda: lambda: 1, "d": torch.nn.Linear, "e": 1, "f": lambda x: 1, "g": NoName()}
+    assert right(params) == {**left({key: value for key, value in params.items() if key != "g"}), "g": "NoName"}
+
+
+class Hooks:
+    def named(self, a, dataloader_iter):
+        pass
+
+    def any(self, *args):
+        pass
+
+    def keyword(self, *, dataloader_iter):
+        pass
+
+    def rest(self, a, **kwargs):
+        pass
+
+
+@functools.wraps(Hooks.named)
+def wrapped(*args, **kwargs):
+    pass
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("min_args", [None, 1, 2, 3])
+@pytest.mark.parametrize("name", ["named", "any", "keyword", "rest"])
+def test_whether_a_hook_takes_an_argument(name, min_args, explicit):
+    left, right = both("pytorch.utilities.signature_utils", "is_param_in_hook_signature")
+    hook = getattr(Hooks(), name)
+    for param in ("dataloader_iter", "a", "kwargs"):
+        arguments = {"explicit": explicit, "min_args": min_args}
+        assert right(hook, param, **arguments) == left(hook, param, **arguments)
+    assert right(wrapped, "dataloader_iter", explicit=True) == left(wrapped, "dataloader_iter", explicit=True)
+
+
+def test_folders(tmp_path):
+    left, right = both("fabric.utilities.cloud_io", "_is_dir")
+    (tmp_path / "file").write_text("")
+    local = fsspec.filesystem("file")
+    for path in (tmp_path, tmp_path / "file", tmp_path / "none"):
+        assert right(local, path) == left(local, path)
+        assert right(local, path, strict=True) == left(local, path, strict=True)
+
+
+def test_numbers_with_a_point_change_their_format():
+    left, right = both("fabric.plugins.precision.utils", "_convert_fp_tensor")
+    for dtype in (torch.float32, torch.int32, torch.float64, torch.bool):
+        tensor = torch.ones(2, dtype=dtype)
+        assert right(tensor, torch.float16).dtype == left(tensor, torch.float16).dtype
+
+
+def test_the_time_that_groups_wait():
+    left, right = both("fabric.plugins.collectives.torch_collective", "default_pg_timeout")
+    assert right == left
+    assert isinstance(right, timedelta)
+
+
+class Model(LightningModule):
+    pass
+
+
+def test_a_module_is_taken_out_of_its_compiled_form():
+    model = Model()
+    assert private._maybe_unwrap_optimized(model) is model
+    assert private._maybe_unwrap_optimized(torch.compile(model, backend="eager")) is model
+    with pytest.raises(TypeError, match="received Linear"):
+        private._maybe_unwrap_optimized(torch.nn.Linear(1, 1))
+    with private._jit_is_scripting():
+        assert model.training
+
+
+def test_a_wrapper_of_a_checkpoint_io_hands_everything_on(tmp_path):
+    class Counting(private._WrappingCheckpointIO):
+        saved = 0
+
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            self.saved += 1
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    io = Counting()
+    assert isinstance(io.checkpoint_io, TorchCheckpointIO)
+    io.save_checkpoint({"a": torch.ones(1)}, tmp_path / "x.ckpt")
+    assert io.load_checkpoint(tmp_path / "x.ckpt") == {"a": torch.ones(1)}
+    assert io.saved == 1
+    io.remove_checkpoint(tmp_path / "x.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_read_from_a_file_when_they_are_used(tmp_path):
+    torch.save({"model": {"w": torch.arange(4.0)}}, tmp_path / "x.pth")
+    loaded = private._lazy_load(tmp_path / "x.pth")
+    assert loaded["model"]["w"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert not isinstance(loaded["model"]["w"], private._NotYetLoadedTensor)
+
+
+def test_what_has_no_memory_gets_some():
+    with torch.device("meta"):
+        layer = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    private._materialize_meta_tensors(layer, torch.device("cpu"))
+    assert layer[1].weight.tolist() == [1.0] * 4
+    assert layer(torch.ones(2, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {}, {"min_cuda_gpus": 1000}, {"min_torch": "99.0"}, {"max_torch": "1.0"}, {"min_python": "3.99"}, {"tpu": True},
+        {"skip_windows": True}, {"standalone": True}, {"dynamo": True}, {"linux_only": True}, {"mps": False},
+        {"min_cuda_gpus": 1000, "min_torch": "99", "standalone": True}, {"min_torch": "2.0", "max_torch": "99.0"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("module", ["fabric.utilities.testing", "pytorch.utilities.testing"])
+def test_what_a_machine_lacks_for_a_test(module, asked):
+    left, right = both(module, "_runif_reasons")
+    assert right(**asked) == left(**asked)
