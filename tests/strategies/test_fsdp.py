@@ -321,8 +321,9 @@ def test_a_budget_of_activations_is_kept_to():
         in_rank(FSDPStrategy(activation_checkpointing=budget), max_epochs=1).fit(module)
         return module
 
-    runs = {budget: run(budget) for budget in (None, 1, 0.5, 0.2, 0)}
+    runs = {budget: run(budget) for budget in (None, 1, 0.5, 0.2, 0, "full", "none")}
     every, none = runs[None].num_bytes, runs[0].num_bytes
+    assert (runs["full"].num_bytes, runs["none"].num_bytes) == (none, every)
     assert runs[1].num_bytes == every > none > 0
     # Of eight blocks four, and one: two would be more than a fifth.
     assert runs[0.5].num_bytes - none == (every - none) / 2
@@ -354,6 +355,7 @@ def test_a_budget_for_a_module_without_blocks_is_an_error():
         ({"activation_checkpointing": 1.5}, r"from 0 to 1.* received 1\.5"),
         ({"activation_checkpointing": float("nan")}, "received nan"),
         ({"activation_checkpointing_policy": True}, "received True"),
+        ({"activation_checkpointing": "fully"}, "must be 'none', 'selective', 'full', .* received 'fully'"),
     ],
 )
 def test_arguments_that_cannot_be_met(arguments, message):

@@ -16,8 +16,9 @@ from typing_extensions import override
 
 from levin.strategies import collectives
 from levin.strategies.parallel import DEFAULT_TIMEOUT
+from levin.strategies.recomputation import checked
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import Policy, ShardingPlan, apply_sharding, as_policy, within_budget
+from levin.strategies.sharding import ShardingPlan, apply_sharding, as_policy, recomputation_of
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -57,9 +58,10 @@ class FSDPStrategy(ShardedStrategy):
             ``MixedPrecisionPolicy``; by default what ``Trainer(precision=...)`` says.
         auto_wrap_policy: What becomes a block: a set of classes, a ``ModuleWrapPolicy``, or a function of a submodule.
         activation_checkpointing: The same as ``activation_checkpointing_policy``.
-        activation_checkpointing_policy: Which submodules compute their activations again in backward, chosen as by
-            ``auto_wrap_policy``; or a number from 0 to 1: how much of the blocks' activations may be kept. As many blocks as
-            that takes, spread evenly among those of a class, keep their input alone.
+        activation_checkpointing_policy: ``"full"``: blocks keep their input alone, and compute the rest again in backward;
+            ``"selective"``: their matrix products and attention, too; ``"none"``. A number from 0 to 1: how much of the
+            blocks' activations may be kept, by leaving out blocks evenly. Or which submodules, chosen as by
+            ``auto_wrap_policy``.
         sharding_strategy: ``"FULL_SHARD"``; ``"SHARD_GRAD_OP"`` keeps gathered weights until backward is over;
             ``"HYBRID_SHARD"`` cuts within a machine and copies between machines.
         state_dict_type: ``"full"`` saves one file, ``"sharded"`` a folder into which every process writes its part.
@@ -131,7 +133,7 @@ class FSDPStrategy(ShardedStrategy):
         self._mixed_precision = _mixed_precision(mixed_precision)
         self._auto_wrap_policy = auto_wrap_policy
         given = activation_checkpointing if activation_checkpointing_policy is None else activation_checkpointing_policy
-        self._recomputes = _recomputed(given)
+        self._recomputes = checked(given)
         self._given_mesh = device_mesh
         self._ignored = frozenset(ignored_states or ())
 
@@ -183,10 +185,11 @@ class FSDPStrategy(ShardedStrategy):
         if not any(on_meta):
             collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
         is_on_gpu = self.root_device.type != "cpu"
+        is_unit = as_policy(self._auto_wrap_policy, module, "auto_wrap_policy")
         plan = ShardingPlan(
             mesh=self.device_mesh,
-            is_unit=as_policy(self._auto_wrap_policy, module, "auto_wrap_policy"),
-            recomputes=self._recomputation(module),
+            is_unit=is_unit,
+            recomputes=recomputation_of(self._recomputes, module, is_unit),
             reshard_after_forward=self.sharding_strategy in ("FULL_SHARD", "HYBRID_SHARD"),
             mixed_precision=self._mixed_precision or _policy_of(self.precision.precision),
             offload=CPUOffloadPolicy() if self.cpu_offload and is_on_gpu else None,
@@ -194,13 +197,6 @@ class FSDPStrategy(ShardedStrategy):
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
         return apply_sharding(module, plan)
-
-    def _recomputation(self, module: Module) -> Policy | None:
-        if isinstance(self._recomputes, float):
-            return within_budget(
-                module, self._recomputes, as_policy(self._auto_wrap_policy, module, "auto_wrap_policy")
-            )
-        return as_policy(self._recomputes, module, "activation_checkpointing_policy")
 
     # Contexts
 
@@ -254,18 +250,6 @@ def _sharding_name(value: object) -> str:
             f"sharding_strategy must be one of {', '.join(SHARDING)}, received {value!r}. Use 'FULL_SHARD'."
         )
     return name
-
-
-def _recomputed(value: object) -> object:
-    """Return a budget as a float, and one class as a list of it; policies are checked when there is a module."""
-    if isinstance(value, (int, float)):
-        if isinstance(value, bool) or not 0 <= value <= 1:
-            raise MisconfigurationException(
-                "activation_checkpointing must be a class, a policy, or a number from 0 to 1, how much of the activations may "
-                f"be kept, received {value!r}. Use 0.5 for half of the blocks, 0 to compute all of them again."
-            )
-        return float(value)
-    return [value] if isinstance(value, type) else value
 
 
 def _check_older_arguments(kwargs: dict[str, object]) -> None:

@@ -34,8 +34,9 @@ from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.gathered import cut_as
 from levin.strategies.parallel import DEFAULT_TIMEOUT
+from levin.strategies.recomputation import SELECTIVE, checked, recompute
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights, repeated_blocks
+from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights, recomputation_of, repeated_blocks
 from levin.strategies.stages import PipelinePlan, chain_of, cut, layers_of, leave_out
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
@@ -80,6 +81,7 @@ class ModelParallelStrategy(ShardedStrategy):
         context_parallel_size: Processes that share each sequence, in the repeated blocks of the module: there each has a part
             of it, and in ``scaled_dot_product_attention`` a part of the heads. Inputs of blocks are ``(batch, sequence,
             features)``. ``"context_parallel"`` is a dimension of the mesh then, after ``"data_parallel"``.
+        activation_checkpointing: As for :class:`FSDPStrategy`.
 
     Raises:
         MisconfigurationException: The sizes are no counts, ``copies`` does not divide ``data_parallel_size``, a style is
@@ -106,6 +108,7 @@ class ModelParallelStrategy(ShardedStrategy):
         pipeline_schedule: str = "1f1b",
         num_microbatches: int | None = None,
         context_parallel_size: int = 1,
+        activation_checkpointing: Any = None,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         for name, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
@@ -120,6 +123,17 @@ class ModelParallelStrategy(ShardedStrategy):
             raise MisconfigurationException(
                 f"context_parallel_size={context_parallel_size} goes beside data_parallel_size and tensor_parallel_size alone, received "
                 f"copies={copies} and pipeline_parallel_size={pipeline_parallel_size}. Leave these out."
+            )
+        if activation_checkpointing == SELECTIVE and context_parallel_size > 1:
+            raise MisconfigurationException(
+                "activation_checkpointing='selective' cannot be used with context_parallel_size > 1, where blocks are tried out in "
+                f"their first step, received {context_parallel_size}. Use 'full'."
+            )
+        self._recomputes = checked(activation_checkpointing)
+        if self._recomputes is not None and pipeline_parallel_size > 1:
+            raise MisconfigurationException(
+                f"activation_checkpointing={activation_checkpointing!r} does not go with pipeline_parallel_size > 1, received "
+                f"{pipeline_parallel_size}. Use torch.utils.checkpoint in the layers."
             )
         for pattern, style in (plan or {}).items():
             if not isinstance(style, ParallelStyle) and style not in STYLES:
@@ -250,6 +264,9 @@ class ModelParallelStrategy(ShardedStrategy):
         is_by_hand = any(isinstance(part, FSDPModule) for part in parts)
         if self.context_parallel_size > 1:
             self._share_sequences(module, is_by_hand)
+        recomputation = recomputation_of(self._recomputes, module)
+        if recomputation is not None:
+            recompute(module, recomputation)
         data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
         if not is_by_hand and data.size() > 1:
             for part in [module] if self._pipeline is None else self._pipeline.stages:

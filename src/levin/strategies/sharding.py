@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointWrapper,
-    apply_activation_checkpointing,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn import Module, ModuleDict, ModuleList, Parameter, Sequential
 from torch.nn.modules.batchnorm import _NormBase
 
+from levin.strategies.recomputation import FULL, SELECTIVE, Recomputation, recompute
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Kwargs
 
@@ -36,7 +34,7 @@ class ShardingPlan:
     Args:
         mesh: One dimension: the processes that share the weights. Two: ``(replicas, shards)``.
         is_unit: Whether a submodule is a unit; None finds units by itself (see :func:`repeated_blocks`).
-        recomputes: Whether the activations of a submodule are computed again in backward; None for no submodule.
+        recomputes: Whose activations are computed again in backward; None for no submodule's.
         reshard_after_forward: Whether weights are let go after forward and gathered once more for backward.
         mixed_precision: Number formats of gathered weights and of the reduction of gradients.
         offload: Where the shards are kept.
@@ -47,7 +45,7 @@ class ShardingPlan:
 
     mesh: DeviceMesh
     is_unit: Policy | None = None
-    recomputes: Policy | None = None
+    recomputes: Recomputation | None = None
     reshard_after_forward: bool = True
     mixed_precision: MixedPrecisionPolicy | None = None
     offload: OffloadPolicy | None = None
@@ -144,7 +142,7 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
             child for child in module.children() if _has_parameters(child) and not shares_parameters(child, module)
         }
     if plan.recomputes is not None:
-        apply_activation_checkpointing(module, check_fn=plan.recomputes)
+        recompute(module, plan.recomputes)
         # A unit is gathered once for what is computed again and for its backward.
         wrappers = {
             part._checkpoint_wrapped_module: part for part in module.modules() if isinstance(part, CheckpointWrapper)
@@ -227,8 +225,9 @@ def within_budget(module: Module, budget: float, is_unit: Policy | None) -> Poli
     units = set(units_of(module, is_unit))
     if not units:
         raise MisconfigurationException(
-            f"activation_checkpointing={budget} is a part of the activations of blocks, and {type(module).__name__} has no "
-            "repeated ones. Name what is to be computed again: activation_checkpointing_policy={MyBlock}."
+            f"activation_checkpointing={budget} is a part of the activations of blocks ('full' and 'selective' are 0), and "
+            f"{type(module).__name__} has no repeated ones. Name what is to be computed again: "
+            "activation_checkpointing_policy={MyBlock}."
         )
     seen: Counter[type] = Counter()
     chosen = set()
@@ -239,6 +238,22 @@ def within_budget(module: Module, budget: float, is_unit: Policy | None) -> Poli
             if int(seen[type(unit)] * budget) == num_kept:
                 chosen.add(unit)
     return chosen.__contains__
+
+
+def recomputation_of(value: object, module: Module, is_unit: Policy | None = None) -> Recomputation | None:
+    """Return what is computed again of a module.
+
+    Args:
+        value: As :func:`levin.strategies.recomputation.checked` returned it: ``"full"``, ``"selective"``, a budget (see
+            :func:`within_budget`), a policy (see :func:`as_policy`), or None for nothing.
+        module: The whole module.
+        is_unit: The user's choice of units; see :func:`units_of`.
+    """
+    if value in (FULL, SELECTIVE) if isinstance(value, str) else isinstance(value, float):
+        budget = value if isinstance(value, float) else 0.0
+        return Recomputation(within_budget(module, budget, is_unit), keeps_products=value == SELECTIVE)
+    chosen = as_policy(value, module, "activation_checkpointing_policy")
+    return None if chosen is None else Recomputation(chosen)
 
 
 def as_policy(value: object, module: Module, name: str) -> Policy | None:
