@@ -96,12 +96,15 @@ def who_comes_by(tests: tuple[str, ...], folder: Path) -> dict[tuple[str, int], 
     found = CoverageData(str(data))
     found.read()
 
-    def test_named(context: str) -> str:
-        module, _, name = context.rpartition(".")
-        return f"{module.replace('.', '/')}.py::{name}"
-
+    # A folder without an __init__.py gives its files no package.
+    by_context: dict[str, set[str]] = {}
+    for test in passing:
+        file, _, name = test.partition("::")
+        whole = file.removesuffix(".py").replace("/", ".")
+        for module in (whole, whole.rpartition(".")[2]):
+            by_context.setdefault(f"{module}.{name}", set()).add(test)
     return {
-        (file, line): sorted(passing.intersection(map(test_named, names)))
+        (file, line): sorted(set().union(*(by_context.get(name, set()) for name in names)))
         for file in found.measured_files()
         for line, names in found.contexts_by_lineno(file).items()
     }

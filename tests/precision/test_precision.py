@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from levin import Trainer
+from levin import LightningModule, Trainer
 from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from tests.strategies.small import QUIET, Small
 
@@ -131,8 +131,32 @@ def test_the_step_runs_closure_then_hooks_then_update():
     recorder.precision.optimizer_step(recorder.optimizer, recorder.module, recorder.closure)
     # Without a closure the gradients that are there are used.
     recorder.precision.before_step = recorder.before_step
+    recorder.events.clear()
     recorder.precision.optimizer_step(recorder.optimizer)
     assert torch.allclose(recorder.module.weight, before - 0.3)
+    assert recorder.events == ["before_step"]
+
+
+@pytest.mark.parametrize("kind", [Precision, lambda: MixedPrecision("16-mixed", SCALER_DEVICE)])
+def test_hooks_before_a_step_run_without_a_loss_too(kind):
+    recorder = Recorder(kind(), skip=True)
+    assert recorder.step() is None
+    assert recorder.events == ["closure", "before_step"]
+
+
+def test_a_backward_of_the_modules_own_is_what_runs_but_under_fabric():
+    class Own(LightningModule):
+        def backward(self, loss, *args):
+            self.calls = [*getattr(self, "calls", ()), args]
+            loss.backward(*args)
+
+    module, weight = Own(), nn.Parameter(torch.ones(1))
+    Precision().backward(weight.sum(), module, None, torch.tensor(2.0))
+    assert module.calls == [(torch.tensor(2.0),)]
+    module._fabric = object()
+    Precision().backward(weight.sum(), module)
+    assert len(module.calls) == 1
+    assert weight.grad == 3.0
 
 
 def test_the_scaled_step_shows_hooks_unscaled_gradients():
