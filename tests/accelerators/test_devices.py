@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
+import subprocess
 import sys
 import types
 
@@ -238,3 +240,14 @@ def test_a_real_cuda_device():
     assert stats["allocated_bytes.all.current"] >= held.nbytes
     assert find_usable_cuda_devices(1) == [0]
     accelerator.teardown()
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0")])
+def test_devices_are_counted_without_a_context_unless_the_user_says_otherwise(given, expected):
+    name = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    environment = {key: value for key, value in os.environ.items() if key != name} | ({name: given} if given else {})
+    program = f"from levin.accelerators import CUDAAccelerator; import os; print(os.environ[{name!r}])"
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == expected

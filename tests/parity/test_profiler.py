@@ -308,6 +308,39 @@ def test_pytorch_profiler_writes_the_names_of_the_layers_and_ends_with_the_run(t
     assert any(name.startswith("[levin][module]") and name.endswith("Linear: layer") for name in names)
 
 
+def test_pytorch_profiler_keeps_the_events_of_the_last_window(tmp_path: Path) -> None:
+    found = {}
+    for framework in (lightning(), levin()):
+        kind = profilers_of(framework).PyTorchProfiler
+        recording = kind(schedule=None, export_to_chrome=False, record_module_names=False)
+        assert recording.function_events is None
+        quiet(framework, tmp_path, profiler=recording, max_epochs=1).fit(make_parts(framework).module, loader(8))
+        found[framework.name] = {event.name for event in recording.function_events}
+    # Actions are marked with the name of the framework.
+    step = "on_train_batch_start"
+    assert any(name.startswith("[pl][profile]") and name.endswith(step) for name in found["lightning"])
+    assert any(name.startswith("[levin]") and name.endswith("training_step") for name in found["levin"])
+    assert {name for name in found["levin"] if name.startswith("aten::")} >= {"aten::addmm", "aten::mean"}
+    assert found["lightning"] >= {"aten::addmm", "aten::mean"}
+
+
+def test_pytorch_profiler_counts_the_steps_of_the_run_in_each_window(tmp_path: Path) -> None:
+    framework, steps, names = levin(), [], []
+
+    def ready(profile: Any) -> None:
+        steps.append(profile.step_num)
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        names.append({event["name"] for event in events if event.get("name", "").startswith("ProfilerStep")})
+
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=3)
+    profiler = profilers_of(framework).PyTorchProfiler(schedule=schedule, on_trace_ready=ready)
+    trainer = quiet(framework, tmp_path, profiler=profiler, max_epochs=2, limit_val_batches=0)
+    trainer.fit(make_parts(framework).module, loader(24))
+    assert steps == [4, 8, 12]
+    assert names == [{f"ProfilerStep#{step - 2}", f"ProfilerStep#{step - 1}"} for step in steps]
+
+
 def test_a_run_without_a_profiler_composes_nothing_for_it(tmp_path: Path) -> None:
     framework = levin()
     trainer = quiet(framework, tmp_path, max_epochs=1)

@@ -128,6 +128,8 @@ class PyTorchProfiler(Profiler):
         self._running: dict[str, record_function] = {}
         self._events: dict[str, Any] = {}
         self._is_over: bool = False
+        # What the last window recorded, one by one; stays when the run is over.
+        self.function_events: Optional[EventList] = None
 
     @override
     def setup(self, stage: str, local_rank: Optional[int] = None, log_dir: Optional[str] = None) -> None:
@@ -201,15 +203,15 @@ class PyTorchProfiler(Profiler):
         number = self._num_steps.get(action_name, 0)
         self._num_steps[action_name] = number + 1
         schedule = cast("Schedule", self._schedule)
+        if self._owner == action_name:
+            self._profile.step()
         if schedule(number) is ProfilerAction.NONE:
             self._close()
-        elif self._owner == action_name:
-            self._profile.step()
-        else:
+        elif self._owner != action_name:
             self._close()
-            self._open(action_name, lambda step: schedule(number + step))
+            self._open(action_name, schedule, number)
 
-    def _open(self, owner: str, schedule: Optional[Schedule]) -> None:
+    def _open(self, owner: str, schedule: Optional[Schedule], number: int = 0) -> None:
         self._owner = owner
         profile: Any
         if self._emit_nvtx:
@@ -218,6 +220,9 @@ class PyTorchProfiler(Profiler):
             profile = torch.profiler.profile(
                 schedule=schedule, on_trace_ready=self._save_trace, **self._profiler_kwargs
             )
+            if schedule is not None:
+                # Each window is a profile of its own, whose steps are those of the run.
+                profile.step_num, profile.current_action = number, schedule(number)
         profile.start()
         # Not before: to stop a profile that failed to start ends the process, on CUDA.
         self._profile = profile
@@ -242,6 +247,7 @@ class PyTorchProfiler(Profiler):
 
     def _save_trace(self, profile: torch.profiler.profile) -> None:
         owner = cast("str", self._owner)
+        self.function_events = profile.events()
         self._events[owner] = profile.key_averages(group_by_input_shape=self._group_by_input_shapes)
         if self._on_trace_ready is not None:
             self._on_trace_ready(profile)
