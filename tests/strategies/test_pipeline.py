@@ -8,6 +8,7 @@ from collections import namedtuple
 import pytest
 import torch
 from torch import nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.utils.data import DataLoader, DistributedSampler
@@ -21,6 +22,9 @@ from tests.distributed import world_size
 from tests.strategies.small import QUIET, dataset
 from tests.strategies.test_fsdp import Block, alone
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(PipelineStage, "_warmup_forward_vote"), reason="torch's pipelines do not run over Gloo in this version"
+)
 DEPTH = 3
 SLOW = pytest.mark.slow
 
@@ -299,6 +303,12 @@ def test_arguments_that_cannot_be_meant(arguments, message):
 def test_a_scaled_loss_is_refused():
     with pytest.raises(ValueError, match="precision='16-mixed' scales the loss .* Use 'bf16-mixed'"):
         in_rank(pipelined(), precision="16-mixed")
+
+
+def test_a_torch_whose_stages_do_not_find_each_other_is_refused(monkeypatch):
+    monkeypatch.delattr(PipelineStage, "_warmup_forward_vote")
+    with pytest.raises(ValueError, match=r"A pipeline on the CPU needs a newer torch .*received torch"):
+        in_rank(pipelined())
 
 
 def test_sizes_that_do_not_multiply_are_refused():

@@ -167,6 +167,10 @@ class ModelParallelStrategy(ShardedStrategy):
 
     def check_mesh(self, world_size: int) -> None:
         """Raise before a process starts when the sizes do not multiply to the number of processes."""
+        if self.pipeline_plan.size > 1 and self.root_device.type == "cpu":
+            from levin.strategies.pipeline import check_cpu  # slow to import
+
+            check_cpu()
         data, tensor = self._sizes()
         others = {
             "pipeline_parallel_size": self.pipeline_plan.size,

@@ -43,6 +43,19 @@ _SCHEDULES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def check_cpu() -> None:
+    """Raise where torch's stages cannot find each other over Gloo: in 2.9 they greet with numbers of different sizes.
+
+    Raises:
+        MisconfigurationException: Use a newer torch.
+    """
+    if not hasattr(PipelineStage, "_warmup_forward_vote"):
+        raise MisconfigurationException(
+            f"A pipeline on the CPU needs a newer torch (2.13 does it), received torch {torch.__version__}. Install one, or use an "
+            "accelerator."
+        )
+
+
 class Stage(Module):
     """The layers of one stage.
 
