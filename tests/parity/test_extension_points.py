@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from levin.loggers import folder_logger
 from levin.strategies import DDPStrategy
 from tests.distributed import world_size
 from tests.parity import both
@@ -246,6 +247,8 @@ def calling(kind: type, names: list[str], calls: list[str]) -> type:
 
 @world_size(2, timeout_s=120, connect=False)
 def test_what_subclasses_replace_on_two_ranks(tmp_path):
+    # As if rank 0 had made its folder before rank 1 looks for the next number.
+    folder_logger.next_version = lambda root: int(os.environ["RANK"])
     for framework in (both.lightning(), both.levin()):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -86,7 +86,7 @@ def plateau_by_hand(module):
 
 def parameters_of_rank(module):
     if module.current_epoch == 1 and module.global_rank == 1:
-        module.optimizers().add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        module.optimizers().param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(1)))
 
 
 def the_same(module):
