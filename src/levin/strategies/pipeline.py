@@ -190,8 +190,9 @@ class Pipeline:
             for parameter, gradient in zip(parameters, held, strict=True):
                 parameter.grad = gradient
         value, weight, num, calls = self._told_by_last(step)
+        log: Any = self.module.log
         for call in calls:
-            self.module.log(**call)  # type: ignore[operator]  # a LightningModule, which is below this room
+            log(**call)
         anchor = torch.zeros((), device=self.device, requires_grad=True)
         tie: Function = _Computed.apply
         loss = tie(anchor, value.to(self.device), gradients, num if weight is None else weight, *parameters)
