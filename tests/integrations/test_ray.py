@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import levin.compat
+from levin import Trainer
+from tests.strategies.small import QUIET, Small
 
 ray = pytest.importorskip("ray")
 
@@ -139,6 +141,11 @@ def test_modules_that_are_cut(strategy, tmp_path):
     first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
     assert first["world"] == 2 and not {*first["seen"]} & {*second["seen"]}
     assert "FSDPStrategy" in first["kinds"]
+    # What one process makes of the same batches.
+    alone = Small(size=32, batch_size=8)
+    Trainer(**{**QUIET, "max_epochs": 2, "devices": 1, "enable_checkpointing": False}).fit(alone)
+    for name, weight in alone.state_dict().items():
+        assert torch.allclose(weight, saved["state_dict"][name], atol=1e-6), name
 
 
 def trial(config: dict[str, Any]) -> None:
