@@ -53,7 +53,7 @@ test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes
 
 # In an environment of its own. Packages without a floor are taken as new as they come; setuptools is for the oldest torchmetrics.
 OLDEST := $(VENV)-oldest
-OLDEST_TESTS := tests/data tests/loops tests/ranks tests/checkpoint tests/callbacks tests/strategies tests/precision tests/utilities tests/trainer
+OLDEST_TESTS := tests/data tests/loops tests/ranks tests/checkpoint tests/callbacks tests/strategies tests/precision tests/utilities
 
 $(OLDEST)/.installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)

@@ -35,9 +35,9 @@ from levin.precision import Precision
 from levin.precision.choose import check_precision_name, resolve_precision_name
 from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, StrategyRegistry, TorchSyncBatchNorm
 from levin.strategies.mesh import check_mesh, is_mesh, strategy_of_mesh
-from levin.strategies.parallel import is_connected
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
+from levin.utilities.process_group import is_connected
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
 from levin.utilities.warnings import PossibleUserWarning

@@ -24,7 +24,7 @@ from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.sharded import ShardedCheckpointIO
 from levin.checkpoint.verify import find_newest_intact, verify
 from levin.strategies import FSDPStrategy
-from tests.distributed import run_ranks, world_size
+from tests.distributed import cuts_on_cpu, run_ranks, world_size
 from tests.strategies.small import QUIET
 from tests.strategies.test_fsdp import Deep, alone, go_on, in_rank, whole
 
@@ -141,6 +141,7 @@ def go_on_with(folder, size):
     torch.testing.assert_close(whole(module), whole(unbroken))
 
 
+@cuts_on_cpu
 @pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_folder_of_two_ranks_goes_on_with_another_number(tmp_path, size):
     run_ranks(save_of_two, 2, {"folder": str(tmp_path)}, connect=False)

@@ -11,7 +11,7 @@ from torch import nn
 from levin import Fabric, Trainer
 from levin.checkpoint.safetensors_files import export_weights, load_weights, main
 from levin.demos import BoringModel
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -60,6 +60,7 @@ def test_a_trainers_file_is_exported_by_the_command(tmp_path, capsys):
         export_weights(tmp_path / "run.ckpt", tmp_path / "y.safetensors", key="model")
 
 
+@cuts_on_cpu
 @world_size(2, timeout_s=120)
 def test_a_folder_is_exported(tmp_path):
     fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")

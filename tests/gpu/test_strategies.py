@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from levin.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from levin.strategies.parallel import disconnect_processes
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.process_group import disconnect_processes
 from tests.gpu.small import DEVICE, Net, SaveAt, Validated, loader, trainer, values
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from levin import Callback, LightningModule, Trainer
 from levin.ranks import hang_watchdog as watch
 from levin.strategies import DDPStrategy
-from levin.strategies.parallel import disconnect_processes
+from levin.utilities.process_group import disconnect_processes
 from tests.distributed import _free_port
 from tests.strategies.small import QUIET
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from levin import Trainer
 from levin.callbacks import StochasticWeightAveraging, WeightAveraging
 from levin.precision import MixedPrecision
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.loops.test_compiled import CUTS, EAGER, IS_OLD, Model, assert_same, fit, graphs
 from tests.strategies.small import QUIET, dataset, ordered_loader
 from tests.strategies.test_fsdp import Deep
@@ -147,6 +147,7 @@ def test_steps_of_two_processes_are_one_graph_each_and_the_same_training(flags):
     assert_same(compiled, on_two(Split, **{**flags, "compile": None}))
 
 
+@cuts_on_cpu
 @world_size(2, connect=False, timeout_s=200)
 def test_blocks_of_a_sharded_module_train_the_same():
     compiled, _ = on_two(Deep, strategy="fsdp", compile=EAGER, **CLIPPED)

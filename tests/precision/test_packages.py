@@ -12,7 +12,7 @@ from torch import nn
 from levin import LightningModule, Trainer
 from levin.precision import BitsandbytesPrecision, Float8Precision, TransformerEnginePrecision
 from levin.strategies import FSDPStrategy
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET
 
 WAY = "`make test-precision` installs it"
@@ -178,6 +178,7 @@ class Scaled(Wide):
         return loss
 
 
+@cuts_on_cpu
 @world_size(2, connect=False)
 def test_a_loss_scale_on_shards_skips_a_step_on_all_ranks():
     from torch.amp import GradScaler

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
+from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -235,7 +236,9 @@ def numbered(size: int, batch_size: int) -> DataLoader:
 @pytest.mark.parametrize("talks", [False, True])
 @world_size(2, timeout_s=120, connect=False)
 def test_evaluation_counts_each_sample_once(talks):
-    for sizes, batch_size in (([13], 2), ([1], 2), ([9, 6], 3), ([3, 1, 5], 1)):
+    # Before 1.4, torchmetrics cannot put the lists of ranks together of which one saw nothing.
+    few = [([1], 2)] if Version(torchmetrics.__version__) >= Version("1.4") else []
+    for sizes, batch_size in (([13], 2), *few, ([9, 6], 3), ([3, 1, 5], 1)):
         module = Judge(talks)
         with told_of_no_length():
             results = ranked().test(module, [numbered(size, batch_size) for size in sizes], verbose=False)

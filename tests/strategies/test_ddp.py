@@ -10,6 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, post_localSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -472,6 +473,9 @@ def test_wrong_arguments_fail_in_the_constructor(kwargs, message):
         DDPStrategy(**kwargs)
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.7"), reason="torch 2.6 gives the threads of Gloo no names to find them by"
+)
 @pytest.mark.parametrize("work", ["pass", "time.sleep(0.002)", "sum(range(20000))"])
 def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_path, work):
     program = tmp_path / "program.py"
@@ -481,7 +485,7 @@ def test_a_run_that_is_complete_ends_well_though_a_thread_of_gloo_is_late(tmp_pa
             import atexit, time, weakref
             import torch
             import torch.distributed as dist
-            from levin.strategies.parallel import disconnect_processes
+            from levin.utilities.process_group import disconnect_processes
 
             def be_slow():
                 end = time.monotonic() + 1.5

@@ -19,13 +19,10 @@ from levin.checkpoint import consolidate
 from levin.strategies import DDPStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET, Small, dataset, ordered_loader
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"),
-    reason="FSDP on the CPU needs torch.cpu.Stream.record_event (not in 2.6)",
-)
+pytestmark = cuts_on_cpu
 
 
 class Block(nn.Module):

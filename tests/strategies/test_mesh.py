@@ -9,7 +9,7 @@ from torch import nn
 from levin import Fabric, Trainer
 from levin.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from levin.strategies.mesh import strategy_of_mesh
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 
 
 def test_degrees_choose_the_strategy():
@@ -55,6 +55,7 @@ def make_net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
+@cuts_on_cpu
 @world_size(2, timeout_s=120)
 def test_processes_are_laid_out_so():
     fabric = Fabric(accelerator="cpu", devices=2, strategy="mesh:dp=2")

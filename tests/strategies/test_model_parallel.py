@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from levin import Trainer
 from levin.checkpoint import consolidate
 from levin.strategies import ModelParallelStrategy
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET, dataset
 from tests.strategies.test_fsdp import Deep, alone, whole
 
@@ -55,6 +55,7 @@ def in_rank(strategy: ModelParallelStrategy, devices: int, **settings) -> Traine
 
 
 @pytest.mark.parametrize("kind", ["plan", "by hand", "copies"])
+@cuts_on_cpu
 @world_size(4, connect=False, timeout_s=120)
 def test_two_dimensions_are_one_device(tmp_path, kind):
     module, reference = (ByHand if kind == "by hand" else Wide)(4), Wide(8)
@@ -94,6 +95,7 @@ def test_tensor_parallel_alone_saves_one_file_that_one_device_goes_on_from(tmp_p
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4)], ids=str)
+@cuts_on_cpu
 @world_size(4, connect=False, timeout_s=120)
 def test_an_open_window_goes_on_exactly(tmp_path, sizes):
     class Stopping(Wide):

@@ -336,7 +336,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.utilities.distributed": {
         "levin.data.samplers": "DistributedSamplerWrapper",
-        "levin.strategies.parallel": "_distributed_is_initialized:is_connected",
+        "levin.utilities.process_group": "_distributed_is_initialized:is_connected",
         "torch.distributed": "ReduceOp group",
         EQUIVALENTS: "is_shared_filesystem",
     },

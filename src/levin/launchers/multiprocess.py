@@ -24,6 +24,7 @@ import torch
 
 from levin.launchers.launcher import Launcher
 from levin.utilities.exceptions import MisconfigurationException, SIGTERMException
+from levin.utilities.process_group import disconnect_processes
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
 from levin.utilities.types import Function, Kwargs
@@ -265,7 +266,7 @@ def _run_process(call: _Call, local_rank: int, writer: Connection) -> None:
         trainer_results = None if call.trainer is None else call.trainer.collect_results()
         if local_rank == 0:
             torch.save((result, trainer_results), call.result_path)
-        _disconnect()
+        disconnect_processes()
     except BaseException as error:
         # Reported before anything else: the moment decides which process failed first.
         writer.send(_describe(error, local_rank))
@@ -285,12 +286,6 @@ def _describe(error: BaseException, local_rank: int) -> _Failure:
         pickle.loads(written)
         pickled = written
     return _Failure(local_rank=local_rank, time_s=time.time(), text=text, exception=pickled)
-
-
-def _disconnect() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _use_one_thread() -> None:

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from levin.launchers.launcher import SIGTERM_STATUS, Launcher
 from levin.launchers.restart import hydra_job, script_command
 from levin.utilities.exceptions import SIGTERMException
+from levin.utilities.process_group import disconnect_processes
 from levin.utilities.rank_zero import log
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ def leave_hydra_job() -> None:
     deadline = time.monotonic() + GRACE_S
     while any(_is_alive(pid) for pid in started["pids"]) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    disconnect_processes()
     for name in (*started["added"], _JOB):
         os.environ.pop(name, None)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
-from levin.strategies.parallel import ParallelStrategy, is_connected
+from levin.strategies.parallel import ParallelStrategy
+from levin.utilities.process_group import is_connected
 from levin.utilities.types import Batch, StateDict
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing_extensions import Self, override
 
 from levin.strategies.collectives import parse_reduce_op
 from levin.strategies.contexts import environment_variables
+from levin.utilities.process_group import disconnect_processes
 
 
 class Collective(ABC):
@@ -219,8 +220,8 @@ class TorchCollective(Collective):
     def teardown(self) -> Self:
         """Take the group down and, where :meth:`setup` connected this process, the connection."""
         super().teardown()
-        if self._owns_world and dist.is_initialized():
-            dist.destroy_process_group()
+        if self._owns_world:
+            disconnect_processes()
             self._owns_world = False
         return self
 

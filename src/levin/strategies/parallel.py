@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import atexit
 import os
-import time
 from abc import ABC
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_all_start_methods
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -26,6 +23,7 @@ from levin.strategies.contexts import environment_variables
 from levin.strategies.control_group import ControlGroup
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.process_group import disconnect_processes, is_connected
 from levin.utilities.processors import count_processors
 from levin.utilities.rank_zero import rank_zero_info, set_rank
 from levin.utilities.seed import reset_seed
@@ -43,9 +41,6 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 DEFAULT_STEP_TIMEOUT = timedelta(minutes=10)
 START_METHODS = ("popen", "spawn", "fork", "forkserver")
 UNEVEN_RULES = ("longest", "shortest", "error")
-# How long a process that ends waits for its threads of Gloo, and how often it looks; longer than Python lets a thread run.
-_THREADS_END_S = 60.0
-_THREADS_LOOK_S = 0.02
 # Which of torch's transports carries tensors of which device.
 _BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 
@@ -363,11 +358,6 @@ def check_start_method(start_method: str) -> None:
         )
 
 
-def is_connected() -> bool:
-    """Return whether this process has a process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def connect_processes(environment: ClusterEnvironment, backend: str, timeout: timedelta | None) -> None:
     """Make the process group; once there is one, do nothing.
 
@@ -402,45 +392,6 @@ def connect_processes(environment: ClusterEnvironment, backend: str, timeout: ti
     # torch warns, and NCCL may hang, when a process leaves without this.
     atexit.register(disconnect_processes)
     rank_zero_info(f"{world_size} processes are connected through {backend}.")
-
-
-def disconnect_processes() -> None:
-    """Take the process group down; without one, do nothing."""
-    if is_connected():
-        dist.destroy_process_group()
-        _let_gloo_threads_finish()
-
-
-def _let_gloo_threads_finish() -> None:
-    """Wait until no thread of Gloo is at work.
-
-    A thread that has done its collective may still have to free the tensors, for which it needs the interpreter. When
-    Python ends before, the thread ends the process by SIGABRT, and a run that was complete counts as failed.
-
-    A thread that waits for the interpreter looks asleep, as one does that has nothing to do; but it gets the interpreter
-    while this function sleeps, and is then at work or has been. So only those are done that slept all that time.
-    """
-    deadline = time.monotonic() + _THREADS_END_S
-    before: dict[str, str] | None = None
-    while time.monotonic() < deadline:
-        now = _sleep_of_gloo_threads()
-        if now == before and "" not in now.values():
-            return
-        before = now
-        time.sleep(_THREADS_LOOK_S)
-
-
-def _sleep_of_gloo_threads() -> dict[str, str]:
-    """Return what Linux says of each thread: how often it went to sleep, "" while it is awake; elsewhere nothing."""
-    found = {}
-    for path in Path("/proc/self/task").glob("*/status"):
-        with suppress(OSError):  # the thread is gone
-            status = dict(line.split(":", 1) for line in path.read_text().splitlines() if ":" in line)
-            # Its other thread waits for the network, and looks up a hundred times a second; it has no tensors.
-            if status["Name"].strip() == "pt_gloo_runloop":
-                is_asleep = status["State"].split()[0] == "S"
-                found[path.parent.name] = status["voluntary_ctxt_switches"].strip() if is_asleep else ""
-    return found
 
 
 def share_processors(num_processes: int) -> None:

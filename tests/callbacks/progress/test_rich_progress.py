@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from levin.callbacks import RichProgressBar, RichProgressBarTheme
 from levin.callbacks.progress import drawn
@@ -68,7 +70,8 @@ def test_a_value_longer_than_the_line_is_broken(terminal: Terminal) -> None:
             return {"text": "x" * 100}
 
     trainer(Long()).fit(Logging(), loader(3))
-    assert "".join(terminal.screen[1:]) == "text:" + "x" * 100
+    space = " " if Version(version("rich")) < Version("12.5") else ""  # which breaks the value, not the line before it
+    assert "".join(terminal.screen[1:]) == f"text:{space}" + "x" * 100
 
 
 def test_a_full_line_leaves_room_for_an_interrupt(terminal: Terminal) -> None:
