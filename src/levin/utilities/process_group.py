@@ -24,6 +24,8 @@ def disconnect_processes() -> None:
     if is_connected():
         _let_gloo_threads_finish()
         dist.destroy_process_group()
+        # Those of a group that the user keeps live on, and on a loaded machine one may not have had its turn until here.
+        _let_gloo_threads_finish()
 
 
 def _let_gloo_threads_finish() -> None:
