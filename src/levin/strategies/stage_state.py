@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from levin.strategies.state_of import numbers_in
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Group, ParamGroup, StateDict
@@ -86,13 +87,7 @@ def own_numbers(state: StateDict, own: Sequence[Sequence[str]], joined: Sequence
         {'state': {0: 'b'}, 'param_groups': [{'lr': 0.1, 'params': [0]}]}
     """
     names = [name for group in joined for name in group]
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    if len(names) != len(numbers):
-        raise MisconfigurationException(
-            f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {len(names)}. "
-            "Make the optimizer of the same parameters as before."
-        )
-    of_name = dict(zip(names, numbers))
+    of_name = dict(zip(names, numbers_in(state, len(names))))
     order = [name for group in own for name in group]
     new = {name: number for number, name in enumerate(order)}
     return {

@@ -81,13 +81,7 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: StateDict 
         _take_up(module, optimizer, loaded, is_full=False)
         return
     names = parameter_names(module, optimizer)
-    numbers = [number for group in state["param_groups"] for number in group["params"]]
-    if len(numbers) != len(names):
-        raise MisconfigurationException(
-            f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {len(names)}. "
-            "Make the optimizer of the same parameters as before."
-        )
-    of_number = dict(zip(numbers, names))
+    of_number = dict(zip(numbers_in(state, len(names)), names))
     named: Any = {
         "state": {of_number[number]: values for number, values in state["state"].items()},
         "param_groups": [
@@ -95,6 +89,21 @@ def load_optimizer_state(module: Module, optimizer: Optimizer, state: StateDict 
         ],
     }
     _take_up(module, optimizer, named, is_full=True)
+
+
+def numbers_in(state: StateDict, num_parameters: int) -> list[int]:
+    """Return the numbers of the parameters in the numbered state of an optimizer, in the order of its groups.
+
+    Raises:
+        MisconfigurationException: It is the state of another number of parameters.
+    """
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    if len(numbers) != num_parameters:
+        raise MisconfigurationException(
+            f"The checkpoint holds the state of an optimizer of {len(numbers)} parameters, received one of {num_parameters}. "
+            "Make the optimizer of the same parameters as before."
+        )
+    return numbers
 
 
 def _take_up(module: Module, optimizer: Optimizer, state: Any, is_full: bool) -> None:

@@ -300,7 +300,14 @@ def _open_remote(url: str) -> Iterator[IO[bytes]]:
             yield file
         return
     temporary = f"{parent}/{temporary_name()}"
-    try:
+
+    def give_up() -> None:
+        # A second error, of whatever kind the remote system has, must not hide the first.
+        with contextlib.suppress(Exception):
+            filesystem.rm_file(temporary)
+
+    with contextlib.ExitStack() as undo:
+        undo.callback(give_up)
         with filesystem.open(temporary, "wb") as file:
             yield file
             written = file.tell()
@@ -308,11 +315,7 @@ def _open_remote(url: str) -> Iterator[IO[bytes]]:
         if arrived is not None and arrived != written:
             raise OSError(errno.EIO, f"{arrived} of {written} bytes arrived", url)
         filesystem.mv(temporary, path)
-    except BaseException:
-        # A second error, of whatever kind the remote system has, must not hide the first.
-        with contextlib.suppress(Exception):
-            filesystem.rm_file(temporary)
-        raise
+        undo.pop_all()
 
 
 def make_folder(folder: str) -> None:
