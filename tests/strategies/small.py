@@ -10,6 +10,23 @@ from torch.utils.data.distributed import DistributedSampler
 from levin import LightningModule
 
 
+class WithLosses(LightningModule):
+    """Keeps the mean loss over all ranks of each step; ``net`` is that of the class that derives from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0]).pow(2).mean(), sync_dist=True)
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
 class Small(LightningModule):
     def __init__(self, has_norm: bool = False, lr: float = 0.1, batch_size: int = 4, size: int = 16) -> None:
         super().__init__()

@@ -13,14 +13,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from levin import LightningModule, Trainer
+from levin import Trainer
 from levin.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from levin.checkpoint import consolidate
 from levin.strategies import DDPStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
 from tests.distributed import cuts_on_cpu, world_size
-from tests.strategies.small import QUIET, Small, dataset, ordered_loader
+from tests.strategies.small import QUIET, Small, WithLosses, dataset, ordered_loader
 
 pytestmark = cuts_on_cpu
 
@@ -48,27 +48,17 @@ class Net(nn.Module):
         return self.head(x)
 
 
-class Deep(LightningModule):
+class Deep(WithLosses):
     def __init__(self, batch_size: int = 4, size: int = 16, optimizer: type = torch.optim.AdamW) -> None:
         super().__init__()
         self.batch_size, self.size, self.optimizer = batch_size, size, optimizer
         torch.manual_seed(1)
         self.net = Net()
-        self.losses: list[float] = []
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch[0]).pow(2).mean()
         self.log("loss", loss, sync_dist=True)
         return loss
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.net(batch[0]).pow(2).mean(), sync_dist=True)
-
-    def predict_step(self, batch, batch_idx):
-        return self.net(batch[0])
 
     def configure_optimizers(self):
         return self.optimizer(self.parameters(), lr=0.05)

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from levin import Fabric, LightningModule, Trainer
+from levin import Fabric, Trainer
 from levin.checkpoint import consolidate
 from levin.strategies import ModelParallelStrategy
 from levin.strategies.microbatches import merge_logged, size_of, split
 from levin.strategies.stages import PipelinePlan, cut, layers_of
 from tests.distributed import world_size
-from tests.strategies.small import QUIET, dataset
+from tests.strategies.small import QUIET, WithLosses, dataset
 from tests.strategies.test_fsdp import Block, alone
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +29,7 @@ DEPTH = 3
 SLOW = pytest.mark.slow
 
 
-class Deep(LightningModule):
+class Deep(WithLosses):
     """Layers one after another, of different widths at the cuts."""
 
     def __init__(self, batch_size: int = 8, size: int = 32) -> None:
@@ -39,7 +39,6 @@ class Deep(LightningModule):
         self.net = nn.Sequential(
             nn.Linear(4, 6), nn.Tanh(), nn.Sequential(*(Block(6) for _ in range(DEPTH))), nn.Linear(6, 2)
         )
-        self.losses: list[float] = []
         self.num_seen: int = 0
 
     def training_step(self, batch, batch_idx):
@@ -49,15 +48,6 @@ class Deep(LightningModule):
         self.num_seen += len(x)
         self.log("largest", index.max().float(), reduce_fx="max")
         return loss
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        self.losses.append(float(self.all_gather(outputs["loss"]).mean()))
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", self.net(batch[0]).pow(2).mean(), sync_dist=True)
-
-    def predict_step(self, batch, batch_idx):
-        return self.net(batch[0])
 
     def configure_optimizers(self):
         # Not Adam, to which the size of gradients makes no difference.
