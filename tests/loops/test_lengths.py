@@ -103,6 +103,37 @@ def test_a_length_that_is_too_long_changes_nothing_of_an_epoch(accumulate, overr
     assert trainer.callback_metrics["val"] == pytest.approx(expected_trainer.callback_metrics["val"].item())
 
 
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_validation_data_whose_length_changes_is_seen_whole_in_each_epoch(sanity):
+    class Growing:
+        """Gives more in each epoch: one batch, two, three."""
+
+        num = 0
+
+        def __len__(self) -> int:
+            return self.num + 1
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            self.num += 1
+            return iter([torch.ones(2, 1)] * self.num)
+
+    class Counting(Recording):
+        def on_validation_start(self):
+            self.counted.append(0)
+
+        def validation_step(self, batch, batch_idx):
+            self.counted[-1] += 1
+
+    module = Counting()
+    module.counted = []
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_epochs=3,
+        enable_model_summary=False, num_sanity_val_steps=sanity,
+    )  # fmt: skip
+    trainer.fit(module, Honest(2), Growing())
+    assert module.counted == ([1, 2, 3, 4] if sanity else [1, 2, 3])
+
+
 def test_a_length_that_is_too_long_with_manual_optimization():
     expected, found = Recording(manual=True), Recording(manual=True)
     fit(Honest(3), expected)

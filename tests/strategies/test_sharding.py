@@ -8,6 +8,8 @@ from torch import nn
 
 from levin import Trainer
 from levin.strategies.sharding import make_weights
+from levin.strategies.stage_state import own_numbers
+from levin.strategies.state_of import numbers_in
 
 
 @pytest.mark.parametrize("is_named", [False, True], ids=["as it is", "with a public name for its reset"])
@@ -33,3 +35,11 @@ def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(m
         ValueError, match=r"needs a torch whose torch\.cpu\.Stream has `record_event`, received torch 2"
     ):
         Trainer(accelerator="cpu", devices=2, strategy="fsdp", logger=False, enable_checkpointing=False)
+
+
+def test_a_state_of_another_number_of_parameters_is_refused():
+    state = {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}, {"lr": 0.2, "params": [1, 2]}]}
+    assert numbers_in(state, 3) == [0, 1, 2]
+    for ask in (lambda: numbers_in(state, 2), lambda: own_numbers(state, own=[["a"]], joined=[["a", "b"]])):
+        with pytest.raises(ValueError, match="holds the state of an optimizer of 3 parameters, received one of 2"):
+            ask()
