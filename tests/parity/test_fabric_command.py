@@ -51,7 +51,11 @@ def run(name: str, folder: Path, *words: str) -> None:
     (folder / f"with_{name}.py").write_text(SCRIPT.format(framework=framework))
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [*COMMANDS[name], "run", *words, f"with_{name}.py", "--its-own", "word"]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    for _ in range(3):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        # Lightning's processes do not wait for threads of Gloo, one of which may end them when all is done.
+        if name == "levin" or "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
 
 
