@@ -16,7 +16,8 @@ LATER = ("torchmetrics", "rich", "tqdm", "tensorboard", "yaml", "fsspec", "jsona
 
 
 def seconds(statement: str, folder: Path) -> float:
-    code = f"import torch, time; t = time.process_time(); {statement}; print(time.process_time() - t)"
+    # What torch has made is looked through before: else Python does it in the middle of the import, which takes longer than that.
+    code = f"import gc, torch, time; gc.collect(); t = time.process_time(); {statement}; print(time.process_time() - t)"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-X", f"pycache_prefix={folder}", "-c", code]
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
@@ -26,9 +27,9 @@ def seconds(statement: str, folder: Path) -> float:
 @pytest.mark.parametrize(
     "statement", ["import levin", "from levin import Trainer, LightningModule, LightningDataModule"]
 )
-def test_import_adds_at_most_150_ms_to_torch(statement, tmp_path):
+def test_import_adds_at_most_120_ms_to_torch(statement, tmp_path):
     seconds(statement, tmp_path)  # compiles
-    assert statistics.median(seconds(statement, tmp_path) for _ in range(3)) < 0.15
+    assert statistics.median(seconds(statement, tmp_path) for _ in range(3)) < 0.12
 
 
 def test_import_loads_nothing_that_is_used_later():
