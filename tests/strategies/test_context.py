@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from levin import LightningModule, Trainer
 from levin.strategies import ModelParallelStrategy
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET
 from tests.strategies.test_fsdp import alone, whole
 
@@ -128,6 +128,7 @@ def shared(data: int = 1, context: int = 2, tensor: int = 1, **arguments) -> Mod
     ],
     ids=["grouped heads", "torch's layer"],
 )
+@cuts_on_cpu
 @world_size(2, connect=False, timeout_s=120)
 def test_two_processes_are_one_device(block, settings):
     module, reference = Language(block), Language(block)
@@ -146,6 +147,7 @@ def test_two_processes_are_one_device(block, settings):
     [{"data": 2}, pytest.param({"context": 2, "tensor": 2, "plan": {"blocks.*.mlp.0": "column", "blocks.*.mlp.2": "row"}}, marks=SLOW)],
     ids=["with data", "with layers"],
 )  # fmt: skip
+@cuts_on_cpu
 @world_size(4, connect=False, timeout_s=180)
 def test_four_processes_are_one_device(sizes):
     data = sizes.get("data", 1)
@@ -160,6 +162,7 @@ def test_four_processes_are_one_device(sizes):
     )
 
 
+@cuts_on_cpu
 @world_size(2, connect=False, timeout_s=120)
 def test_an_open_window_goes_on(tmp_path):
     def run(path, ckpt_path=None):
@@ -196,18 +199,21 @@ class Flat(nn.Linear):
         pytest.param(Flat, 8, "Flat gives other results", marks=SLOW),
     ],
 )
+@cuts_on_cpu
 @world_size(2, connect=False)
 def test_blocks_that_cannot_share_a_sequence(block, length, message):
     with pytest.raises(ValueError, match=message):
         in_rank(shared()).fit(Language(block, length=length))
 
 
+@cuts_on_cpu
 @world_size(4, connect=False)
 def test_heads_that_cannot_be_shared():
     with pytest.raises(ValueError, match=r"on 4 processes takes .*received \(4, 2, 2, 4\).* divides the heads"):
         in_rank(shared(context=4), 4).fit(Language())
 
 
+@cuts_on_cpu
 @world_size(2, connect=False)
 def test_a_module_without_blocks_is_refused():
     module = Language()

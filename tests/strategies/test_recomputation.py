@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from levin.strategies import ModelParallelStrategy
 from levin.strategies.recomputation import recompute
 from levin.strategies.sharding import recomputation_of
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.test_context import Attention, Language, Layer, in_rank, shared
 from tests.strategies.test_fsdp import Deep, Net, alone, whole
 from tests.strategies.test_model_parallel import PLAN, Wide
@@ -68,7 +68,7 @@ def test_words_say_what_is_computed_again(make, product, num, other):
         torch.testing.assert_close(gradients, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["layers", "data", "sequence"])
+@pytest.mark.parametrize("kind", ["layers", *(pytest.param(kind, marks=cuts_on_cpu) for kind in ("data", "sequence"))])
 @world_size(2, connect=False)
 def test_blocks_that_processes_share_are_computed_again(kind):
     make, one, strategy = {

@@ -29,12 +29,13 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
     assert 0 < attention.in_proj_weight.abs().max() <= (6 / 32) ** 0.5
 
 
-def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(monkeypatch):
+@pytest.mark.parametrize("strategy", ["fsdp", "mesh:dp=2", "mesh:cp=2"])
+def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(monkeypatch, strategy):
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
     with pytest.raises(
         ValueError, match=r"needs a torch whose torch\.cpu\.Stream has `record_event`, received torch 2"
     ):
-        Trainer(accelerator="cpu", devices=2, strategy="fsdp", logger=False, enable_checkpointing=False)
+        Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False, enable_checkpointing=False)
 
 
 def test_a_state_of_another_number_of_parameters_is_refused():

@@ -18,7 +18,7 @@ from levin.strategies import collectives
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding, as_policy, recomputation_of
+from levin.strategies.sharding import ShardingPlan, apply_sharding, as_policy, check_cutting_on, recomputation_of
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -139,12 +139,7 @@ class FSDPStrategy(ShardedStrategy):
 
     def check_mesh(self, world_size: int) -> None:
         """Raise before a process starts when the mesh does not fit the number of processes, or torch cannot cut there."""
-        if self.root_device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
-            # As in torch 2.6.
-            raise MisconfigurationException(
-                f"FSDP on the CPU needs a torch whose torch.cpu.Stream has `record_event`, received torch {torch.__version__}. "
-                'Install a newer torch, or use strategy="ddp", or an accelerator.'
-            )
+        check_cutting_on(self.root_device)
         if isinstance(self._given_mesh, tuple) and self._given_mesh[0] * self._given_mesh[1] != world_size:
             replicas, shards = self._given_mesh
             raise MisconfigurationException(

@@ -36,7 +36,14 @@ from levin.strategies.gathered import cut_as
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import SELECTIVE, checked, recompute
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding, make_weights, recomputation_of, repeated_blocks
+from levin.strategies.sharding import (
+    ShardingPlan,
+    apply_sharding,
+    check_cutting_on,
+    make_weights,
+    recomputation_of,
+    repeated_blocks,
+)
 from levin.strategies.stages import PipelinePlan, chain_of, cut, layers_of, leave_out
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
@@ -166,7 +173,7 @@ class ModelParallelStrategy(ShardedStrategy):
         )
 
     def check_mesh(self, world_size: int) -> None:
-        """Raise before a process starts when the sizes do not multiply to the number of processes."""
+        """Raise before a process starts when the sizes do not multiply to the number of processes, or torch cannot cut there."""
         if self.pipeline_plan.size > 1 and self.root_device.type == "cpu":
             from levin.strategies.pipeline import check_cpu  # slow to import
 
@@ -189,6 +196,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"copies={self.copies} must divide data_parallel_size={data}: each copy of the weights is cut over as many "
                 f"processes. Use copies={data} for copies that are not cut over data-parallel processes at all."
             )
+        if data * self.context_parallel_size > 1:
+            check_cutting_on(self.root_device)
 
     def make_mesh(self) -> DeviceMesh:
         """Return ``(data_parallel, tensor_parallel)``: processes next to each other share layers, those far apart have others."""

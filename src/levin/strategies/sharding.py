@@ -53,6 +53,19 @@ class ShardingPlan:
     cuts_children: bool = False
 
 
+def check_cutting_on(device: torch.device) -> None:
+    """Raise where torch cannot cut modules: ``fully_shard`` of torch 2.6 records events, which its CPU streams do not know.
+
+    Raises:
+        MisconfigurationException: Use a newer torch.
+    """
+    if device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise MisconfigurationException(
+            f"FSDP on the CPU needs a torch whose torch.cpu.Stream has `record_event`, received torch {torch.__version__}. "
+            'Install a newer torch, or use strategy="ddp", or an accelerator.'
+        )
+
+
 def repeated_blocks(module: Module) -> list[Module]:
     """Return the units that a module without a policy is cut into: the outermost submodules that are repeated.
 
