@@ -1,4 +1,4 @@
-"""What trainer.explain says is what fit calls: held against traces of real runs."""
+"""What trainer.explain says is what a run calls: held against traces of real runs."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from levin.callbacks import Callback, EarlyStopping
 from levin.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
 from levin.explain import explained_run
 from levin.explain.node import Place, code_of
-from levin.explain.plan import Plan
-from levin.explain.text import explain
+from levin.explain.text import explain, plan_of
 from levin.loggers import CSVLogger
 from levin.loops.hook_table import RUN_HOOKS
 
 MODULE_HOOKS = [
-    *(name for name in RUN_HOOKS if hasattr(levin.LightningModule, name) and "test" not in name and "predict" not in name),
+    *(name for name in RUN_HOOKS if hasattr(levin.LightningModule, name)),
     "setup", "teardown", "prepare_data", "configure_model", "on_before_batch_transfer", "transfer_batch_to_device",
     "on_after_batch_transfer", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "backward",
-    "lr_scheduler_step", "on_validation_model_eval", "on_validation_model_train", "on_validation_model_zero_grad",
+    "lr_scheduler_step", "on_validation_model_zero_grad",
+    *(f"on_{stage}_model_{mode}" for stage in ("validation", "test") for mode in ("eval", "train")), "on_predict_model_eval",
 ]  # fmt: skip
 CALLBACK_HOOKS = [name for name in MODULE_HOOKS if hasattr(Callback, name)]
 DATA_HOOKS = ["setup", "teardown", "prepare_data", "on_before_batch_transfer", "on_after_batch_transfer"]
@@ -72,8 +72,14 @@ class Net(BoringModel):
             optimizer.step()
         return loss
 
-    def validation_step(self, batch, batch_idx):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.log("val", self.step(batch))
+
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        self.log("test", self.step(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch)
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
@@ -101,6 +107,8 @@ class Data(levin.LightningDataModule):
 
     def val_dataloader(self):
         return [DataLoader(RandomDataset(32, self.num_val), batch_size=1)]
+
+    test_dataloader = predict_dataloader = val_dataloader
 
 
 def unrolled(nodes, place=Place(0, 0)):
@@ -140,32 +148,27 @@ def traced(function, codes):
     return seen
 
 
-def compare(trainer, model, datamodule=None):
-    """Hold the explanation of a fit against a trace of it. Returns the explanation."""
+def compare(trainer, model, datamodule=None, fn="fit", **arguments):
+    """Hold the explanation of a call against a trace of it. Returns the explanation."""
+    arguments |= {"datamodule": datamodule}
     said = []
 
     def keep(run):
-        said.extend(unrolled(Plan(run).lines()))
+        said.extend(unrolled(plan_of(run).lines()))
         return explain(run)
 
     with mock.patch.object(explained_run, "explain", keep):
-        text = trainer.explain(model, datamodule=datamodule)
+        text = trainer.explain(model, fn=fn, **arguments)
     owners = [model, datamodule, *trainer.callbacks, *trainer.loggers]
-    known = {
-        "training_step",
-        "validation_step",
-        "train_dataloader",
-        "val_dataloader",
-        "configure_optimizers",
-        "log_metrics",
-    }
+    known = {"training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "log_metrics"}
+    known |= {f"{stage}_dataloader" for stage in ("train", "val", "test", "predict")}
     codes = {
         method.__code__: f"{type(owner).__name__}.{name}"
         for owner in owners if owner is not None
         for kind in type(owner).__mro__ if not kind.__module__.startswith(("levin", "torch"))
         for name, method in vars(kind).items() if inspect.isfunction(method) and (name in MODULE_HOOKS or name in known)
     }  # fmt: skip
-    seen = [codes[code] for code in traced(lambda: trainer.fit(model, datamodule=datamodule), codes)]
+    seen = [codes[code] for code in traced(lambda: getattr(trainer, fn)(model, **arguments), codes)]
     assert [codes[code] for code in said if code in codes] == seen
     for code, name in codes.items():
         if name in seen:
@@ -212,6 +215,45 @@ def test_the_lines_are_what_a_run_calls(data, tmp_path):
     trainer = trainer_of(tmp_path, callbacks=callbacks, logger=logger, enable_checkpointing=False, **options)
     with mock.patch("warnings.warn"):
         compare(trainer, model, datamodule)
+
+
+@pytest.mark.parametrize("fn", ["validate", "test", "predict"])
+@settings(max_examples=15, phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_lines_are_what_an_evaluation_calls(fn, data, tmp_path):
+    draw = data.draw
+    model = written(Net, set(draw(st.lists(st.sampled_from(MODULE_HOOKS), max_size=16))))()
+    callback = written(Callback, set(draw(st.lists(st.sampled_from(CALLBACK_HOOKS), max_size=16))))()
+    datamodule = written(Data, set(draw(st.lists(st.sampled_from(DATA_HOOKS)))))(1, draw(st.integers(0, 3)))
+    several = [DataLoader(RandomDataset(32, 2)), DataLoader(RandomDataset(32, draw(st.integers(0, 3))))]
+    is_given = draw(st.booleans()) and fn != "predict"
+    name = {"validate": "val"}.get(fn, fn)
+    trainer = trainer_of(
+        tmp_path, callbacks=[callback], logger=[Log(tmp_path)] if draw(st.booleans()) else False,
+        inference_mode=draw(st.booleans()), **{f"limit_{name}_batches": draw(st.sampled_from([1.0, 1.0, 0, 1]))},
+    )  # fmt: skip
+    with mock.patch("warnings.warn"):
+        compare(trainer, model, fn=fn, **({"dataloaders": several} if is_given else {"datamodule": datamodule}))
+
+
+def test_an_evaluation_in_words(tmp_path):
+    trainer = trainer_of(tmp_path, limit_test_batches=2, logger=Log(tmp_path))
+    model = written(Net, ["on_test_batch_end", "on_train_start"])()
+    text = compare(trainer, model, fn="test", dataloaders=[DataLoader(RandomDataset(32, 5))] * 2)
+    assert text.startswith("test of UsersNet") and "loggers: Log\n" in text
+    assert "for batch in test_dataloaders:  # 4 batches, in torch.inference_mode()" in text
+    assert "test_step(batch, batch_idx, dataloader_idx)" in text and "# logs 'test' over the epoch" in text
+    assert "on_test_batch_end(outputs, batch, batch_idx, dataloader_idx)" in text and "log_metrics" in text
+    assert "on_test_start" in text.split("not called")[1] and "on_train_start" not in text
+    assert "a checkpoint holds" not in text and "configure_optimizers" not in text
+    assert "'some.ckpt', which is not read" in trainer.explain(model, Data(1, 1), "some.ckpt", fn="validate")
+    with pytest.warns(UserWarning, match="0 length"):
+        text = trainer_of(tmp_path).explain(model, fn="validate", datamodule=Data(1, 0))
+    assert "nothing: the loaders hold no batches" in text
+    text = trainer_of(tmp_path, inference_mode=False).explain(model, Data(1, 1), fn="predict")
+    assert "in torch.no_grad()" in text and "Data.predict_dataloader()" in text
+    nothing = trainer_of(tmp_path, limit_test_batches=0).explain(model, Data(1, 1), fn="test")
+    assert "nothing: limit_test_batches=0" in nothing
 
 
 def test_the_words_say_when(tmp_path):
@@ -273,6 +315,12 @@ def test_a_mistake_of_the_user_is_said_as_fit_says_it(tmp_path):
         trainer_of(tmp_path, max_epochs=1).explain(torch.nn.Linear(1, 1))
     with pytest.raises(levin.utilities.exceptions.MisconfigurationException, match="training_step"):
         trainer_of(tmp_path, max_epochs=1).explain(levin.LightningModule(), datamodule=BoringDataModule())
+    with pytest.raises(levin.utilities.exceptions.MisconfigurationException, match="test_step"):
+        trainer_of(tmp_path).explain(levin.LightningModule(), BoringDataModule(), fn="test")
+    with pytest.raises(ValueError, match="'fit', 'validate', 'test', 'predict', received 'train'"):
+        trainer_of(tmp_path).explain(BoringModel(), fn="train")
+    with pytest.raises(TypeError, match="val_dataloaders"):
+        trainer_of(tmp_path).explain(BoringModel(), val_dataloaders=[], fn="validate")
 
 
 def test_what_a_checkpoint_holds_is_what_is_saved(tmp_path):
@@ -308,8 +356,11 @@ class Net(BoringModel):
 
 if __name__ == "__main__":
     print("before")
-    Trainer(max_epochs=int(sys.argv[1]), logger=False, enable_progress_bar=False).fit(Net())
-    print("\\nafter")
+    trainer = Trainer(max_epochs=int(sys.argv[1]), logger=False, enable_progress_bar=False)
+    trainer.fit(Net())
+    print("after")
+    trainer.test(ckpt_path=trainer.checkpoint_callback.best_model_path or None)
+    print(trainer.test()[0])
 """
 
 
@@ -324,15 +375,31 @@ def test_the_command_stops_a_script_before_its_first_batch(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = command("explain", "train.py", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "before" in done.stdout and "\\nafter\\n" not in done.stdout
+    assert "before\n" in done.stdout and "after\n" not in done.stdout
     assert "for epoch in range(3):" in done.stdout and re.search(r"Net.on_train_start\(\) +train.py:7", done.stdout)
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["train.py"]
+
+
+def test_the_command_explains_the_call_that_is_named(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = command("explain", "--call", "test", "train.py", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "after\n" in done.stdout and "test of Net" in done.stdout and "Net.test_step(" in done.stdout
+    done = command("explain", "--call=predict", "train.py", "3", cwd=tmp_path)
+    assert done.returncode == 1 and "IndexError" in done.stderr
+    assert "Trainer.fit, Trainer.test were passed over" in done.stderr
+    done = command("explain", "predict", "--model", "train.Net", cwd=tmp_path)
+    assert done.returncode == 0 and "predict of Net" in done.stdout, done.stderr
 
 
 def test_the_command_says_where_nothing_trains(tmp_path):
     (tmp_path / "nothing.py").write_text("print(1)")
     done = command("explain", "nothing.py", cwd=tmp_path)
+    assert done.returncode == 1 and "never called a method of the Trainer" in done.stderr
+    done = command("explain", "--call", "fit", "nothing.py", cwd=tmp_path)
     assert done.returncode == 1 and "never called `Trainer.fit`" in done.stderr
+    done = command("explain", "--call=train", "nothing.py", cwd=tmp_path)
+    assert done.returncode == 2 and "invalid choice: 'train'" in done.stderr
     done = command("explain", "absent.py", cwd=tmp_path)
     assert done.returncode != 0 and "absent.py" in done.stderr and "Traceback" not in done.stderr
     assert "levin explain train.py" in command("explain", "--help", cwd=tmp_path).stdout

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from levin.explain.text import Explanation, explain
 from levin.loops import run_call
-from levin.loops.dataloaders import load_training, load_validation
+from levin.loops.dataloaders import limit_of, load, load_training, load_validation, loaders_of
 from levin.loops.run import Run, detach_log_store
 from levin.utilities.seed import isolate_rng
 
 
 def explain_sequence(run: Run, weights_only: object = None) -> Explanation:
-    """Set the run up as fit does, say what it would do, and tear it down.
+    """Set the run up as the method of the Trainer does, say what it would do, and tear it down.
 
     The user's hooks of set-up run, and the loaders are asked for; no batch is drawn, nothing is logged or saved.
 
@@ -27,9 +27,13 @@ def explain_sequence(run: Run, weights_only: object = None) -> Explanation:
             run_call.prepare_data(run)
             run_call.set_up_owners(run)
             run_call.attach(run)
-            load_training(run)
-            if run.enable_validation:
-                load_validation(run)
+            if run.fn != "fit":
+                if limit := limit_of(run, run.fn):
+                    load(run, loaders_of(run, run.fn), limit)
+            else:
+                load_training(run)
+                if run.enable_validation:
+                    load_validation(run)
             return explain(run)
         finally:
             run.is_setting_up = False

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from levin.datamodule import LightningDataModule
+from levin.explain.evaluation_plan import EvaluationPlan
+from levin.explain.fit_plan import FitPlan
 from levin.explain.node import Node, code_of
-from levin.explain.plan import Plan
 from levin.hooks import Callback
 from levin.log_store import DEFAULTS
 from levin.loops.run import Run
@@ -32,21 +33,24 @@ class Explanation(str):
         return str(self)
 
 
+def plan_of(run: Run) -> FitPlan | EvaluationPlan:
+    """Return the lines of a composed run, whichever method of the Trainer it is of."""
+    return FitPlan(run) if run.fn == "fit" else EvaluationPlan(run)
+
+
 def explain(run: Run) -> Explanation:
     """Return the loop of a composed run as text."""
-    plan = Plan(run)
-    blocks = [
-        "\n".join(_head(run)),
-        "\n".join(line for node in plan.lines() for line in _lines(node, 0)),
-        "\n".join(["a checkpoint holds:", *(f"    {line}" for line in _checkpoint(run))]),
-        _wrapped("not called, since nobody overrides them", plan.left_out()),
-    ]
+    plan = plan_of(run)
+    blocks = ["\n".join(_head(run)), "\n".join(line for node in plan.lines() for line in _lines(node, 0))]
+    if run.fn == "fit":
+        blocks.append("\n".join(["a checkpoint holds:", *(f"    {line}" for line in _checkpoint(run))]))
+    blocks.append(_wrapped("not called, since nobody overrides them", plan.left_out()))
     return Explanation("\n\n".join(blocks) + "\n")
 
 
 def _head(run: Run) -> Iterator[str]:
     strategy, settings = run.strategy, run.settings
-    yield f"fit of {type(run.module).__name__}  {_place(type(run.module))}"
+    yield f"{run.fn} of {type(run.module).__name__}  {_place(type(run.module))}"
     yield (
         f"on {strategy.world_size} process{'es' if strategy.world_size > 1 else ''}, {strategy.root_device}, "
         f"{type(strategy).__name__}, precision {strategy.precision.precision}"
@@ -54,8 +58,10 @@ def _head(run: Run) -> Iterator[str]:
     if run.callbacks:
         yield f"callbacks: {_names(run.callbacks)}"
     if run.loggers:
-        every = settings.log_every_n_steps
-        yield f"loggers: {_names(run.loggers)}, every {every} steps"
+        every = f", every {settings.log_every_n_steps} steps" if run.fn == "fit" else ""
+        yield f"loggers: {_names(run.loggers)}{every}"
+    if run.ckpt_path is not None:
+        yield f"it begins with the checkpoint {str(run.ckpt_path)!r}, which is not read here"
 
 
 def _lines(node: Node, depth: int) -> Iterator[str]:

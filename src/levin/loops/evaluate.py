@@ -104,6 +104,13 @@ def compose_evaluation_step(run: Run, stage: str, num_dataloaders: int) -> Calla
     return lambda batch, batch_idx, dataloader_idx: function(batch)
 
 
+def no_gradients(run: Run) -> type[torch.no_grad] | type[torch.inference_mode]:
+    """Return the context of an evaluation outside of fit."""
+    if run.settings.inference_mode and run.strategy.supports_inference_mode:
+        return torch.inference_mode
+    return torch.no_grad
+
+
 class Predictions:
     """What ``predict`` keeps of its batches: which samples they were, and what came out.
 

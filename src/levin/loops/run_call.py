@@ -26,7 +26,7 @@ from levin.loops.dataloaders import (
     make_feed,
     tell_epoch,
 )
-from levin.loops.evaluate import compose_evaluation, evaluate
+from levin.loops.evaluate import compose_evaluation, evaluate, no_gradients
 from levin.loops.fit import fit, is_done
 from levin.loops.hook_table import HookTable, has_hook, transfer_hooks
 from levin.loops.logging import send_hyperparameters
@@ -192,14 +192,12 @@ def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any
     load(run, loaders, limit)
     name = "validation" if fn == "validate" else fn
     evaluation = compose_evaluation(run, name, loaders)
-    uses_inference = run.settings.inference_mode and run.strategy.supports_inference_mode
-    no_gradients = torch.inference_mode() if uses_inference else torch.no_grad()
     if not has_batches(run, loaders):
         rank_zero_warn(f"The loaders of `{loaders.hook}` hold no batches: {fn} is skipped.")
         return None if fn == "predict" else []
     tell_epoch(run, loaders)
     run.signals.is_looping = True
-    with no_gradients:
+    with no_gradients(run)():
         return evaluate(run, name, evaluation, getattr(run.loops, fn))
 
 

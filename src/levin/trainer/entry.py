@@ -15,6 +15,7 @@ from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
 from levin.loops import run_call
+from levin.loops.dataloaders import STAGE_OF
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.loops.stage_loaders import Loaders
@@ -115,6 +116,25 @@ def begin(
     return run
 
 
+def method_named(name: str) -> TrainerFn:
+    """Return which method ``name`` is.
+
+    Raises:
+        ValueError: None that runs.
+    """
+    names = [each.value for each in TrainerFn]
+    if name not in names:
+        raise ValueError(f"`fn` must be one of {', '.join(map(repr, names))}, received {name!r}.")
+    return TrainerFn(name)
+
+
+def begin_named(trainer: Caller, fn: TrainerFn, given: dict[str, Any]) -> Run:
+    """Return the run of a call of ``fn`` with the arguments ``given``, by their names, with module and data attached."""
+    names = {"train": "train_dataloaders", "val": "val_dataloaders"} if fn == "fit" else {STAGE_OF[fn]: "dataloaders"}
+    loaders = {stage: given.get(name) for stage, name in names.items()}
+    return begin(trainer, fn, given.get("model"), given.get("datamodule"), loaders)
+
+
 def _no_module(model: object, loaders: object, fn: TrainerFn) -> str:
     """Say what was passed in place of a module, and what was meant."""
     if isinstance(model, type):
@@ -200,17 +220,22 @@ def _execute(trainer: Caller, run: Run, ckpt_path: object, weights_only: Optiona
     return result
 
 
-def explain(
-    trainer: Caller, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
-) -> Explanation:
-    """Return what ``fit`` would do; afterwards the Trainer is as it was."""
+def explain(trainer: Caller, fn: TrainerFn, given: dict[str, Any]) -> Explanation:
+    """Return what a method would do; afterwards the Trainer is as it was.
+
+    Args:
+        trainer: Whose method it is.
+        fn: Which one.
+        given: Its arguments, by name.
+    """
     from levin.explain.explained_run import explain_sequence
 
     kept = {name: getattr(trainer, name) for name in ("run", "loops", "callbacks", "datamodule")}
     flags, state = copy(trainer._flags), copy(trainer.state)
     trainer.loops = deepcopy(trainer.loops)
     try:
-        run = begin(trainer, TrainerFn.FITTING, model, datamodule, given)
+        run = begin_named(trainer, fn, given)
+        run.ckpt_path = given.get("ckpt_path") or trainer._given_ckpt_path
         run.profiler = PassThroughProfiler()  # whatever measures the parts, they are the same
         configured = run.call_of(run.module, "configure_callbacks")
         trainer.callbacks = merge_model_callbacks(trainer.callbacks, configured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -357,24 +358,23 @@ class Trainer:
         outputs: Optional[list[Any]] = entry.execute(self, run, ckpt_path, weights_only, model is not None)
         return outputs
 
-    def explain(
-        self,
-        model: LightningModule,
-        train_dataloaders: Any = None,
-        val_dataloaders: Any = None,
-        datamodule: Optional[LightningDataModule] = None,
-    ) -> Explanation:
-        """Say what ``fit`` with these arguments would do: its loop, flat, with file and line of all that it calls.
+    def explain(self, *args: Any, fn: str = "fit", **kwargs: Any) -> Explanation:
+        """Say what a method with these arguments would do: its loop, flat, with file and line of all that it calls.
 
         It is read out of the run that set-up composes, so the hooks of set-up (``prepare_data``, ``setup``,
-        ``configure_optimizers``) and those that give loaders are called. No batch is drawn, and nothing is logged or saved.
+        ``configure_optimizers``) and those that give loaders are called. No batch is drawn, no checkpoint read, and
+        nothing is logged or saved.
 
-        The arguments are those of :meth:`fit`.
+        Args:
+            args, kwargs: The arguments of the method.
+            fn: Which one: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``; ValueError for another.
 
         Example:
-            >>> print(trainer.explain(model, loader))  # doctest: +SKIP
+            >>> print(trainer.explain(model, datamodule=data, fn="test"))  # doctest: +SKIP
         """
-        return entry.explain(self, model, datamodule, {"train": train_dataloaders, "val": val_dataloaders})
+        method = entry.method_named(fn)
+        given = inspect.signature(getattr(Trainer, method)).bind(self, *args, **kwargs)
+        return entry.explain(self, method, given.arguments)
 
     @contextmanager
     def init_module(self, empty_init: Optional[bool] = None) -> Iterator[None]:
