@@ -44,11 +44,14 @@ test-mpi: $(STAMP) $(VENV)/integrations/mpich/.installed  ## Run the tests that 
 	PATH=$(CURDIR)/$(VENV)/integrations/mpich/bin:$$PATH $(RUN) python -m pytest -q tests/launchers/test_clusters.py -k mpi
 
 # In a folder of its own, without torch, which is there: nothing that DeepSpeed compiles is needed.
-test-deepspeed: $(STAMP)  ## Run the tests that need DeepSpeed, on two processes of the CPU
+$(VENV)/deepspeed/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/deepspeed --no-deps \
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --upgrade --target $(@D) --no-deps \
 		--no-build-isolation deepspeed==0.19.8 hjson ninja py-cpuinfo msgpack einops pydantic pydantic-core \
 		annotated-types typing-inspection
+	touch $@
+
+test-deepspeed: $(VENV)/deepspeed/.installed  ## Run the tests that need DeepSpeed, on two processes of the CPU
 	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(RUN) $(BIN)/python -m pytest -q -m deepspeed tests/strategies
 
 # In an environment of its own. Packages without a floor are taken as new as they come; setuptools is for the oldest torchmetrics.
@@ -158,8 +161,8 @@ test-slurm: $(INTEGRATIONS)/slurm/.installed  ## Run jobs under a real SLURM wit
 	command -v slurmctld munged || { apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }
 	$(call TEST_INTEGRATION,slurm,tests/integrations/test_slurm.py)
 
-test-ray: $(INTEGRATIONS)/ray/.installed  ## Run Ray Train and Ray Tune through the import alias
-	$(call TEST_INTEGRATION,ray,tests/integrations/test_ray.py tests/integrations/test_ray_faults.py)
+test-ray: $(INTEGRATIONS)/ray/.installed $(VENV)/deepspeed/.installed  ## Run Ray Train and Ray Tune through the import alias
+	PYTHONPATH=$(CURDIR)/$(VENV)/deepspeed $(call TEST_INTEGRATION,ray,tests/integrations/test_ray.py tests/integrations/test_ray_faults.py)
 
 test-jobs: $(INTEGRATIONS)/jobs/.installed  ## Run studies of Optuna, jobs of Hydra, and pods with the variables of operators
 	$(call TEST_INTEGRATION,jobs,tests/integrations/test_jobs.py)

@@ -13,6 +13,7 @@ import torch
 
 import levin.compat
 from levin import Trainer
+from levin.checkpoint.zero import convert_zero_checkpoint_to_fp32_state_dict
 from tests.strategies.small import QUIET, Small
 
 ray = pytest.importorskip("ray")
@@ -100,7 +101,7 @@ def test_a_worker_that_is_killed_goes_on_where_it_was(tmp_path):
             assert torch.equal(weight, rank["weights"][name])
 
 
-def train_sharded(config: dict[str, Any]) -> None:
+def train_cut(config: dict[str, Any]) -> None:
     """What each worker runs with a strategy of Ray's that cuts the module."""
     import lightning.pytorch as pl
     import ray.train.lightning
@@ -108,6 +109,10 @@ def train_sharded(config: dict[str, Any]) -> None:
 
     from tests.strategies.small import QUIET, Small
 
+    if config["strategy"] == "RayDeepSpeedStrategy":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # It would compile one for the CPU, for minutes.
     strategy = getattr(ray.train.lightning, config["strategy"])()
     trainer = pl.Trainer(**{
         **QUIET, "max_epochs": 2, "devices": "auto", "strategy": strategy, "enable_checkpointing": False,
@@ -124,28 +129,49 @@ def train_sharded(config: dict[str, Any]) -> None:
     torch.save(left, Path(config["folder"], f"rank-{get_context().get_world_rank()}"))
 
 
-@pytest.mark.parametrize("strategy", ["RayFSDPStrategy"])
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_modules_that_are_cut(strategy, tmp_path):
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     result = TorchTrainer(
-        train_sharded,
-        train_loop_config={"folder": str(tmp_path), "strategy": strategy},
+        train_cut,
+        train_loop_config={"folder": str(tmp_path), "strategy": f"Ray{strategy}"},
         scaling_config=ScalingConfig(num_workers=2),
         run_config=RunConfig(storage_path=str(tmp_path), name="run"),
     ).fit()
     assert result.error is None and result.metrics["step"] == 8
-    saved = torch.load(os.path.join(result.checkpoint.path, "checkpoint.ckpt"), weights_only=False)
-    assert saved["state_dict"]["net.1.weight"].shape == (1, 4)  # whole, in one file
+    path = Path(result.checkpoint.path, "checkpoint.ckpt")
+    assert os.listdir(path.parent) == [path.name]
+    if strategy == "DeepSpeedStrategy":
+        saved = convert_zero_checkpoint_to_fp32_state_dict(path, tmp_path / "whole")
+    else:
+        saved = torch.load(path, weights_only=False)
     first, second = (torch.load(tmp_path / f"rank-{rank}") for rank in range(2))
     assert first["world"] == 2 and not {*first["seen"]} & {*second["seen"]}
-    assert "FSDPStrategy" in first["kinds"]
-    # What one process makes of the same batches.
+    assert strategy in first["kinds"]
+    # Whole, and what one process makes of the same batches.
     alone = Small(size=32, batch_size=8)
     Trainer(**{**QUIET, "max_epochs": 2, "devices": 1, "enable_checkpointing": False}).fit(alone)
     for name, weight in alone.state_dict().items():
         assert torch.allclose(weight, saved["state_dict"][name], atol=1e-6), name
+
+
+def fit_digits(learning_rate: float, *callbacks: Any, path: str | None = None) -> Any:
+    """Train the digits example, and return its module."""
+    import lightning.pytorch as pl
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    from digits import DigitClassifier, DigitsData
+
+    pl.seed_everything(0)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=4, enable_progress_bar=False, enable_model_summary=False, logger=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, limit_train_batches=10, callbacks=list(callbacks),
+    )  # fmt: skip
+    module = DigitClassifier(learning_rate=learning_rate)
+    trainer.fit(module, DigitsData(), ckpt_path=path)
+    return module
 
 
 def trial(config: dict[str, Any]) -> None:
@@ -154,11 +180,6 @@ def trial(config: dict[str, Any]) -> None:
     from ray import tune
     from ray.tune.integration.pytorch_lightning import TuneReportCheckpointCallback
 
-    sys.path.insert(0, str(ROOT / "examples"))
-    from digits import DigitClassifier, DigitsData
-
-    pl.seed_everything(0)
-
     class Killed(pl.Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             mark = Path(config["folder"], "killed")
@@ -166,14 +187,9 @@ def trial(config: dict[str, Any]) -> None:
                 mark.touch()
                 os.kill(os.getpid(), 9)
 
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, max_epochs=4, enable_progress_bar=False, enable_model_summary=False, logger=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, limit_train_batches=10,
-        callbacks=[TuneReportCheckpointCallback({"accuracy": "val_acc"}), Killed()],
-    )  # fmt: skip
     checkpoint = tune.get_checkpoint()
     path = None if checkpoint is None else os.path.join(checkpoint.to_directory(), "checkpoint")
-    trainer.fit(DigitClassifier(learning_rate=config["lr"]), DigitsData(), ckpt_path=path)
+    fit_digits(config["lr"], TuneReportCheckpointCallback({"accuracy": "val_acc"}), Killed(), path=path)
 
 
 def test_asha_over_eight_trials_of_the_digits_one_of_which_is_killed(tmp_path):
@@ -196,6 +212,11 @@ def test_asha_over_eight_trials_of_the_digits_one_of_which_is_killed(tmp_path):
     print("\nRay Tune: epochs by learning rate", epochs)
     assert (tmp_path / "killed").exists() and epochs[rates[0]] == 4
     assert min(epochs.values()) < 4  # Trials that were no good were stopped.
+    # What was killed went on from its checkpoint, as if nothing had been.
+    killed = next(result for result in results if result.config["lr"] == rates[0])
+    saved = torch.load(os.path.join(killed.checkpoint.path, "checkpoint"), weights_only=False)
+    for name, weight in fit_digits(rates[0]).state_dict().items():
+        assert torch.equal(weight, saved["state_dict"][name]), name
     best = results.get_best_result()
     assert best.metrics["accuracy"] > 0.5 and best.config["lr"] in rates[:3]
     saved = torch.load(os.path.join(best.checkpoint.path, "checkpoint"), weights_only=False)

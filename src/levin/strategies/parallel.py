@@ -298,11 +298,15 @@ class ParallelStrategy(Strategy, ABC):
     ) -> None:
         """Write a checkpoint; all processes call this, and all know when it has failed.
 
+        A folder that all of them write into has the name that rank 0 gives it.
+
         Raises:
             Exception: In the process that failed, what the CheckpointIO raised.
             RuntimeError: In the others, that it did.
         """
         is_alone = self.control.is_closed
+        if self.checkpoint_io.is_collective:
+            filepath = self.broadcast(filepath)
 
         def save() -> None:
             save_tree(self.checkpoint_io, checkpoint, filepath, storage_options, self.is_global_zero, is_alone)

@@ -1,16 +1,20 @@
-"""A sharded save at once, as that of a signal, while another one is going on in the background, on two ranks."""
+"""Sharded saves of two ranks: beside another one that is going on in the background, and under names that differ."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import torch
 
+from levin import Trainer
 from levin.checkpoint import consolidate
 from levin.checkpoint.background import AsyncCheckpointIO
 from levin.checkpoint.sharded import ShardedCheckpointIO
-from tests.distributed import world_size
+from levin.strategies import FSDPStrategy
+from tests.distributed import cuts_on_cpu, world_size
+from tests.strategies.small import QUIET, Small
 
 
 def tree(value: float) -> dict[str, object]:
@@ -29,6 +33,7 @@ class Late(ShardedCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
+# A signal's save at once, for example.
 @world_size(2)
 def test_two_saves_do_not_mix(tmp_path):
     checkpoint_io = AsyncCheckpointIO(Late(), on_request=True)
@@ -46,3 +51,16 @@ def test_two_saves_do_not_mix(tmp_path):
         assert state.keys() == tree(value)["state_dict"].keys()
         assert state["weight"].tolist() == [value] * 4
     checkpoint_io.teardown()
+
+
+@cuts_on_cpu
+@world_size(2, connect=False)
+def test_a_folder_that_each_rank_calls_by_another_name_has_that_of_rank_0(tmp_path):
+    module = Small()
+    strategy = FSDPStrategy(state_dict_type="sharded")
+    trainer = Trainer(**{**QUIET, "strategy": strategy, "devices": 2, "max_epochs": 1, "enable_checkpointing": False})
+    trainer.fit(module)
+    trainer.save_checkpoint(tmp_path / f"rank-{trainer.global_rank}.ckpt")
+    assert os.listdir(tmp_path) == ["rank-0.ckpt"]
+    weight = consolidate(tmp_path / "rank-0.ckpt")["state_dict"]["net.1.weight"]
+    assert torch.equal(weight, module.net[1].weight.full_tensor())
