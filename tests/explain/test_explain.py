@@ -81,6 +81,9 @@ class Net(BoringModel):
     def predict_step(self, batch, batch_idx):
         return self(batch)
 
+    def on_predict_model_train(self):
+        """Not a hook, though `validate` and `test` have one of such a name."""
+
     def configure_optimizers(self):
         optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
         made = []
@@ -161,7 +164,7 @@ def compare(trainer, model, datamodule=None, fn="fit", **arguments):
         text = trainer.explain(model, fn=fn, **arguments)
     owners = [model, datamodule, *trainer.callbacks, *trainer.loggers]
     known = {"training_step", "validation_step", "test_step", "predict_step", "configure_optimizers", "log_metrics"}
-    known |= {f"{stage}_dataloader" for stage in ("train", "val", "test", "predict")}
+    known |= {"on_predict_model_train"} | {f"{stage}_dataloader" for stage in ("train", "val", "test", "predict")}
     codes = {
         method.__code__: f"{type(owner).__name__}.{name}"
         for owner in owners if owner is not None
@@ -234,6 +237,14 @@ def test_the_lines_are_what_an_evaluation_calls(fn, data, tmp_path):
     )  # fmt: skip
     with mock.patch("warnings.warn"):
         compare(trainer, model, fn=fn, **({"dataloaders": several} if is_given else {"datamodule": datamodule}))
+
+
+@pytest.mark.parametrize("fn", ["fit", "validate", "test", "predict"])
+def test_the_lines_where_everybody_has_all_hooks(fn, tmp_path):
+    callbacks = [written(Callback, CALLBACK_HOOKS)(), written(Callback, CALLBACK_HOOKS)()]
+    trainer = trainer_of(tmp_path, max_epochs=2, callbacks=callbacks, logger=Log(tmp_path), enable_checkpointing=False)
+    with mock.patch("warnings.warn"):
+        compare(trainer, written(Net, MODULE_HOOKS)(), written(Data, DATA_HOOKS)(3, 2), fn)
 
 
 def test_an_evaluation_in_words(tmp_path):

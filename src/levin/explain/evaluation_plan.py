@@ -47,7 +47,7 @@ def evaluation(
     head = f"for batch in {loaders.hook}s:  # {size}, in torch.{context.__name__}()"
     yield Node(head, counts=(f"{stage} batch", lambda _: times), body=body)
     yield from hooks(run, f"on_{stage}_epoch_end")
-    if logs and total:
+    if logs:
         yield from (call(logger.log_metrics, f"values of the {stage}") for logger in run.loggers)
     yield from hooks(run, f"on_{stage}_end")
     if stage != "predict" and has_hook(module, f"on_{stage}_model_train"):
