@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,6 +24,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Know the setting of pytest-timeout where that is not installed, as on a machine that has only what torch needs."""
     if importlib.util.find_spec("pytest_timeout") is None:
         parser.addini("timeout", "seconds after which a test is ended; needs pytest-timeout")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let torch 2.6 speak of what it does itself in a sharded save."""
+    if Version(torch.__version__) < Version("2.7"):
+        config.addinivalue_line("filterwarnings", "ignore:TypedStorage is deprecated:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -169,6 +169,9 @@ def _run_rank(
                     "ignore", message=".*sync_dist=True", category=UserWarning
                 )  # a hint, tested once
                 warnings.filterwarnings("ignore", "DTensor random operators may not")  # torch 2.6, on the CPU
+                warnings.filterwarnings(
+                    "ignore", "TypedStorage is deprecated"
+                )  # torch 2.6 asks for it in a sharded save
                 function = _find(*source)
                 if connect:
                     dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))

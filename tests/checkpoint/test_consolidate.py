@@ -15,7 +15,7 @@ from levin.__main__ import main
 from levin.checkpoint import atomic_save, consolidate, load
 from tests.callbacks.small import Small
 from tests.checkpoint.test_migrate import fitted
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 
@@ -35,7 +35,7 @@ def run(tmp_path):
 def write_sharded(folder, checkpoint, weights, optimizers, key="model"):
     meta = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
     named = {f"optimizer_{number}": state for number, state in enumerate(optimizers)}
-    dcp.save({key: weights, **named}, checkpoint_id=str(folder), no_dist=True)
+    dcp.save({key: weights, **named}, checkpoint_id=str(folder))
     torch.save(meta, folder / "meta.pt")
 
 
@@ -70,6 +70,7 @@ def test_the_file_is_that_of_a_trainer_and_training_goes_on_from_it(tmp_path, ru
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in resumed.state_dict().items())
 
 
+@cuts_on_cpu
 @world_size(2)
 def test_shards_of_two_processes_are_put_together(tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
@@ -107,7 +108,7 @@ def test_shards_of_two_processes_are_put_together(tmp_path):
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_folder_of_ones_own_keeps_its_keys(tmp_path):
     shards = {"network": {"weight": torch.arange(3.0)}, "note": "kept", "numbers": {"a": [1, 2]}}
-    dcp.save(shards, checkpoint_id=str(tmp_path / "own"), no_dist=True)
+    dcp.save(shards, checkpoint_id=str(tmp_path / "own"))
     torch.save({"step": 4}, tmp_path / "own" / "meta.pt")
     assert same(consolidate(tmp_path / "own"), {**shards, "step": 4})
 
@@ -147,7 +148,7 @@ def test_a_payload_is_refused_wherever_it_is(tmp_path, monkeypatch, place):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "sharded"
     value = Payload() if place == "value" else 1
-    dcp.save({"model": {"weight": torch.ones(2)}, "value": value}, checkpoint_id=str(folder), no_dist=True)
+    dcp.save({"model": {"weight": torch.ones(2)}, "value": value}, checkpoint_id=str(folder))
     atomic_save({"pytorch-lightning_version": "2.6.6", "x": Payload() if place == "meta" else 1}, folder / "meta.pt")
     if place == "index":
         (folder / ".metadata").write_bytes(pickle.dumps(Payload()))

@@ -12,7 +12,7 @@ from levin.checkpoint import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO,
 from levin.checkpoint.io import save_tree
 from levin.strategies import DDPStrategy
 from tests.callbacks.small import loader
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 
 
 def sharded():
@@ -29,6 +29,7 @@ def sharded():
     return module, optimizer, expected
 
 
+@cuts_on_cpu
 @world_size(2)
 def test_a_file_of_one_rank_holds_whole_tensors(tmp_path):
     from torch.distributed.tensor import DTensor
@@ -53,6 +54,7 @@ def test_a_file_of_one_rank_holds_whole_tensors(tmp_path):
     assert saved["epoch"] == 3
 
 
+@cuts_on_cpu
 @world_size(2)
 def test_a_rank_alone_refuses_to_write_its_part(tmp_path):
     module, _, _ = sharded()
@@ -77,6 +79,7 @@ class Sharding(CheckpointIO):
         self.seen.append(path)
 
 
+@cuts_on_cpu
 @world_size(2)
 def test_a_collective_checkpoint_io_gets_the_parts_of_every_rank(tmp_path):
     module, _, _ = sharded()
@@ -111,6 +114,7 @@ class Model(LightningModule):
 
 
 @pytest.mark.parametrize("async_save", [False, True])
+@cuts_on_cpu
 @world_size(2, connect=False)
 def test_a_checkpoint_of_a_sharded_module_is_whole(tmp_path, async_save):
     model = Model()

@@ -28,7 +28,7 @@ from tests.distributed import cuts_on_cpu, run_ranks, world_size
 from tests.strategies.small import QUIET
 from tests.strategies.test_fsdp import Deep, alone, go_on, in_rank, whole
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 
 
 class Shared(LocalFileSystem):
@@ -85,6 +85,7 @@ def folders(url):
 
 
 @pytest.mark.parametrize("async_save", [False, True], ids=["waits", "background"])
+@cuts_on_cpu
 @world_size(1, connect=False)
 def test_a_run_is_kept_in_folders_and_goes_on(async_save):
     url = f"memory://{uuid.uuid4().hex}"
