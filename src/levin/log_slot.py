@@ -317,6 +317,8 @@ class Slot:
                     "Log its parts with self.log_dict(metric.compute()) at the end of the epoch."
                 )
             return value.detach()
+        if self.sync is None and self._is_of_host:
+            return self._reduce()
         if self.epoch is None:
             self.epoch = self._reduce()
         return self.epoch.clone()

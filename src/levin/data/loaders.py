@@ -295,12 +295,17 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
 
 def set_epoch(loader: Any, epoch: int) -> None:
     """Tell the samplers of ``loader``, and those that they draw from, the epoch once, where they want to know."""
+    sampler: Any = getattr(loader, "sampler", None)
+    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    if type(batch_sampler) is BatchSampler and batch_sampler.sampler is sampler and type(loader) is DataLoader:
+        if type(sampler) in (SequentialSampler, RandomSampler) and "set_epoch" not in vars(sampler):
+            return
     told: set[int] = set()
     owners = [loader]
     while owners:
         owner = owners.pop()
         for name in ("sampler", "batch_sampler", "_batch_sampler"):
-            sampler: Any = getattr(owner, name, None)
+            sampler = getattr(owner, name, None)
             if sampler is not None and id(sampler) not in told:
                 told.add(id(sampler))
                 owners.append(sampler)

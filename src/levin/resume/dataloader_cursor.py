@@ -18,6 +18,7 @@ from levin.resume.sampler_state import (
     HeldSampler,
     IndexStream,
     SamplerState,
+    draws_globally,
     index_sampler,
     innermost,
     is_known,
@@ -143,8 +144,10 @@ class IndexCursor(_LoaderCursor):
         super().__init__(loader, lookahead)
         self.sampler: SamplerState = SamplerState(loader)
         self.is_checked: bool = not is_known(index_sampler(loader))
-        # Torch's samplers draw from torch's generator alone.
-        self.names: tuple[str, ...] = PROCESS if self.is_checked else ("torch",)
+        # Which global generators an epoch is begun with: torch's samplers draw from torch's alone, if from any, and
+        # workers get their seed from it.
+        draws = self.num_workers > 0 or draws_globally(index_sampler(loader))
+        self.names: tuple[str, ...] = PROCESS if self.is_checked else ("torch",) if draws else ()
 
     def before_first(self) -> None:
         """Keep the states from which the sampler draws its order."""

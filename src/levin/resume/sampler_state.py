@@ -62,6 +62,11 @@ def is_known(sampler: object) -> bool:
     return type(sampler) in _KNOWN or (type(sampler) is BatchSampler and type(sampler.sampler) in _KNOWN)
 
 
+def draws_globally(sampler: object) -> bool:
+    """Return whether the order of ``sampler`` comes from global generators: not that of one of torch's with a fixed seed."""
+    return type(innermost(sampler)) not in (SequentialSampler, DistributedSampler, UnrepeatedDistributedSampler)
+
+
 def shape_of(loader: DataLoader[object]) -> StateDict:
     """Return the settings of ``loader`` that must be the same for an exact resume."""
     sampler = index_sampler(loader)

@@ -20,7 +20,12 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for child, mode in modes:
-            child.training = mode
+            # A module takes long to set an attribute.
+            own = vars(child)
+            if "training" in own:
+                own["training"] = mode
+            else:
+                child.training = mode
 
 
 @contextmanager
