@@ -17,7 +17,7 @@ def fit(callback, model=None, **settings):
     logger = ListLogger()
     trainer = Trainer(
         accelerator="cpu", devices=1, max_epochs=1, logger=logger, callbacks=[callback], log_every_n_steps=1,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0, **settings,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **({"limit_val_batches": 0} | settings),
     )  # fmt: skip
     trainer.fit(model or BoringModel(), DataLoader(RandomDataset(32, 12), batch_size=2))
     return [(step, values) for step, values in (line for line in logger.lines if isinstance(line, tuple))]
@@ -47,6 +47,27 @@ def test_rates_are_counts_over_the_time_that_passed(monkeypatch):
     assert last["train/device/items_per_sec"] == pytest.approx(64 * rate)
     assert last["train/device/flops_per_sec"] == pytest.approx(100 * rate)
     assert last["train/device/mfu"] == pytest.approx(100 * rate / 1000)
+
+
+def test_validation_is_no_training_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(throughput_monitor, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Net(BoringModel):
+        def training_step(self, batch, batch_idx):
+            now[0] += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            now[0] += 1000
+
+    monitor = ThroughputMonitor(len)
+    lines = [
+        values
+        for _, values in fit(monitor, Net(), limit_val_batches=2, val_check_interval=3, num_sanity_val_steps=1)
+        if "train/time" in values
+    ]
+    assert [values["train/time"] for values in lines] == [1, 2, 3, 4, 5, 6]
 
 
 def test_only_the_stats_that_are_asked_for():

@@ -42,6 +42,27 @@ def test_what_is_written_and_what_the_interval_answers(interval):
     assert writer.interval == interval and str(writer.interval) == interval
 
 
+def test_predictions_of_an_epoch_wait_on_the_cpu():
+    class Moved:
+        def to(self, device, **options):
+            return str(device)
+
+    class Net(Identity):
+        def predict_step(self, batch, batch_idx):
+            return Moved()
+
+    class Keeper(BasePredictionWriter):
+        def write_on_epoch_end(self, trainer, pl_module, predictions, batch_indices):
+            self.kept = predictions
+
+    keeper = Keeper("epoch")
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, callbacks=[keeper]
+    )
+    trainer.predict(Net(), DataLoader(torch.arange(4.0), batch_size=2), return_predictions=False)
+    assert keeper.kept == ["cpu", "cpu"]
+
+
 def test_an_unknown_interval_is_an_error():
     with pytest.raises(ValueError, match="must be 'batch', 'epoch' or 'batch_and_epoch', received 'step'"):
         Recorder("step")

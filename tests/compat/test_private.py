@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
+import sys
+import types
 from argparse import Namespace
 from datetime import timedelta
 from typing import Any
@@ -172,3 +175,19 @@ def test_what_has_no_memory_gets_some():
 def test_what_a_machine_lacks_for_a_test(module, asked):
     left, right = both(module, "_runif_reasons")
     assert right(**asked) == left(**asked)
+
+
+def test_a_model_of_torchvision_by_its_name(monkeypatch):
+    function = getattr(
+        importlib.import_module(names_in("pytorch.utilities.model_helpers")["get_torchvision_model"][0]),
+        "get_torchvision_model",
+    )
+    models = types.ModuleType("torchvision.models")
+    models.get_model = lambda name, **options: (name, options)
+    for name, module in (("torchvision", types.ModuleType("torchvision")), ("torchvision.models", models)):
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    assert function("resnet18", weights=None) == ("resnet18", {"weights": None})
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ModuleNotFoundError, match="get_torchvision_model.*torchvision"):
+        function("resnet18")

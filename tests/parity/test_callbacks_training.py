@@ -306,6 +306,7 @@ FINETUNING: dict[str, Any] = {
     "backbone, slow": lambda f: callbacks_of(f).BackboneFinetuning(
         1, lambda epoch: 1.2, 0.5, should_align=False, verbose=True
     ),
+    "backbone, fast": lambda f: callbacks_of(f).BackboneFinetuning(1, lambda epoch: 20.0),
     "backbone, own rate": lambda f: callbacks_of(f).BackboneFinetuning(2, backbone_initial_lr=0.03, rounding=3),
     "backbone, never": lambda f: callbacks_of(f).BackboneFinetuning(10),
 }

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import levin
+from levin.precision import MixedPrecision
 from levin.tuner import BatchSizeFinder, LearningRateFinder, LRFinder, Tuner
 from levin.tuner.batch_size import is_oom_error, largest
 from levin.tuner.learning_rate import rate, steepest
@@ -99,6 +100,50 @@ def test_a_fit_with_a_search_in_it_is_the_fit_without(tmp_path, epoch):
     finder = Searching(num_training_steps=20, update_attr=False)
     assert same(fit(), fit(finder))
     assert len(finder.optimal_lr.results["loss"]) == 20
+
+
+def test_the_scale_of_the_loss_is_put_back(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1)
+    scales = []
+
+    class Searching(LearningRateFinder):
+        def on_fit_start(self, trainer, pl_module):
+            super().on_fit_start(trainer, pl_module)
+            scales.append(scaler.get_scale())
+
+    finder = Searching(num_training_steps=5, update_attr=False)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = levin.Trainer(**QUIET, max_steps=2, default_root_dir=tmp_path, callbacks=[finder], plugins=[plugin])
+    trainer.fit(Net(batch_size=8))
+    assert scales == [256.0] and scaler.get_scale() == 1024.0
+
+
+def test_schedulers_start_from_the_rate_that_was_found(tmp_path):
+    class Scheduled(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+            return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)]
+
+    model = Scheduled(batch_size=8)
+    finder = LearningRateFinder(num_training_steps=30)
+    trainer = levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path, callbacks=[finder])
+    trainer.fit(model)
+    found = finder.optimal_lr.suggestion()
+    (group,) = trainer.optimizers[0].param_groups
+    assert found != 0.1 and (model.hparams.lr, group["initial_lr"], group["lr"]) == (found, found, found / 2)
+
+
+def test_a_fit_with_validation_is_searched_once(tmp_path):
+    class Counting(BatchSizeFinder):
+        searches = 0
+
+        def scale_batch_size(self, trainer, pl_module):
+            self.searches += 1
+            super().scale_batch_size(trainer, pl_module)
+
+    finder = Counting(max_trials=1)
+    levin.Trainer(**QUIET, max_epochs=2, default_root_dir=tmp_path, callbacks=[finder]).fit(Net())
+    assert finder.searches == 1
 
 
 def test_a_tuner_leaves_the_trainer_as_it_was(tmp_path):
