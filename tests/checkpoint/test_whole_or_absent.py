@@ -131,7 +131,8 @@ def test_a_failure_on_a_remote_system_leaves_the_older_file_and_no_litter(monkey
         elif moment == "before the move":
             patch.setattr(system, "mv", fail)
         else:
-            patch.setattr(system, "info", lambda self, path, **kwargs: {"size": 10, "name": path, "type": "file"})
+            info = system.info
+            patch.setattr(system, "info", lambda self, path, **kwargs: info(self, path, **kwargs) | {"size": 10})
         with pytest.raises(OSError, match="cut|10 of [0-9]+ bytes arrived"):
             atomic_save(state(2.0), f"{url}/model.ckpt")
     assert remote_names(url) == ["model.ckpt"]
