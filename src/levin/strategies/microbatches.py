@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from levin.utilities.collections import apply_to_collection, is_namedtuple
 from levin.utilities.exceptions import MisconfigurationException
@@ -61,6 +62,40 @@ def _part(data: Batch, place: slice, size: int) -> Batch:
         kind: Any = type(data)
         return kind(*parts) if is_namedtuple(data) else kind(parts)
     return data
+
+
+def merge_outputs(outputs: Sequence[Any], size: int) -> Any:
+    """Return what a module returned for the parts of a batch as for the whole batch.
+
+    Args:
+        outputs: Of all parts; tensors are joined along dimension 0, all else must be the same in all of them.
+        size: Number of samples.
+
+    Raises:
+        MisconfigurationException: A tensor has no part for each sample, or something else is not the same.
+
+    Example:
+        >>> merge_outputs([{"y": torch.ones(1), "kind": "a"}, {"y": torch.zeros(1), "kind": "a"}], size=2)
+        {'y': tensor([1., 0.]), 'kind': 'a'}
+    """
+    leaves, structures = zip(*(tree_flatten(output) for output in outputs))
+    merged = [_merged_leaf(same, size) for same in zip(*leaves, strict=True)]
+    return tree_unflatten(merged, structures[0])
+
+
+def _merged_leaf(parts: Sequence[Any], size: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor) and first.dim() and len(first) * len(parts) == size:
+        return torch.cat([part.contiguous() for part in parts])
+    if not isinstance(first, Tensor) and all(part == first for part in parts):
+        return first
+    if len(parts) == 1:
+        return first
+    shown = f"a tensor of {tuple(first.shape)}" if isinstance(first, Tensor) else repr(first)
+    raise MisconfigurationException(
+        f"A module that runs as a pipeline returned {shown} for a part of {size // len(parts)} samples: its tensors have one entry for "
+        "each sample. Compute what is of the whole batch outside of it, or use num_microbatches=1."
+    )
 
 
 def shapes_of(batch: Batch) -> tuple[object, ...]:

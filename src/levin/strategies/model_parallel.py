@@ -44,13 +44,14 @@ from levin.strategies.sharding import (
     recomputation_of,
     repeated_blocks,
 )
-from levin.strategies.stages import PipelinePlan, chain_of, cut, layers_of, leave_out
+from levin.strategies.stages import PipelinePlan, body_of, leave_out, parts_of, stages_in, stages_of
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
 
 if TYPE_CHECKING:
     from levin.precision.precision import Precision
     from levin.strategies.pipeline import Pipeline
+    from levin.strategies.replay import Replay
 
 DATA, TENSOR, PIPELINE, CONTEXT = "data_parallel", "tensor_parallel", "pipeline_parallel", "context_parallel"
 # The two dimensions of the data-parallel processes, where some of them keep copies.
@@ -79,7 +80,8 @@ class ModelParallelStrategy(ShardedStrategy):
         copies: Of the weights, among the data-parallel processes: each copy is cut over ``data_parallel_size / copies`` of
             them. The mesh has the dimensions ``"copies"`` and ``"shards"`` then, in the place of ``"data_parallel"``.
         pipeline_parallel_size: Processes that have layers of their own, through which parts of a batch go one after another.
-            The module must be one ``torch.nn.Sequential``; ``"pipeline_parallel"`` is the first dimension of the mesh then.
+            Its layers are found in the order in which the module holds them; ``"pipeline_parallel"`` is the first dimension of
+            the mesh then.
         pipeline_split: Names of the layers that the later processes begin with; None for as many layers each.
         pipeline_schedule: ``"1f1b"``; ``"gpipe"`` runs all forward passes first; ``"interleaved"`` gives each process two
             stages, or more that ``pipeline_split`` names.
@@ -161,6 +163,7 @@ class ModelParallelStrategy(ShardedStrategy):
         self._pipeline: Pipeline | None = None
         # Those of the whole module.
         self._state_names: list[str] = []
+        self._own_state: set[str] = set()
         self._parameter_names: list[str] = []
 
     # How processes are laid out
@@ -245,8 +248,7 @@ class ModelParallelStrategy(ShardedStrategy):
             )
         if next(module.parameters(), None) is None:
             return  # layers that `configure_model` makes are checked after that
-        name, chain = chain_of(module, self.pipeline_plan)
-        cut(layers_of(chain, name), self.pipeline_plan)
+        stages_in(module, self.pipeline_plan)
 
     def module_to_device(self, module: Module) -> None:
         """Move the module to the device; of a pipeline only the layers of this process, once they are known."""
@@ -263,6 +265,14 @@ class ModelParallelStrategy(ShardedStrategy):
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if not is_cut and not any(parameter.is_meta for parameter in module.parameters()):
             collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
+        has_stages = self.pipeline_plan.size > 1
+        if has_stages:
+            from levin.strategies.replay import Replay  # slow to import
+
+            self._check_trains_by_itself(module)
+            layers, stages = stages_in(module, self.pipeline_plan)
+            # What layers give is found out with whole ones, before they are shared or left out.
+            replay = Replay(module, layers, stages, self.root_device)
         if self.plan:
             apply_plan(module, self.device_mesh[TENSOR], self.plan)
         if self.device_mesh[TENSOR].size() > 1 and not any(map(_is_cut_over_layers, module.parameters())):
@@ -271,8 +281,8 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"{type(module).__name__} is cut. Cut it in `configure_model` with self.device_mesh['{TENSOR}'], or pass "
                 "ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
             )
-        if self.pipeline_plan.size > 1:
-            self._pipeline = self._cut_into_stages(module)
+        if has_stages:
+            self._pipeline = self._cut_into_stages(module, stages, replay)
             self.join_norms = self._join_norms
         is_by_hand = any(isinstance(part, FSDPModule) for part in parts)
         if self.context_parallel_size > 1:
@@ -301,35 +311,48 @@ class ModelParallelStrategy(ShardedStrategy):
     def _is_cut(self, module: Module) -> bool:
         return self._pipeline is not None and self._pipeline.module is module
 
-    def _cut_into_stages(self, module: Module) -> Pipeline:
-        from levin.strategies.pipeline import Pipeline, Stage  # slow to import
-
-        assert self.device_mesh is not None
+    def _check_trains_by_itself(self, module: Module) -> None:
         if module is not self.lightning_module:
             raise MisconfigurationException(
                 "A pipeline runs forward and backward of a batch at once, in parts, which a loop of one's own does not, received "
                 f"a {type(module).__name__} in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
             )
-        plan, group = self.pipeline_plan, self.device_mesh[PIPELINE].get_group()
-        name, chain = chain_of(module, plan)
-        layers = layers_of(chain, name)
-        own = cut(layers, plan)[self.device_mesh[PIPELINE].get_local_rank() :: plan.size]
+
+    def _cut_into_stages(self, module: Module, stages: list[list[str]], replay: Replay) -> Pipeline:
+        from levin.strategies.pipeline import Pipeline  # slow to import
+
+        assert self.device_mesh is not None
+        plan = self.pipeline_plan
+        own = range(self.device_mesh[PIPELINE].get_local_rank(), plan.num_stages, plan.size)
         self._state_names = list(module.state_dict())
         self._parameter_names = [name for name, _ in module.named_parameters()]
-        leave_out(chain, name, kept={layer for stage in own for layer in stage})
-        for part in chain.modules():
+        stage_of_state = stages_of(self._state_names, stages)
+        self._own_state = {name for name, stage in stage_of_state.items() if stage in own}
+        stage_of = stages_of(dict(module.named_parameters(remove_duplicate=False)), stages)
+        leave_out(module, [name for name, stage in stage_of.items() if stage not in own], replay.without_values)
+        for part in module.modules():
             make_weights(part, self.root_device)
         module.to(self.root_device)
-        stages = [Stage([layers[layer] for layer in stage], self.precision.forward_context) for stage in own]
         data = self.data_parallel
-        return Pipeline(plan, module, chain, stages, group, data.group if data.size > 1 else None, self.root_device)
+        return Pipeline(
+            plan,
+            module,
+            body_of(stages),
+            replay,
+            [parts_of(module, {name for name, stage in stage_of.items() if stage == number}) for number in own],
+            self.device_mesh[PIPELINE].get_group(),
+            data.group if data.size > 1 else None,
+            self.root_device,
+        )
 
     # The step
 
     @override
     def compose_step(self, module: Module, name: str) -> Function:
-        if self._pipeline is None or name != "training_step":
+        if self._pipeline is None:
             return super().compose_step(module, name)
+        if name != "training_step":
+            return self._pipeline.evaluation_step(super().compose_step(module, name))
         return self._pipeline.training_step(in_forward_context(getattr(module, name), self.precision, name))
 
     @override
@@ -351,7 +374,11 @@ class ModelParallelStrategy(ShardedStrategy):
     @override
     def module_state(self, module: Module) -> StateDict:
         state = super().module_state(module)
-        if self._pipeline is None or self.saves_folders:
+        if self._pipeline is None:
+            return state
+        # Buffers are in all stages.
+        state = {name: value for name, value in state.items() if name in self._own_state}
+        if self.saves_folders:
             return state
         return stage_state.gathered(state, self._state_names, self._stage_group)
 

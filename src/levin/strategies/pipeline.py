@@ -1,12 +1,11 @@
 """The stages of a pipeline at work: ``training_step`` and forward passes of a module whose layers lie on several processes.
 
-Underneath are torch's schedules. The user's ``training_step`` stays as it is; for each part of a batch it runs twice, in
-part: on the first process up to the call of the layers, which gives their input, and on the last one as a whole, where that
-call gives the output that has come through all stages. So it is the loss of the schedule::
+Underneath are torch's schedules. The user's ``training_step`` stays as it is; for each part of a batch it runs on every
+process, each time for the part of one stage (see :mod:`levin.strategies.replay`)::
 
-    first stage   training_step(part) -> input
     all           schedule.step: forward and backward of all parts
-    last stage    in it, after each forward: training_step(part) -> loss
+    each stage    in it: training_step(part) from what it received to what the next stage receives
+    last stage    training_step(part) from what it received to the loss
     all           the loss and what was logged come from the last stage; the gradients wait for ``loss.backward()``
 
 Source: https://docs.pytorch.org/docs/stable/distributed.pipelining.html
@@ -16,9 +15,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +31,11 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleLoopedBFS,
 )
-from torch.nn import Module, ModuleList, Sequential
+from torch.nn import Module, ModuleList
+from torch.utils._pytree import tree_leaves, tree_map
 
 from levin.strategies import collectives, microbatches
+from levin.strategies.replay import Announced, ReachedError, Replay, has_no_values, needs_values
 from levin.strategies.stages import PipelinePlan
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch, Function, Group, Kwargs
@@ -57,32 +59,21 @@ def check_cpu() -> None:
 
 
 class Stage(Module):
-    """The layers of one stage.
+    """What FSDP and torch's schedules take for the module of a stage.
 
     Args:
-        layers: In the order in which they run.
-        context: The number format around them.
+        parts: The modules that hold its parameters.
+        compute: Takes the number of a part of a batch and what was received, and returns what is sent.
     """
 
-    def __init__(self, layers: list[Module], context: Callable[[], AbstractContextManager[object]]) -> None:
+    def __init__(self, parts: list[Module], compute: Callable[[int, tuple[Tensor, ...]], Any]) -> None:
         super().__init__()
-        self.layers = ModuleList(layers)
-        self._context = context
+        self.parts = ModuleList(parts)
+        self._compute = compute
 
-    def forward(self, *inputs: Any) -> Any:
-        """Run the layers."""
-        result: Any = inputs[0] if len(inputs) == 1 else inputs
-        with self._context():
-            for layer in self.layers:
-                result = layer(result)
-        return result
-
-
-class _ReachedError(BaseException):
-    """The layers were called: nothing of ``training_step`` after that runs in the first stage. No ``except`` may hold it."""
-
-    def __init__(self, inputs: tuple[Any, ...]) -> None:
-        self.inputs = inputs
+    def forward(self, *received: Tensor, number: Tensor) -> Any:
+        """Run the code of the user's for this stage."""
+        return self._compute(int(number), received)
 
 
 @dataclass
@@ -114,14 +105,24 @@ class _Computed(torch.autograd.Function):
         return None, None, None, None, *found
 
 
+@dataclass
+class _Evaluation:
+    """A forward pass under way: the parts of what the module was called with, and what came of them in the last stage."""
+
+    parts: list[tuple[Any, Any]]
+    seed: int
+    outputs: dict[int, Any] = field(default_factory=dict)
+
+
 class Pipeline:
     """The stages of this process, between those of the others.
 
     Args:
         plan: How the module is cut.
-        module: The user's module, of which the layers of other stages are left out.
-        chain: Its submodule that the layers belong to; its ``forward`` becomes that of all stages.
-        stages: Those of this process, in their order.
+        module: The user's module, of which the parameters of other stages are left out.
+        body: Its submodule that holds all layers; its ``forward`` becomes that of all stages.
+        replay: Runs the user's code for one stage.
+        stages: The modules with the parameters of each stage of this process, in their order.
         group: The processes that share the layers.
         data_group: The processes that share the weights of these stages; None for no others.
         device: Of this process.
@@ -131,28 +132,35 @@ class Pipeline:
         self,
         plan: PipelinePlan,
         module: Module,
-        chain: Sequential,
-        stages: list[Stage],
+        body: str,
+        replay: Replay,
+        stages: Sequence[list[Module]],
         group: Group,
         data_group: Group,
         device: torch.device,
     ) -> None:
         assert group is not None
-        self.plan, self.module, self.stages = plan, module, stages
+        self.plan, self.module, self.body, self.replay = plan, module, body, replay
         self.group, self.data_group = group, data_group
         self.device = device
         self.rank: int = dist.get_rank(group)
         self.is_first: bool = self.rank == 0
         self.is_last: bool = self.rank == plan.size - 1
+        self.numbers = [self.rank + plan.size * place for place in range(len(stages))]
+        self.stages = [
+            Stage(parts, partial(self._compute, number)) for number, parts in zip(self.numbers, stages, strict=True)
+        ]
         self._last_rank = dist.get_global_rank(group, plan.size - 1)
-        # For training and for evaluation: the shapes that the schedule is for, its number of parts, and the schedule.
-        self._ways: dict[bool, tuple[object, int, Any]] = {}
-        self._step: _Step | None = None
-        # What a call of the layers gives; the forward pass of all stages where no training step is under way.
-        self._answer: Callable[..., Any] | None = None
+        # For training and for evaluation: the shapes that the schedule is for, its number of parts, what each stage lacks
+        # where it begins, and the schedule.
+        self._ways: dict[bool, tuple[object, int, list[list[Announced]], Any]] = {}
+        self._work: _Step | _Evaluation | None = None
+        self._lacks: list[list[Announced]] = []
         self._log_signature = inspect.signature(getattr(type(module), "log"))  # noqa: B009  # of a class below this room
         self._run_user_step: Function | None = None
-        vars(chain)["forward"] = self._called
+        owner = module.get_submodule(body)
+        self._forward: Function = owner.forward
+        vars(owner)["forward"] = self._called
         # What one process draws, all do, so that their random numbers stay the same; see `training_step`.
         state = [torch.get_rng_state()]
         dist.broadcast_object_list(state, src=dist.get_global_rank(group, 0), group=group)
@@ -171,21 +179,16 @@ class Pipeline:
 
     def _train(self, batch: Batch, *arguments: object) -> object:
         size = microbatches.size_of(batch)
-        schedule, num_parts = self._schedule(microbatches.shapes_of(batch), size, is_training=True)
-        parts = microbatches.split(batch, num_parts, size)
+        num_parts, is_new = self._num_parts(microbatches.shapes_of(batch), size, is_training=True)
         # Each process draws this one number, and the rest apart from its own: so all go on with the same.
-        step = _Step(parts, arguments, seed=int(torch.randint(2**62, ())))
+        step = _Step(microbatches.split(batch, num_parts, size), arguments, seed=int(torch.randint(2**62, ())))
         parameters = [p for stage in self.stages for p in stage.parameters() if p.requires_grad]
         held = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = None
-        self._step = step
         try:
-            given = (torch.cat([self._input_of(number) for number in range(num_parts)]),) if self.is_first else ()
-            with self._drawing(step.seed - 1 - self.rank):
-                schedule.step(*given, **({"target": torch.arange(num_parts)} if self.is_last else {}))
+            self._go_through(step, microbatches.shapes_of(batch), is_new, is_training=True)
         finally:
-            self._step = None
             gradients = [p.grad for p in parameters]
             for parameter, gradient in zip(parameters, held, strict=True):
                 parameter.grad = gradient
@@ -198,72 +201,37 @@ class Pipeline:
         loss = tie(anchor, value.to(self.device), gradients, num if weight is None else weight, *parameters)
         return loss if weight is None else {"loss": loss, "weight": weight}
 
-    def _input_of(self, number: int) -> Tensor:
-        """Return what ``training_step`` gives to the layers for one part of the batch."""
+    def _run_part(self, step: _Step, number: int) -> object:
+        """Run ``training_step`` on one part of the batch; what it logs is kept for later."""
+        assert self._run_user_step is not None
+        calls = step.calls[number] = []
 
-        def reached(*inputs: Any) -> None:
-            raise _ReachedError(inputs)
+        def log(*args: object, **kwargs: object) -> None:
+            call = dict(list(self._log_signature.bind(self.module, *args, **kwargs).arguments.items())[1:])
+            if self.is_last and self.replay.has_begun:
+                self._check_values(f"self.log({call['name']!r}, ...)", call["value"])
+            calls.append(call)
 
+        attributes = vars(self.module)
+        attributes["log"] = log
         try:
-            self._run_part(number, reached)
-        except _ReachedError as call:
-            if len(call.inputs) == 1 and isinstance(call.inputs[0], Tensor):
-                return call.inputs[0]
-            raise MisconfigurationException(
-                f"The layers of a pipeline take one tensor, received {', '.join(type(i).__name__ for i in call.inputs)}."
-            ) from None
-        raise self._not_called()
+            return self._run_user_step(step.parts[number], *step.arguments)
+        finally:
+            del attributes["log"]
 
-    def _loss_of(self, output: Any, target: Tensor) -> Tensor:
-        """Return the loss of one part of the batch, out of what came through all stages."""
-        step, number = self._step, int(target)
-        assert step is not None
-        if number not in self._last_stage.fwd_cache:
-            # torch tries out the shapes of gradients with values of its own.
-            return sum(
-                (part.sum() for part in (output if isinstance(output, tuple) else (output,))), start=torch.zeros(())
-            )
-        answers = [output]
-
-        def answer(*_: object) -> Any:
-            if not answers:
-                raise MisconfigurationException(
-                    "`training_step` called the layers of a pipeline twice. Call them once."
-                )
-            return answers.pop()
-
-        result: Any = self._run_part(number, answer)
-        if answers:
-            raise self._not_called()
+    def _loss_of(self, step: _Step, number: int, result: Any) -> Tensor:
+        """Return the loss of one part of the batch, out of what ``training_step`` returned in the last stage."""
         loss = result.get("loss") if isinstance(result, Mapping) else result
         if not isinstance(loss, Tensor):
             raise MisconfigurationException(
                 f"`training_step` in a pipeline must return the loss, or a dict with it under 'loss', received {result!r}."
             )
+        self._check_values("the loss", loss)
         if isinstance(result, Mapping) and "weight" in result:
             step.weights[number] = result["weight"]
             loss = loss * result["weight"]
         step.losses[number] = loss.detach()
         return loss
-
-    def _run_part(self, number: int, answer: Callable[..., Any]) -> object:
-        """Run ``training_step`` on one part of the batch; what it logs is kept for later."""
-        assert self._step is not None and self._run_user_step is not None
-        step, self._answer = self._step, answer
-        calls = step.calls[number] = []
-
-        def log(*args: object, **kwargs: object) -> None:
-            calls.append(dict(list(self._log_signature.bind(self.module, *args, **kwargs).arguments.items())[1:]))
-
-        attributes = vars(self.module)
-        attributes["log"] = log
-        try:
-            # What comes before the layers draws the same numbers in the first and in the last stage.
-            with self._drawing(step.seed + number):
-                return self._run_user_step(step.parts[number], *step.arguments)
-        finally:
-            self._answer = None
-            del attributes["log"]
 
     def _told_by_last(self, step: _Step) -> tuple[Tensor, Any, int, list[Kwargs]]:
         """Return the loss, its weight if the user gave one, the number of parts, and what is to be logged."""
@@ -280,40 +248,65 @@ class Pipeline:
         value, weight, num, calls = told[0]
         return value, weight.to(self.device) if isinstance(weight, Tensor) else weight, num, calls
 
+    def _check_values(self, name: str, result: Any) -> None:
+        if has_no_values(result):
+            raise self.replay.needs_value(self.plan.num_stages - 1, f"for {name}")
+
     # Forward passes
 
-    def _called(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Stand in for the ``forward`` of the layers."""
-        if kwargs:
-            raise MisconfigurationException(
-                f"The layers of a pipeline take their input by position, received {', '.join(kwargs)}. Call self.net(x)."
-            )
-        return (self._answer or self._forward)(*inputs)
+    def evaluation_step(self, step: Function) -> Function:
+        """Return a step that says what it is to call where it calls layers by themselves."""
 
-    def _forward(self, inputs: Tensor) -> Any:
+        def run(*args: object) -> object:
+            try:
+                return step(*args)
+            except (RuntimeError, AssertionError) as error:
+                if not needs_values(error):
+                    raise
+                called = f"self.{self.body}(x)" if self.body else "self(x)"
+                raise MisconfigurationException(
+                    f"A step of {type(self.module).__name__} calls layers of a pipeline by themselves, and this process has a part of "
+                    f"them. Call {called}, which runs all of them, in all steps but `training_step`."
+                ) from error
+
+        return run
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the ``forward`` of the module that holds the layers."""
+        return (self._forward if self.replay.is_under_way else self._evaluate)(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the last stage, in all processes, which call this together with the same inputs."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "The layers of a pipeline were called outside of `training_step` with gradients. Call them in `training_step`, "
                 "or under torch.no_grad() on all processes."
             )
-        schedule, _ = self._schedule(microbatches.shapes_of(inputs), len(inputs), is_training=False)
-        output = schedule.step(inputs) if self.is_first else schedule.step()
+        size = microbatches.size_of((args, kwargs))
+        shapes = microbatches.shapes_of((args, kwargs))
+        num_parts, is_new = self._num_parts(shapes, size, is_training=False)
+        work = _Evaluation(microbatches.split((args, kwargs), num_parts, size), seed=int(torch.randint(2**62, ())))
+        self._go_through(work, shapes, is_new, is_training=False)
         told: list[Any] = [None]
         if self.is_last:
-            told = [_map_output(output, lambda part: part.to("meta"))]
+            output = microbatches.merge_outputs([work.outputs[number] for number in range(num_parts)], size)
+            told = [tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, output)]
         dist.broadcast_object_list(told, src=self._last_rank, group=self.group)
         if not self.is_last:
-            output = _map_output(told[0], lambda part: torch.empty_like(part, device=self.device))
-        _map_output(output, lambda part: dist.broadcast(part, src=self._last_rank, group=self.group))
+            output = tree_map(
+                lambda leaf: torch.empty_like(leaf, device=self.device) if isinstance(leaf, Tensor) else leaf, told[0]
+            )
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                dist.broadcast(leaf, src=self._last_rank, group=self.group)
         return output
 
     # What they share
 
-    def _schedule(self, shapes: object, size: int, is_training: bool) -> tuple[Any, int]:
-        """Return torch's schedule for batches of these shapes, and their number of parts; it keeps that of the batch before."""
+    def _num_parts(self, shapes: object, size: int, is_training: bool) -> tuple[int, bool]:
+        """Return the number of parts of a batch of these shapes, and whether another schedule is needed than for the last."""
         num_parts = math.gcd(size, self.plan.parts)
-        known_shapes, known_parts, schedule = self._ways.get(is_training, (None, 0, None))
+        known_shapes, known_parts, *_ = self._ways.get(is_training, (None, 0))
         is_new = shapes != known_shapes
         if self.data_group is not None:
             # Each part, and the trial of a new schedule, gathers weights: all who share these do as much.
@@ -321,28 +314,113 @@ class Pipeline:
                 torch.tensor([num_parts, is_new]), self.data_group, device=self.device
             ).tolist()
             num_parts, is_new = math.gcd(*(num for num, _ in told)), any(new for _, new in told)
-        if is_new or num_parts != known_parts:
-            schedule = self._new_schedule(num_parts, is_training)
-            self._ways[is_training] = (shapes, num_parts, schedule)
-        return schedule, num_parts
+        return num_parts, is_new or num_parts != known_parts
 
-    def _new_schedule(self, num_parts: int, is_training: bool) -> Any:
+    def _go_through(self, work: _Step | _Evaluation, shapes: object, is_new: bool, is_training: bool) -> None:
+        """Send all parts through all stages, and back where there are gradients."""
+        num_parts = len(work.parts)
+        self._work = work
+        try:
+            if is_new:
+                lacks = self._announced(work)
+                self._ways[is_training] = shapes, num_parts, lacks, self._new_schedule(num_parts, lacks, is_training)
+            _, _, self._lacks, schedule = self._ways[is_training]
+            numbers = torch.arange(num_parts)
+            schedule.step(
+                *((numbers,) if self.is_first else ()),
+                number=numbers,
+                **({"target": numbers} if self.is_last and is_training else {}),
+            )
+        except RuntimeError as error:
+            if error.__cause__ is None or "failed to run forward" not in str(error):
+                raise
+            # That of the user's code, which torch wraps.
+            cause = error.__cause__
+        else:
+            return
+        finally:
+            self._work = None
+        raise cause
+
+    def _compute(self, stage: int, number: int, received: tuple[Tensor, ...]) -> Any:
+        """Run the user's code on one part for one stage, and return what the next one receives."""
+        work = self._work
+        assert work is not None
+
+        def enter() -> None:
+            # What comes before the layers of a stage draws the same numbers in all stages, and they draw others.
+            torch.manual_seed(work.seed + number + (stage << 32))
+
+        is_last = stage == self.plan.num_stages - 1
+        wanted = [] if is_last else self._lacks[stage + 1]
+        with self._drawing(work.seed + number):
+            try:
+                result = self.replay.run(stage, self._code(work, number), received, wanted, enter)
+            except ReachedError as reached:
+                return tuple(reached.tensors)
+        if not is_last:
+            raise self.replay.not_called(stage + 1)
+        if isinstance(work, _Step):
+            return self._loss_of(work, number, result).reshape(1)
+        self._check_values("its output", result)
+        work.outputs[number] = result
+        return torch.zeros(1, device=self.device)
+
+    def _code(self, work: _Step | _Evaluation, number: int) -> Function:
+        if isinstance(work, _Step):
+            return partial(self._run_part, work, number)
+        args, kwargs = work.parts[number]
+        return partial(self._forward, *args, **kwargs)
+
+    def _announced(self, work: _Step | _Evaluation) -> list[list[Announced]]:
+        """Return what each stage lacks where it begins, found out by each process for its own with the first part."""
+        told: list[Any] = [None] * self.plan.size
+        error: Exception | None = None
+        own: list[list[Announced]] = []
+        try:
+            with self._drawing(work.seed):
+                own = [self.replay.lacks(number, self._code(work, 0)) for number in self.numbers]
+        except Exception as raised:  # raised below, when all know of it
+            error = raised
+        dist.all_gather_object(told, str(error) if error is not None else own, group=self.group)
+        if error is not None:
+            raise error
+        for found in told:
+            if isinstance(found, str):
+                raise MisconfigurationException(found)
+        return [told[number % self.plan.size][number // self.plan.size] for number in range(self.plan.num_stages)]
+
+    def _new_schedule(self, num_parts: int, lacks: list[list[Announced]], is_training: bool) -> Any:
         plan = self.plan
-        numbers = [self.rank + plan.size * place for place in range(len(self.stages))]
+
+        def like(stage: int) -> tuple[Tensor, ...]:
+            return tuple(
+                torch.empty(shape, dtype=dtype, device="meta", requires_grad=is_training and dtype.is_floating_point)
+                for _, shape, dtype in lacks[stage]
+            )
+
         parts: list[Any] = [
-            PipelineStage(stage, number, plan.num_stages, self.device, group=self.group)
-            for number, stage in zip(numbers, self.stages, strict=True)
+            PipelineStage(
+                stage,
+                number,
+                plan.num_stages,
+                self.device,
+                input_args=like(number) if number else (torch.zeros(1, dtype=torch.int64),),
+                output_args=like(number + 1) if number + 1 < plan.num_stages else (torch.zeros(1),),
+                group=self.group,
+            )
+            for number, stage in zip(self.numbers, self.stages, strict=True)
         ]
         loops = plan.schedule == "interleaved"
         kind: Any = ScheduleLoopedBFS if loops else ScheduleGPipe
         if is_training and num_parts % plan.size == 0:
             kind = _SCHEDULES[plan.schedule]
-        schedule = kind(
-            parts if loops else parts[0], num_parts, loss_fn=self._loss_of if is_training else None, scale_grads=False
+        return kind(
+            parts if loops else parts[0],
+            num_parts,
+            loss_fn=(lambda loss, _: loss.sum()) if is_training else None,
+            scale_grads=False,
         )
-        if is_training:
-            self._last_stage = parts[-1]
-        return schedule
 
     @contextmanager
     def _drawing(self, seed: int) -> Iterator[None]:
@@ -351,18 +429,3 @@ class Pipeline:
         with torch.random.fork_rng(devices):
             torch.manual_seed(seed)
             yield
-
-    def _not_called(self) -> MisconfigurationException:
-        return MisconfigurationException(
-            f"`{type(self.module).__name__}.training_step` did not call the layers of the pipeline. Call them once for each batch."
-        )
-
-
-def _map_output(output: Any, function: Callable[[Tensor], Any]) -> Any:
-    if isinstance(output, Tensor):
-        return function(output.contiguous())
-    if isinstance(output, (tuple, list)) and all(isinstance(part, Tensor) for part in output):
-        return tuple(function(part.contiguous()) for part in output)
-    raise MisconfigurationException(
-        f"The last layer of a pipeline must return a tensor, or a tuple of tensors, received {type(output).__name__}."
-    )

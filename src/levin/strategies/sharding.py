@@ -81,19 +81,20 @@ def repeated_blocks(module: Module) -> list[Module]:
         >>> [type(block).__name__ for block in repeated_blocks(net)]
         ['Linear', 'Linear']
     """
-    found = list(_outermost_repeated(module))
+    found = list(outermost_repeated(module))
     return [block for block in found if not shares_parameters(block, module)]
 
 
-def _outermost_repeated(module: Module) -> Iterator[Module]:
+def outermost_repeated(module: Module) -> Iterator[Module]:
+    """Return the outermost submodules that are repeated, those that share parameters included."""
     counts: Counter[type] = Counter()
     if isinstance(module, (ModuleList, ModuleDict, Sequential)):
         counts.update(type(child) for child in module.children() if _has_parameters(child))
     for child in module.children():
-        if counts[type(child)] > 1 and not isinstance(child, (ModuleList, ModuleDict)):
+        if counts[type(child)] > 1 and _has_parameters(child) and not isinstance(child, (ModuleList, ModuleDict)):
             yield child
         else:
-            yield from _outermost_repeated(child)
+            yield from outermost_repeated(child)
 
 
 def _has_parameters(module: Module) -> bool:

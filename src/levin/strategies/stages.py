@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.nn import Module, Sequential
+from torch import Tensor
+from torch.nn import Module, ModuleDict, ModuleList, Sequential
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from levin.strategies.sharding import outermost_repeated
 from levin.utilities.exceptions import MisconfigurationException
 
 # How many stages each process has under which schedule.
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved": 2}
+_IS_CUT = "_is_cut_into_stages"
 
 
 @dataclass(frozen=True)
@@ -73,29 +77,46 @@ class PipelinePlan:
         return self.num_microbatches or 2 * self.size
 
 
-def chain_of(module: Module, plan: PipelinePlan) -> tuple[str, Sequential]:
-    """Return the name and the submodule that becomes a pipeline: the outermost ``Sequential`` that holds all parameters.
+def layers_of(module: Module, name: str = "") -> dict[str, Module]:
+    """Return the layers that stages are made of, by their full names, in the order in which the module holds them.
+
+    Lists, and what holds repeated blocks, are taken apart; a block of several is one layer.
+
+    Example:
+        >>> net = Module()
+        >>> net.embed, net.blocks, net.head = Module(), ModuleList([Module(), Module()]), Module()
+        >>> list(layers_of(net))
+        ['embed', 'blocks.0', 'blocks.1', 'head']
+    """
+    blocks = set(outermost_repeated(module))
+    found: dict[str, Module] = {}
+    for key, child in module.named_children():
+        full = f"{name}.{key}".lstrip(".")
+        is_list = isinstance(child, (ModuleList, ModuleDict)) or is_chain(child)
+        is_apart = is_list or (child not in blocks and any(True for _ in outermost_repeated(child)))
+        found |= layers_of(child, full) if is_apart else {full: child}
+    return found
+
+
+def stages_in(module: Module, plan: PipelinePlan) -> tuple[dict[str, Module], list[list[str]]]:
+    """Return the layers of a module, and the names of those of each stage.
+
+    Args:
+        module: The whole module.
+        plan: How it is cut.
 
     Raises:
-        MisconfigurationException: There is none; or one that is cut already.
+        MisconfigurationException: As for :func:`cut`; or two stages would have the same parameter, or it was cut before.
     """
-    found = [(name, part) for name, part in module.named_modules() if is_chain(part)]
-    chosen = max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()), default=None)
-    inside = set() if chosen is None else {id(parameter) for parameter in chosen[1].parameters()}
-    outside = [name for name, parameter in module.named_parameters() if id(parameter) not in inside]
-    if chosen is None or outside:
-        shown = f", and leaves out {', '.join(outside[:5])}" if chosen is not None else ""
+    if _IS_CUT in vars(module):
         raise MisconfigurationException(
-            f"A pipeline of {plan.size} processes is made of layers that run one after another, in one torch.nn.Sequential with "
-            f"all parameters. {type(module).__name__} has {chosen[0] if chosen else 'none'}{shown}. Write "
-            "self.net = torch.nn.Sequential(embedding, *blocks, head)."
+            f"{type(module).__name__} was cut into stages before, by another Trainer. Make the module anew, and load its "
+            "checkpoint."
         )
-    if "forward" in vars(chosen[1]):
-        raise MisconfigurationException(
-            f"{type(module).__name__}.{chosen[0]} was cut into stages before, by another Trainer. Make the module anew, and "
-            "load its checkpoint."
-        )
-    return chosen
+    layers = layers_of(module)
+    stages = cut(layers, plan)
+    _check_shared(module, stages)
+    return layers, stages
 
 
 def is_chain(part: Module) -> bool:
@@ -103,22 +124,12 @@ def is_chain(part: Module) -> bool:
     return isinstance(part, Sequential) and type(part).forward is Sequential.forward
 
 
-def layers_of(chain: Sequential, name: str) -> dict[str, Module]:
-    """Return the layers of a chain by their full names, those of chains in it included."""
-    found: dict[str, Module] = {}
-    for key, child in chain._modules.items():
-        assert child is not None
-        full = f"{name}.{key}"
-        found |= layers_of(child, full) if isinstance(child, Sequential) and is_chain(child) else {full: child}
-    return found
-
-
 def cut(layers: Mapping[str, Module], plan: PipelinePlan) -> list[list[str]]:
     """Return the names of the layers of each stage.
 
     Raises:
-        MisconfigurationException: There are too few layers, names that are unknown or out of order, weights that two stages
-            share, or a layer whose result depends on the whole batch.
+        MisconfigurationException: There are too few layers, names that are unknown or out of order, or a layer whose result
+            depends on the whole batch.
 
     Example:
         >>> net = Sequential(*(Module() for _ in range(3)))
@@ -133,14 +144,6 @@ def cut(layers: Mapping[str, Module], plan: PipelinePlan) -> list[list[str]]:
             f"They run so: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
         )
     stages = [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
-    first_user: dict[int, tuple[int, str]] = {}
-    for stage, name, parameter in _parameters(layers, stages):
-        used_in, used_as = first_user.setdefault(id(parameter), (stage, name))
-        if used_in != stage:
-            raise MisconfigurationException(
-                f"{used_as} and {name} are one parameter, and would be in stages {used_in} and {stage} of the pipeline, which are "
-                "processes of their own. Give them weights of their own, or a pipeline_split with both in one stage."
-            )
     norms = [name for name, layer in layers.items() if any(isinstance(part, _BatchNorm) for part in layer.modules())]
     if norms:
         raise MisconfigurationException(
@@ -150,11 +153,38 @@ def cut(layers: Mapping[str, Module], plan: PipelinePlan) -> list[list[str]]:
     return stages
 
 
-def _parameters(layers: Mapping[str, Module], stages: list[list[str]]) -> Iterator[tuple[int, str, object]]:
-    for stage, names in enumerate(stages):
-        for layer in names:
-            for name, parameter in layers[layer].named_parameters():
-                yield stage, f"{layer}.{name}", parameter
+def stages_of(names: Iterable[str], stages: Sequence[Sequence[str]]) -> dict[str, int]:
+    """Return the stage of each parameter and buffer: that of its layer, or that of the one before it.
+
+    Args:
+        names: Of the parameters and buffers, in the order in which the module holds them.
+        stages: The names of the layers of each stage.
+
+    Example:
+        >>> stages_of(["scale", "net.0.weight", "net.1.weight", "bias"], [["net.0"], ["net.1"]])
+        {'scale': 0, 'net.0.weight': 0, 'net.1.weight': 1, 'bias': 1}
+    """
+    of_layer = {layer: stage for stage, layers in enumerate(stages) for layer in layers}
+    found: dict[str, int] = {}
+    stage = 0
+    for name in names:
+        path = name.split(".")
+        outer = (".".join(path[:length]) for length in range(1, len(path)))
+        stage = next((of_layer[part] for part in outer if part in of_layer), stage)
+        found[name] = stage
+    return found
+
+
+def _check_shared(module: Module, stages: Sequence[Sequence[str]]) -> None:
+    named = dict(module.named_parameters(remove_duplicate=False))
+    first_user: dict[int, tuple[int, str]] = {}
+    for name, stage in stages_of(named, stages).items():
+        used_in, used_as = first_user.setdefault(id(named[name]), (stage, name))
+        if used_in != stage:
+            raise MisconfigurationException(
+                f"{used_as} and {name} are one parameter, and would be in stages {used_in} and {stage} of the pipeline, which are "
+                "processes of their own. Give them weights of their own, or a pipeline_split with both in one stage."
+            )
 
 
 def _given_starts(names: list[str], split: Sequence[str]) -> list[int]:
@@ -180,11 +210,56 @@ def _even_starts(layers: Mapping[str, Module], plan: PipelinePlan) -> list[int]:
     return [0, *(weighty[len(weighty) * stage // plan.num_stages] for stage in range(1, plan.num_stages))]
 
 
-def leave_out(chain: Sequential, name: str, kept: set[str]) -> None:
-    """Take the layers that are not in ``kept`` out of a chain, in place; the others keep their names."""
-    for key, child in list(chain._modules.items()):
-        full = f"{name}.{key}"
-        if isinstance(child, Sequential) and is_chain(child):
-            leave_out(child, full, kept)
-        elif full not in kept:
-            del chain._modules[key]
+def body_of(stages: Sequence[Sequence[str]]) -> str:
+    """Return the name of the smallest submodule that holds all layers; "" for the module itself.
+
+    Example:
+        >>> body_of([["net.embed", "net.blocks.0"], ["net.blocks.1"]]), body_of([["embed"], ["head"]])
+        ('net', '')
+    """
+    paths = [name.split(".")[:-1] for layers in stages for name in layers]
+    shared = itertools.takewhile(lambda keys: len(set(keys)) == 1, zip(*paths))
+    return ".".join(keys[0] for keys in shared)
+
+
+def parts_of(module: Module, names: Collection[str]) -> list[Module]:
+    """Return the largest submodules whose parameters are all among some, which together hold these.
+
+    Args:
+        module: After what belongs to other processes was left out of it.
+        names: Of parameters of the module.
+
+    Raises:
+        MisconfigurationException: One lies in a module that holds others, too.
+    """
+    present = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    if all(name in names for name in present):
+        return [module] if present else []
+    for key in module._parameters:
+        if key in names:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.{key} is a parameter beside layers of several stages of the same process. Put it into a "
+                "module of its own, or use pipeline_schedule='1f1b'."
+            )
+    return [
+        part
+        for key, child in module.named_children()
+        for part in parts_of(child, {name.removeprefix(f"{key}.") for name in names if name.startswith(f"{key}.")})
+    ]
+
+
+def leave_out(module: Module, names: Iterable[str], without_values: Callable[[Tensor], Tensor]) -> None:
+    """Take parameters out of a module, in place.
+
+    Args:
+        module: The whole module.
+        names: Of its parameters.
+        without_values: Returns what is there instead of one, under its name.
+    """
+    vars(module)[_IS_CUT] = True
+    for name in names:
+        owner_name, _, key = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        parameter = owner._parameters.pop(key)
+        assert parameter is not None
+        vars(owner)[key] = without_values(parameter)
