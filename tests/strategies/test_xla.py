@@ -61,6 +61,33 @@ def test_one_device_trains_like_the_cpu(settings):
     torch.testing.assert_close(dict(xla.callback_metrics), dict(cpu.callback_metrics), rtol=1e-4, atol=1e-5)
 
 
+class Tied(Deep):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=torch.optim.SGD)
+        self.net.blocks[1].layer.weight = self.net.blocks[0].layer.weight
+
+
+def assert_one_weight(**settings) -> None:
+    module, reference = Tied(), Tied()
+    trainer(**settings).fit(module)
+    alone().fit(reference)
+    assert len(list(module.parameters())) == len(list(reference.parameters()))
+    assert module.net.blocks[1].layer.weight is module.net.blocks[0].layer.weight
+    assert_same(module, reference)
+
+
+def test_layers_with_one_weight_keep_it():
+    assert_one_weight()
+
+
+@world_size(1, connect=False, timeout_s=400)
+def test_layers_with_one_weight_keep_it_when_it_is_cut():
+    os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="4")
+    assert_one_weight(strategy="xla_fsdp", devices=4)
+
+
 def test_evaluation_and_prediction():
     module = Deep()
     xla, cpu = trainer(), trainer("cpu")

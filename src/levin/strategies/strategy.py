@@ -22,7 +22,7 @@ from levin.strategies.extension_points import ExtensionPoints
 from levin.strategies.parts import StrategyParts
 from levin.utilities.clipping import by_mesh, clip_by_norm, clip_by_value
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.move import move_optimizer
+from levin.utilities.move import move_module, move_optimizer
 from levin.utilities.states import GradClipAlgorithmType
 from levin.utilities.types import Closure, Function, Group, StateDict, Tree
 
@@ -160,7 +160,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     def module_to_device(self, module: Module) -> None:
         """Move a module to the device of this process."""
-        module.to(self.root_device)
+        move_module(module, self.root_device)
 
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
         """Return ``module``, which is on the device already, in what connects its copies or parts on all processes."""
@@ -196,7 +196,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         for optimizer in self.optimizers:
             move_optimizer(optimizer, torch.device("cpu"))
         if self.lightning_module is not None:
-            self.lightning_module.cpu()
+            move_module(self.lightning_module, torch.device("cpu"))
             self.model = self.lightning_module
         self.configure_optimizers = self.transfer_batch = self._run_backward = None
         self.precision.before_step = None

@@ -1,4 +1,4 @@
-"""Moving batches between devices."""
+"""Moving batches, modules and states of optimizers between devices."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from levin.utilities.collections import apply_to_collection
+from levin.utilities.parameters import find_shared_parameters, set_shared_parameters
 from levin.utilities.types import Tree
 
 # A copy to these devices returns before it is done without the result being safe to read.
@@ -66,6 +67,18 @@ def move_data_to_device(
 
     # The most frequent batch needs no walk.
     return move(batch) if type(batch) is Tensor else apply_to_collection(batch, Movable, move)
+
+
+def move_module(module: nn.Module, device: torch.device) -> None:
+    """Move a module to a device, in place; parameters that are one stay one.
+
+    torch makes a new parameter for each name where a parameter of the device cannot take the place of the old one, as on XLA
+    devices, so that those of one weight would learn apart.
+    """
+    shared = find_shared_parameters(module)
+    module.to(device)
+    if shared and find_shared_parameters(module) != shared:
+        set_shared_parameters(module, shared)
 
 
 def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
