@@ -323,12 +323,12 @@ def _restore_module(module: Any, checkpoint: StateDict, strict: bool | None) -> 
         module.to(device)
 
 
-def literal(text: str) -> object:
+def literal(val: str) -> object:
     """Return the value that a text of a CSV file stands for, the text itself where it is none."""
     try:
-        return ast.literal_eval(text)
+        return ast.literal_eval(val)
     except (ValueError, SyntaxError):
-        return text
+        return val
 
 
 def _read_yaml(file: IO[str], path: str | os.PathLike[str]) -> dict[str, object]:

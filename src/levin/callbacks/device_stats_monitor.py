@@ -15,9 +15,9 @@ from levin.utilities.packages import require_package
 
 
 def _logs(hook: str) -> Callable[..., None]:
-    """Return the method that logs the stats at a hook."""
+    """Return the method that logs the stats at a hook, whatever its arguments are."""
 
-    def log(self: DeviceStatsMonitor, trainer: Trainer, *_: object) -> None:
+    def log(self: DeviceStatsMonitor, trainer: Trainer, *_: object, **__: object) -> None:
         self._log(trainer, hook)
 
     return log

@@ -105,9 +105,9 @@ def length_of(loader: object) -> int | float:
     return length
 
 
-def has_len(loader: object) -> bool:
+def has_len(dataloader: object) -> bool:
     """Return whether the number of batches is known."""
-    return math.isfinite(length_of(loader))
+    return math.isfinite(length_of(dataloader))
 
 
 def prepare_dataloader(

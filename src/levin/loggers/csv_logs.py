@@ -71,14 +71,14 @@ class ExperimentWriter:
         self.hparams.update(params)
         self._has_new_hparams = True
 
-    def log_metrics(self, metrics: Mapping[str, object], step: Optional[int] = None) -> None:
+    def log_metrics(self, metrics_dict: Mapping[str, object], step: Optional[int] = None) -> None:
         """Add one row.
 
         Args:
-            metrics: Column -> value; tensors must have one element.
+            metrics_dict: Column -> value; tensors must have one element.
             step: Value of the column ``step``, by default the number of the row.
         """
-        row = to_numbers(metrics)
+        row = to_numbers(metrics_dict)
         row["step"] = self._num_rows if step is None else step
         self._num_rows += 1
         self.metrics.append(row)

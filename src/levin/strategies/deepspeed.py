@@ -93,6 +93,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         process_group_backend: torch.distributed's transport; NCCL on CUDA, otherwise Gloo, when None.
         timeout: How long a process waits for the others before it gives up, until its first batch is done.
         exclude_frozen_parameters: Whether checkpoints leave out the weights that do not learn.
+        precision: Another name for ``precision_plugin``.
         step_timeout: How long a process waits from its first batch on; see :class:`ParallelStrategy`.
         uneven: When an epoch ends for ranks with different numbers of batches; see :class:`ParallelStrategy`.
 
@@ -158,6 +159,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         exclude_frozen_parameters: bool = False,
+        precision: Precision | None = None,
         step_timeout: timedelta | None = None,
         uneven: str = "longest",
     ) -> None:
@@ -167,6 +169,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
+            precision=precision,
             precision_plugin=precision_plugin,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -452,11 +455,11 @@ class DeepSpeedStrategy(ParallelStrategy):
 
     # Files
 
-    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
         """Return a checkpoint: a file, or a folder with places that DeepSpeed reads; see :meth:`Strategy.load_checkpoint`."""
-        if is_sharded(path) and is_zero(local_path(path)):
-            return load_zero(path, weights_only)
-        checkpoint = super().load_checkpoint(path, weights_only)
+        if is_sharded(checkpoint_path) and is_zero(local_path(checkpoint_path)):
+            return load_zero(checkpoint_path, weights_only)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         if "optimizer_states" in checkpoint:
             # Only their places, for a sentence about them when they are needed.
             checkpoint["optimizer_states"] = [None for _ in checkpoint["optimizer_states"]]

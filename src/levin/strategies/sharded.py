@@ -135,12 +135,12 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     # Files
 
-    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
         """Return a checkpoint: a file whole; a folder with the places that each process reads its parts from."""
-        if is_sharded(path):
+        if is_sharded(checkpoint_path):
             self.checkpoint_io.wait()
-            return load_folder(path, weights_only)
-        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            return load_folder(checkpoint_path, weights_only)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
 
 @contextmanager

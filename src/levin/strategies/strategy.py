@@ -476,19 +476,19 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         self.checkpoint_io.wait()
         self.checkpoint_io.check()
 
-    def load_checkpoint(self, path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
+    def load_checkpoint(self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None) -> StateDict:
         """Return a checkpoint, its tensors on the CPU; the folder that several processes wrote as one tree, too."""
-        if is_sharded(path):
+        if is_sharded(checkpoint_path):
             from levin.checkpoint.folder import consolidate
 
             self.checkpoint_io.wait()
-            return consolidate(path)
-        return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
+            return consolidate(checkpoint_path)
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
 
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         """Delete a checkpoint, from the process that has to; all processes call this."""
         if self.is_global_zero or self.checkpoint_io.is_collective:
-            self.checkpoint_io.remove_checkpoint(path)
+            self.checkpoint_io.remove_checkpoint(filepath)
 
     # Contexts in which the user makes tensors and modules
 

@@ -6,17 +6,19 @@ import functools
 from typing import Optional
 
 
-def is_overridden(method_name: str, instance: object, parent: Optional[type] = None) -> bool:
+def is_overridden(method_name: str, instance: Optional[object] = None, parent: Optional[type] = None) -> bool:
     """Return whether ``instance`` has a method of its own in place of the one in ``parent``.
 
     Args:
         method_name: Name of the method.
-        instance: The object to look at; attributes set on the instance itself count.
+        instance: The object to look at; attributes set on the instance itself count. None has no method of its own.
         parent: The class with the default. By default the class of levin's that ``instance`` inherits from.
 
     Raises:
         ValueError: ``parent`` is not given and ``instance`` inherits from no class of levin's with that method.
     """
+    if instance is None:
+        return False
     if parent is None:
         parent = _parent_with(type(instance), method_name)
         if parent is None:

@@ -177,8 +177,6 @@ def get_standard_metrics(trainer: Trainer) -> dict[str, int | str]:
     return {"v_num": version[-4:] if isinstance(version, str) else version}
 
 
-def convert_inf(number: int | float | None) -> int | float | None:
-    """Return ``number``, or None if it is infinite or not a number, as bars write a missing total."""
-    if number is None or math.isinf(number) or math.isnan(number):
-        return None
-    return number
+def convert_inf(x: int | float | None) -> int | float | None:
+    """Return ``x``, or None if it is infinite or not a number, as bars write a missing total."""
+    return x if x is not None and math.isfinite(x) else None
