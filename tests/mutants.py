@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,16 +122,17 @@ def tests_of(path: Path) -> list[str]:
     return [str(test.relative_to(ROOT)) for test in found] or ["tests/parity"]
 
 
-def is_noticed(mutant: Mutant, tests: list[str], copy: Path) -> bool:
-    """Run ``tests`` on a copy of the code that holds the mutant."""
+def outcome_of(mutant: Mutant, tests: list[str], copy: Path) -> str:
+    """Run ``tests`` on a copy of the code that holds the mutant: ``"noticed"``, ``"not noticed"`` or ``"out of time"``."""
     target = copy / mutant.path.relative_to(ROOT / "src")
     source = mutant.path.read_bytes()
     target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
     try:
         run = [sys.executable, "-m", *_pytest(["-x", *tests])]
-        return subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=300).returncode != 0
+        done = subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=300)
+        return "noticed" if done.returncode else "not noticed"
     except subprocess.TimeoutExpired:
-        return True
+        return "out of time"
     finally:
         target.write_bytes(source)
 
@@ -165,22 +167,25 @@ def main() -> int:
         draw.shuffle(found)
         copy = folder / "src"
         shutil.copytree(ROOT / "src", copy)
-        number = survivors = 0
+        outcomes = Counter[str]()
         for mutant in found:
             tests = comes_by(tuple(arguments.tests or tests_of(mutant.path))).get((str(mutant.path), mutant.line))
             if not tests:
                 continue
-            number += 1
-            if not is_noticed(mutant, draw.sample(tests, min(len(tests), arguments.tests_each)), copy):
-                survivors += 1
+            outcome = outcome_of(mutant, draw.sample(tests, min(len(tests), arguments.tests_each)), copy)
+            outcomes[outcome] += 1
+            if outcome != "noticed":
                 old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
-                print(f"{mutant.path.relative_to(ROOT)}:{mutant.line}: {old!r} -> {mutant.text!r}", flush=True)
-            if number % 10 == 0:
-                print(f"{number} mutants, {survivors} not noticed", file=sys.stderr, flush=True)
-            if number == arguments.number:
+                print(
+                    f"{outcome}: {mutant.path.relative_to(ROOT)}:{mutant.line}: {old!r} -> {mutant.text!r}", flush=True
+                )
+            if outcomes.total() % 10 == 0:
+                print(dict(outcomes), file=sys.stderr, flush=True)
+            if outcomes.total() == arguments.number:
                 break
-    share = 1 - survivors / max(1, number)
-    print(f"{number - survivors} of {number} mutants were noticed ({share:.0%}), of {len(found)} possible ones.")
+    # One that makes the code run for ever is noticed by whoever waits for it.
+    share = 1 - outcomes["not noticed"] / max(1, outcomes.total())
+    print(f"{dict(outcomes)}: {share:.0%} of {outcomes.total()} mutants were noticed, of {len(found)} possible ones.")
     return int(share < 0.9)
 
 
