@@ -388,6 +388,24 @@ def test_what_lies_beside_the_logs(tmp_path):
     assert reports == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("log_dir", "save_dir", "theirs", "ours"), [("a", "b", "b", "a"), (None, "b", "b", "b"), ("a", None, None, "a")]
+)
+def test_the_folder_of_a_logger_of_ones_own(tmp_path, log_dir, save_dir, theirs, ours):
+    found = []
+    for framework in pair():
+        folders = {"log_dir": log_dir, "save_dir": save_dir}
+        logger = type("Own", (framework.Logger,), {
+            "name": "own", "version": 1, "log_metrics": lambda *_, **__: None, "log_hyperparams": lambda *_, **__: None,
+            **folders,
+        })()  # fmt: skip
+        trainer = framework.Trainer(
+            accelerator="cpu", logger=logger, enable_checkpointing=False, default_root_dir=tmp_path
+        )
+        found.append(trainer.log_dir)
+    assert found == [theirs, ours]
+
+
 def test_gathered_numbers_keep_their_types():
     types = []
     for name in ("lightning.fabric", "levin"):
