@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import resource
+import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader
 
-from levin import LightningModule
+from levin import LightningModule, Trainer
 from levin.planning import Collectives, main, plan_run
+from levin.strategies.context import share_sequences
 from levin.strategies.model_parallel import apply_plan
-from levin.strategies.sharding import ShardingPlan, apply_sharding
+from levin.strategies.sharding import ShardingPlan, apply_sharding, repeated_blocks
 from tests.distributed import world_size
+from tests.strategies.small import QUIET
+from tests.strategies.test_pipeline import pipelines
 
 PLAN = {"blocks.*.up": "column", "blocks.*.down": "row"}
 
@@ -103,6 +110,129 @@ def test_the_peak_is_what_two_processes_need():
     torch.distributed.destroy_process_group()
     plan = plan_run(make_large, "mesh:dp=2", optimizer=lambda params: torch.optim.AdamW(params, foreach=False))
     assert plan.peak == pytest.approx(needed, rel=0.2)
+
+
+class Attending(Block):
+    """A block whose attention looks over the sequence."""
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        attended = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return super().forward(x + attended.transpose(1, 2).flatten(2))
+
+
+def make_attending():
+    net, batch = make()
+    net.blocks = nn.ModuleList(Attending(32) for _ in range(3))
+    return net, batch
+
+
+@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.slow)])
+@world_size(4, timeout_s=120)
+def test_the_plan_of_shared_sequences_is_what_processes_keep_and_send(data):
+    net, batch = make_attending()
+    mesh = init_device_mesh("cpu", (data, 4 // data), mesh_dim_names=("data", "context"))
+    share_sequences(repeated_blocks(net), mesh["context"].get_group())
+    apply_sharding(net, ShardingPlan(mesh=mesh._flatten("all")))
+    kept, moved = train(net, batch)
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    plan = plan_run(make_attending, f"mesh:dp={data},cp={4 // data}")
+    # The plan is that of the first process; 50 rows make the last one smaller.
+    planned = [plan.parameters, plan.gradients, plan.optimizer_states]
+    assert planned == kept if rank == 0 else all(map(operator.ge, planned, kept))
+    assert dict(plan.collectives) == moved
+    assert moved["all_to_all"][0] == 3 * 4 * 2
+
+
+class Staged(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.blocks = nn.ModuleList(Block(32) for _ in range(4))
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).tanh()
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(16, 8, dtype=torch.int64), batch_size=8)
+
+
+def make_staged():
+    return Staged(), torch.zeros(8, 8, dtype=torch.int64)
+
+
+class Kept:
+    """What autograd keeps, in bytes: now, and at most."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+        self.sizes: dict[int, int] = {}
+        self.most = 0
+
+    def pack(self, tensor):
+        is_batch = tensor.dtype == torch.int64
+        if is_batch or isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return tensor
+        storage = tensor.untyped_storage()
+        self.counts[storage._cdata] += 1
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.most = max(self.most, sum(self.sizes[key] for key, count in self.counts.items() if count))
+        holder = Holder(tensor)
+        weakref.finalize(holder, self.counts.subtract, [storage._cdata])
+        return holder
+
+
+class Holder:
+    def __init__(self, tensor) -> None:
+        self.tensor = tensor
+
+
+@pipelines
+@world_size(2, connect=False, timeout_s=120)
+def test_the_plan_of_a_pipeline_is_what_two_processes_keep_and_send():
+    plan = plan_run(make_staged, "mesh:pp=2")
+    module = Staged()
+    trainer = Trainer(strategy="mesh:pp=2", devices=2, max_epochs=1, enable_checkpointing=False, **QUIET)
+    kept, moved = Kept(), Collectives()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: getattr(held, "tensor", held)), moved:
+        trainer.fit(module)
+    own = plan.stages[trainer.global_rank]
+    [optimizer] = trainer.optimizers
+    states = [value for values in optimizer.state.values() for value in values.values()]
+    assert own.parameters == own.gradients == sum(p.numel() * 4 for p in module.parameters())
+    assert own.optimizer_states == sum(value.numel() * value.element_size() for value in states)
+    assert own.activations == kept.most
+    # Two batches, and a word of four bytes when the schedule is made.
+    count, size = own.collectives["send"]
+    assert moved.seen["send"] == (2 * count + 1, 2 * size + 4)
+    assert plan.bubble == 1 / 5 and plan.peak == max(stage.peak for stage in plan.stages)
+
+
+def test_pipelines_and_shared_sequences_of_many_processes_are_planned_on_one():
+    plan = plan_run(make_staged, "mesh:pp=4")
+    assert len(plan.stages) == 4
+    assert "stage 3\nparameters" in str(plan) and "waiting for other stages: 27% of a step" in str(plan)
+    assert sum(stage.parameters for stage in plan.stages) == sum(p.numel() * 4 for p in Staged().parameters())
+    with pytest.raises(ValueError, match="for processes with a stage each, received 'mesh:pp=2,dp=2'"):
+        plan_run(make_staged, "mesh:pp=2,dp=2")
+    with pytest.raises(ValueError, match="7 stages need as many layers"):
+        plan_run(make_staged, "mesh:pp=7")
+    with pytest.raises(ValueError, match="must take .batch, sequence, features. whose sequence 3 processes can share"):
+        plan_run(make_attending, "mesh:cp=3")
+    assert (
+        plan_run(make_attending, "mesh:dp=64,cp=4").parameters < plan_run(make_attending, "mesh:cp=2").parameters / 20
+    )
 
 
 def test_weights_fall_with_the_number_of_processes():

@@ -14,8 +14,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,10 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from levin.module import LightningModule
+from levin.strategies import microbatches
+from levin.strategies.context import share_sequences
 from levin.strategies.contexts import run_as_forward
-from levin.strategies.mesh import parse_mesh
-from levin.strategies.model_parallel import COPIES, SHARDS, TENSOR, apply_plan
-from levin.strategies.sharding import ShardingPlan, apply_sharding
+from levin.strategies.mesh import DEGREES, parse_mesh
+from levin.strategies.model_parallel import CONTEXT, COPIES, SHARDS, TENSOR, apply_plan
+from levin.strategies.replay import Announced, ReachedError, Replay
+from levin.strategies.sharding import META, ShardingPlan, apply_sharding, repeated_blocks
+from levin.strategies.stages import PipelinePlan, leave_out, stages_in, stages_of
 from levin.utilities.exceptions import MisconfigurationException
 
 MakeModule = Callable[[], tuple[nn.Module, Any]]
@@ -39,7 +44,8 @@ _MIB = 2**20
 _NAMES = {
     "_allgather_base_": "all_gather", "all_gather_into_tensor": "all_gather", "allgather_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
-    "allreduce_": "all_reduce", "all_reduce": "all_reduce", "all_to_all_single": "all_to_all", "broadcast_": "broadcast",
+    "allreduce_": "all_reduce", "all_reduce": "all_reduce", "all_to_all_single": "all_to_all",
+    "alltoall_base_": "all_to_all", "broadcast_": "broadcast", "send": "send",
 }  # fmt: skip
 
 
@@ -55,7 +61,9 @@ class Plan:
         activations: Kept for backward at the moment at which most memory is used.
         peak: All memory at that moment, with gathered weights and what is computed on.
         collectives: Name -> how often in a step, and how many bytes in all. A gather counts what comes out, a
-            scatter what goes in.
+            scatter what goes in; ``"send"`` is what goes to the stages beside that of the process.
+        bubble: What part of a step a process of a pipeline waits for others, where all stages take as long.
+        stages: The plan of each stage of a pipeline; the numbers above are those of the one that needs most memory then.
     """
 
     num_processes: int
@@ -65,14 +73,20 @@ class Plan:
     activations: int
     peak: int
     collectives: Mapping[str, tuple[int, int]]
+    bubble: float = 0.0
+    stages: tuple[Plan, ...] = ()
 
     def __str__(self) -> str:
+        if self.stages:
+            of_stages = (f"stage {number}\n{stage._sizes()}" for number, stage in enumerate(self.stages))
+            return "\n".join([*of_stages, f"waiting for other stages: {self.bubble:.0%} of a step"])
+        return f"each of {self.num_processes} processes\n{self._sizes()}"
+
+    def _sizes(self) -> str:
         sizes = ("parameters", "gradients", "optimizer_states", "activations", "peak")
         lines = [f"{name.replace('_', ' '):18}{getattr(self, name) / _MIB:12.1f} MiB" for name in sizes]
         moved = [f"{name:18}{size / _MIB:12.1f} MiB in {count}" for name, (count, size) in self.collectives.items()]
-        return "\n".join(
-            [f"each of {self.num_processes} processes", *lines, "moved in each step", *(moved or ["nothing"])]
-        )
+        return "\n".join([*lines, "moved in each step", *(moved or ["nothing"])])
 
 
 def plan_run(
@@ -87,7 +101,8 @@ def plan_run(
         make: Returns the module and a batch of one process. A LightningModule runs its ``training_step`` and has the first
             optimizer of its ``configure_optimizers``; another module is called with the batch, and with its items when that
             is a tuple.
-        mesh: For example ``"mesh:dp=512"``; see :func:`levin.strategies.mesh.parse_mesh`.
+        mesh: For example ``"mesh:dp=512"``; see :func:`levin.strategies.mesh.parse_mesh`. ``pp`` by itself is planned, with as many
+            layers in each stage, the schedule 1F1B and twice as many parts of the batch as stages.
         optimizer: Makes the optimizer of parameters, where the module does not.
         plan: As for :class:`levin.strategies.ModelParallelStrategy`.
 
@@ -102,18 +117,32 @@ def plan_run(
         512.125
     """
     degrees = parse_mesh(mesh)
-    if degrees.get("pp", 1) * degrees.get("cp", 1) > 1:
-        raise MisconfigurationException(
-            f"A plan is for processes that all run the whole step, received {mesh!r}. Leave out pp, and plan for one stage of it, "
-            "and cp, and plan for sequences as short as a part."
-        )
-    copies, shards, tensor = (degrees.get(name, 1) for name in ("ddp", "dp", "tp"))
+    copies, shards, tensor, stages, context = (degrees.get(name, 1) for name in DEGREES)
     size = math.prod(degrees.values())
+    if stages > 1 and stages < size:
+        raise MisconfigurationException(
+            f"A plan of a pipeline is for processes with a stage each, received {mesh!r}. Plan for mesh:pp={stages}, and for the layers of "
+            f"one stage with the other degrees."
+        )
+    if context > 1 and copies > 1:
+        raise MisconfigurationException(
+            f"cp goes beside dp and tp alone, received {mesh!r}. Use dp in the place of ddp."
+        )
     with _processes_that_are_not_there(size):
-        layout = init_device_mesh("cpu", (copies, shards, tensor), mesh_dim_names=(COPIES, SHARDS, TENSOR))
-        data = layout[COPIES, SHARDS] if copies > 1 else layout[SHARDS]
-        meshes = (data if shards > 1 else None, layout[TENSOR] if tensor > 1 else None)
+        layout = init_device_mesh(
+            "cpu", (copies, shards, context, tensor), mesh_dim_names=(COPIES, SHARDS, CONTEXT, TENSOR)
+        )
+        # Those that share sequences share weights, too.
+        sharers = layout[SHARDS, CONTEXT]._flatten("weights") if context > 1 else layout[SHARDS]
+        data = layout[COPIES, SHARDS] if copies > 1 else sharers
+        meshes = _Meshes(
+            data if shards * context > 1 else None,
+            layout[TENSOR] if tensor > 1 else None,
+            layout[CONTEXT] if context > 1 else None,
+        )
         try:
+            if stages > 1:
+                return _measure_stages(make, PipelinePlan(stages), optimizer)
             return _measure(make, meshes, size, optimizer, plan, copies > 1)
         except DataDependentOutputException as error:
             raise RuntimeError(
@@ -122,15 +151,23 @@ def plan_run(
             ) from error
 
 
+class _Meshes(NamedTuple):
+    """The processes that share weights, layers and sequences; None for no others."""
+
+    data: DeviceMesh | None
+    tensor: DeviceMesh | None
+    context: DeviceMesh | None
+
+
 def _measure(
     make: MakeModule,
-    meshes: tuple[DeviceMesh | None, DeviceMesh | None],
+    meshes: _Meshes,
     size: int,
     make_optimizer: Callable[..., Optimizer],
     plan: Mapping[str, Any] | None,
     has_copies: bool,
 ) -> Plan:
-    data, tensor = meshes
+    data, tensor, context = meshes
     without_memory = FakeTensorMode()
     with without_memory:
         module, batch = make()
@@ -139,6 +176,8 @@ def _measure(
     # Cut outside of the mode: meshes compute with tensors that are there.
     if tensor is not None:
         apply_plan(module, tensor, plan or {})
+    if context is not None:
+        share_sequences(repeated_blocks(module), context.get_group(), is_tried=True)
     if data is not None:
         apply_sharding(module, ShardingPlan(mesh=data))
     with without_memory:
@@ -173,6 +212,85 @@ def _measure(
     )
 
 
+def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callable[..., Optimizer]) -> Plan:
+    """Return the plan of a pipeline, out of one part of a batch that goes through each stage by itself."""
+
+    def made() -> tuple[nn.Module, Any]:
+        with META:
+            module, batch = make()
+            if isinstance(module, LightningModule):
+                module.configure_model()
+        size = microbatches.size_of(batch)
+        return module, microbatches.split(batch, math.gcd(size, plan.parts), size)
+
+    module, parts = made()
+    layers, names = stages_in(module, plan)
+    replay = Replay(module, layers, names, META)
+    lacks = [replay.lacks(number, partial(_loss, module, parts[0])) for number in range(plan.size)]
+    stages = []
+    for number in range(plan.size):
+        module, parts = made()
+        replay = Replay(module, dict(stages_in(module, plan)[0]), names, META)
+        stage_of = stages_of(dict(module.named_parameters(remove_duplicate=False)), names)
+        leave_out(module, [name for name, stage in stage_of.items() if stage != number], replay.without_values)
+        received, wanted = lacks[number], [] if number + 1 == plan.size else lacks[number + 1]
+        kept = _run_stage(replay, number, module, parts[0], received, wanted)
+        parameters = list(module.parameters())
+        optimizer = _optimizer_of(module, make_optimizer)
+        optimizer.step()
+        # Under 1F1B a stage has forward passes under way for itself and for each stage after it.
+        activations = kept * min(len(parts), plan.size - number)
+        own = _bytes_of(parameters)
+        gradients = _bytes_of(parameter.grad for parameter in parameters)
+        states = _bytes_of(value for values in optimizer.state.values() for value in values.values())
+        sent = [shape.numel() * dtype.itemsize for _, shape, dtype in wanted]
+        sent += [shape.numel() * dtype.itemsize for _, shape, dtype in received if dtype.is_floating_point]
+        stages.append(
+            Plan(
+                num_processes=1,
+                parameters=own,
+                gradients=gradients,
+                optimizer_states=states,
+                activations=activations,
+                peak=own + gradients + states + activations,
+                collectives={"send": (len(sent) * len(parts), sum(sent) * len(parts))},
+            )
+        )
+    most = max(stages, key=lambda stage: stage.peak)
+    bubble = (plan.size - 1) / (len(parts) + plan.size - 1)
+    return replace(most, num_processes=plan.size, bubble=bubble, stages=tuple(stages))
+
+
+def _run_stage(
+    replay: Replay, number: int, module: nn.Module, batch: Any, received: list[Announced], wanted: list[Announced]
+) -> int:
+    """Run forward and backward of one stage, and return how many bytes it keeps between them beside the batch."""
+    inputs = [
+        torch.empty(shape, dtype=dtype, device=META, requires_grad=dtype.is_floating_point)
+        for _, shape, dtype in received
+    ]
+    there_anyway = {
+        leaf.untyped_storage()._cdata
+        for leaf in tree_flatten((batch, list(module.parameters())))[0]
+        if isinstance(leaf, Tensor)
+    }
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there_anyway:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        try:
+            outputs = [replay.run(number, partial(_loss, module, batch), inputs, wanted)]
+        except ReachedError as reached:
+            outputs = [tensor for tensor in reached.tensors if tensor.requires_grad]
+    torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
+    return sum(kept.values())
+
+
 class Collectives(TorchDispatchMode):
     """Counts what is said to other processes while it is on, and its bytes."""
 
@@ -194,7 +312,9 @@ class Collectives(TorchDispatchMode):
         name = _NAMES.get(func._schema.name.partition("::")[2])
         if func.namespace in ("c10d", "_c10d_functional") and name is not None:
             leaves = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)]
-            self.add(name, max(map(_num_bytes, leaves), default=0))
+            # A list of tensors is one message.
+            given = [leaf for leaf in tree_flatten(args[:1])[0] if isinstance(leaf, Tensor)]
+            self.add(name, max([sum(map(_num_bytes, given)), *map(_num_bytes, leaves)]))
         return result
 
 

@@ -22,9 +22,10 @@ from tests.distributed import world_size
 from tests.strategies.small import QUIET, WithLosses, dataset
 from tests.strategies.test_fsdp import Block, alone
 
-pytestmark = pytest.mark.skipif(
+pipelines = pytest.mark.skipif(
     not hasattr(PipelineStage, "_warmup_forward_vote"), reason="torch's pipelines do not run over Gloo in this version"
 )
+pytestmark = pipelines
 DEPTH = 3
 SLOW = pytest.mark.slow
 

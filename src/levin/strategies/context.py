@@ -95,15 +95,16 @@ _taken: Function = _Part.apply
 _joined: Function = _Whole.apply
 
 
-def share_sequences(blocks: list[Module], group: Group) -> None:
+def share_sequences(blocks: list[Module], group: Group, is_tried: bool = False) -> None:
     """Let blocks run on a part of the sequence in each process, in place.
 
     Args:
         blocks: Each takes a tensor of ``(batch, sequence, features)`` first, and returns one. Of further inputs they get their
             part where these have a value for each place; see :func:`place_of_sequence`.
         group: The processes that share sequences.
+        is_tried: Whether the blocks are known to give the same for parts of a sequence, and are not tried out.
     """
-    tried: set[type] = set()
+    tried: set[type] = {type(block) for block in blocks} if is_tried else set()
     for block in blocks:
         vars(block)["forward"] = _shared(block, group, tried)
 
