@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import pickle
 import subprocess
@@ -17,7 +18,7 @@ import yaml
 import levin
 from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from levin.cli.class_paths import to_levin, to_lightning
-from levin.cli.parser import OWN_ARGUMENTS, nearest
+from levin.cli.parser import OWN_ARGUMENTS, OWN_ARGUMENTS_OF, nearest
 
 QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
          "--trainer.enable_model_summary=false", "--trainer.enable_checkpointing=false"]  # fmt: skip
@@ -121,6 +122,27 @@ def test_a_checkpoint_of_a_subclass_is_built_as_that_subclass(tmp_path):
     assert type(loaded).__name__ == "Wider" and loaded.hparams.depth == 3
 
 
+def test_a_checkpoint_holds_arguments_that_nobody_declared(tmp_path):
+    words = ["--model=tests.cli.test_lightning_cli.Open", "--model.dict_kwargs.extra=5", "--optimizer=SGD"]
+    cli = LightningCLI(
+        Net,
+        args=[*QUIET, *words, "--trainer.max_epochs=1"],
+        run=False,
+        subclass_mode_model=True,
+        save_config_callback=None,
+    )
+    cli.trainer.fit(cli.model)
+    cli.trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    assert Net.load_from_checkpoint(tmp_path / "saved.ckpt").unknown == cli.model.unknown == {"extra": 5}
+
+
+class Open(Net):
+    def __init__(self, depth: int = 1, **unknown):
+        super().__init__()
+        self.save_hyperparameters()
+        self.unknown = unknown
+
+
 class Wider(Net):
     def __init__(self, depth: int = 1, **kwargs):
         super().__init__(**kwargs)
@@ -183,6 +205,36 @@ def test_a_program_for_lightning_writes_a_configuration_that_both_frameworks_rea
         again = run_program(tmp_path, imports, "fit", "--config=config.yaml", "--print_config")
         assert again.returncode == 0, again.stderr
         assert "monitor: x" in again.stdout
+
+
+def test_objects_with_more_arguments_than_lightnings_are_written_so_that_it_reads_them(tmp_path):
+    words = ["fit", "--optimizer=SGD", "--trainer.strategy=DDPStrategy"]
+    for callback in ("DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint"):
+        words.append(f"--trainer.callbacks+={callback}")
+    on_levin = run_program(tmp_path, THEIRS, *words, "--print_config", before=("-m", "levin"))
+    assert on_levin.returncode == 0, on_levin.stderr
+    (tmp_path / "config.yaml").write_text(on_levin.stdout)
+    for imports in (THEIRS, OURS):
+        again = run_program(tmp_path, imports, "fit", "--config=config.yaml", "--print_config")
+        assert again.returncode == 0, again.stderr
+    words += ["--trainer.callbacks.async_save=true", "--trainer.strategy.uneven=error", "--print_config"]
+    given = yaml.safe_load(run_program(tmp_path, THEIRS, *words, before=("-m", "levin")).stdout)["trainer"]
+    assert (
+        given["callbacks"][-1]["init_args"]["async_save"] is True
+        and given["strategy"]["init_args"]["uneven"] == "error"
+    )
+
+
+@pytest.mark.parametrize("room", ["callbacks", "loggers", "profilers", "strategies"])
+def test_arguments_that_lightning_lacks_are_those_that_configurations_leave_out(room):
+
+    theirs, ours = importlib.import_module(f"lightning.pytorch.{room}"), importlib.import_module(f"levin.{room}")
+    for name in theirs.__all__:
+        pair = [getattr(module, name, None) for module in (ours, theirs)]
+        if all(map(inspect.isclass, pair)) and not inspect.isabstract(pair[0]) and name != "ParallelStrategy":
+            more = set.difference(*(set(inspect.signature(kind.__init__).parameters) for kind in pair))
+            own = {each for kind in pair[0].__mro__ for each in OWN_ARGUMENTS_OF.get(kind.__name__, ())}
+            assert more - {"args", "kwargs"} <= own, name
 
 
 def test_arguments_of_the_trainer_that_lightning_lacks_are_those_that_configurations_leave_out():

@@ -247,6 +247,7 @@ def run(name: str, folder: Path, build: Any, *, keep: bool = False) -> dict[str,
     before, argv = os.getcwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["program.py"]
+    os.environ.pop("PL_GLOBAL_SEED", None)
     levels = {log: log.level for log in map(logging.getLogger, ("levin", "lightning.pytorch", "lightning.fabric"))}
     for log in levels:
         log.setLevel(logging.CRITICAL)
@@ -270,6 +271,7 @@ def run(name: str, folder: Path, build: Any, *, keep: bool = False) -> dict[str,
         for log, level in levels.items():
             log.setLevel(level)
     result["calls"] = list(own.calls)
+    result["seed"] = os.environ.get("PL_GLOBAL_SEED")
     result["files"] = {
         str(path.relative_to(folder)): same(path.read_text()) for path in sorted(folder.rglob("*.yaml"))
         if "hparams" not in path.name

@@ -103,6 +103,50 @@ def random_subclasses(drawn: random.Random) -> Any:
     return objects(args, **mode)
 
 
+ODD: dict[str, list[str]] = {
+    "null": ["--optimizer=null", "--trainer.callbacks=null", "--trainer.logger=null", "--seed_everything=false"],
+    "no seed": ["--seed_everything=false"],
+    "any seed": ["--seed_everything=true"],
+    "callbacks one after the other": [
+        "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=a", "--trainer.callbacks+=Noted",
+        "--trainer.callbacks.note=x", "--trainer.callbacks+=Noted", "--trainer.callbacks.count=2",
+    ],
+    "a class in place of another": ["--model.net=Deep", "--model.net.depth=4", "--model.net=Net"],
+    "an argument before its class": ["--model.net.depth=4", "--model.net=Deep"],
+    "a group as a whole": ['--trainer={"max_epochs": 4}', '--model={"lr": 0.6}'],
+    "a configuration as a word": ["-c", '{"model": {"lr": 0.7}}'],
+    "an abbreviation": ["--trainer.max_ep=3"],
+    "a scheduler alone": ["--lr_scheduler=StepLR", "--lr_scheduler.step_size=2"],
+    "a scheduler without its arguments": ["--optimizer=SGD", "--lr_scheduler=StepLR"],
+    "no optimizer": ["--optimizer=Linear"],
+    "a short precision": ["--trainer.precision=32"],
+    "a wrong precision": ["--trainer.precision=31"],
+    "a wrong seed": ["--seed_everything=abc"],
+    "a file that is not there": ["-c", "absent.yaml"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_arguments_make_the_same_objects(tmp_path, name, fresh_process):
+    theirs, ours = fresh_process.submit(run_odd, tmp_path, name).result()
+    for result in (theirs, ours):
+        result["err"] = [line.partition(" File does not exist")[0] for line in result.get("err", [])]
+    assert ours == theirs
+
+
+def run_odd(folder: Path, name: str) -> tuple[Any, Any]:
+    build = objects(ODD[name])
+    return run("lightning", folder, build), run("levin", folder, build)
+
+
+def test_callbacks_of_the_program_follow_those_of_the_command_line(tmp_path):
+    def add(own: Any, parser: Any) -> None:
+        parser.add_lightning_class_args(own.Noted, "noted")
+
+    words = ["--trainer.callbacks=Noted", "--trainer.callbacks.note=configured", "--noted.note=forced"]
+    assert both(tmp_path, custom(add, words))["notes"] == [("configured", 1), ("forced", 1)]
+
+
 # ---------------------------------------------------------------------------------------------- subcommands and hooks
 
 
@@ -154,6 +198,11 @@ def test_a_fit_writes_the_configuration_beside_the_logs(tmp_path):
     ]
     result = both(tmp_path, lambda own: own.LightningCLI(own.OwnOptimizer, own.Data, args=["fit", *QUIET, *words]))
     assert list(result["files"]) == ["logs/lightning_logs/version_0/config.yaml"]
+    dry = ["--trainer.fast_dev_run=true"]
+    result = both(
+        tmp_path / "dry", lambda own: own.LightningCLI(own.OwnOptimizer, own.Data, args=["fit", *QUIET, *dry])
+    )
+    assert not result["files"]
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -59,6 +59,7 @@ def state_of(model, trainer):
     return (
         copy.deepcopy(model.state_dict()),
         optimizers,
+        [parameter.grad if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
         torch.get_rng_state(),
         random.getstate(),
         model.seen[:],

@@ -29,7 +29,7 @@ from levin.utilities.types import Function
 
 try:
     import jsonargparse
-    from jsonargparse import ActionConfigFile, ArgumentParser, class_from_function  # type: ignore[attr-defined]  # not in its __all__
+    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, class_from_function  # type: ignore[attr-defined]  # not in its __all__
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "LightningCLI needs jsonargparse, which is not installed. Run `pip install 'levin[cli]'`."
@@ -46,6 +46,19 @@ AnyClass = Union[type, Function]
 Configured = dict[str, tuple[Any, str]]
 # Of the Trainer: what Lightning's lacks. They are in a configuration only where somebody gave them, so that it reads it.
 OWN_ARGUMENTS = ("compile",)
+# The same of classes that a configuration chooses, by the names that they share with Lightning's.
+OWN_ARGUMENTS_OF: dict[str, tuple[str, ...]] = {
+    "DeviceStatsMonitor": ("filter_keys",),
+    "LearningRateMonitor": ("log_key_prefix",),
+    "ModelCheckpoint": ("async_save",),
+    "Strategy": ("precision",),
+    "ParallelStrategy": ("step_timeout", "uneven"),
+    "FSDPStrategy": ("ignored_states",),
+    "ModelParallelStrategy": (
+        "activation_checkpointing", "context_parallel_size", "copies", "num_microbatches", "pipeline_parallel_size",
+        "pipeline_schedule", "pipeline_split", "plan",
+    ),
+}  # fmt: skip
 
 
 class LightningArgumentParser(ArgumentParser):
@@ -178,9 +191,10 @@ class LightningArgumentParser(ArgumentParser):
         return super()._check_value_key(action, to_levin(value), *args, **kwargs)
 
     def dump(self, cfg: Any, *args: object, **kwargs: object) -> str:
-        """Return the configuration as text; a program for Lightning gets Lightning's class paths."""
-        text: str = super().dump(cfg, *args, **kwargs)
-        return to_lightning(text) if is_alias_installed() else text
+        """Return the configuration as text; a program for Lightning gets one that Lightning reads."""
+        if not is_alias_installed():
+            return str(super().dump(cfg, *args, **kwargs))
+        return to_lightning(super().dump(_without_own(cfg), *args, **kwargs))
 
     # ------------------------------------------------------------------ errors
 
@@ -188,6 +202,29 @@ class LightningArgumentParser(ArgumentParser):
         """End the program, or raise; what was mistyped is answered with the nearest that there is."""
         hint = "" if "Did you mean" in message else nearest(message, list(_keys(self)), class_names())
         super().error(f"{message}\n{hint}" if hint else message, ex)
+
+
+def _without_own(value: Any) -> Any:
+    """Return a configuration without what levin's classes take beyond Lightning's, where that is as it is by default."""
+    if isinstance(value, list):
+        return [_without_own(item) for item in value]
+    if not isinstance(value, Namespace):
+        return value
+    kept = Namespace(**{key: _without_own(item) for key, item in vars(value).items()})
+    given = kept.get("init_args")
+    if isinstance(given, Namespace):
+        for name, default in _own_defaults(kept["class_path"]):
+            if given.get(name, default) == default:
+                given.pop(name, None)
+    return kept
+
+
+def _own_defaults(class_path: str) -> Iterator[tuple[str, object]]:
+    """Yield the names and defaults of the arguments that a class, or a base of it, takes beyond Lightning's."""
+    module, _, name = class_path.rpartition(".")
+    for kind in getattr(importlib.import_module(module), name).__mro__:
+        for argument in OWN_ARGUMENTS_OF.get(kind.__name__, ()) if kind.__module__.startswith("levin.") else ():
+            yield argument, inspect.signature(kind).parameters[argument].default
 
 
 def nearest(message: str, keys: Sequence[str], names: Sequence[str] = ()) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, Union, get_args
+
 import torch
 
 from levin.precision.mixed import MixedPrecision
@@ -10,10 +12,13 @@ from levin.precision.true import DoublePrecision, HalfPrecision
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.rank_zero import rank_zero_warn
 
-PRECISIONS = (
+PrecisionName = Literal[
     "32-true", "64-true", "16-true", "bf16-true", "16-mixed", "bf16-mixed", "float8", "transformer-engine",
     "transformer-engine-float16",
-)  # fmt: skip
+]  # fmt: skip
+PrecisionInput = Union[Literal[64, 32, 16], PrecisionName, Literal["64", "32", "16", "bf16"]]
+"""What users may say: the command line reads its choices here."""
+PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 # The value says whether the short form is so often misunderstood that levin points to the long one.
 _SHORT_FORMS: dict[object, tuple[str, bool]] = {
     64: ("64-true", False),

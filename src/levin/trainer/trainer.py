@@ -24,6 +24,7 @@ from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
 from levin.loops.run import Run, find_log_dir
 from levin.module import LightningModule
+from levin.precision.choose import PrecisionInput
 from levin.precision.precision import Precision
 from levin.profilers.choose import resolve_profiler
 from levin.profilers.profiler import Profiler
@@ -207,7 +208,7 @@ class Trainer:
         strategy: Union[str, Strategy] = "auto",
         devices: Union[list[int], str, int] = "auto",
         num_nodes: int = 1,
-        precision: Optional[Union[str, int]] = None,
+        precision: Optional[PrecisionInput] = None,
         logger: Optional[Union[Logger, Iterable[Logger], bool]] = None,
         callbacks: Optional[Union[list[Callback], Callback]] = None,
         fast_dev_run: Union[int, bool] = False,
