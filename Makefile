@@ -155,7 +155,7 @@ $(INTEGRATIONS)/%/.installed: $(STAMP) constraints-integrations.txt
 
 .PHONY: test-loggers test-slurm test-ray test-jobs test-stores test-integrations
 test-loggers: $(INTEGRATIONS)/loggers/.installed  ## Run the loggers against the real packages and a real MLflow server
-	$(call TEST_INTEGRATION,loggers,tests/integrations/test_loggers.py tests/integrations/test_lightning_ai.py tests/integrations/test_own_integrations.py)
+	$(call TEST_INTEGRATION,loggers,$(addprefix tests/integrations/test_,loggers.py logger_faults.py lightning_ai.py own_integrations.py))
 
 test-slurm: $(INTEGRATIONS)/slurm/.installed  ## Run jobs under a real SLURM with two nodes on this machine (Debian; needs root)
 	command -v slurmctld munged || { apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.integrations.lightning_service import LightningService
-from tests.integrations.proxy import Proxy
+from tests.integrations.times import print_times
 
 ROOT = Path(__file__).parents[2]
 # What the packages upload is put into a folder instead: files take another way there, in pieces, to a store.
 UPLOADS = """
-import shutil, sys
+import os, shutil, sys
 from pathlib import Path
+from tests.integrations.proxy import Proxy
+proxy = Proxy(int(sys.argv[2]))
+os.environ["LIGHTNING_CLOUD_URL"] = f"http://127.0.0.1:{proxy.port}"
 import levin.compat
 levin.compat.install()
 import lightning_sdk.models, lightning_sdk.teamspace, litlogger.media, litmodels.io.cloud
@@ -53,12 +56,12 @@ def service() -> Iterator[LightningService]:
 
 def run(program: str, folder: Path, port: int, status: int = 0) -> subprocess.CompletedProcess[str]:
     account = {
-        "LIGHTNING_CLOUD_URL": f"http://127.0.0.1:{port}", "LIGHTNING_USER_ID": "u", "LIGHTNING_API_KEY": "k",
+        "LIGHTNING_USER_ID": "u", "LIGHTNING_API_KEY": "k",
         "LIGHTNING_CREDENTIAL_PATH": str(folder / "credentials"), "LIGHTNING_CLOUD_CONNECT_TIMEOUT": "2",
         "LIGHTNING_CLOUD_READ_TIMEOUT": "2",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", UPLOADS + program, str(folder)], capture_output=True, text=True, timeout=400,
+        [sys.executable, "-W", "ignore", "-c", UPLOADS + program, str(folder), str(port)], capture_output=True, text=True, timeout=400,
         cwd=folder, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", **account},
     )  # fmt: skip
     assert done.returncode == status, done.stdout + done.stderr
@@ -74,14 +77,14 @@ saved = ModelCheckpoint("saved", filename="{epoch}", monitor="loss")
 trainer(folder, logger, callbacks=[saved]).fit(Line(sizes={"in": 8}), loader(3))
 Path("note.txt").write_text("hello")
 logger.log_file("note.txt")
-print(logger.url, logger.name, logger.log_dir)
+print(logger.url.replace(str(proxy.port), "port"), logger.name, logger.log_dir)
 logger.finalize("success")
 """
 
 
 def test_litlogger_has_all_of_a_run(service, tmp_path):
     done = run(LOGS, tmp_path, service.server_port)
-    assert f"http://127.0.0.1:{service.server_port}/org/space/experiments/exp exp ./lightning_logs/exp" in done.stdout
+    assert "http://127.0.0.1:port/org/space/experiments/exp exp ./lightning_logs/exp" in done.stdout
     assert [step for step, _ in service.values["loss"]] == list(range(6))
     tags = {tag["name"]: tag["value"] for tag in service.streams["exp"]["tags"]}
     assert tags == {"team": "a", "lr": "0.1", "sizes/in": "8"}
@@ -91,42 +94,57 @@ def test_litlogger_has_all_of_a_run(service, tmp_path):
     assert [path.name for path in (tmp_path / "saved").iterdir()] == ["epoch=1.ckpt"]
 
 
-def test_what_was_logged_while_the_service_was_away_is_sent(service, tmp_path):
-    proxy = Proxy(service.server_port)
-    program = f"""
+AWAY = """
 import signal, time
 from levin.loggers import LitLogger
 from tests.integrations.test_loggers import Line, loader, trainer
 from tests.integrations.times import Clock
-control = Path({str(tmp_path / "control")!r})
-def away(): control.write_text("stop"); time.sleep(1)
-def back(): control.unlink(); time.sleep(4)
-clock = Clock({{5: away, 30: back}})
+clock = Clock({5: lambda: [proxy.stop(), time.sleep(1)], 30: lambda: [proxy.start(), time.sleep(4)]})
 logger = LitLogger(name="exp", teamspace="org/space")
 before = signal.getsignal(signal.SIGTERM)
 trainer(folder, logger, max_epochs=1, callbacks=[clock]).fit(Line(), loader(60))
 assert signal.getsignal(signal.SIGTERM) is before
-print(f"Lightning away: slowest step {{sorted(clock.seconds)[-3]:.3f}} s")
 """
-    is_over = threading.Event()
 
-    def obey() -> None:
-        while not is_over.wait(0.05):
-            is_told = (tmp_path / "control").exists()
-            if is_told and proxy._listener is not None:
-                proxy.stop()
-            elif not is_told and proxy._listener is None:
-                proxy.start()
 
-    threading.Thread(target=obey, daemon=True).start()
-    try:
-        done = run(program, tmp_path, proxy.port)
-    finally:
-        is_over.set()
-        proxy.stop()
+def test_what_was_logged_while_the_service_was_away_is_sent(service, tmp_path):
+    run(AWAY, tmp_path, service.server_port)
     assert sorted(service.values["loss"]) == sorted(set(service.values["loss"]))
     assert [step for step, _ in sorted(service.values["loss"])] == list(range(60))
-    print(done.stdout.splitlines()[-1])
+
+
+TIMES = """
+import json, time
+from levin.loggers import LitLogger
+from tests.integrations.test_loggers import Line, loader, trainer
+from tests.integrations.times import Clock
+conditions = {
+    "no logger": {}, "healthy": {}, "slow": {1: lambda: setattr(proxy, "delay_s", 0.3)},
+    "deaf": {1: lambda: setattr(proxy, "is_deaf", True)}, "refuses": {1: proxy.stop},
+}
+times, whole_s = {}, {}
+for name, when in conditions.items():
+    logger = name != "no logger" and LitLogger(folder / name, name=name, teamspace="org/space")
+    clock, began = Clock(when), time.perf_counter()
+    trainer(folder, logger, max_epochs=1, callbacks=[clock], enable_checkpointing=False).fit(Line(), loader(400))
+    times[name], whole_s[name] = clock.seconds, time.perf_counter() - began
+    proxy.delay_s, proxy.is_deaf = 0.0, False
+(folder / "times").write_text(json.dumps([times, whole_s]))
+"""
+
+
+def test_a_service_that_is_slow_or_away_slows_nothing(service, tmp_path):
+    run(TIMES, tmp_path, service.server_port)
+    times, whole_s = json.loads((tmp_path / "times").read_text())
+    print_times("Lightning AI", times, whole_s)
+    for condition, seconds in times.items():
+        # A request that training waited for would take 300 ms or more.
+        assert len(seconds) == 399 and sorted(seconds)[-2] < 0.25, condition
+        kept = list((tmp_path / condition).rglob("entries.jsonl"))
+        assert len(kept) == (condition in ("deaf", "refuses")), condition
+    # Of two of the runs everything has arrived.
+    steps = [step for step, _ in service.values["loss"]]
+    assert all(steps.count(step) >= 2 for step in range(400))
 
 
 MODELS = """

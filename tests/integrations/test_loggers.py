@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import socket
 import sqlite3
 import struct
 import subprocess
@@ -335,85 +334,6 @@ def test_comet_is_read_back(is_reachable, tmp_path):
     assert [metric["step"] for metric in metrics if metric["metricName"] == "x_loss"] == list(range(6))
     params = {m["payload"]["param"]["paramName"]: m["payload"]["param"]["paramValue"] for m in messages if m["type"] == "parameter_msg"}  # fmt: skip
     assert params["lr"] == 0.1
-
-
-OFFLINE = """
-import os, signal, sys, time, warnings
-from pathlib import Path
-import psutil
-from levin.loggers import CometLogger, WandbLogger
-from tests.integrations.test_loggers import Line, loader, trainer
-from tests.integrations.times import Clock
-folder, results, service, condition = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
-
-def tell(number):
-    for process in psutil.Process().children(recursive=True):
-        if process.name() == "wandb-core":
-            process.send_signal(number)
-            (results / "told").touch()
-
-when = {"stopped": {50: lambda: tell(signal.SIGSTOP)}, "killed": {50: lambda: tell(signal.SIGKILL)}}
-clock = Clock(when.get(condition))
-warnings.simplefilter("default", UserWarning)
-began = time.perf_counter()
-if condition == "no logger":
-    logger = False
-elif service == "wandb":
-    logger = WandbLogger(project="p", save_dir=folder, offline=True)
-else:
-    logger = CometLogger(project="p", online=None if "COMET_API_KEY" in os.environ else False, offline_directory=str(folder))
-trainer(folder, logger, max_epochs=1, callbacks=[clock], enable_checkpointing=False).fit(Line(), loader(400))
-(results / "whole").write_text(str(time.perf_counter() - began))
-tell(signal.SIGCONT)
-clock.write(results / "times")
-"""
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is full after 128 KiB."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=128k", "levin", str(folder)], capture_output=True
-    ).returncode:
-        pytest.skip("needs root, to mount a small disk")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("service", "conditions"),
-    [
-        ("wandb", ["no logger", "healthy", "stopped", "killed", "full disk"]),
-        ("comet", ["no logger", "healthy", "deaf at the start", "refuses", "full disk"]),
-    ],
-)
-def test_offline_trackers_whose_process_or_disk_fails_slow_nothing(service, conditions, tmp_path, small_disk):
-    deaf = socket.create_server(("127.0.0.1", 0), backlog=64)  # connections are made, and nobody reads them
-    addresses = {"deaf at the start": deaf.getsockname()[1], "refuses": _free_port()}
-    times, whole_s = {}, {}
-    for condition in conditions:
-        results = tmp_path / condition
-        results.mkdir()
-        variables = {}
-        if condition in addresses:
-            url = f"http://127.0.0.1:{addresses[condition]}/"
-            variables = {"COMET_URL_OVERRIDE": url, "COMET_API_KEY": "a" * 25}
-        folder = small_disk if condition == "full disk" else results
-        done = run_program(OFFLINE, folder, results, service, condition, **variables)
-        assert ("The process of wandb is gone" in done.stdout + done.stderr) == (condition == "killed")
-        assert (results / "told").exists() == (service == "wandb" and condition != "no logger")
-        times[condition] = json.loads((results / "times").read_text())
-        whole_s[condition] = float((results / "whole").read_text())
-    deaf.close()
-    print_times(f"{service}, offline", times, whole_s)
-    for condition, seconds in times.items():
-        # A logger that waits for the process, the disk or the service would never come here, or wait in a step.
-        assert whole_s[condition] < 20 and len(seconds) == 399 and max(seconds) < 0.25, condition
-        if service == "wandb" and condition in ("healthy", "stopped"):
-            assert len(wandb_history(wandb_records(tmp_path / condition))) >= 400
 
 
 def trackio_rows(folder: Path) -> list[tuple[str, int, dict[str, Any]]]:

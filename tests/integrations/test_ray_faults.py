@@ -20,7 +20,11 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parents[2]
 STEPS = 400
-CONDITIONS = ["Ray, healthy", "control store stopped", "raylet stopped", "control store killed"]
+# Process of Ray that is killed while the workers train -> the conditions of each 400 steps.
+CONDITIONS = {
+    "gcs_server": ["Ray, healthy", "control store stopped", "raylet stopped", "control store killed"],
+    "raylet": ["Ray, healthy", "raylet killed"],
+}
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -28,7 +32,7 @@ import psutil, ray
 import levin.compat
 
 levin.compat.install()
-folder, steps = sys.argv[1], int(sys.argv[2])
+folder, steps, victim = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
 
 def train(config):
@@ -40,16 +44,18 @@ def train(config):
     store, raylet = psutil.Process(config["store"]), psutil.Process(config["raylet"])
     folder, steps = Path(config["folder"]), config["steps"]
 
-    def kill_raylet():
+    def write():
         clock.write(folder / "times")
-        raylet.kill()
 
     clock = Clock({
-        1 * steps: store.suspend,
-        2 * steps: lambda: [store.resume(), raylet.suspend()],
-        3 * steps: lambda: [raylet.resume(), store.kill()],
-        4 * steps: kill_raylet,
-    })
+        "gcs_server": {
+            1 * steps: store.suspend,
+            2 * steps: lambda: [store.resume(), raylet.suspend()],
+            3 * steps: lambda: [raylet.resume(), store.kill()],
+            4 * steps: lambda: [write(), raylet.kill()],
+        },
+        "raylet": {1 * steps: raylet.kill, 2 * steps: write},
+    }[config["victim"]])
     strategy = RayDDPStrategy()
     trainer = pl.Trainer(**{**QUIET, "max_epochs": 1, "devices": "auto", "strategy": strategy, "enable_checkpointing": False,
                             "plugins": [RayLightningEnvironment()]})
@@ -68,19 +74,22 @@ ray.init("local", num_cpus=3, include_dashboard=False, object_store_memory=100 <
 pids = {child.name(): child.pid for child in psutil.Process().children()}
 TorchTrainer(
     train,
-    train_loop_config={"store": pids["gcs_server"], "raylet": pids["raylet"], "folder": folder, "steps": steps},
+    train_loop_config={
+        "store": pids["gcs_server"], "raylet": pids["raylet"], "folder": folder, "steps": steps, "victim": victim,
+    },
     scaling_config=ScalingConfig(num_workers=2),
     run_config=RunConfig(storage_path=folder, name="run"),
 ).fit()
 """
 
 
-def test_steps_go_on_without_the_processes_of_ray_until_it_ends_the_workers(tmp_path):
+@pytest.mark.parametrize("victim", CONDITIONS)
+def test_steps_go_on_without_the_processes_of_ray_until_it_ends_the_workers(victim, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT / "src"), str(ROOT)])
     with (tmp_path / "log").open("w") as log:
         program = subprocess.Popen(
-            [sys.executable, "program.py", str(tmp_path), str(STEPS)], cwd=tmp_path, stdout=log, stderr=log,
+            [sys.executable, "program.py", str(tmp_path), str(STEPS), victim], cwd=tmp_path, stdout=log, stderr=log,
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
     family = {psutil.Process(program.pid)}
@@ -97,14 +106,17 @@ def test_steps_go_on_without_the_processes_of_ray_until_it_ends_the_workers(tmp_
         _, alive = psutil.wait_procs(workers, timeout=120)
         ended_s = time.monotonic() - lost_s
         assert not alive, "workers train on without their Ray"
+        if victim == "raylet":
+            assert program.wait(60) and "ActorDiedError" in (tmp_path / "log").read_text()
     finally:
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         program.wait()
     seconds = json.loads((tmp_path / "times").read_text())
-    times = {name: seconds[STEPS * i : STEPS * (i + 1) - 2] for i, name in enumerate(CONDITIONS)}
+    times = {name: seconds[STEPS * i : STEPS * (i + 1) - 2] for i, name in enumerate(CONDITIONS[victim])}
     print_times("Ray Train, two workers", times, {name: sum(part) for name, part in times.items()})
-    print(f"raylet killed: Ray ended the workers after {ended_s:.1f} s")
-    healthy, *others = (statistics.median(part) for part in times.values())
-    assert all(median < 3 * healthy + 0.002 for median in others)
+    print(f"then Ray ended the workers after {ended_s:.1f} s")
+    # The fastest tenth: what else the machine does is no matter of Ray's.
+    healthy, *others = (statistics.quantiles(part, n=10)[0] for part in times.values())
+    assert all(fast < 3 * healthy + 0.002 for fast in others)
