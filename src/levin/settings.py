@@ -50,6 +50,7 @@ class Settings:
     reload_dataloaders_every_n_epochs: int
     # The step
     accumulate_grad_batches: int
+    splits_batches: bool
     gradient_clip_val: Optional[Union[int, float]]
     gradient_clip_algorithm: Optional[GradClipAlgorithmType]
     detect_anomaly: bool
@@ -87,6 +88,9 @@ def check_settings(arguments: Mapping[str, Any]) -> Settings:
     steps = values["max_steps"]
     if type(steps) is float and steps == int(steps):
         values["max_steps"] = int(steps)  # people write 1e5
+    values["splits_batches"] = values["accumulate_grad_batches"] == "auto"
+    if values["splits_batches"]:
+        values["accumulate_grad_batches"] = 1
     check_counts({name: values[name] for name in COUNTS})
     check_flags({name: values[name] for name in FLAGS})
     dry = values["fast_dev_run"]
@@ -311,7 +315,7 @@ COUNTS = {
     "max_steps": (-1, "Use -1 for no limit."),
     "min_steps": (0, "Use 1 for at least one step."),
     "num_nodes": (1, "Use 1 for one machine."),
-    "accumulate_grad_batches": (1, "Use 1 to step on every batch."),
+    "accumulate_grad_batches": (1, "Use 1 to step on every batch, 'auto' to split batches that do not fit."),
     "log_every_n_steps": (0, "Use 0 to log no steps."),
     "num_sanity_val_steps": (-1, "Use -1 for all batches."),
     "reload_dataloaders_every_n_epochs": (0, "Use 0 to load them once."),

@@ -41,7 +41,8 @@ def fail_with(error: BaseException) -> str:
 def test_out_of_memory_says_what_holds_the_memory_and_what_helps():
     told = fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert told.startswith("CUDA out of memory. Tried to allocate 2.00 GiB.\n")
-    assert "parameters hold 0.25 GiB, gradients 0.25 GiB and optimizer states 0.50 GiB" in told
+    assert "parameters hold 0.25 GiB, gradients 0.25 GiB, optimizer states 0.50 GiB and the batch 0.00 GiB" in told
+    assert "'bf16-true'), of parameters, gradients and states: 0.50 GiB" in told
     assert "accumulate_grad_batches" in told
     assert "bf16-mixed" in told
 
@@ -51,7 +52,10 @@ def test_another_error_is_left_as_it_is():
 
 
 def test_sizes_are_told_in_gibibytes():
-    told = explain(MemoryUse(3 * 2**29, 0, 2**30, 2**36, 2**37))
+    told = explain(MemoryUse(3 * 2**29, 0, 2**30, 2**29, 2**36, 2**37))
     assert "parameters hold 1.50 GiB" in told
     assert "used 64.00 GiB" in told
     assert "reserved 128.00 GiB" in told
+    assert "the batch 0.50 GiB" in told
+    assert "of 61.00 GiB for activations: up to half" in told
+    assert "'fsdp', devices=2), of parameters, gradients and states: 1.25 GiB" in told

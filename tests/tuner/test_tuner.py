@@ -14,8 +14,9 @@ import torch
 import levin
 from levin.precision import MixedPrecision
 from levin.tuner import BatchSizeFinder, LearningRateFinder, LRFinder, Tuner
-from levin.tuner.batch_size import is_oom_error, largest
+from levin.tuner.batch_size import largest
 from levin.tuner.learning_rate import rate, steepest
+from levin.utilities.memory import is_oom_error
 
 QUIET = dict(
     accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False

@@ -227,7 +227,7 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "_OMEGACONF_AVAILABLE",
     },
     "pytorch.utilities.memory": {
-        "levin.tuner.batch_size": "garbage_collection_cuda:free_memory is_oom_error",
+        "levin.utilities.memory": "garbage_collection_cuda:free_memory is_oom_error",
         EQUIVALENTS: "is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
         "recursive_detach",
     },

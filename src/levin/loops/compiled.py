@@ -264,9 +264,14 @@ class CompiledStep:
 
 
 def may_be_joint(module: nn.Module) -> bool:
-    """Return whether nobody looks at the gradients of single parameters while they are computed."""
+    """Return whether gradients may be compiled together with their loss."""
+    return traces_gradients() and not has_gradient_hooks(module)
+
+
+def has_gradient_hooks(module: nn.Module) -> bool:
+    """Return whether somebody looks at the gradients of single parameters while they are computed."""
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    return traces_gradients() and not any(getattr(p, name) for p in module.parameters() for name in hooks)
+    return any(getattr(p, name) for p in module.parameters() for name in hooks)
 
 
 def _shapes(batch: object) -> list[torch.Size]:

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from levin.loops.run import Run
 from levin.utilities.collections import leaves
+from levin.utilities.memory import is_oom_error
 
 
 class MemoryUse(NamedTuple):
@@ -18,29 +19,42 @@ class MemoryUse(NamedTuple):
     parameters: int
     gradients: int
     optimizer_states: int
+    batch: int
     peak: int
     reserved: int
 
 
 def explain(use: MemoryUse) -> str:
-    """Return what holds the memory, and the settings that need less of it.
+    """Return what holds the memory, and which setting frees how much of it.
 
     Example:
-        >>> print(explain(MemoryUse(2**30, 2**30, 2**31, 9 * 2**30, 10 * 2**30)).partition(";")[0])
-        In this process parameters hold 1.00 GiB, gradients 1.00 GiB and optimizer states 2.00 GiB
+        >>> print(explain(MemoryUse(2**30, 2**30, 2**31, 2**20, 9 * 2**30, 10 * 2**30)).splitlines()[-1])
+        - Trainer(strategy='fsdp', devices=2), of parameters, gradients and states: 2.00 GiB.
     """
-    parameters, gradients, states, peak, reserved = (f"{size / 2**30:.2f} GiB" for size in use)
-    return (
-        f"In this process parameters hold {parameters}, gradients {gradients} and optimizer states {states}; "
-        f"at its peak it used {peak}, and it has reserved {reserved}. "
-        "Use smaller batches, with Trainer(accumulate_grad_batches=...) for gradients over as many samples as before, or "
-        "Trainer(precision='bf16-mixed')."
+    parameters, gradients, states, batch, peak, reserved = map(_gib, use)
+    lasting = use.parameters + use.gradients + use.optimizer_states
+    activations = max(use.peak - lasting - use.batch, 0)
+    measured = (
+        f"at its peak it used {peak}, and it has reserved {reserved}" if use.peak else "its peak was not measured"
     )
+    of_activations = f", of {_gib(activations)} for activations" if use.peak else ", of what activations hold"
+    return "\n".join([
+        f"In this process parameters hold {parameters}, gradients {gradients}, optimizer states {states} and the batch {batch}; "
+        f"{measured}. What frees memory:",
+        f"- Trainer(accumulate_grad_batches='auto'), which splits batches that do not fit{of_activations}: all but one sample's.",
+        f"- Trainer(precision='bf16-mixed'){of_activations}: up to half.",
+        f"- Trainer(precision='bf16-true'), of parameters, gradients and states: {_gib(lasting / 2)} where they are in float32.",
+        f"- Trainer(strategy='fsdp', devices=2), of parameters, gradients and states: {_gib(lasting / 2)}.",
+    ])  # fmt: skip
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 def annotate_out_of_memory(run: Run, error: BaseException) -> None:
     """Say in ``error``, if it is that the memory of a device is full, what holds that memory and what helps."""
-    if not isinstance(error, torch.OutOfMemoryError):
+    if not is_oom_error(error):
         return
     message = error.args[0] if error.args else ""
     error.args = (f"{message}\n{explain(_memory_use(run))}", *error.args[1:])
@@ -56,6 +70,7 @@ def _memory_use(run: Run) -> MemoryUse:
         _num_bytes(parameters, device),
         _num_bytes((parameter.grad for parameter in parameters), device),
         _num_bytes(leaves([dict(optimizer.state) for optimizer in run.strategy.optimizers]), device),
+        _num_bytes(leaves(run.store.batch), device),
         peak,
         reserved,
     )

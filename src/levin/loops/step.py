@@ -20,6 +20,7 @@ from torch import Tensor
 
 from levin.loops.compiled import CompiledStep, may_be_joint
 from levin.loops.run import Run, Step, step_arguments
+from levin.loops.splitting import Splitting, check_splitting
 from levin.module import LightningModule
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
@@ -95,9 +96,17 @@ class AutomaticStep:
         self.optimizer: Any = run.optimizers[0]
         self.lightning_optimizer = run.lightning_optimizers[0]
         self.progress = run.loops.fit.epoch_loop.optim_progress
-        step, backward = compose_compiled(
-            run, strategy.step_function(strategy.model, "training_step"), compose_backward(run, self.optimizer)
+        # Of batches that do not fit; None where they are not split.
+        self.splitting: Optional[Splitting] = None
+        if run.settings.splits_batches:
+            check_splitting(run)
+            self.splitting = Splitting(run)
+        whole = (
+            strategy.step_function(strategy.model, "training_step")
+            if self.splitting is None
+            else self.splitting.compose()
         )
+        step, backward = compose_compiled(run, whole, compose_backward(run, self.optimizer))
         self.training_step = run.timed(f"[Strategy]{type(strategy).__name__}.training_step", step)
         self.num_arguments = step_arguments(module, "training_step", 1)
         self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", backward)
@@ -133,17 +142,20 @@ class AutomaticStep:
 
     def state_dict(self) -> StateDict:
         """Return the unfinished window: sizes, weight and gradients."""
+        state = {} if self.splitting is None else self.splitting.state_dict()
         if not self.held:
-            return {}
+            return state
         gradients = self.run.strategy.window_gradients(self.run.module)
-        return {
+        return state | {
             "window": self.window, "held": self.held, "weight": self.weight, "is_weighted": self.is_weighted,
             "gradients": gradients, "lacks": self.lacks,
         }  # fmt: skip
 
     def load_state_dict(self, state: StateDict) -> None:
         """Take up :meth:`state_dict`."""
-        if not state:
+        if self.splitting is not None:
+            self.splitting.load_state_dict(state)
+        if "gradients" not in state:
             return
         if "window" not in state:
             rank_zero_warn(

@@ -73,10 +73,11 @@ def verify(run: Run) -> None:
                     "Automatic gradient clipping is not possible in manual optimization, received "
                     f"Trainer(gradient_clip_val={run.settings.gradient_clip_val!r}). Call `self.clip_gradients` in `training_step`."
                 )
-            if run.settings.accumulate_grad_batches != 1:
+            if run.settings.accumulate_grad_batches != 1 or run.settings.splits_batches:
                 raise MisconfigurationException(
                     "Automatic gradient accumulation is not possible in manual optimization, received "
-                    f"Trainer(accumulate_grad_batches={run.settings.accumulate_grad_batches}). Step every N batches yourself."
+                    f"Trainer(accumulate_grad_batches={'auto' if run.settings.splits_batches else run.settings.accumulate_grad_batches!r})."
+                    " Step every N batches yourself."
                 )
         return
     name = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[fn]

@@ -20,7 +20,7 @@ _SETTINGS = (
     "fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches",
     "limit_predict_batches", "num_sanity_val_steps", "val_check_interval", "val_check_seconds",
     "check_val_every_n_epoch", "log_every_n_steps", "reload_dataloaders_every_n_epochs", "accumulate_grad_batches",
-    "gradient_clip_val", "gradient_clip_algorithm", "enable_checkpointing", "use_distributed_sampler",
+    "splits_batches", "gradient_clip_val", "gradient_clip_algorithm", "enable_checkpointing", "use_distributed_sampler",
 )  # fmt: skip
 _LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps")
 Value = TypeVar("Value", str, float)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from levin.utilities.collections import apply_to_collection, is_namedtuple
 from levin.utilities.exceptions import MisconfigurationException
-from levin.utilities.types import Batch, Kwargs
+from levin.utilities.types import Batch, Function, Kwargs
 
 
 def size_of(batch: Batch) -> int:
@@ -33,20 +35,19 @@ def size_of(batch: Batch) -> int:
     return sizes[0]
 
 
-def split(batch: Batch, num_parts: int, size: int) -> list[Batch]:
-    """Return a batch in parts of equal size.
+def split(batch: Batch, step: int, size: int) -> list[Batch]:
+    """Return a batch in parts of equal size, but for the last, which may be smaller.
 
     Args:
         batch: Tensors whose dimension 0 is ``size`` are cut, and lists without tensors of that length; all else is in every
             part.
-        num_parts: A divisor of ``size``.
+        step: Samples of a part.
         size: Number of samples.
 
     Example:
-        >>> split([torch.tensor([1, 2]), ["a", "b"], 3], 2, size=2)
+        >>> split([torch.tensor([1, 2]), ["a", "b"], 3], 1, size=2)
         [[tensor([1]), ['a'], 3], [tensor([2]), ['b'], 3]]
     """
-    step = size // num_parts
     return [_part(batch, slice(start, start + step), size) for start in range(0, size, step)]
 
 
@@ -54,13 +55,23 @@ def _part(data: Batch, place: slice, size: int) -> Batch:
     if isinstance(data, Tensor):
         return data[place] if data.dim() and len(data) == size else data
     if isinstance(data, Mapping):
-        return {key: _part(value, place, size) for key, value in data.items()}
+        parts = {key: _part(value, place, size) for key, value in data.items()}
+        if type(data) is dict or not isinstance(data, MutableMapping):
+            return parts
+        mapping = copy.copy(data)  # with the methods that its kind has
+        mapping.update(parts)
+        return mapping
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        whole: Any = copy.copy(data)
+        for field in dataclasses.fields(data):
+            object.__setattr__(whole, field.name, _part(getattr(data, field.name), place, size))
+        return whole
     if isinstance(data, (list, tuple)):
         if len(data) == size and not any(isinstance(item, (Tensor, Mapping, list, tuple)) for item in data):
             return data[place]
-        parts = [_part(item, place, size) for item in data]
+        items = [_part(item, place, size) for item in data]
         kind: Any = type(data)
-        return kind(*parts) if is_namedtuple(data) else kind(parts)
+        return kind(*items) if is_namedtuple(data) else kind(items)
     return data
 
 
@@ -98,6 +109,41 @@ def _merged_leaf(parts: Sequence[Any], size: int) -> Any:
     )
 
 
+def tied(loss: Tensor, gradients: list[Tensor | None], total: Any, parameters: Sequence[Tensor]) -> Tensor:
+    """Return the loss, tied to gradients that are there already: its backward gives them, times its own gradient, to the parameters.
+
+    Args:
+        loss: Of all parts.
+        gradients: For each parameter those of the sum of the parts; empty after backward.
+        total: What they are divided by.
+        parameters: In the order of the gradients.
+    """
+    # So that backward comes here where no parameter is left to train in this process.
+    anchor = torch.zeros((), device=loss.device, requires_grad=True)
+    tie: Function = _Computed.apply
+    found: Tensor = tie(anchor, loss, gradients, total, *parameters)
+    return found
+
+
+class _Computed(torch.autograd.Function):
+    """See :func:`tied`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, loss: Tensor, gradients: list[Tensor | None], total: Any, *parameters: Tensor
+    ) -> Tensor:
+        ctx.gradients, ctx.total = gradients, total
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        factor = grads[0] / ctx.total
+        found = tuple(None if gradient is None else gradient.mul_(factor) for gradient in ctx.gradients)
+        # torch keeps what nobody else holds, and copies the rest.
+        ctx.gradients.clear()
+        return None, None, None, None, *found
+
+
 def shapes_of(batch: Batch) -> tuple[object, ...]:
     """Return the shapes and types of all tensors: what the sizes of what stages send each other depend on."""
     found: list[object] = []
@@ -133,7 +179,8 @@ def _merged(name: str, calls: list[Kwargs]) -> Kwargs:
                 f"{type(call['value']).__name__}, which is updated in the last stage alone. Log metric objects in "
                 "validation_step, which all processes run."
             )
-    values = torch.stack([torch.as_tensor(call["value"]).detach().cpu().float().reshape(()) for call in calls])
+    given = [torch.as_tensor(call["value"]).detach().cpu().reshape(()) for call in calls]
+    values = torch.stack([value.to(torch.promote_types(value.dtype, torch.float32)) for value in given])
     sizes = [call.get("batch_size") for call in calls]
     counts = [size for size in sizes if size is not None]
     kind = calls[0].get("reduce_fx", "mean")

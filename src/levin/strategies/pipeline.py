@@ -88,23 +88,6 @@ class _Step:
     weights: dict[int, Any] = field(default_factory=dict)
 
 
-class _Computed(torch.autograd.Function):
-    """Ties gradients that are there already to a loss: backward hands them on, times the gradient of the loss."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, loss: Tensor, gradients: list[Tensor | None], total: Any, *parameters: Tensor
-    ) -> Tensor:
-        ctx.gradients, ctx.total = gradients, total
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        factor = grads[0] / ctx.total
-        found = [None if gradient is None else gradient.mul_(factor) for gradient in ctx.gradients]
-        return None, None, None, None, *found
-
-
 @dataclass
 class _Evaluation:
     """A forward pass under way: the parts of what the module was called with, and what came of them in the last stage."""
@@ -181,7 +164,7 @@ class Pipeline:
         size = microbatches.size_of(batch)
         num_parts, is_new = self._num_parts(microbatches.shapes_of(batch), size, is_training=True)
         # Each process draws this one number, and the rest apart from its own: so all go on with the same.
-        step = _Step(microbatches.split(batch, num_parts, size), arguments, seed=int(torch.randint(2**62, ())))
+        step = _Step(microbatches.split(batch, size // num_parts, size), arguments, seed=int(torch.randint(2**62, ())))
         parameters = [p for stage in self.stages for p in stage.parameters() if p.requires_grad]
         held = [p.grad for p in parameters]
         for parameter in parameters:
@@ -196,9 +179,7 @@ class Pipeline:
         log: Any = self.module.log
         for call in calls:
             log(**call)
-        anchor = torch.zeros((), device=self.device, requires_grad=True)
-        tie: Function = _Computed.apply
-        loss = tie(anchor, value.to(self.device), gradients, num if weight is None else weight, *parameters)
+        loss = microbatches.tied(value.to(self.device), gradients, num if weight is None else weight, parameters)
         return loss if weight is None else {"loss": loss, "weight": weight}
 
     def _run_part(self, step: _Step, number: int) -> object:
@@ -285,7 +266,9 @@ class Pipeline:
         size = microbatches.size_of((args, kwargs))
         shapes = microbatches.shapes_of((args, kwargs))
         num_parts, is_new = self._num_parts(shapes, size, is_training=False)
-        work = _Evaluation(microbatches.split((args, kwargs), num_parts, size), seed=int(torch.randint(2**62, ())))
+        work = _Evaluation(
+            microbatches.split((args, kwargs), size // num_parts, size), seed=int(torch.randint(2**62, ()))
+        )
         self._go_through(work, shapes, is_new, is_training=False)
         told: list[Any] = [None]
         if self.is_last:

@@ -72,7 +72,7 @@ class Trainer:
         enable_checkpointing: Whether to save checkpoints.
         enable_progress_bar: Whether to show a progress bar.
         enable_model_summary: Whether to print a summary of the model.
-        accumulate_grad_batches: Batches whose gradients are averaged into one step.
+        accumulate_grad_batches: Batches whose gradients are averaged into one step; ``"auto"``: one, split where it does not fit.
         gradient_clip_val: Largest norm, or value, of the gradients.
         gradient_clip_algorithm: ``"norm"`` (default) or ``"value"``.
         deterministic: Whether to use deterministic algorithms only; ``"warn"`` to warn where there is none.
@@ -229,7 +229,7 @@ class Trainer:
         enable_checkpointing: Optional[bool] = None,
         enable_progress_bar: Optional[bool] = None,
         enable_model_summary: Optional[bool] = None,
-        accumulate_grad_batches: int = 1,
+        accumulate_grad_batches: Union[int, Literal["auto"]] = 1,
         gradient_clip_val: Optional[Union[int, float]] = None,
         gradient_clip_algorithm: Optional[str] = None,
         deterministic: Optional[Union[bool, Literal["warn"]]] = None,

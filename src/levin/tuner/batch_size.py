@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Sized
-
-import torch
 
 from levin.data.combined import CombinedLoader
 from levin.loops.dataloaders import STAGE_OF, loaders_of
 from levin.loops.run import Run
 from levin.tuner.search import holders, try_run
 from levin.utilities.exceptions import MisconfigurationException, require_choice
+from levin.utilities.memory import free_memory, is_oom_error
 from levin.utilities.rank_zero import rank_zero_info
 
 MODES = ("power", "binsearch")
-_FULL = ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "can't allocate memory")
-
-
-def is_oom_error(exception: BaseException) -> bool:
-    """Return whether the exception says that the memory of a device or of the machine is full."""
-    if isinstance(exception, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    is_of_torch = isinstance(exception, RuntimeError) and len(exception.args) == 1
-    return is_of_torch and any(part in str(exception) for part in _FULL)
 
 
 def largest(
@@ -166,10 +155,3 @@ def _num_samples(combined: CombinedLoader) -> int:
 def _set(owners: list[object], name: str, value: int) -> None:
     for owner in owners:
         setattr(owner, name, value)
-
-
-def free_memory() -> None:
-    """Give back what Python and torch hold of the memory of a GPU without using it."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
