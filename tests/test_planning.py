@@ -127,7 +127,8 @@ def make_attending():
     return net, batch
 
 
-@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("data", [1, 2])
 @world_size(4, timeout_s=120)
 def test_the_plan_of_shared_sequences_is_what_processes_keep_and_send(data):
     net, batch = make_attending()

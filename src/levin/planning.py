@@ -34,8 +34,9 @@ from levin.strategies.context import share_sequences
 from levin.strategies.contexts import run_as_forward
 from levin.strategies.mesh import DEGREES, parse_mesh
 from levin.strategies.model_parallel import CONTEXT, COPIES, SHARDS, TENSOR, apply_plan
+from levin.strategies.order import prepare
 from levin.strategies.replay import Announced, ReachedError, Replay
-from levin.strategies.sharding import META, ShardingPlan, apply_sharding, repeated_blocks
+from levin.strategies.sharding import META, ShardingPlan, repeated_blocks
 from levin.strategies.stages import PipelinePlan, leave_out, stages_in, stages_of
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -174,12 +175,14 @@ def _measure(
         if isinstance(module, LightningModule):
             module.configure_model()
     # Cut outside of the mode: meshes compute with tensors that are there.
-    if tensor is not None:
-        apply_plan(module, tensor, plan or {})
-    if context is not None:
-        share_sequences(repeated_blocks(module), context.get_group(), is_tried=True)
-    if data is not None:
-        apply_sharding(module, ShardingPlan(mesh=data))
+    prepare(
+        module,
+        ShardingPlan(mesh=data),
+        cut_layers=None if tensor is None else lambda whole: apply_plan(whole, tensor, plan or {}),
+        share_sequences=None
+        if context is None
+        else lambda whole: share_sequences(repeated_blocks(whole), context.get_group(), is_tried=True),
+    )
     with without_memory:
         optimizer = _optimizer_of(module, make_optimizer)
         tracker, moved = _tracker(module, optimizer), Collectives()

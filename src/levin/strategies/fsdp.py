@@ -15,10 +15,11 @@ from torch.nn import Module
 from typing_extensions import override
 
 from levin.strategies import collectives
+from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, apply_sharding, as_policy, check_cutting_on, recomputation_of
+from levin.strategies.sharding import ShardingPlan, as_policy, check_cutting_on, recomputation_of
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ class FSDPStrategy(ShardedStrategy):
             ignored=self._ignored,
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
-        return apply_sharding(module, plan)
+        prepare(module, plan)
+        return module
 
     # Contexts
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -33,12 +34,12 @@ from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.gathered import cut_as
+from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
-from levin.strategies.recomputation import SELECTIVE, checked, recompute
+from levin.strategies.recomputation import SELECTIVE, checked
 from levin.strategies.sharded import ShardedStrategy
 from levin.strategies.sharding import (
     ShardingPlan,
-    apply_sharding,
     check_cutting_on,
     make_weights,
     recomputation_of,
@@ -261,40 +262,44 @@ class ModelParallelStrategy(ShardedStrategy):
         if self._is_cut(module):
             module.to(self.root_device)
             return module
-        parts = list(module.modules())
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if not is_cut and not any(parameter.is_meta for parameter in module.parameters()):
             collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
-        has_stages = self.pipeline_plan.size > 1
-        if has_stages:
+        is_by_hand = any(isinstance(part, FSDPModule) for part in module.modules())
+        data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
+        is_cut_here = not is_by_hand and data.size() > 1
+        cut_stages = None
+        if self.pipeline_plan.size > 1:
             from levin.strategies.replay import Replay  # slow to import
 
             self._check_trains_by_itself(module)
             layers, stages = stages_in(module, self.pipeline_plan)
             # What layers give is found out with whole ones, before they are shared or left out.
-            replay = Replay(module, layers, stages, self.root_device)
+            cut_stages = partial(
+                self._cut_into_stages, stages=stages, replay=Replay(module, layers, stages, self.root_device)
+            )
+        prepare(
+            module,
+            ShardingPlan(mesh=data if is_cut_here else None, recomputes=recomputation_of(self._recomputes, module)),
+            cut_layers=self._cut_layers,
+            cut_stages=cut_stages,
+            share_sequences=partial(self._share_sequences, is_by_hand=is_by_hand)
+            if self.context_parallel_size > 1
+            else None,
+        )
+        return module
+
+    def _cut_layers(self, module: Module) -> None:
+        assert self.device_mesh is not None
+        mesh = self.device_mesh[TENSOR]
         if self.plan:
-            apply_plan(module, self.device_mesh[TENSOR], self.plan)
-        if self.device_mesh[TENSOR].size() > 1 and not any(map(_is_cut_over_layers, module.parameters())):
+            apply_plan(module, mesh, self.plan)
+        if mesh.size() > 1 and not any(map(_is_cut_over_layers, module.parameters())):
             raise MisconfigurationException(
-                f"{self.device_mesh[TENSOR].size()} processes are to share each layer, and no layer of "
-                f"{type(module).__name__} is cut. Cut it in `configure_model` with self.device_mesh['{TENSOR}'], or pass "
+                f"{mesh.size()} processes are to share each layer, and no layer of {type(module).__name__} is cut. Cut it in "
+                f"`configure_model` with self.device_mesh['{TENSOR}'], or pass "
                 "ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
             )
-        if has_stages:
-            self._pipeline = self._cut_into_stages(module, stages, replay)
-            self.join_norms = self._join_norms
-        is_by_hand = any(isinstance(part, FSDPModule) for part in parts)
-        if self.context_parallel_size > 1:
-            self._share_sequences(module, is_by_hand)
-        recomputation = recomputation_of(self._recomputes, module)
-        if recomputation is not None:
-            recompute(module, recomputation)
-        data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
-        if not is_by_hand and data.size() > 1:
-            for part in [module] if self._pipeline is None else self._pipeline.stages:
-                apply_sharding(part, ShardingPlan(mesh=data))
-        return module
 
     def _share_sequences(self, module: Module, is_by_hand: bool) -> None:
         blocks = repeated_blocks(module)
@@ -318,7 +323,7 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"a {type(module).__name__} in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
             )
 
-    def _cut_into_stages(self, module: Module, stages: list[list[str]], replay: Replay) -> Pipeline:
+    def _cut_into_stages(self, module: Module, stages: list[list[str]], replay: Replay) -> Sequence[Module]:
         from levin.strategies.pipeline import Pipeline  # slow to import
 
         assert self.device_mesh is not None
@@ -334,7 +339,7 @@ class ModelParallelStrategy(ShardedStrategy):
             make_weights(part, self.root_device)
         module.to(self.root_device)
         data = self.data_parallel
-        return Pipeline(
+        self._pipeline = Pipeline(
             plan,
             module,
             body_of(stages),
@@ -344,6 +349,8 @@ class ModelParallelStrategy(ShardedStrategy):
             data.group if data.size > 1 else None,
             self.root_device,
         )
+        self.join_norms = self._join_norms
+        return self._pipeline.stages
 
     # The step
 

@@ -1,8 +1,7 @@
 """A module cut over processes by torch's ``fully_shard``: which parts are units, and the order in which things are done.
 
 Each unit is gathered when its ``forward`` begins and let go when that ends; what belongs to no unit is gathered for the
-whole step. The order of application is that of :func:`apply_sharding`: checkpointing of activations changes what a unit
-computes, so it comes before the units are cut; weights are made, or brought to the device, unit by unit.
+whole step. Weights are made, or brought to the device, unit by unit. :mod:`levin.strategies.order` says what comes before.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class ShardingPlan:
     """How a module is cut.
 
     Args:
-        mesh: One dimension: the processes that share the weights. Two: ``(replicas, shards)``.
+        mesh: One dimension: the processes that share the weights. Two: ``(replicas, shards)``. None: they are not shared.
         is_unit: Whether a submodule is a unit; None finds units by itself (see :func:`repeated_blocks`).
         recomputes: Whose activations are computed again in backward; None for no submodule's.
         reshard_after_forward: Whether weights are let go after forward and gathered once more for backward.
@@ -43,7 +42,7 @@ class ShardingPlan:
             that, finds again the weights of what it calls, but not those that are gathered for the whole step.
     """
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None = None
     is_unit: Policy | None = None
     recomputes: Recomputation | None = None
     reshard_after_forward: bool = True
@@ -148,6 +147,10 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
     Raises:
         MisconfigurationException: A policy chooses nothing, or a layer on the meta device cannot make its weights.
     """
+    if plan.mesh is None:
+        if plan.recomputes is not None:
+            recompute(module, plan.recomputes)
+        return module
     if isinstance(module, FSDPModule):
         return module
     units = set(units_of(module, plan.is_unit))
