@@ -191,9 +191,22 @@ class Flat(nn.Linear):
         return super().forward(x).flatten(0, 1)
 
 
+class Masked(nn.Module):
+    """Passes its mask to torch's layer, which holds it against the part of the sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def forward(self, x):
+        mask = torch.zeros(8, 8)
+        return x + self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
 @pytest.mark.parametrize(
     ("block", "length", "message"),
     [
+        (Masked, 8, r"Masked cannot run on parts of a sequence: .*\(4, 4\)\. Only the mask that is passed to"),
         (Placed, 8, "Placed gives other results for parts of a sequence than for the whole"),
         (Attention, 7, r"2 processes can share evenly, received \(4, 7, 16\). Pad sequences to a multiple of 2"),
         pytest.param(Flat, 8, "Flat gives other results", marks=SLOW),

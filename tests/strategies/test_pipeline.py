@@ -281,6 +281,42 @@ def test_a_forward_of_its_own_is_one_device(tmp_path, kind, arguments, settings)
     torch.testing.assert_close(dict(consolidate(path)["state_dict"]), reference.state_dict(), **close)
 
 
+class WithLoss(Transformer):
+    """Returns the mean over the batch too, as modules do that compute their loss."""
+
+    def forward(self, tokens, *, causal=False):
+        output = super().forward(tokens, causal=causal)
+        return output["logits"], output["logits"].pow(2).mean()
+
+
+class OfBatches(General):
+    def __init__(self, batch_size: int = 8, size: int = 32) -> None:
+        super().__init__(batch_size, size)
+        torch.manual_seed(2)
+        self.net = WithLoss()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch, causal=True)[1]
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch)[1])
+
+
+@world_size(2, connect=False, timeout_s=120)
+def test_an_output_of_the_whole_batch_is_that_of_one_device():
+    module, reference = OfBatches(), OfBatches()
+    trainer, single = in_rank(pipelined(), max_epochs=1), alone(max_epochs=1)
+    trainer.fit(module)
+    single.fit(reference)
+    torch.testing.assert_close(dict(trainer.callback_metrics), dict(single.callback_metrics))
+    # A batch of three samples, which are no parts, and one of four.
+    batches = DataLoader(dataset(7), batch_size=4, collate_fn=to_tokens)
+    torch.testing.assert_close(
+        [dict(row) for row in trainer.validate(module, batches)],
+        [dict(row) for row in single.validate(reference, batches)],
+    )
+
+
 @pytest.mark.parametrize("arguments", [{}, {"copies": 2}], ids=["sharded", "copies"])
 @SLOW
 @world_size(4, connect=False, timeout_s=180)

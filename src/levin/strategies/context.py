@@ -164,7 +164,15 @@ def place_of_sequence(tensor: Tensor, length: int) -> int | None:
 def _try_out(kind: type, inner: Function, group: Group, block: Module, whole: Tensor, args: Any, kwargs: Any) -> None:
     """Compare what a block gives with the sequence in parts with what it gives for the whole."""
     with torch.no_grad(), eval_mode(block):
-        expected, found = inner(whole, *args, **kwargs), _run(kind, inner, group, whole, args, kwargs)
+        expected = inner(whole, *args, **kwargs)
+        try:
+            found = _run(kind, inner, group, whole, args, kwargs)
+        except (RuntimeError, AssertionError) as error:
+            raise MisconfigurationException(
+                f"{kind.__name__} cannot run on parts of a sequence: {str(error).rstrip('.')}. Only the mask that is passed to "
+                "torch.nn.functional.scaled_dot_product_attention is for the whole sequence: call it in the place of "
+                "torch.nn.MultiheadAttention with a mask, or use context_parallel_size=1."
+            ) from error
     expected, found = (value[0] if isinstance(value, tuple) else value for value in (expected, found))
     is_cast = torch.is_autocast_enabled(whole.device.type)
     dtype = torch.get_autocast_dtype(whole.device.type) if is_cast else found.dtype

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from levin.utilities.collections import apply_to_collection, is_namedtuple
 from levin.utilities.exceptions import MisconfigurationException
@@ -75,38 +75,43 @@ def _part(data: Batch, place: slice, size: int) -> Batch:
     return data
 
 
-def merge_outputs(outputs: Sequence[Any], size: int) -> Any:
-    """Return what a module returned for the parts of a batch as for the whole batch.
+def are_of_samples(outputs: Sequence[Any], size: int) -> bool:
+    """Return whether outputs for the parts of a batch have an entry for each sample, or the same for all of them.
 
     Args:
-        outputs: Of all parts; tensors are joined along dimension 0, all else must be the same in all of them.
+        outputs: What a module returned for each part.
         size: Number of samples.
 
-    Raises:
-        MisconfigurationException: A tensor has no part for each sample, or something else is not the same.
+    Example:
+        >>> are_of_samples([torch.ones(1), torch.zeros(1)], size=2), are_of_samples([torch.tensor(0.5)] * 2, size=2)
+        (True, False)
+    """
+
+    def is_of_samples(parts: tuple[Any, ...]) -> bool:
+        first = parts[0]
+        if isinstance(first, Tensor):
+            return first.dim() > 0 and len(first) * len(parts) == size
+        return all(part == first for part in parts)
+
+    return len(outputs) == 1 or all(map(is_of_samples, zip(*map(tree_leaves, outputs), strict=True)))
+
+
+def merge_outputs(outputs: Sequence[Any]) -> Any:
+    """Return what a module returned for the parts of a batch as for the whole batch; see :func:`are_of_samples`.
 
     Example:
-        >>> merge_outputs([{"y": torch.ones(1), "kind": "a"}, {"y": torch.zeros(1), "kind": "a"}], size=2)
+        >>> merge_outputs([{"y": torch.ones(1), "kind": "a"}, {"y": torch.zeros(1), "kind": "a"}])
         {'y': tensor([1., 0.]), 'kind': 'a'}
     """
-    leaves, structures = zip(*(tree_flatten(output) for output in outputs))
-    merged = [_merged_leaf(same, size) for same in zip(*leaves, strict=True)]
-    return tree_unflatten(merged, structures[0])
+    leaves, structures = zip(*map(tree_flatten, outputs))
+    return tree_unflatten([_joined(parts) for parts in zip(*leaves)], structures[0])
 
 
-def _merged_leaf(parts: Sequence[Any], size: int) -> Any:
-    first = parts[0]
-    if isinstance(first, Tensor) and first.dim() and len(first) * len(parts) == size:
-        return torch.cat([part.contiguous() for part in parts])
-    if not isinstance(first, Tensor) and all(part == first for part in parts):
-        return first
-    if len(parts) == 1:
-        return first
-    shown = f"a tensor of {tuple(first.shape)}" if isinstance(first, Tensor) else repr(first)
-    raise MisconfigurationException(
-        f"A module that runs as a pipeline returned {shown} for a part of {size // len(parts)} samples: its tensors have one entry for "
-        "each sample. Compute what is of the whole batch outside of it, or use num_microbatches=1."
-    )
+def _joined(parts: tuple[Any, ...]) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    # In memory of its own, which can be sent.
+    return torch.cat([part.contiguous() for part in parts]) if len(parts) > 1 else parts[0].contiguous()
 
 
 def tied(loss: Tensor, gradients: list[Tensor | None], total: Any, parameters: Sequence[Tensor]) -> Tensor:

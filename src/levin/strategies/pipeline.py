@@ -97,6 +97,10 @@ class _Evaluation:
     outputs: dict[int, Any] = field(default_factory=dict)
 
 
+class _Whole:
+    """Told in the place of an output that is not made of one for each part of the batch, such as a loss."""
+
+
 class Pipeline:
     """The stages of this process, between those of the others.
 
@@ -137,6 +141,7 @@ class Pipeline:
         # For training and for evaluation: the shapes that the schedule is for, its number of parts, what each stage lacks
         # where it begins, and the schedule.
         self._ways: dict[bool, tuple[object, int, list[list[Announced]], Any]] = {}
+        self._evaluates_whole: bool = False  # its output has no entry for each sample
         self._work: _Step | _Evaluation | None = None
         self._lacks: list[list[Announced]] = []
         self._log_signature = inspect.signature(getattr(type(module), "log"))  # noqa: B009  # of a class below this room
@@ -272,9 +277,16 @@ class Pipeline:
         self._go_through(work, shapes, is_new, is_training=False)
         told: list[Any] = [None]
         if self.is_last:
-            output = microbatches.merge_outputs([work.outputs[number] for number in range(num_parts)], size)
-            told = [tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, output)]
+            outputs = [work.outputs[number] for number in range(num_parts)]
+            if microbatches.are_of_samples(outputs, size):
+                output = microbatches.merge_outputs(outputs)
+                told = [tree_map(lambda leaf: leaf.to("meta") if isinstance(leaf, Tensor) else leaf, output)]
+            else:
+                told = [_Whole()]
         dist.broadcast_object_list(told, src=self._last_rank, group=self.group)
+        if isinstance(told[0], _Whole):
+            self._evaluates_whole = True
+            return self._evaluate(*args, **kwargs)
         if not self.is_last:
             output = tree_map(
                 lambda leaf: torch.empty_like(leaf, device=self.device) if isinstance(leaf, Tensor) else leaf, told[0]
@@ -288,7 +300,7 @@ class Pipeline:
 
     def _num_parts(self, shapes: object, size: int, is_training: bool) -> tuple[int, bool]:
         """Return the number of parts of a batch of these shapes, and whether another schedule is needed than for the last."""
-        num_parts = math.gcd(size, self.plan.parts)
+        num_parts = 1 if self._evaluates_whole and not is_training else math.gcd(size, self.plan.parts)
         known_shapes, known_parts, *_ = self._ways.get(is_training, (None, 0))
         is_new = shapes != known_shapes
         if self.data_group is not None:
