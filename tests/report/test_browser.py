@@ -75,7 +75,7 @@ def test_one_run_is_drawn_and_told(tmp_path):
     assert found["labels"][0].startswith("val/loss. 50 values, 0.09") and found["shown"] == "4 of 4 shown"
     assert (
         "went on from x.ckpt" in found["what"]
-        and "1 bad steps" in found["what"]
+        and "1 bad step left out" in found["what"]
         and "40 % of the time" in found["what"]
     )
 
@@ -120,6 +120,15 @@ def test_narrow_and_dark(tmp_path, dark):
         return { wide: document.documentElement.scrollWidth, ground: getComputedStyle(document.body).backgroundColor, figure: $('figure').clientWidth, canvas: $('canvas').clientWidth };""", width=400, dark=dark)  # fmt: skip
     assert found["wide"] <= 400 and found["canvas"] <= found["figure"]
     assert (found["ground"] != "rgb(255, 255, 255)") == dark
+
+
+def test_long_names_and_many_settings_leave_the_curves_in_reach(tmp_path):
+    run = run_of("a" * 200, records=[record()])
+    run.hparams.update({f"h{n}": n for n in range(100)}, long="w" * 400)
+    found = look(tmp_path, [run], """
+        const boxes = [...document.querySelectorAll('.facts > div')];
+        return { wide: document.documentElement.scrollWidth, high: Math.max(...boxes.map((e) => e.offsetHeight)), all: Math.max(...boxes.map((e) => e.scrollHeight)) };""", width=400)  # fmt: skip
+    assert found["wide"] <= 400 and found["high"] <= 320 < found["all"]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@
     const words = [`${date(record.started)}, ${duration(record.ended - record.started)}`];
     words.push(`steps ${number(record.steps[0])} to ${number(record.steps[1])}, epochs ${number(record.epochs[0])} to ${number(record.epochs[1])}`);
     if (record.resumed_from) words.push(`went on from ${record.resumed_from}`);
-    if (record.bad_steps.length) words.push(`${record.bad_steps.length} bad steps left out`);
+    if (record.bad_steps.length) words.push(`${record.bad_steps.length} bad step${record.bad_steps.length > 1 ? "s" : ""} left out`);
     words.push(record.ended_by ? `ended by ${record.ended_by}` : "came to its end");
     return words.join("; ");
   };
