@@ -61,7 +61,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         usage="levin COMMAND|SCRIPT|-m MODULE [...]",
         epilog="SCRIPT and MODULE are programs written for Lightning; they run on levin as they are.\n"
         "Each command has its own --help, with an example: levin fit --help.",
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=16),
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=18),
     )
     parser.add_argument("--version", action="version", version=f"levin {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND")

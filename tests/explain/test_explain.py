@@ -413,4 +413,6 @@ def test_the_command_says_where_nothing_trains(tmp_path):
     assert done.returncode == 2 and "invalid choice: 'train'" in done.stderr
     done = command("explain", "absent.py", cwd=tmp_path)
     assert done.returncode != 0 and "absent.py" in done.stderr and "Traceback" not in done.stderr
+    done = command("explain", "-m", "absent.module", cwd=tmp_path)
+    assert done.returncode == 1 and "no module 'absent.module'" in done.stderr and "Traceback" not in done.stderr
     assert "levin explain train.py" in command("explain", "--help", cwd=tmp_path).stdout

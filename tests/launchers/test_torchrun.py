@@ -123,6 +123,14 @@ def test_an_unknown_option_is_refused(capsys):
     assert "--nprocs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["launch"], ["fabric", "run"]])
+def test_a_script_that_is_not_there_is_said_before_a_process_starts(words):
+    from levin.__main__ import main
+
+    with pytest.raises(SystemExit, match="'absent.py' is no script that exists"):
+        main([*words, "absent.py"])
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_is_passed_on_and_said_in_the_status(tmp_path, number, status):
     (tmp_path / "program.py").write_text("import time; open('up', 'w').close(); time.sleep(60)")

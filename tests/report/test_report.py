@@ -142,7 +142,9 @@ def test_the_command_compares_runs(tmp_path, capsys, monkeypatch):
     ]
     assert main(["net/version_1", "-o", "new/one.html"]) == 0 and Path("new/one.html").is_file()
     assert main(["net/version_1/metrics.csv"]) == 0
-    assert main(["absent"]) == 1 and "absent" in capsys.readouterr().err
+    Path("best.ckpt").touch()
+    for path in ("absent", "best.ckpt"):
+        assert main([path]) == 1 and f"{path!r} is no folder of a run" in capsys.readouterr().err
     Path("empty").mkdir()
     assert main(["empty"]) == 1 and "no metrics.csv" in capsys.readouterr().err
 

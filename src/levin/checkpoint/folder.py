@@ -71,6 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="levin consolidate",
         description="Turn the folder of a sharded checkpoint into one file that any Trainer reads.",
+        epilog="Example: levin consolidate step=100.ckpt --output_file whole.ckpt",
     )
     parser.add_argument("folder", metavar="DIR", help="a path or URL; holds .metadata, *.distcp and meta.pt")
     parser.add_argument("--output_file", "--output-file", metavar="FILE", help="by default DIR.consolidated")

@@ -87,7 +87,9 @@ def load_weights(path: PathLike) -> dict[str, Tensor]:
 def main(arguments: Sequence[str]) -> int:
     """Run ``levin export``; return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="levin export", description="Write the weights of a checkpoint as safetensors."
+        prog="levin export",
+        description="Write the weights of a checkpoint as safetensors.",
+        epilog="Example: levin export best.ckpt model.safetensors --prefix model.",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, or the folder of a sharded checkpoint")
     parser.add_argument("output", metavar="FILE", help="for example model.safetensors")

@@ -63,7 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     This is the command ``levin upgrade PATH``.
     """
     parser = argparse.ArgumentParser(
-        prog="levin upgrade", description="Rewrite checkpoints of older Lightning versions; each is kept as FILE.bak."
+        prog="levin upgrade",
+        description="Rewrite checkpoints of older Lightning versions; each is kept as FILE.bak.",
+        epilog="Example: levin upgrade checkpoints --map-to-cpu",
     )
     parser.add_argument("path", metavar="PATH", help="a checkpoint file, or a folder that is searched to its bottom")
     parser.add_argument("-e", "--extension", default=".ckpt", help="of the files in a folder (default: %(default)s)")

@@ -97,7 +97,11 @@ def main(arguments: Sequence[str]) -> int:
 
     This is the command ``levin verify FILE...``.
     """
-    parser = argparse.ArgumentParser(prog="levin verify", description="Say which checkpoints are intact.")
+    parser = argparse.ArgumentParser(
+        prog="levin verify",
+        description="Say which checkpoints are intact.",
+        epilog="Example: levin verify lightning_logs/version_3/checkpoints/*.ckpt",
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
     num_bad = 0
     for path in parser.parse_args(arguments).files:

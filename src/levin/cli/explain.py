@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import inspect
 import os
 import runpy
@@ -102,6 +103,8 @@ def _run(words: Sequence[str]) -> None:
     elif words[0] == "-m" and len(words) > 1:
         sys.argv = list(words[1:])
         sys.path.insert(0, os.getcwd())
+        if importlib.util.find_spec(words[1].partition(".")[0]) is None:
+            raise SystemExit(f"levin explain: there is no module {words[1]!r}. See `levin explain --help`.")
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif os.path.isfile(words[0]):
         sys.argv = list(words)

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="levin migrate",
         description="Rewrite imports of Lightning to imports of levin in Python files, and class paths in YAML files.",
+        epilog="Example: levin migrate src train.py",
     )
     parser.add_argument("paths", nargs="+", metavar="PATH", type=Path, help="a file, or a folder with all below it")
     parser.add_argument("--yes", action="store_true", help="write without asking")

@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="levin fabric run",
         description="Start a script that uses Fabric, in as many processes as its devices need.",
+        epilog="Example: levin fabric run --devices 2 train.py --lr 0.1",
     )
     parser.add_argument("--accelerator", choices=ACCELERATORS, help="the hardware")
     parser.add_argument("--strategy", choices=[*strategies, "dp"], help="how processes work together")

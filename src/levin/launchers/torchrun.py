@@ -36,7 +36,10 @@ def main(arguments: Sequence[str]) -> int:
 
     parser = get_args_parser()
     parser.prog = "levin launch"
+    parser.epilog = "Example: levin launch --nproc-per-node 2 train.py --lr 0.1"
     given = parser.parse_args(list(arguments))
+    if not (given.module or given.no_python or given.run_path or os.path.exists(given.training_script)):
+        raise SystemExit(f"levin: {given.training_script!r} is no script that exists. See `levin launch --help`.")
     complete(given, named_options(parser, arguments))
     try:
         run(given)

@@ -57,8 +57,8 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
         FileNotFoundError: There is nothing at ``path``, or no run in it.
     """
     root = Path(path)
-    if root.is_file():
-        root = root.parent
+    if root.is_file() and _is_run(root.parent):
+        return [root.parent]
     if not root.is_dir():
         raise FileNotFoundError(f"{str(path)!r} is no folder of a run. Pass the folder in which a logger wrote.")
     found = sorted((folder for folder in {root, *_folders(root)} if _is_run(folder)), key=_natural)

@@ -14,17 +14,17 @@ def lenient_streams() -> Iterator[None]:
 
     A bar or a table may not end a run because of the name of a metric. The streams are as they were afterwards.
     """
-    strict = [
-        stream
+    raising = [
+        (stream, stream.errors)
         for stream in (sys.stdout, sys.stderr)
         if isinstance(stream, io.TextIOWrapper)
-        and stream.errors == "strict"
+        and stream.errors in ("strict", "surrogateescape")  # the second in the locales C and POSIX
         and not stream.encoding.lower().startswith("utf")
     ]
-    for stream in strict:
+    for stream, _ in raising:
         stream.reconfigure(errors="replace")
     try:
         yield
     finally:
-        for stream in strict:
-            stream.reconfigure(errors="strict")
+        for stream, errors in raising:
+            stream.reconfigure(errors=errors)

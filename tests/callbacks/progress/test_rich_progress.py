@@ -104,6 +104,17 @@ def test_console_arguments_reach_the_console(terminal: Terminal) -> None:
     assert all(len(line) <= 60 for line in file.screen)
 
 
+@pytest.mark.parametrize(
+    ("width", "gone"), [(24, ["it/s", "0:00:0", "━"]), (40, ["0:00:0", "━"]), (48, ["━"]), (60, [])]
+)
+def test_a_narrow_terminal_has_fewer_columns_and_cuts_none(terminal: Terminal, width: int, gone: list[str]) -> None:
+    file = Terminal()
+    trainer(RichProgressBar(console_kwargs={"file": file, "width": width})).fit(Logging(), loader(3))
+    line = next(line for line in file.screen if "Epoch 0/0" in line)
+    assert "3/3" in line and "…" not in line and len(line) <= width
+    assert [part for part in ("it/s", "0:00:0", "━") if part not in line] == gone
+
+
 def test_a_log_stays_a_log_even_with_forced_colors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()

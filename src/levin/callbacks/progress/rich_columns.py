@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC
 from collections.abc import Iterable
 from datetime import timedelta
@@ -12,11 +13,13 @@ from rich.constrain import Constrain
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task
 from rich.style import StyleType
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 from typing_extensions import override
 
 BAR_WIDTH = 40
+MIN_BAR = 5
+"""Cells below which a bar says nothing."""
 MARGIN = 2
 """Cells left free at the right: there the terminal writes ``^C``, which would break a full line."""
 MIN_RATE = 0.1
@@ -131,17 +134,33 @@ class MetricsProgress(Progress):
         if not tasks or self.is_hidden:
             return
         self._metrics_column.is_empty = True
-        table = self.make_tasks_table(tasks)
         column, width = self._metrics_column, self.console.width - MARGIN
         metrics = next((task.fields["metrics"] for task in tasks if task.fields.get("metrics")), ())
-        # The bar may give way until it is half as wide.
-        natural = Measurement.get(self.console, self.console.options, table).maximum
-        if natural - BAR_WIDTH // 2 + cell_len(column.delimiter.join(metrics)) <= width:
+        table, free = self._table(tasks, width)
+        if cell_len(column.delimiter.join(metrics)) <= free:
             column.is_empty = False
             yield Constrain(self.make_tasks_table(tasks), width)
         else:
             yield Constrain(table, width)
             yield column.fold(metrics, width)
+
+    def _table(self, tasks: list[Task], width: int) -> tuple[Table, int]:
+        """Return the bars, and how many cells are left beside them; -1 where even a part of them has to go.
+
+        The bar itself goes first, then the times, then the speed.
+        """
+        whole, options = self.columns, self.console.options.update(width=sys.maxsize)
+        table = self.make_tasks_table(tasks)
+        natural = Measurement.get(self.console, options, table).maximum
+        if natural - BAR_WIDTH + MIN_BAR <= width:
+            return table, width - natural + BAR_WIDTH // 2  # the bar may give way until it is half as wide
+        for kind in (BarColumn, CustomTimeColumn, ProcessingSpeedColumn):
+            self.columns = tuple(column for column in self.columns if not isinstance(column, kind))
+            table = self.make_tasks_table(tasks)
+            if Measurement.get(self.console, options, table).maximum <= width:
+                break
+        self.columns = whole
+        return table, -1
 
 
 def _as_time(seconds: float | None) -> str:
