@@ -126,11 +126,16 @@ bench-ddp: $(STAMP)  ## Measure several processes against bare DistributedDataPa
 
 # Twine in a folder of its own.
 .PHONY: wheel-check
-wheel-check: $(STAMP)  ## Build the wheel and check what it says of itself
-	rm -rf dist
+wheel-check: $(STAMP)  ## Build the wheel, check it, run the demo from it in an empty environment, and find versions beside other packages
+	rm -rf dist $(VENV)-wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/twine twine
 	PYTHONPATH=$(VENV)/twine $(VENV)/twine/bin/twine check --strict dist/*.whl
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --constraint constraints.txt torch==2.13.0 "$$(echo dist/*.whl)[tensorboard]" \
+		scikit-learn matplotlib
+	$(RUN) $(VENV)-wheel/bin/python examples/digits.py --out $(VENV)-wheel/runs
+	$(VENV)-wheel/bin/python -m pip install --quiet --dry-run torch==2.13.0 dist/*.whl datasets transformers mlflow
 
 docs: $(STAMP)  ## Build the documentation site
 	$(BIN)/mkdocs build --strict --quiet
