@@ -362,6 +362,8 @@ def test_trackio_is_read_back_and_goes_on(tmp_path):
     assert rows == [("r", step) for step in range(6)]
     with sqlite3.connect(tmp_path / "p.db") as database:
         (config,) = database.execute("select config from configs where run_name = 'r'").fetchone()
+        # Another run of the same name would have a number of its own.
+        assert len(database.execute("select distinct run_id from metrics").fetchall()) == 1
     assert json.loads(config)["lr"] == 0.1
 
 

@@ -13,15 +13,43 @@ import pytest
 from tests.distributed import _free_port
 
 SCRIPT = """
+import os
 import sys
 import torch
 from levin import Trainer
-from levin.environments import KubeflowEnvironment
+from levin.environments import ClusterEnvironment, KubeflowEnvironment
 from tests.strategies.small import QUIET, Small
+
+class Farm(ClusterEnvironment):
+    creates_processes_externally = True
+    main_address = "127.0.0.1"
+    main_port = property(lambda self: int(os.environ["FARM_PORT"]))
+
+    @staticmethod
+    def detect():
+        return False
+
+    def world_size(self):
+        return 2
+
+    def set_world_size(self, size):
+        pass
+
+    def global_rank(self):
+        return int(os.environ["FARM_RANK"])
+
+    def set_global_rank(self, rank):
+        pass
+
+    def local_rank(self):
+        return self.global_rank()
+
+    def node_rank(self):
+        return 0
 
 if __name__ == "__main__":
     folder, plugin, devices, nodes = sys.argv[1:5]
-    plugins = [KubeflowEnvironment()] if plugin == "kubeflow" else None
+    plugins = {"kubeflow": [KubeflowEnvironment()], "one's own": [Farm()]}.get(plugin)
     trainer = Trainer(**{**QUIET, "devices": int(devices), "num_nodes": int(nodes), "strategy": "ddp", "max_epochs": 1,
                          "enable_checkpointing": False, "plugins": plugins})
     module = Small()
@@ -140,6 +168,8 @@ def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:
         hosts.write_text("launch\nlocalhost\nlocalhost\n")
         common = {"LSB_JOBID": 777, "LSB_DJOB_RANKFILE": hosts, "JSM_NAMESPACE_SIZE": 2, "MASTER_PORT": port}
         return [{**common, "JSM_NAMESPACE_RANK": rank, "JSM_NAMESPACE_LOCAL_RANK": rank} for rank in range(2)]
+    if cluster == "one's own":
+        return [{"FARM_PORT": port, "FARM_RANK": rank} for rank in range(2)]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     if cluster == "kubeflow":
         return [{**common, "WORLD_SIZE": 2, "RANK": rank} for rank in range(2)]
@@ -156,6 +186,7 @@ def variables_of(cluster: str, tmp_path: Path) -> list[dict[str, object]]:
         ("kubeflow", 1, 2, "KubeflowEnvironment"),
         ("two machines by hand", 1, 2, "LightningEnvironment"),
         ("by hand", 2, 1, "LightningEnvironment"),
+        ("one's own", 2, 1, "Farm"),
     ],
 )
 def test_started_from_outside(cluster, devices, nodes, environment, tmp_path):
