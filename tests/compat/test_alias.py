@@ -121,6 +121,48 @@ def test_install_can_stay_in_one_process(tmp_path):
     assert output(["-c", code]) == "True\n"
 
 
+DEMOS = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.demos import LightningLSTM, LightningTransformer, SequenceSampler, SimpleLSTM, Transformer, WikiText2
+from lightning.pytorch.demos.boring_classes import (
+    BoringDataModule, BoringDataModuleNoLen, BoringModel, DemoModel, IterableBoringDataModule, ManualOptimBoringModel, Net,
+    RandomDataset, RandomDictDataset, RandomIterableDataset, RandomIterableDatasetWithLen,
+)
+from lightning.pytorch.demos.lstm import LightningLSTM as SameLSTM
+from lightning.pytorch.demos.mnist_datamodule import MNIST, MNISTDataModule
+from lightning.pytorch.demos.transformer import Dictionary, PositionalEncoding, tokenize
+
+
+def test_models_train(tmp_path):
+    for model in (BoringModel(), ManualOptimBoringModel(), DemoModel()):
+        assert isinstance(model, LightningModule)
+    trainer = Trainer(default_root_dir=tmp_path, fast_dev_run=True, accelerator="cpu")
+    trainer.fit(BoringModel(), datamodule=BoringDataModule())
+    trainer.fit(ManualOptimBoringModel(), RandomIterableDatasetWithLen(32, 4))
+
+
+def test_language_models():
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    assert LightningTransformer(vocab_size=100)(tokens, tokens).shape[-1] == 100
+    assert SameLSTM is LightningLSTM and isinstance(LightningLSTM(vocab_size=50).model, SimpleLSTM)
+
+
+def test_images_are_there_without_a_network(tmp_path):
+    data = MNISTDataModule(str(tmp_path))
+    data.prepare_data()
+    data.setup("fit")
+    assert isinstance(data, LightningDataModule) and data.train_dataloader().dataset[0][0].shape == (1, 28, 28)
+"""
+
+
+def test_a_test_file_finds_all_that_the_demos_have(tmp_path):
+    (tmp_path / "test_demos.py").write_text(DEMOS)
+    env = {**without_lightning(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    text = output(["-m", "levin", "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_demos.py"], env, cwd=tmp_path)
+    assert "3 passed" in text
+
+
 def test_workers_of_xdist_inherit_the_alias(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import os\nimport lightning.pytorch as pl\n\n\ndef test_levin():\n"

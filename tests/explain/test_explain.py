@@ -369,7 +369,7 @@ if __name__ == "__main__":
     print("before")
     trainer = Trainer(max_epochs=int(sys.argv[1]), logger=False, enable_progress_bar=False)
     trainer.fit(Net())
-    print("after")
+    print("after", trainer.state.finished)
     trainer.test(ckpt_path=trainer.checkpoint_callback.best_model_path or None)
     print(trainer.test()[0])
 """
@@ -386,7 +386,7 @@ def test_the_command_stops_a_script_before_its_first_batch(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = command("explain", "train.py", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "before\n" in done.stdout and "after\n" not in done.stdout
+    assert "before\n" in done.stdout and "after True\n" not in done.stdout
     assert "for epoch in range(3):" in done.stdout and re.search(r"Net.on_train_start\(\) +train.py:7", done.stdout)
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["train.py"]
 
@@ -395,7 +395,7 @@ def test_the_command_explains_the_call_that_is_named(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     done = command("explain", "--call", "test", "train.py", "3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "after\n" in done.stdout and "test of Net" in done.stdout and "Net.test_step(" in done.stdout
+    assert "after True\n" in done.stdout and "test of Net" in done.stdout and "Net.test_step(" in done.stdout
     done = command("explain", "--call=predict", "train.py", "3", cwd=tmp_path)
     assert done.returncode == 1 and "IndexError" in done.stderr
     assert "Trainer.fit, Trainer.test were passed over" in done.stderr

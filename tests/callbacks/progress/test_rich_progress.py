@@ -107,9 +107,16 @@ def test_console_arguments_reach_the_console(terminal: Terminal) -> None:
 @pytest.mark.parametrize(
     ("width", "gone"), [(24, ["it/s", "0:00:0", "━"]), (40, ["0:00:0", "━"]), (48, ["━"]), (60, [])]
 )
-def test_a_narrow_terminal_has_fewer_columns_and_cuts_none(terminal: Terminal, width: int, gone: list[str]) -> None:
+@pytest.mark.parametrize("has_values", [True, False])
+def test_a_narrow_terminal_has_fewer_columns_and_cuts_none(
+    terminal: Terminal, width: int, gone: list[str], has_values: bool
+) -> None:
+    class Bar(RichProgressBar):
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            return super().get_metrics(trainer, pl_module) if has_values else {}
+
     file = Terminal()
-    trainer(RichProgressBar(console_kwargs={"file": file, "width": width})).fit(Logging(), loader(3))
+    trainer(Bar(console_kwargs={"file": file, "width": width})).fit(Logging(), loader(3))
     line = next(line for line in file.screen if "Epoch 0/0" in line)
     assert "3/3" in line and "…" not in line and len(line) <= width
     assert [part for part in ("it/s", "0:00:0", "━") if part not in line] == gone
