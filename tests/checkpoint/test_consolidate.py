@@ -125,6 +125,10 @@ def test_what_is_incomplete_or_in_the_way_is_an_error(tmp_path, run, capsys):
     assert (tmp_path / "there").read_text() == "mine"
     for damage, message in (
         (lambda: (folder / "__0_0.distcp").write_bytes(b""), "is damaged"),
+        (
+            lambda: (folder / "__0_0.distcp").rename(folder / "__9_0.distcp"),
+            "lacks __0_0.distcp, the part of a process",
+        ),
         (lambda: (folder / ".metadata").write_bytes(b"\x80\x04"), "is damaged"),
         (lambda: (folder / ".metadata").unlink(), "no complete sharded checkpoint"),
         (lambda: (folder / "meta.pt").unlink(), "without `meta.pt`"),

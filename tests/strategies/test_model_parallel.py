@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -144,3 +145,39 @@ def test_arguments_that_cannot_be_meant(arguments, message):
 def test_a_plan_that_does_not_fit_names_what_is_there(plan, message):
     with pytest.raises(ValueError, match=message):
         in_rank(ModelParallelStrategy(1, 2, plan=plan), 2).fit(Wide(8))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (partial(torch.optim.AdamW, fused=True), r"AdamW\(fused=True\) steps all parameters at once"),
+        pytest.param(partial(torch.optim.SGD, foreach=True), r"SGD\(foreach=True\) steps all", marks=pytest.mark.slow),
+        pytest.param(torch.optim.LBFGS, "LBFGS makes one vector of all parameters", marks=pytest.mark.slow),
+    ],
+    ids=["fused", "foreach", "one vector"],
+)
+@world_size(2, connect=False)
+def test_optimizers_that_put_parameters_together_are_refused(optimizer, message):
+    module = Wide(8)
+    module.optimizer = optimizer
+    with pytest.raises(ValueError, match=message):
+        in_rank(ModelParallelStrategy(1, 2, plan={"net.embed": "column"}), 2).fit(module)
+
+
+@cuts_on_cpu
+@world_size(2, connect=False)
+def test_weights_that_the_module_lacks_are_told(tmp_path):
+    larger = Wide(4)
+    larger.net.more = nn.Linear(1, 1)
+    trainer = in_rank(ModelParallelStrategy(2, 1), 2, max_epochs=1)
+    trainer.fit(larger)
+    path = str(tmp_path / "larger.ckpt")
+    trainer.save_checkpoint(path)
+    module = Wide(4)
+    with pytest.raises(ValueError, match=r"holds net.more.bias, net.more.weight, which this module lacks"):
+        in_rank(ModelParallelStrategy(2, 1), 2).validate(module, ckpt_path=path)
+    module = Wide(4)
+    module.strict_loading = False
+    in_rank(ModelParallelStrategy(2, 1), 2).validate(module, ckpt_path=path)
+    expected = whole(larger)
+    torch.testing.assert_close(whole(module), {name: expected[name] for name in whole(module)})

@@ -211,6 +211,6 @@ def _explained(folder: str) -> Iterator[None]:
         if isinstance(cause, (OSError, pickle.UnpicklingError, MemoryError)):
             raise cause from error
         raise ValueError(
-            f"{folder!r} does not fit this run, or is damaged: {type(cause).__name__}: {cause}. Use the module and the "
+            f"{folder!r} does not fit this run, or is damaged: {type(cause).__name__}: {str(cause).rstrip('.')}. Use the module and the "
             "optimizers that it was saved with."
         ) from error

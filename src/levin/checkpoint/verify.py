@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import struct
 import sys
 import zipfile
@@ -233,6 +234,14 @@ def _verify_folder(folder: str) -> None:
     if ".metadata" not in names or not any(name.endswith(".distcp") for name in names):
         raise DamagedCheckpointError(
             f"{folder} lacks `.metadata` or the `.distcp` files, so it is no complete sharded checkpoint."
+        )
+    with open_for_reading(f"{folder}/.metadata") as index:
+        written = {name.decode() for name in re.findall(rb"__\d+_\d+\.distcp", index.read())}
+    missing = sorted(written - set(names))
+    if missing:
+        raise DamagedCheckpointError(
+            f"{folder} lacks {', '.join(missing[:5])}, the part of a process, so it is no complete sharded checkpoint. Copy all of its "
+            "files, or use another checkpoint."
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -388,6 +388,10 @@ class ModelParallelStrategy(ShardedStrategy):
         if self.saves_folders:
             return state
         return stage_state.gathered(state, self._state_names, self._stage_group)
+
+    @override
+    def names_elsewhere(self) -> Collection[str]:
+        return self._state_names
 
     @override
     def load_module_state(self, module: Module, state: Any, strict: bool = True) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import Module
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from levin.checkpoint.io import CheckpointIO
@@ -93,6 +93,28 @@ class ShardedStrategy(ParallelStrategy, ABC):
         groups = [] if self.device_mesh is None else self.device_mesh.get_all_groups()
         return super().num_collectives() + sum(map(collectives.num_collectives, groups))
 
+    @override
+    def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
+        """Return the optimizer.
+
+        Raises:
+            MisconfigurationException: It puts parameters together that are not cut in the same way.
+        """
+        for group in optimizer.param_groups:
+            meshes = {getattr(parameter, "device_mesh", None) for parameter in group["params"]}
+            together = [name for name in ("foreach", "fused") if group.get(name)]
+            if together and len(meshes) > 1:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__}({together[0]}=True) steps all parameters at once, and under {type(self).__name__} some are "
+                    f"cut over other processes than the rest, or not at all. Leave {together[0]} out."
+                )
+            if isinstance(optimizer, LBFGS) and meshes != {None}:
+                raise MisconfigurationException(
+                    f"LBFGS makes one vector of all parameters, and under {type(self).__name__} each process has a part of them. Use "
+                    "another optimizer, or strategy='ddp'."
+                )
+        return super().setup_optimizer(optimizer, module)
+
     # The step
 
     def compose_step(self, module: Module, name: str) -> Function:
@@ -114,7 +136,11 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     def load_module_state(self, module: Module, state: Any, strict: bool = True) -> None:
         """Load weights that are whole, or in a folder; each process takes its part."""
-        state_of.load_module_state(module, state, strict)
+        state_of.load_module_state(module, state, strict, self.names_elsewhere())
+
+    def names_elsewhere(self) -> Collection[str]:
+        """Return the names of weights that other processes have, of which this one has no part."""
+        return ()
 
     def optimizer_state(self, optimizer: Optimizer, module: Module | None = None) -> StateDict:
         """Return the state of an optimizer, with DTensors where its parameters are cut."""

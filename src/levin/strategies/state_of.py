@@ -5,6 +5,7 @@ Names and numbers are those of a module on one device, so that what was saved in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch.distributed.checkpoint.state_dict import (
@@ -27,11 +28,32 @@ def module_state(module: Module) -> StateDict:
     return get_model_state_dict(module)
 
 
-def load_module_state(module: Module, state: StateDict | ShardedEntry, strict: bool = True) -> None:
-    """Load weights. All processes call this, each with the whole state, or with the place that it reads its parts from."""
+def load_module_state(
+    module: Module, state: StateDict | ShardedEntry, strict: bool = True, elsewhere: Iterable[str] = ()
+) -> None:
+    """Load weights. All processes call this, each with the whole state, or with the place that it reads its parts from.
+
+    Args:
+        module: Of this process.
+        state: Of the whole module.
+        strict: Whether it must hold what the module has, and nothing else.
+        elsewhere: Names that other processes have.
+
+    Raises:
+        ValueError: It holds something else.
+    """
     is_full = not isinstance(state, ShardedEntry)
     if isinstance(state, ShardedEntry):
-        state = state.load_into(get_model_state_dict(module))
+        own = get_model_state_dict(module)
+        prefix = f"{state.key}."
+        saved = {name.removeprefix(prefix) for name in state.names() if name.startswith(prefix)}
+        unknown = sorted(saved - own.keys() - set(elsewhere))
+        if strict and unknown:
+            raise ValueError(
+                f"{state.folder!r} holds {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}, which this module lacks. "
+                "Use the module that it was saved with, or set its strict_loading = False to leave them out."
+            )
+        state = state.load_into(own)
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=is_full, strict=strict))
 
 
