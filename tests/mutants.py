@@ -115,6 +115,7 @@ def tests_of(path: Path) -> list[str]:
     """Return the tests of the room that a file of the code is in: a folder or a file of that name, and comparisons."""
     room = path.relative_to(ROOT / "src/levin").parts[0].removesuffix(".py")
     found = [
+        *(ROOT.glob("tests/checkpoint") if room == "resume" else ()),
         *ROOT.glob(f"tests/{room}"),
         *ROOT.glob(f"tests/test_{room}*.py"),
         *ROOT.glob(f"tests/parity/test_{room}*.py"),

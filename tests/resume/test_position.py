@@ -363,6 +363,17 @@ def test_data_set_with_state_in_workers_goes_on_exactly(
     check(make, stop, None, lookahead)
 
 
+def test_workers_of_an_epoch_of_which_nothing_was_taken_begin_in_their_turns():
+    make = stream_loader(StatefulStream, [3, 3, 3], 3, batch_size=1)
+    position, later = Position(), Position()
+    batches = position.iterate(make(), lookahead=1)
+    saved = position.state_dict()
+    later.load_state_dict(saved)
+    whole = list(batches)
+    assert list(later.iterate(make(), lookahead=1)) == whole
+    assert len({str(batch) for batch in whole[:3]}) == 3
+
+
 @pytest.mark.parametrize("kind", [StatefulStream, ContinuingStream, CountingStream])
 @pytest.mark.parametrize(("limit", "batch_size"), [(None, 1), (3, 1), (None, 2)])
 def test_a_worker_that_lives_on_and_has_given_nothing_in_its_epoch_begins_it(kind, limit, batch_size):

@@ -151,7 +151,6 @@ class IndexCursor(_LoaderCursor):
 
     def before_first(self) -> None:
         """Keep the states from which the sampler draws its order."""
-        super().before_first()
         self._note_order(self.epoch)
 
     def resume(self, state: StateDict) -> Iterator[Batch]:

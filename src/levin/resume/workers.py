@@ -112,9 +112,9 @@ class Workers:
     def states_before(self, num_in_flight: int) -> tuple[list[Any], int]:
         """Return the state of each worker of an iterable data set before the last batches, and who gave the one before."""
         givers = list(self._givers)
-        num_known = len(givers) - num_in_flight
+        num_known = len(givers) - num_in_flight  # at least one: the deque is longer than what may be in flight
         counts = [given - givers[num_known:].count(worker) for worker, given in enumerate(self._num_given)]
-        return self._states_after(counts), givers[num_known - 1] if num_known else self.num_workers - 1
+        return self._states_after(counts), givers[num_known - 1]
 
     def states(self, num_taken: int) -> list[Any]:
         """Return the state of each worker after the first ``num_taken`` batches, which they made in turns."""
