@@ -227,3 +227,18 @@ def test_tensorboardx_is_the_second_choice(tmp_path, monkeypatch):
     logger.log_hyperparams({"lr": 1})
     logger.finalize("success")
     assert scalars(logger.log_dir) == {"a": [(1, 1.0)], "hp_metric": [(0, -1.0)]}
+
+
+def test_who_listens_to_torchs_writer_hears_of_the_values(tmp_path, monkeypatch):
+    # As ClearML does.
+    from torch.utils.tensorboard.writer import FileWriter
+
+    heard, add_event = [], FileWriter.add_event
+
+    def listen(self, event, step=None, walltime=None):
+        heard.extend((value.tag, value.simple_value, step) for value in event.summary.value)
+        add_event(self, event, step, walltime)
+
+    monkeypatch.setattr(FileWriter, "add_event", listen)
+    TensorBoardLogger(tmp_path).log_metrics({"loss": 0.5, "accuracy": 1}, step=3)
+    assert heard == [("loss", 0.5, 3), ("accuracy", 1.0, 3)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -33,10 +32,8 @@ class DirectFileWriter(FileWriter):
             step: Position on the x-axis.
         """
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        event = Event(wall_time=time.time(), summary=summary)
-        if step is not None:
-            event.step = int(step)
-        self.event_writer.add_event(event)
+        # By the method that trackers such as ClearML listen to.
+        self.add_event(Event(summary=summary), step)
 
 
 class DirectSummaryWriter(SummaryWriter):
