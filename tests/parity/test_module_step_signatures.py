@@ -20,6 +20,7 @@ SIGNATURES = {
     "variadic": "*args",
     "variadic_and_keywords": "*args, **kwargs",
     "batch_and_variadic": "batch, *args",
+    "variadic_of_that_name": "batch, batch_idx, *dataloader_idx",
     "keywords": "batch, **kwargs",
     "keyword_only": "batch, *, batch_idx=0",
     "optimizer_idx": "batch, batch_idx, optimizer_idx",
