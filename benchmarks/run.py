@@ -267,7 +267,15 @@ def extras_case(name: str, budget: float, count: int) -> Case:
         return lambda: bare_fit(model, train)
 
     def framework(lib: Any, n: int) -> Any:
-        extras = {**dict.fromkeys(QUIET, True), "enable_model_summary": False, "default_root_dir": tempfile.mkdtemp()}
+        callbacks = [
+            lib.callbacks.LearningRateMonitor(logging_interval="step"),
+            lib.callbacks.EarlyStopping("a_epoch", patience=100),
+            lib.callbacks.Timer(duration={"days": 1}),
+        ]
+        extras = {
+            **dict.fromkeys(QUIET, True), "enable_model_summary": False, "default_root_dir": tempfile.mkdtemp(),
+            "callbacks": callbacks,
+        }  # fmt: skip
         model, train, runner = module_for(lib, tiny, "epoch"), loader(n), trainer(lib, max_epochs=1, **extras)
         return lambda: runner.fit(model, train)
 
@@ -308,7 +316,7 @@ def cases(quick: bool) -> list[Case | PairedCase]:
         PairedCase("+ three self.log, on_step", 1.18, n, log="step"),
         PairedCase("+ three self.log with on_epoch and progress bar value", 1.22, n, log="epoch"),
         PairedCase("tiny linear step under Fabric", 1.03, n, run=with_fabric),
-        extras_case("+ TensorBoard, progress bar, checkpointing", 1.35, n),
+        extras_case("+ TensorBoard, progress bar, checkpointing, three callbacks", 1.35, n),
         validation_case(n),
         epoch_case(30 if quick else 100),
         PairedCase(
