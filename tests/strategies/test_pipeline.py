@@ -17,6 +17,7 @@ from levin import Fabric, Trainer
 from levin.checkpoint import consolidate
 from levin.strategies import ModelParallelStrategy
 from levin.strategies.microbatches import merge_logged, size_of, split
+from levin.strategies.replay import ReachedError, Replay
 from levin.strategies.stages import PipelinePlan, cut, layers_of
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, WithLosses, dataset
@@ -637,3 +638,37 @@ def test_batches_are_cut_along_their_samples():
     assert (first["names"], second["names"], second["scale"]) == (["a", "b"], ["c", "d"], 2.0)
     with pytest.raises(ValueError, match="received a batch without any: list"):
         size_of(["a", torch.tensor(1)])
+
+
+class Passing(nn.Module):
+    """The third layer is called with what the first one gives, or with what is computed of that between the layers."""
+
+    def __init__(self, is_between: bool) -> None:
+        super().__init__()
+        self.is_between = is_between
+        self.a, self.b, self.c = nn.Linear(2, 2), nn.Linear(2, 2), nn.Bilinear(2, 2, 1)
+
+    def forward(self, x):
+        first = self.a(x)
+        between = first * 2
+        return self.c(self.b(first), between if self.is_between else first)
+
+
+@pytest.mark.parametrize("is_between", [False, True])
+def test_what_a_stage_was_called_with_goes_on_to_the_next(is_between):
+    module = Passing(is_between)
+    replay = Replay(module, dict(module.named_children()), [["a"], ["b"], ["c"]], torch.device("cpu"))
+    x = torch.randn(3, 2)
+    lacks = [replay.lacks(stage, lambda: module(x)) for stage in range(3)]
+    assert [len(announced) for announced in lacks] == [0, 1, 2]
+    with pytest.raises(ReachedError) as reached:
+        replay.run(0, lambda: module(x), [], lacks[1])
+    sent = reached.value.tensors
+    if is_between:
+        with pytest.raises(ValueError, match="needs the value of what an earlier stage computes, for the call of c"):
+            replay.run(1, lambda: module(x), sent, lacks[2])
+        return
+    with pytest.raises(ReachedError) as reached:
+        replay.run(1, lambda: module(x), sent, lacks[2])
+    found = replay.run(2, lambda: module(x), reached.value.tensors, [])
+    torch.testing.assert_close(found, module(x), rtol=0, atol=0)
