@@ -38,6 +38,7 @@ class Net(LightningModule):
         self.register_buffer("seen", torch.zeros(()))
         self.sizes: list[int] = []
         self.outputs: list[Any] = []
+        self.means: list[float] = []
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -61,6 +62,10 @@ class Net(LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         self.outputs.append((outputs["loss"].item(), outputs["x"].tolist() == batch[0].tolist()))
 
+    def on_train_epoch_end(self):
+        if self.mean.update_called:
+            self.means.append(self.mean.compute().item())
+
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
@@ -81,6 +86,7 @@ def assert_same(module: Net, trainer: Trainer, whole: Net, plain: Trainer) -> No
     torch.testing.assert_close(module.state_dict(), whole.state_dict(), rtol=1e-10, atol=1e-10)
     assert trainer.global_step == plain.global_step
     torch.testing.assert_close(dict(trainer.callback_metrics), dict(plain.callback_metrics), rtol=1e-6, atol=1e-6)
+    assert module.means == pytest.approx(whole.means)
     for (loss, has_samples), (other, _) in zip(module.outputs, whole.outputs, strict=True):
         assert loss == pytest.approx(other) and has_samples
 
