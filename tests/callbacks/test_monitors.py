@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader
 
 from levin import Trainer
@@ -47,6 +48,34 @@ def test_rates_are_counts_over_the_time_that_passed(monkeypatch):
     assert last["train/device/items_per_sec"] == pytest.approx(64 * rate)
     assert last["train/device/flops_per_sec"] == pytest.approx(100 * rate)
     assert last["train/device/mfu"] == pytest.approx(100 * rate / 1000)
+
+
+def test_operations_are_counted_once_and_the_bar_shows_the_rates():
+    shown = {}
+
+    class Net(BoringModel):
+        def on_train_end(self):
+            shown.update(self.trainer.progress_bar_metrics)
+
+    monitor = ThroughputMonitor(
+        len, lambda batch: batch.numel(), count_flops=True, prog_bar=True, window_size=3, available_flops=1e9
+    )
+    last = [values for _, values in fit(monitor, Net()) if "train/time" in values][-1]
+    rate = last["train/device/batches_per_sec"]
+    # Of a layer of 32 x 2 weights on 2 samples: forward, and the gradients of the weights.
+    assert last["train/device/flops_per_sec"] == pytest.approx(2 * (2 * 32 * 2 * 2) * rate)
+    assert shown["items_per_sec"] == pytest.approx(last["train/device/items_per_sec"])
+    assert shown["mfu"] == pytest.approx(last["train/device/mfu"])
+
+
+def test_counting_ends_with_a_step_that_fails():
+    class Net(BoringModel):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("no step")
+
+    with pytest.raises(RuntimeError, match="no step"):
+        fit(ThroughputMonitor(len, count_flops=True), Net())
+    assert _get_current_dispatch_mode() is None
 
 
 def test_validation_is_no_training_time(monkeypatch):

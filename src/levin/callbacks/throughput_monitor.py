@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
 from levin.callbacks.logging_steps import is_logging_step, log_values
@@ -44,28 +45,42 @@ class ThroughputMonitor(Callback):
 
     The names are ``time`` (seconds), ``batches``, ``samples``, ``lengths`` and, once the window is full,
     ``device/batches_per_sec``, ``device/samples_per_sec``, ``device/items_per_sec``, ``device/flops_per_sec`` and
-    ``device/mfu``; with several devices the rates of all of them without ``device/``. Operations are counted if the
-    module has ``flops_per_batch``: a number, or a method of the batch. Time spent in validation does not count as
-    training.
+    ``device/mfu`` (the share of the device's greatest rate of operations that are those of the model, as in PaLM,
+    https://arxiv.org/abs/2204.02311); with several devices the rates of all of them without ``device/``. Operations are
+    those of the module's ``flops_per_batch``: a number, or a method of the batch. Time spent in validation does not count
+    as training.
 
     Args:
         batch_size_fn: Batch -> number of samples.
         length_fn: Batch -> number of items (tokens).
+        count_flops: Whether torch counts the operations of a module that has no ``flops_per_batch``, in the first step of
+            training, with its backward pass; for the others the number grows with the samples. Compiled code is not counted.
+        prog_bar: Whether the progress bar shows items (or samples) per second, and ``mfu`` where it is known.
         kwargs: Passed to :class:`~levin.utilities.throughput.Throughput`: ``available_flops``, ``window_size``, ``separator``.
 
     Example:
-        >>> monitor = ThroughputMonitor(batch_size_fn=lambda batch: batch[0].size(0), window_size=10)
+        >>> monitor = ThroughputMonitor(lambda tokens: len(tokens), lambda tokens: tokens.numel(), count_flops=True)
     """
 
     def __init__(
-        self, batch_size_fn: Callable[[Batch], int], length_fn: Callable[[Batch], int] | None = None, **kwargs: Any
+        self,
+        batch_size_fn: Callable[[Batch], int],
+        length_fn: Callable[[Batch], int] | None = None,
+        *,
+        count_flops: bool = False,
+        prog_bar: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
         self.batch_size_fn: Callable[[Batch], int] = batch_size_fn
         self.length_fn: Callable[[Batch], int] | None = length_fn
+        self.count_flops: bool = count_flops
+        self.prog_bar: bool = prog_bar
         self.kwargs: Kwargs = kwargs
         self.available_flops: float | None = kwargs.get("available_flops")
         self._meters: dict[str, _Meter] = {}
+        self._counter: FlopCounterMode | None = None
+        self._flops_per_sample: float | None = None
         # Evaluation batches of the whole run, the x-axis of their values.
         self._eval_batches: int = 0
         self._validation_began_s: float = 0.0
@@ -75,7 +90,7 @@ class ThroughputMonitor(Callback):
         if self.available_flops is None:
             dtype = _DTYPES.get(str(trainer.precision).split("-")[0], torch.float32)
             self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
-        if stage == "fit" and not hasattr(pl_module, "flops_per_batch"):
+        if stage == "fit" and not hasattr(pl_module, "flops_per_batch") and not self.count_flops:
             rank_zero_info(f"{type(pl_module).__name__} has no `flops_per_batch`, so no FLOPs are logged.")
         settings = {
             **self.kwargs,
@@ -91,14 +106,36 @@ class ThroughputMonitor(Callback):
         self._meters["train"].start()
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if self.count_flops and self._flops_per_sample is None and not hasattr(pl_module, "flops_per_batch"):
+            self._counter = FlopCounterMode(display=False)
+            self._counter.__enter__()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_counting()
+
+    def _end_counting(self) -> float:
+        """Return the operations since the step began."""
+        counter, self._counter = self._counter, None
+        if counter is None:
+            return 0.0
+        counter.__exit__(None, None, None)
+        return float(counter.get_total_flops())
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
+        if self._counter is not None:
+            self._flops_per_sample = self._end_counting() / max(self.batch_size_fn(batch), 1)
         meter = self._count("train", pl_module, batch)
         accumulate = trainer.accumulate_grad_batches
         does_step = (batch_idx + 1) % accumulate == 0 or trainer.is_last_batch
         if does_step and is_logging_step(trainer):
             self._log(trainer, "train", meter, None)
+            if self.prog_bar:
+                self._show(pl_module, meter)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,6 +177,8 @@ class ThroughputMonitor(Callback):
         if self.length_fn is not None:
             meter.lengths += self.length_fn(batch)
         flops = getattr(pl_module, "flops_per_batch", None)
+        if flops is None and stage == "train" and self._flops_per_sample:
+            flops = self._flops_per_sample * self.batch_size_fn(batch)
         meter.throughput.update(
             time=meter.tick(),
             batches=meter.batches,
@@ -148,6 +187,14 @@ class ThroughputMonitor(Callback):
             flops=flops(batch) if callable(flops) else flops,
         )
         return meter
+
+    def _show(self, pl_module: LightningModule, meter: _Meter) -> None:
+        rates = meter.throughput.compute()
+        prefix = f"device{meter.throughput.separator}"
+        shown = ("samples_per_sec" if self.length_fn is None else "items_per_sec", "mfu")
+        for name in shown:
+            if prefix + name in rates:
+                pl_module.log(name, rates[prefix + name], prog_bar=True, logger=False)
 
     def _log(self, trainer: Trainer, stage: str, meter: _Meter, step: int | None) -> None:
         separator = meter.throughput.separator
