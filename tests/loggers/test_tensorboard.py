@@ -242,3 +242,22 @@ def test_who_listens_to_torchs_writer_hears_of_the_values(tmp_path, monkeypatch)
     monkeypatch.setattr(FileWriter, "add_event", listen)
     TensorBoardLogger(tmp_path).log_metrics({"loss": 0.5, "accuracy": 1}, step=3)
     assert heard == [("loss", 0.5, 3), ("accuracy", 1.0, 3)]
+
+
+def test_who_puts_another_writer_of_files_in_place_hears_of_the_folder(tmp_path, monkeypatch):
+    # As W&B does under sync_tensorboard=True.
+    from torch.utils.tensorboard import writer
+
+    heard = []
+
+    class Listening(writer.EventFileWriter):
+        def __init__(self, logdir, *args, **kwargs):
+            heard.append(logdir)
+            super().__init__(logdir, *args, **kwargs)
+
+    monkeypatch.setattr(writer, "EventFileWriter", Listening)
+    logger = TensorBoardLogger(tmp_path)
+    logger.log_metrics({"loss": 0.5}, step=3)
+    logger.finalize("success")
+    assert heard == [logger.log_dir]
+    assert scalars(logger.log_dir)["loss"] == [(3, 0.5)]

@@ -210,13 +210,15 @@ def _make_writer(log_dir: str, kwargs: dict[str, object]) -> SummaryWriter:
 
         writer: SummaryWriter = SummaryWriterX(log_dir=log_dir, **kwargs)
         return writer
-    if is_local(log_dir):
-        from levin.loggers.summary_writer import DirectSummaryWriter
+    from torch.utils.tensorboard import writer as torch_writer
 
-        return DirectSummaryWriter(log_dir=log_dir, **kwargs)
-    from torch.utils.tensorboard.writer import SummaryWriter
+    # A tracker such as W&B (`sync_tensorboard=True`) puts a class of its own there, to hear of the folder.
+    is_watched = not vars(torch_writer)["EventFileWriter"].__module__.startswith("tensorboard.")
+    if is_watched or not is_local(log_dir):
+        return torch_writer.SummaryWriter(log_dir=log_dir, **kwargs)
+    from levin.loggers.summary_writer import DirectSummaryWriter
 
-    return SummaryWriter(log_dir=log_dir, **kwargs)
+    return DirectSummaryWriter(log_dir=log_dir, **kwargs)
 
 
 def _hparams_summaries(hparams: dict[str, Any], metrics: dict[str, Any]) -> tuple[Any, ...]:
