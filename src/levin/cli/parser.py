@@ -51,6 +51,7 @@ OWN_ARGUMENTS_OF: dict[str, tuple[str, ...]] = {
     "DeviceStatsMonitor": ("filter_keys",),
     "LearningRateMonitor": ("log_key_prefix",),
     "ModelCheckpoint": ("async_save",),
+    "ThroughputMonitor": ("count_flops", "prog_bar"),
     "Strategy": ("precision",),
     "ParallelStrategy": ("step_timeout", "uneven"),
     "FSDPStrategy": ("ignored_states",),
