@@ -271,6 +271,26 @@ def test_a_lightning_module_has_its_own_step_and_optimizer():
     assert plan.gradients == plan.parameters
 
 
+class Called(Module):
+    """Its step calls the module itself, as most do."""
+
+    def forward(self, batch):
+        return self.net(batch)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).mean()
+
+
+@pytest.mark.parametrize("mesh", ["mesh:dp=4", "mesh:ddp=4"])
+def test_a_step_that_calls_its_module_is_planned_as_one_that_calls_its_parts(mesh):
+    parts, whole = (plan_run(lambda kind=kind: (kind(), make()[1]), mesh) for kind in (Module, Called))
+    # FSDP gathers what belongs to no block for the call of the step, and for that of the module in it.
+    once_more = {"mesh:dp=4": 1, "mesh:ddp=4": 0}[mesh]
+    (one, _), (other, _) = (plan.collectives.pop("all_gather", (0, 0)) for plan in (parts, whole))
+    assert other == one + once_more
+    assert parts == whole
+
+
 def test_what_goes_wrong_on_many_processes_goes_wrong_here():
     with pytest.raises(ValueError, match="has 128 output features, which 3 processes cannot share"):
         plan_run(make, "mesh:tp=3", plan=PLAN)

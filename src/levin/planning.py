@@ -12,6 +12,7 @@ import importlib
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -191,7 +192,9 @@ def _measure(
             tracker.reset_mod_stats()
             moved.seen.clear()
             optimizer.zero_grad()
-            with tracker, moved:
+            with tracker, moved, warnings.catch_warnings():
+                # A step calls the module that it belongs to.
+                warnings.filterwarnings("ignore", "The module hierarchy tracking maybe be messed up")
                 _loss(module, batch).backward()
             parameters = list(module.parameters())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -354,12 +357,22 @@ def _optimizer_of(module: nn.Module, make: Callable[..., Optimizer]) -> Optimize
     return found
 
 
+class _Step(nn.Module):
+    """A module around the one that is planned, whose step may call the module itself: torch's tracker takes a second call of
+    the outermost module for another step.
+    """
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = step
+
+
 def _loss(module: nn.Module, batch: Any) -> Any:
     loss: Any
     if isinstance(module, LightningModule):
         step: Callable[..., Any] = module.training_step
         # Weights that belong to no block are gathered around what runs as forward.
-        step = run_as_forward(module, module, step) if isinstance(module, FSDPModule) else step
+        step = _Step(run_as_forward(module, module, step)) if isinstance(module, FSDPModule) else step
         loss = step(batch, 0)
     else:
         loss = module(*batch) if isinstance(batch, tuple) else module(batch)
