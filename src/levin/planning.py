@@ -227,7 +227,7 @@ def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callab
             if isinstance(module, LightningModule):
                 module.configure_model()
         size = microbatches.size_of(batch)
-        return module, microbatches.split(batch, math.gcd(size, plan.parts), size)
+        return module, microbatches.split(batch, size // math.gcd(size, plan.parts), size)
 
     module, parts = made()
     layers, names = stages_in(module, plan)

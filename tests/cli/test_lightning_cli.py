@@ -195,6 +195,7 @@ WORDS = [
 ]
 
 
+@pytest.mark.slow
 def test_a_program_for_lightning_writes_a_configuration_that_both_frameworks_read(tmp_path):
     words = ["fit", *WORDS[:1], "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=x", "--print_config"]
     on_levin = run_program(tmp_path, THEIRS, *words, before=("-m", "levin"))
@@ -254,6 +255,21 @@ def test_own_arguments_of_the_trainer_are_in_a_configuration_where_they_were_giv
     assert written["max_epochs"] == 2
     assert {name: value for name, value in written.items() if name in OWN_ARGUMENTS} == own
     assert bool(cli.trainer.settings.compile) == bool(own.get("compile"))
+
+
+def test_classes_of_fabric_for_the_alias_make_no_short_name_ambiguous():
+    for room in ("loggers", "strategies"):
+        importlib.import_module(f"levin.compat._fabric_{room}")
+    words = [
+        *QUIET,
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=logs",
+        "--trainer.strategy=FSDPStrategy",
+        "--print_config",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        levin.cli.LightningCLI(Net, args=words, run=False)
+    assert ended.value.code == 0
 
 
 def test_the_configuration_is_saved_where_the_ranks_are_spawned(tmp_path):

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from levin import Fabric
 from levin.checkpoint import TorchCheckpointIO
-from levin.compat.fabric_strategies import ModelParallelStrategy
+from levin.compat._fabric_strategies import ModelParallelStrategy
 from tests.distributed import world_size
 
 

@@ -74,7 +74,7 @@ def test_a_killed_process_changes_nothing(undisturbed, tmp_path, launcher, death
         assert torch.equal(weights(folder)[name], value), name
 
 
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_another_number_of_processes_sees_every_sample_once(tmp_path, size):
     folder = tmp_path / "disturbed"
     done = run(folder, "-m", "levin", "launch", "--nproc-per-node", 2, death=(8, 1))

@@ -669,7 +669,7 @@ def strategies(framework, folder):
     if size == 1:
         return found
     if framework.__module__.startswith("levin"):
-        from levin.compat.fabric_strategies import ModelParallelStrategy
+        from levin.compat._fabric_strategies import ModelParallelStrategy
     else:
         from lightning.fabric.strategies import ModelParallelStrategy
     fabric = make(framework, strategy=ModelParallelStrategy(parallelize_fn=cut))

@@ -11,6 +11,8 @@ import torch
 
 from tests.parity import both
 
+SLOW = pytest.mark.slow
+
 QUIET = dict(
     accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False
 )
@@ -133,9 +135,10 @@ def test_an_accumulation_window_is_one_step_of_the_search(tmp_path):
 @pytest.mark.parametrize(
     "method, arguments",
     [
-        ("fit", {}), ("fit", dict(mode="binsearch")), ("fit", dict(max_trials=3)), ("fit", dict(init_val=50)),
-        ("fit", dict(batch_arg_name="missing")), ("fit", dict(mode="other")), ("fit", dict(steps_per_trial=1)),
-        ("validate", {}), ("test", dict(mode="binsearch", margin=0.2)), ("predict", dict(max_trials=4)), ("nonsense", {}),
+        pytest.param("fit", {}, marks=SLOW), ("fit", dict(mode="binsearch")), ("fit", dict(max_trials=3)),
+        pytest.param("fit", dict(init_val=50), marks=SLOW),
+        ("fit", dict(batch_arg_name="missing")), ("fit", dict(mode="other")),
+        pytest.param("fit", dict(steps_per_trial=1), marks=SLOW), pytest.param("validate", {}, marks=SLOW), ("test", dict(mode="binsearch", margin=0.2)), ("predict", dict(max_trials=4)), ("nonsense", {}),
     ],
 )  # fmt: skip
 def test_the_same_batch_size(tmp_path, method, arguments):

@@ -476,9 +476,14 @@ def test_norms_with_running_statistics(precision):
 
 @world_size(2, connect=False)
 def test_an_error_in_an_optimizer_is_the_one_that_is_raised():
-    # It makes one vector of all gradients, which parts cannot be.
+    class Whole(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            # One vector of all gradients, which parts cannot be.
+            torch.cat([parameter.grad.view(-1) for parameter in self.param_groups[0]["params"]])
+
     with pytest.raises(RuntimeError, match="view"):
-        in_rank().fit(Deep(4, optimizer=torch.optim.LBFGS))
+        in_rank().fit(Deep(4, optimizer=Whole))
 
 
 @world_size(2, connect=False)

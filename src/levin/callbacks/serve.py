@@ -167,7 +167,8 @@ class ServableModuleValidator(Callback):
         end = time.monotonic() + self.timeout
         while time.monotonic() < end and process.is_alive():
             try:
-                if _ask(f"{self._address}/ping").status_code == 200:
+                # Another program may hold the port and say nothing.
+                if _ask(f"{self._address}/ping", timeout_s=1).status_code == 200:
                     return
             except OSError:
                 time.sleep(0.1)
@@ -184,11 +185,11 @@ def _detached(module: Any) -> Any:
         module.trainer = trainer
 
 
-def _ask(url: str, body: object = None) -> Response:
+def _ask(url: str, body: object = None, timeout_s: float = 60) -> Response:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             return Response(response.status, response.read().decode())
     except urllib.error.HTTPError as error:
         return Response(error.code, error.read().decode())

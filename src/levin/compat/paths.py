@@ -11,8 +11,8 @@ ABSENT = "levin.compat.absent"
 """Names of features that are not there: they can be imported and mentioned; using one says what to use instead."""
 
 EQUIVALENT_SPIKE = "levin.compat.fabric_spike"
-EQUIVALENT_STRATEGIES = "levin.compat.fabric_strategies"
-EQUIVALENT_LOGGERS = "levin.compat.fabric_loggers"
+EQUIVALENT_STRATEGIES = "levin.compat._fabric_strategies"
+EQUIVALENT_LOGGERS = "levin.compat._fabric_loggers"
 """The loggers of Fabric, which name their folder in another way."""
 
 EQUIVALENTS = "levin.compat.equivalents"
