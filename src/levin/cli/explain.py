@@ -52,16 +52,18 @@ def main(arguments: Sequence[str]) -> int:
     wanted: Optional[str] = parser.parse_args([*own, "-"]).call
     for name in METHODS:
         setattr(Trainer, name, _explained(getattr(Trainer, name), is_wanted=wanted in (None, name)))
+    found: Optional[str] = None
     try:
         _run(words)
     except _Explained as explained:
-        _show(str(explained))
-        return 0
-    except Exception:
-        if _passed_over:
+        found = str(explained)
+    finally:
+        if found is None and _passed_over:
             names = ", ".join(f"Trainer.{name}" for name in _passed_over)
             sys.stderr.write(f"levin explain: {names} were passed over, so what they would have made is not there.\n")
-        raise
+    if found is not None:
+        _show(found)
+        return 0
     method = f"`Trainer.{wanted}`" if wanted else "a method of the Trainer that runs"
     sys.stderr.write(f"levin explain: {' '.join(words)} never called {method}.\n")
     return 1
