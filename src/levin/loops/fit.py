@@ -82,9 +82,9 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
     agreement, flags = run.agreement, run.flags
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
-    look: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
-    if look is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
-        look = run.strategy.checkpoint_io.check
+    poll: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
+    if poll is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
+        poll = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = run.enable_validation
     if resumed and progress.current.ready:
@@ -118,8 +118,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 _step_due_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            if look is not None:
-                look()
+            if poll is not None:
+                poll()
             _after_batch(run, batch_idx, is_last, validates)
             if flags.received_sigterm and not _has_all_steps(run) and _may_be_left(run, batch_idx, is_last):
                 raise SIGTERMException
