@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from levin.loops.out_of_memory import annotate_out_of_memory
-from levin.loops.run import Run, detach_log_store
+from levin.loops.run import Run
 from levin.ranks.signals import save_for_restart
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log
@@ -48,7 +48,7 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         run.strategy.on_exception(error)
         for logger in run.loggers:
             logger.finalize("failed")
-        detach_log_store(module)
+        run.refuse_logs()
         if run.compiler is not None:
             run.compiler.end()
         if is_agreed:

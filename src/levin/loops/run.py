@@ -265,11 +265,16 @@ class Run:
     def activate(self, store: LogStore) -> LogStore:
         """Let ``self.log`` write into ``store``; returns the one before."""
         previous, self.store = self.store, store
-        if not self.settings.barebones:
-            for module in self.module.modules():
-                if "_log_store" in module.__dict__:
-                    module.__dict__["_log_store"] = store
         return previous
+
+    def take_logs(self) -> None:
+        """Let ``self.log`` of the module and its children write into the store of this run, whichever that is then."""
+        if not self.settings.barebones:
+            _let_log(self.module, self)
+
+    def refuse_logs(self) -> None:
+        """Let ``self.log`` of the module and its children have no place to write to: no run is there."""
+        _let_log(self.module, None)
 
     def merge(self, metrics: Metrics) -> Metrics:
         """Take reduced values into the three dictionaries that users read."""
@@ -323,11 +328,10 @@ def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Option
     return agreed
 
 
-def detach_log_store(module: torch.nn.Module) -> None:
-    """Let ``self.log`` of the module and its children have no place to write to: no run is there."""
+def _let_log(module: torch.nn.Module, run: Optional[Run]) -> None:
     for child in module.modules():
-        if "_log_store" in child.__dict__:
-            child.__dict__["_log_store"] = None
+        if "_logging_run" in child.__dict__:
+            child.__dict__["_logging_run"] = run
 
 
 def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> int:
