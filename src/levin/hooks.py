@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional
 import torch
 
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.modes import to_eval
 from levin.utilities.move import move_data_to_device
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class ModelHooks:
 
 
 def _eval(module: Any) -> None:
-    module.eval()
+    to_eval(module)
 
 
 def _train(module: Any) -> None:

@@ -124,6 +124,66 @@ def test_modes_after_an_exception(tmp_path, method, when):
     trace.same(code, tmp_path)
 
 
+class AlwaysOn(torch.nn.Dropout):
+    """Stays in train mode, as Monte Carlo dropout does."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class Mirrored(torch.nn.Dropout):
+    """Has its mode elsewhere."""
+
+    @property
+    def training(self):
+        return self.modes[-1]
+
+    @training.setter
+    def training(self, mode):
+        self.__dict__.setdefault("modes", []).append(mode)
+
+
+def deaf(module: torch.nn.Module) -> torch.nn.Module:
+    module.train = lambda mode=True: module  # as frozen parts of diffusion models are held
+    return module
+
+
+OWN_WAYS: dict[str, Any] = {
+    "class": AlwaysOn, "instance": lambda: deaf(torch.nn.Dropout()), "property": Mirrored,
+    "inside": lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), AlwaysOn()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_what_a_submodule_makes_of_train_and_eval_is_called(tmp_path, method, way):
+    def code(seen: trace.Trace) -> None:
+        model = make_module(seen, ("first",), {})
+        model.second.inner = OWN_WAYS[way]()
+        trainer = seen.trainer(max_epochs=2)
+        seen.attempt(getattr(trainer, method), model, trace.batches(1), *[trace.batches(1)] * (method == "fit"))
+        seen.note("after", model.modes(), getattr(model.second.inner, "modes", None))
+
+    trace.same(code, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_what_the_module_itself_makes_of_train_and_eval_is_called(tmp_path, name, of):
+    def code(seen: trace.Trace) -> None:
+        def own(self, *args):
+            seen.note(name, *args)
+            getattr(seen.framework.LightningModule, name)(self, *args)
+            self.first.train()
+            return self
+
+        model = make_module(seen, (), {})
+        setattr(type(model) if of == "class" else model, name, own if of == "class" else own.__get__(model))
+        seen.trainer(max_epochs=2).fit(model, trace.batches(1), trace.batches(1))
+
+    trace.same(code, tmp_path)
+
+
 def test_modules_in_eval_mode_at_the_start_are_hinted_at(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen, ("first",), {})
