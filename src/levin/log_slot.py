@@ -97,8 +97,8 @@ class Block:
             first = self.weights[0]
             if all(weight == first for weight in self.weights):
                 folded = values.sum() * first
-            else:
-                folded = (values * values.new_tensor(self.weights)).sum()
+            else:  # a tensor of the weights would have to come from the host, which waits
+                folded = torch.stack(torch._foreach_mul(self.cells[:num], self.weights)).sum()
         else:
             folded = (
                 values.sum() if self.reduction == "sum" else values.min() if self.reduction == "min" else values.max()

@@ -80,7 +80,7 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
     may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    agreement, flags = run.agreement, run.flags
+    agreement, flags, unsent = run.agreement, run.flags, run.unsent.rows
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
     poll: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
     if poll is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
@@ -120,6 +120,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
             if poll is not None:
                 poll()
+            if unsent:
+                run.unsent.send(0.0)
             _after_batch(run, batch_idx, is_last, validates)
             if flags.received_sigterm and not _has_all_steps(run) and _may_be_left(run, batch_idx, is_last):
                 raise SIGTERMException
@@ -186,7 +188,7 @@ def _after_batch(
         loop.batch_progress.increment_completed()
         if not accumulates and run.loggers and logs_step(run, loop._batches_that_stepped):
             metrics = run.merge(run.store.read(on_step=True))
-            send(run, metrics.logged)
+            send(run, metrics.logged, timeout_s=0.0)
         if validates and validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
             _exchange(run)
@@ -272,6 +274,7 @@ def _end_epoch(run: Run, unfinished: Optional[InterruptedPhase] = None) -> None:
     loop = run.loops.fit.epoch_loop
     run.merge(run.store.read(on_step=True))
     run.store.end_batches()
+    run.unsent.send(math.inf)
     check_logged_names(run)
     if unfinished is None:
         run.call("on_train_epoch_end")

@@ -18,6 +18,7 @@ from levin.engine import Engine
 from levin.hooks import Callback, Trainer
 from levin.log_store import LogStore, Metrics
 from levin.loggers.logger import Logger
+from levin.loggers.unsent import Unsent
 from levin.loops.compiled import Compiler
 from levin.loops.hook_table import HookTable
 from levin.loops.stage_loaders import Loaders
@@ -32,6 +33,7 @@ from levin.resume.resume_state import ResumeState
 from levin.settings import Settings
 from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
+from levin.utilities.numbers import Latest, to_numbers
 from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
@@ -135,6 +137,9 @@ class Run:
         self.watchdog: Optional[Watchdog] = None
         self.uneven: Optional[Uneven] = None
         self.agreement: Optional[Agreement] = None
+        # What goes to loggers and bar as soon as the device has it.
+        self.unsent = Unsent(self.loggers)
+        self.shown = Latest()
         # How training and validation go on.
         self.compiler: Optional[Compiler] = None
         self.validation: Optional[Evaluation] = None
@@ -293,6 +298,11 @@ class Run:
                 self.merge(store.read(on_step=True))
             self.merge(store.read(on_step=not store.is_between_batches))
         return self.metrics
+
+    def shown_metrics(self) -> dict[str, Any]:
+        """Return the numbers that a progress bar shows; between two batches without waiting, so that they may be older."""
+        metrics = self.read_metrics().progress_bar
+        return to_numbers(metrics) if self.store.is_between_batches else self.shown.of(metrics)
 
     def reset_metrics(self) -> None:
         """Begin with no values; dictionaries that users have stay as they are."""
