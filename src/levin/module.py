@@ -16,7 +16,7 @@ from levin.hooks import CheckpointHooks, DataHooks, ModelHooks
 from levin.hparams import HyperparametersMixin
 from levin.self_log import SelfLog
 from levin.utilities.collections import apply_to_collection
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
@@ -374,10 +374,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         if not isinstance(value, (int, float)):
             raise TypeError(f"gradient_clip_val must be an int or a float, received {value!r}.")
         algorithm = str(gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm").lower()
-        if algorithm not in ("norm", "value"):
-            raise MisconfigurationException(
-                f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
-            )
+        require_choice("gradient_clip_algorithm", algorithm, ("norm", "value"))
         if is_under_fabric and gradient_clip_val is None:
             raise MisconfigurationException(
                 "clip_gradients has no value under Fabric, which keeps none, received gradient_clip_val=None. "

@@ -230,7 +230,7 @@ def logs_step(run: Run, batches_that_stepped: int) -> bool:
 
 def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether validation follows this batch; the rules in the order of their precedence."""
-    if not _validates_in_epoch(run):
+    if not run.validates_in_epoch:
         return False
     if is_last and (run.loops.fit.val_check_batch == math.inf or _is_once_an_epoch(run)):
         return True
@@ -245,12 +245,6 @@ def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
         return bool((batch_idx + 1) % run.settings.limit_train_batches == 0)
     index = batch_idx if run.settings.check_val_every_n_epoch is not None else run.loops.fit.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
-
-
-def _validates_in_epoch(run: Run) -> bool:
-    """Whether validation may run in the present epoch at all."""
-    every = run.settings.check_val_every_n_epoch
-    return every is None or (run.current_epoch + 1) % every == 0
 
 
 def _is_once_an_epoch(run: Run) -> bool:
@@ -320,7 +314,7 @@ def _exchange(run: Run) -> None:
 def is_done(run: Run) -> bool:
     """Whether a limit of training is reached, or a stop was asked for and may be obeyed; says which."""
     loop = run.loops.fit
-    if run.loops.fit.max_batches == 0:
+    if loop.max_batches == 0:
         rank_zero_info("`Trainer.fit` stopped: No training batches.")
         return True
     if 0 <= loop.max_steps <= run.global_step:

@@ -208,6 +208,12 @@ class Run:
             and self.settings.limit_val_batches > 0
         )
 
+    @property
+    def validates_in_epoch(self) -> bool:
+        """Whether validation may run in the present epoch at all."""
+        every = self.settings.check_val_every_n_epoch
+        return every is None or (self.current_epoch + 1) % every == 0
+
     # ---------------------------------------------------------------- hooks
 
     def call(self, name: str, *args: object, num_last: Optional[int] = None) -> object:
