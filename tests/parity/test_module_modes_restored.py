@@ -184,6 +184,50 @@ def test_what_the_module_itself_makes_of_train_and_eval_is_called(tmp_path, name
     trace.same(code, tmp_path)
 
 
+def named_without_bias(self, *args, **kwargs):
+    return (
+        (name, each) for name, each in torch.nn.Module.named_parameters(self, *args, **kwargs) if "bias" not in name
+    )
+
+
+def zero_grad_of_second(self, set_to_none=True):
+    self.second.zero_grad(set_to_none)
+
+
+FREED: dict[str, tuple[str, Any]] = {
+    "all": ("extra", None),
+    "own": ("zero_grad", zero_grad_of_second),
+    "parameters": ("parameters", lambda self, recurse=True: iter([self.second.weight])),
+    "named": ("named_parameters", named_without_bias),
+}
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+@pytest.mark.parametrize("freed", FREED)
+def test_gradients_are_freed_before_a_validation_as_the_module_says(tmp_path, freed, of):
+    def code(seen: trace.Trace) -> None:
+        def note(self):
+            seen.note([name for name, each in torch.nn.Module.named_parameters(self) if each.grad is not None])
+
+        def start(self, *args):
+            # That of a part which no optimizer has, and which another module shares.
+            self.second.extra.weight.grad = torch.ones(2, 4)
+
+        name, method = FREED[freed]
+        model = make_module(seen, (), {"on_validation_start": note, "on_train_batch_end": start})
+        model.extra = model.second.extra = torch.nn.Linear(4, 2, bias=False).requires_grad_(False)
+        model.second.register_parameter("none", None)
+        setattr(
+            type(model) if of == "class" else model,
+            name,
+            method if of == "class" or method is None else method.__get__(model),
+        )
+        trainer = seen.trainer(max_epochs=1, val_check_interval=1, num_sanity_val_steps=0)
+        trainer.fit(model, trace.batches(3), trace.batches(1))
+
+    trace.same(code, tmp_path)
+
+
 def test_modules_in_eval_mode_at_the_start_are_hinted_at(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen, ("first",), {})

@@ -78,8 +78,8 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     """Run over the batches of one epoch, or over the rest of one that was interrupted."""
     loop = run.loops.fit.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
-    may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
+    may_skip = has_start and has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     agreement, flags, unsent = run.agreement, run.flags, run.unsent.rows
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
     poll: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
