@@ -11,7 +11,14 @@ import time
 import pytest
 import torch.distributed as dist
 
-from levin.ranks.hang_report import Report, diagnose, format_stack, is_secondary_failure, state_of_process
+from levin.ranks.hang_report import (
+    Report,
+    diagnose,
+    format_stack,
+    is_deadlock,
+    is_secondary_failure,
+    state_of_process,
+)
 
 
 def reports(**of_rank_one) -> list[Report]:
@@ -138,3 +145,38 @@ def test_a_stack_shows_the_users_calls_and_the_innermost():
     text = inner()
     assert "test_a_stack_shows_the_users_calls" in text
     assert text.rstrip().endswith("return format_stack(sys._getframe())")
+
+
+@pytest.mark.parametrize(
+    ("counts", "collective", "expected"),
+    [
+        ({"0": 9, "control": 2}, "all_reduce of [[5]] #9", False),  # all at the same
+        ({"0": 9, "control": 2}, "all_reduce of [[7]] #9", False),  # parts of different sizes
+        ({"0": 9, "control": 2}, "broadcast of [[5]] #9", True),
+        ({"0": 9, "control": 2}, "broadcast of [[5]] #8", False),  # in a thread beside the training
+        ({"0": 8, "control": 2}, "broadcast of [[5]] #8", False),  # one is slow
+        ({"0": 8, "control": 3}, "all_gather of [[16]] #3", True),
+    ],
+)
+def test_ranks_wait_in_vain_where_they_went_different_ways(counts, collective, expected):
+    first = Report(
+        0, stuck_s=9, is_in_collective=True, counts={"0": 9, "control": 2}, collective="all_reduce of [[5]] #9"
+    )
+    second = Report(1, stuck_s=9, is_in_collective=True, counts=counts, collective=collective)
+    assert is_deadlock([first, second], 5) == expected
+    assert not is_deadlock([first, Report(1, stuck_s=9, counts={"0": 8, "control": 3})], 5), "one of them works"
+
+
+def test_what_some_ranks_alone_have_called_is_told_with_the_way_out():
+    everyone = reports(
+        counts={"0": 9}, call="Trainer.save_checkpoint", line="`trainer.save_checkpoint(x)` (a.py:3, end)"
+    )
+    for report in everyone[:2]:
+        report.call, report.line = "Trainer.fit", "`trainer.fit(model)` (a.py:9, main)"
+    told = diagnose(everyone).splitlines()[-1]
+    assert (
+        "received `trainer.fit(model)` (a.py:9, main) on ranks 0, 2; `trainer.save_checkpoint(x)` (a.py:3, end)" in told
+    )
+    assert "on rank 1. Make them on all ranks, not below `if trainer.is_global_zero:`" in told
+    everyone[2].call = "Trainer.fit"
+    assert "same calls" not in diagnose(everyone)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from levin import Callback, Trainer
 from levin.ranks import hang_watchdog as watch
 from levin.strategies import DDPStrategy
+from levin.strategies.control_group import ControlGroup
 from tests.distributed import _free_port, world_size
 from tests.strategies.small import QUIET, Small
 
@@ -50,13 +51,50 @@ class Faulty(Small):
         return super().training_step(batch, batch_idx)
 
 
-def train(fault: str, rank: int, port: int, folder: str) -> None:
+class Alone(Small):
+    """Has rank 0 make a call that needs all ranks."""
+
+    def __init__(self, what: str, folder: str) -> None:
+        super().__init__(size=24, batch_size=2)
+        self.what, self.folder = what, folder
+
+    def do(self, what: str) -> None:
+        if self.what == what and self.global_rank == 0:
+            self.trainer.save_checkpoint(os.path.join(self.folder, "alone.ckpt"))
+
+    def training_step(self, batch, batch_idx):
+        if self.what == "gathers in a step" and batch_idx == 2 and self.global_rank == 0:
+            self.all_gather(torch.zeros(1))
+        self.do("saves in a step")
+        return super().training_step(batch, batch_idx)
+
+    def on_train_epoch_end(self):
+        self.do("saves after an epoch")
+
+    def on_fit_end(self):
+        self.do("saves after the run")
+
+
+def train_alone(what: str, rank: int, size: int, folder: str) -> None:
+    """Run one rank in which :class:`Alone` trains."""
+    # As in a script, in which something may follow.
+    multiprocessing.parent_process = lambda: None
+    strategy = "fsdp" if "step" in what and hasattr(torch.cpu.Stream, "record_event") else "ddp"
+    trainer = Trainer(**{**QUIET, "devices": size, "max_epochs": 1, "enable_checkpointing": False}, strategy=strategy)
+    trainer.fit(Alone(what, folder))
+    trainer.strategy.barrier()
+
+
+def train(fault: str, rank: int, port: int, folder: str, size: int) -> None:
     """Run one rank, with what it prints in a file."""
     for number in (1, 2):
         os.dup2(os.open(os.path.join(folder, f"rank-{rank}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     watch.GRACE_S, watch.DEADLOCK_S = 0.5, 2.0
+    if fault in ALONE:
+        train_alone(fault, rank, size, folder)
+        return
     # Short where it has to run out, and long where a slow machine must not be taken for a late rank.
     step_s = 2 if fault in ("sleeps", "stopped") else DEADLINE_S
     strategy = DDPStrategy(timeout=timedelta(seconds=DEADLINE_S), step_timeout=timedelta(seconds=step_s))
@@ -64,12 +102,12 @@ def train(fault: str, rank: int, port: int, folder: str) -> None:
     trainer.fit(Faulty(fault))
 
 
-def run_with(fault: str, folder: Path) -> tuple[list[multiprocessing.Process], list[str]]:
+def run_with(fault: str, folder: Path, size: int = SIZE) -> tuple[list[multiprocessing.Process], list[str]]:
     """Return the processes and what they printed, once all have ended but the one that cannot."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.nn.parallel", "pytest"])
     port = _free_port()
-    ranks = [context.Process(target=train, args=(fault, rank, port, str(folder))) for rank in range(SIZE)]
+    ranks = [context.Process(target=train, args=(fault, rank, port, str(folder), size)) for rank in range(size)]
     deadline = time.monotonic() + DEADLINE_S
     for process in ranks:
         process.start()
@@ -77,7 +115,7 @@ def run_with(fault: str, folder: Path) -> tuple[list[multiprocessing.Process], l
         for rank, process in enumerate(ranks):
             if fault != "stopped" or rank != 1:
                 process.join(max(0.1, deadline - time.monotonic()))
-        texts = [(folder / f"rank-{rank}").read_text() for rank in range(SIZE)]
+        texts = [(folder / f"rank-{rank}").read_text() for rank in range(size)]
         late = [rank for rank, process in enumerate(ranks) if process.is_alive() and (fault != "stopped" or rank != 1)]
         assert not late, f"ranks {late} still run\n" + "\n".join(texts)
         return ranks, texts
@@ -113,6 +151,46 @@ def test_the_others_end_and_name_the_rank_that_hangs_or_is_gone(tmp_path, fault)
         # It is awake, so it hears of it and ends, too.
         assert ranks[1].exitcode == 1
         assert EXPECTED[fault][0] in texts[1]
+
+
+# What rank 0 calls alone, and where rank 1 waits meanwhile.
+ALONE = {
+    "saves in a step": ("save_checkpoint", "trainer.fit("),
+    "gathers in a step": ("self.all_gather(", "trainer.fit("),
+    "saves after an epoch": ("save_checkpoint", "trainer.fit("),
+    "saves after the run": ("save_checkpoint", "trainer.strategy.barrier()"),
+}
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=pytest.mark.slow if "gathers" in what else ()) for what in ALONE]
+)
+def test_a_call_that_one_rank_makes_alone_is_named_on_all_ranks(tmp_path, what):
+    started = time.monotonic()
+    ranks, texts = run_with(what, tmp_path, size=2)
+    assert time.monotonic() - started < DEADLINE_S / 4
+    assert "RuntimeError: All ranks have" in texts[0] or "RuntimeError: The ranks went different ways" in texts[0]
+    for rank, text in enumerate(texts):
+        assert ranks[rank].exitcode == 1
+        told = next(line for line in text.splitlines() if "All ranks have to make the same calls, received" in line)
+        first, _, second = told.partition(" on rank 0; ")
+        assert ALONE[what][0] in first, told
+        assert ALONE[what][1] in second, told
+        assert " on rank 1. Make them on all ranks" in second
+
+
+@world_size(2)
+def test_ranks_that_exchange_different_things_all_hear_of_it():
+    control = ControlGroup(timedelta(seconds=30))
+    rank = dist.get_rank()
+    numbers = [float(rank), *map(float, range(40))]
+    assert control.exchange(numbers) == [[0.0, *map(float, range(40))], [1.0, *map(float, range(40))]]
+    assert control.exchange([rank, 5.0], "places") == [[0.0, 5.0], [1.0, 5.0]]
+    for own, what in (([0.0] * (rank + 1), "one"), ([1.0], f"thing {rank}")):
+        with pytest.raises(RuntimeError, match=r"same calls, received `.*exchange.* on ranks 0, 1. Make them"):
+            control.exchange(own, what)
+    assert control.exchange([7.0]) == [[7.0], [7.0]]
 
 
 @world_size(2, connect=False, timeout_s=200.0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import inspect
 import multiprocessing
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -199,14 +197,6 @@ class Processes:
         if watchdog is None:
             return
         watchdog.watch_progress(self._locate)
-        previous = sys.excepthook
-
-        def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-            watchdog.annotate_error(error)
-            previous(kind, error, trace)
-
-        sys.excepthook = tell
-        atexit.register(watchdog.stop, has_left=True)
 
     def _enter(self) -> None:
         self._strategy.setup_environment()

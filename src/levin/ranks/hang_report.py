@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from levin.utilities.user_frames import describe_different_calls, is_users
+
 # What an error of a collective looks like, when another process is the reason for it.
 _ECHO = re.compile(
     r"gloo|nccl|connection (closed|reset|refused|was)|timed out|broken pipe|socket|store|peer|wait timeout",
@@ -22,7 +24,6 @@ _ECHO = re.compile(
 )
 _NAMED_AT_MOST = 8
 _FRAMES_AT_MOST = 14
-_NOT_THE_USERS = ("/site-packages/torch/", f"{Path(__file__).parents[1].as_posix()}/", "<frozen ")
 _PROCESS_STATES = {
     "T": "it was stopped by a signal (SIGSTOP or a debugger)",
     "t": "it was stopped by a debugger",
@@ -49,6 +50,8 @@ class Report:
         has_left: Whether its run has ended well.
         process_state: What its machine says of the process, where that could be asked; "" otherwise.
         stack: What its main thread does; "" when unknown.
+        call: The function that the user's code called last, which has not returned; "" when unknown.
+        line: Where that code is, and what stands there.
         failure: The traceback it failed with; "" when it did not fail.
         is_secondary_failure: Whether that failure was that of a collective, which has its reason in another rank.
         order: Which of all failures it was, from 1 on.
@@ -66,6 +69,8 @@ class Report:
     has_left: bool = False
     process_state: str = ""
     stack: str = ""
+    call: str = ""
+    line: str = ""
     failure: str = ""
     is_secondary_failure: bool = False
     order: int = 0
@@ -141,10 +146,10 @@ def diagnose(reports: Iterable[Report]) -> str:
 
 
 def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
-    """Return whether all ranks wait for one that has left, or for each other in different groups: no time will help.
+    """Return whether all ranks wait for one that has left, or for each other in different collectives: no time will help.
 
     Ranks that go the same way begin the collectives of their groups in the same order. So none of them can be ahead of
-    another in one group and behind it in another one.
+    another in one group and behind it in another one, and the one that all have begun last is the same.
 
     Args:
         reports: One per rank.
@@ -155,21 +160,30 @@ def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
         >>> ended = Report(1, stuck_s=9, is_in_collective=True, counts={"gradients": 4, "control": 3})
         >>> is_deadlock([ahead, ended], 5), is_deadlock([ahead, ahead], 5)
         (True, False)
-        >>> is_deadlock([ahead, Report(1, has_left=True)], 5)
-        True
+        >>> is_deadlock([ahead, Report(1, has_left=True)], 5), is_deadlock([ahead, Report(1, has_left=True, counts=ahead.counts)], 5)
+        (True, False)
     """
     everyone = list(reports)
     present = [report for report in everyone if not report.has_left]
     if not all(report.is_in_collective and report.stuck_s >= stuck_s for report in present):
         return False
     if len(present) < len(everyone):
+        return any(_is_ahead(one, other) for one in present for other in everyone if other.has_left)
+    first = everyone[0]
+    if any(_is_ahead(first, report) and _is_ahead(report, first) for report in everyone):
         return True
-    first = everyone[0].counts
-    return any(
-        any(report.counts.get(group, count) < count for group, count in first.items())
-        and any(report.counts.get(group, count) > count for group, count in first.items())
-        for report in everyone
-    )
+    if any(report.counts != first.counts for report in everyone):
+        return False
+    # Not by what is sent, which may be different on each.
+    names = {report.collective.split(" ")[0] for report in everyone}
+    numbers = {report.collective.rpartition("#")[2] for report in everyone}
+    return len(names) > 1 and len(numbers) == 1
+
+
+def _is_ahead(one: Report, other: Report) -> bool:
+    """Whether a rank has begun more collectives of a group than another one, as far as it has to do with it."""
+    is_left = other.has_left
+    return any(count > other.counts.get(group, 0 if is_left else count) for group, count in one.counts.items())
 
 
 def _counts(reports: list[Report], group: str) -> list[int]:
@@ -192,7 +206,18 @@ def _compose(headline: str, lines: list[str], named: list[Report], everyone: lis
         shown.append(f"{first.label}: {first.place}, for {first.stuck_s:.0f} s{waits}.")
         if len(others) > 1:
             shown.append(f"... and {len(others) - 1} more ranks that wait.")
-    return "\n".join([headline, *shown])
+    return "\n".join([headline, *shown, *_different_calls(everyone)])
+
+
+def _different_calls(everyone: list[Report]) -> list[str]:
+    """Return what to do where ranks wait in calls that other ranks have not made."""
+    if any(report.failure and not report.is_secondary_failure for report in everyone):
+        return []
+    by_call: dict[str, list[Report]] = {}
+    for report in everyone:
+        by_call.setdefault("" if report.has_left else report.call, []).append(report)
+    lines = {ranks[0].line: [report.rank for report in ranks] for call, ranks in by_call.items() if call}
+    return [describe_different_calls(lines)] if len(by_call) > 1 and lines else []
 
 
 def _names(reports: list[Report]) -> str:
@@ -265,9 +290,7 @@ def format_stack(frame: FrameType | None) -> str:
     if frame is None:
         return ""
     found = traceback.extract_stack(frame)
-    own = [
-        call for call in found[:-1] if not any(part in call.filename.replace(os.sep, "/") for part in _NOT_THE_USERS)
-    ]
+    own = [call for call in found[:-1] if is_users(call.filename)]
     return "".join(traceback.format_list([*own, found[-1]][-_FRAMES_AT_MOST:]))
 
 

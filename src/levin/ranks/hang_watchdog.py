@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import socket
 import sys
@@ -29,11 +30,12 @@ from levin.ranks.hang_report import (
 from levin.strategies.parallel import ParallelStrategy
 from levin.strategies.strategy import Strategy
 from levin.utilities.rank_zero import log
+from levin.utilities.user_frames import call_under_way
 
 # What another process has to answer within, in beats.
 _ANSWER_BEATS = 4
 # When all ranks have waited so long without a move, rank 0 compares where they wait.
-DEADLOCK_S = 30.0
+DEADLOCK_S = 5.0
 # How long the main thread gets to raise the error of its collective, before the process is ended.
 GRACE_S = 10.0
 # How long this process waits for a store that does not answer.
@@ -75,6 +77,7 @@ class Watchdog(threading.Thread):
         limit_s = min(step_timeout.total_seconds(), (first_timeout or step_timeout).total_seconds())
         # Many ranks write into one store: the more there are, the more seldom.
         self.beat_s = min(max(1.0, world_size / 1000), max(0.05, limit_s / 5))
+        self._world: object = dist.group.WORLD
         # A connection of its own: the other one may be busy for as long as the main thread waits.
         plain = _connected_again(distributed_c10d._get_default_store())
         plain.set_timeout(_STORE_TIMEOUT)
@@ -85,16 +88,18 @@ class Watchdog(threading.Thread):
         # Under torchrun; a process that outlives its agent would go on writing into the folder of the job that replaces it.
         self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._main = threading.main_thread().ident or 0
-        self._place: Callable[[], RunLocation] = lambda: RunLocation(0, "set-up")
-        self._num_batches_before = 0
+        # Where this process is, and how many batches it had done when it began.
+        self._progress: tuple[Callable[[], RunLocation], int] = (_in_set_up, 0)
         self._is_short = False
         self._shortened: dict[Any, timedelta] = {}
+        self._shortening = threading.Lock()
         self._last: tuple[RunLocation, dict[str, int]] = (RunLocation(0, ""), {})
         self._moved_at = time.monotonic()
         self._next_comparison_s = DEADLOCK_S
         self._failure: Report | None = None
         self._is_raising = False
         self._wants_verdict = False
+        self._is_between_runs = False
         self._is_over = threading.Event()
         self._wake = threading.Event()
         self._published = threading.Event()
@@ -105,8 +110,7 @@ class Watchdog(threading.Thread):
 
     def watch_progress(self, place: Callable[[], RunLocation]) -> None:
         """Ask ``place`` from now on where this process is; it runs in this thread."""
-        self._num_batches_before = place().num_batches
-        self._place = place
+        self._progress = place, place().num_batches
 
     def annotate_error(self, error: BaseException) -> None:
         """Tell the others that this process fails with ``error``; when it is the echo of another's, say so in it.
@@ -119,7 +123,8 @@ class Watchdog(threading.Thread):
         self._is_raising = True
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)[-12:])
         self._wants_verdict = is_secondary_failure(error)
-        self._failure = self._report(failure=text, is_secondary_failure=self._wants_verdict)
+        call, line = call_under_way(reversed(list(traceback.walk_tb(error.__traceback__))))
+        self._failure = self._report(failure=text, is_secondary_failure=self._wants_verdict, call=call, line=line)
         self._wake.set()
         if not self._wants_verdict:
             self._published.wait(2.0)
@@ -136,6 +141,24 @@ class Watchdog(threading.Thread):
         )
         error.args = (f"{verdict}\n{error.args[0] if error.args else ''}", *error.args[1:])
 
+    def begin(self, strategy: ParallelStrategy) -> None:
+        """Watch over a run of a strategy from now on."""
+        self._first_timeout, self._step_timeout = strategy.timeout, strategy.step_timeout
+        self._progress, self._is_between_runs = (_in_set_up, 0), False
+
+    def end_run(self) -> None:
+        """Watch over what follows the run, which has ended here: other ranks may be waited for there, too."""
+        if self._is_raising or multiprocessing.parent_process() is not None:
+            # Nothing follows, and processes of multiprocessing end without a word.
+            self.stop(has_left=True)
+            return
+        self._progress, self._is_between_runs = (_after_the_run, 0), True
+        self._lengthen()
+
+    def is_of(self, world: object) -> bool:
+        """Whether it goes on watching over this process group of all."""
+        return self._world is world and self.is_alive() and not self._is_raising and not self._is_over.is_set()
+
     def stop(self, has_left: bool = False) -> None:
         """Watchdog no more.
 
@@ -143,6 +166,8 @@ class Watchdog(threading.Thread):
             has_left: Whether the run has ended well here; others that still wait are told.
         """
         atexit.unregister(self.stop)
+        if self._is_over.is_set():
+            return
         if has_left and not self._is_raising:
             self._failure = self._report(has_left=True)
         self._is_over.set()
@@ -150,16 +175,21 @@ class Watchdog(threading.Thread):
         if self.is_alive() and threading.current_thread() is not self:
             # As long as the store may take to answer: a thread that is left in torch's code would abort the process.
             self.join(_STORE_TIMEOUT.total_seconds())
-        if dist.is_initialized():
-            for group, timeout in self._shortened.items():
-                distributed_c10d._set_pg_timeout(timeout, group)
+        self._lengthen()
 
     # What the thread does
 
     def start(self) -> None:
-        """Begin."""
+        """Begin, until the script ends, and tell the others what it ends with."""
+        previous = sys.excepthook
+
+        def tell(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+            self.annotate_error(error)
+            previous(kind, error, trace)
+
+        sys.excepthook = tell
         # A thread that is still in torch's code when Python ends would end the process with an error.
-        atexit.register(self.stop)
+        atexit.register(self.stop, has_left=True)
         super().start()
 
     def run(self) -> None:
@@ -183,26 +213,38 @@ class Watchdog(threading.Thread):
     def _heartbeat(self) -> None:
         if self._agent_pid is not None and os.getppid() != self._agent_pid:
             self._end(f"torchrun's agent (process {self._agent_pid}), which started this process, is gone.")
-        now = (self._place(), self._count_collectives())
+        (place, num_before), counts = self._progress, self._count_collectives()
+        now = (place(), counts)
         if now != self._last:
             self._last, self._moved_at, self._next_comparison_s = now, time.monotonic(), DEADLOCK_S
-        if now[0].num_batches > self._num_batches_before:
+        if now[0].num_batches > num_before:
             self._shorten()
         self._store.set(f"state/{self._rank}", self._report().dump())
         self._publish_failure()
 
     def _shorten(self) -> None:
         """Let the groups that wait as long as the first step may take wait as long as a step from now on."""
-        self._is_short = True
-        for group in list(distributed_c10d._world.pg_map):
-            if group in self._shortened:
-                continue
-            with suppress(RuntimeError):
-                timeout = group._get_backend(group._device_types[0]).options._timeout
-                self._shortened[group] = timeout
-                # One that the user made with a timeout of its own keeps it.
-                if timeout == (self._first_timeout or timeout):
-                    distributed_c10d._set_pg_timeout(self._step_timeout, group)
+        with self._shortening:
+            self._is_short = not (self._is_between_runs or self._is_over.is_set())
+            for group in list(distributed_c10d._world.pg_map) if self._is_short else ():
+                if group in self._shortened:
+                    continue
+                with suppress(RuntimeError):
+                    timeout = group._get_backend(group._device_types[0]).options._timeout
+                    self._shortened[group] = timeout
+                    # One that the user made with a timeout of its own keeps it.
+                    if timeout == (self._first_timeout or timeout):
+                        distributed_c10d._set_pg_timeout(self._step_timeout, group)
+
+    def _lengthen(self) -> None:
+        """Let them wait as before the run."""
+        with self._shortening:
+            self._is_short = False
+            for group, timeout in self._shortened.items() if dist.is_initialized() else ():
+                # One that was taken down meanwhile is none any more.
+                with suppress(ValueError):
+                    distributed_c10d._set_pg_timeout(timeout, group)
+            self._shortened.clear()
 
     def _count_collectives(self) -> dict[str, int]:
         groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)
@@ -232,6 +274,7 @@ class Watchdog(threading.Thread):
             left = {rank: report for rank, report in self._read("report").items() if report.has_left}
             states = {**self._read("state"), **left}
             if len(states) == self._world_size and is_deadlock(states.values(), DEADLOCK_S / 2):
+                self._store.set("is_deadlock", "")
                 return True
         limit = self._step_timeout if self._is_short else self._first_timeout
         if limit is None or waited_s <= limit.total_seconds() + 2 * self.beat_s:
@@ -261,11 +304,13 @@ class Watchdog(threading.Thread):
         if not self._store.check(["verdict"]):
             self._store.set("verdict", diagnose({**self._missing(), **self._read("report")}.values()))
         self.verdict = self._store.get("verdict").decode()
+        # Then no collective will raise. Rank 0 hears of the others' end by its own, and says why.
+        grace_s = 0.0 if self._rank and self._store.check(["is_deadlock"]) else GRACE_S
         self._store.set(f"told/{self._rank}", "")
         if self._ends_the_store:
             self._wait_until_told()
         self._diagnosed.set()
-        self._end_unless_raised()
+        self._end_unless_raised(grace_s)
 
     def _wait_until_told(self) -> None:
         """Keep the store until the others have read the verdict, or need none."""
@@ -279,11 +324,13 @@ class Watchdog(threading.Thread):
                 return
             time.sleep(min(0.1, self.beat_s))
 
-    def _end_unless_raised(self) -> None:
+    def _end_unless_raised(self, grace_s: float) -> None:
         """Wait for the main thread to raise; when it does not, end the process: the others have given up."""
-        if self._is_over.wait(GRACE_S) or self._is_raising or not threading.main_thread().is_alive():
+        if self._is_over.wait(grace_s) or self._is_raising or not threading.main_thread().is_alive():
             return
-        self._end(f"Ended after {GRACE_S:g} s of grace. {self.verdict}")
+        if self._is_between_runs and not self._is_in_collective():
+            return  # it does something of its own
+        self._end(f"Ended after {grace_s:g} s of grace. {self.verdict}")
 
     def _end(self, reason: str) -> None:
         record_error(RuntimeError(reason))
@@ -294,17 +341,21 @@ class Watchdog(threading.Thread):
     def _report(self, with_stack: bool = False, **more: Any) -> Report:
         place, counts = self._last
         if with_stack or more:
-            place = self._place()
+            place, counts = self._progress[0](), self._count_collectives()
+        main = sys._current_frames().get(self._main)
+        stuck_s = time.monotonic() - self._moved_at
+        call, line = call_under_way(traceback.walk_stack(main)) if main is not None else ("", "")
+        more = {"call": call, "line": line, **more}
         return Report(
             rank=self._rank,
             host=socket.gethostname(),
             pid=os.getpid(),
             place=place.text,
-            stuck_s=time.monotonic() - self._moved_at,
+            stuck_s=stuck_s,
             counts=counts,
             is_in_collective=self._is_in_collective(),
-            collective=last_collective() if with_stack else "",
-            stack=format_stack(sys._current_frames().get(self._main)) if with_stack else "",
+            collective=last_collective() if with_stack or stuck_s > DEADLOCK_S / 4 else "",
+            stack=format_stack(main) if with_stack else "",
             **more,
         )
 
@@ -338,13 +389,29 @@ def _connected_again(store: Any) -> Any:
     return kinds.PrefixStore(f"levin/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", base)
 
 
+def _in_set_up() -> RunLocation:
+    return RunLocation(0, "set-up")
+
+
+def _after_the_run() -> RunLocation:
+    return RunLocation(0, "after the run")
+
+
+# That of this process, which outlives a run.
+_present: Watchdog | None = None
+
+
 def start_watchdog(strategy: Strategy) -> Watchdog | None:
-    """Start watching over the processes that a strategy has connected; alone there is nobody to watch."""
+    """Start watching over the processes that a strategy has connected, or go on; alone there is nobody to watch."""
+    global _present
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size < 2:
         return None
-    watchdog = Watchdog(strategy.global_rank, strategy.world_size, strategy.timeout, strategy.step_timeout)
-    watchdog.start()
-    return watchdog
+    if _present is not None and _present.is_of(dist.group.WORLD):
+        _present.begin(strategy)
+        return _present
+    _present = Watchdog(strategy.global_rank, strategy.world_size, strategy.timeout, strategy.step_timeout)
+    _present.start()
+    return _present
 
 
 def record_error(error: BaseException) -> None:

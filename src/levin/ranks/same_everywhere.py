@@ -14,6 +14,7 @@ from levin.protocols import Run
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
+from levin.utilities.user_frames import name_ranks
 from levin.utilities.warnings import PossibleUserWarning
 
 _SETTINGS = (
@@ -39,7 +40,7 @@ def check_same_settings(run: Run) -> None:
     own = {name: str(getattr(run.settings, name)) for name in _SETTINGS}
     own |= {name: str(getattr(run.loops.fit, name)) for name in _LIMITS}
     own |= {"method": run.fn, "precision": strategy.precision.precision}
-    different = differences(strategy.control.exchange_objects(own))
+    different = differences(strategy.control.exchange_objects(own, "settings"))
     if different:
         raise MisconfigurationException(
             f"All ranks must have the same settings, received {'; '.join(different)}. Decide them without asking for the rank."
@@ -72,12 +73,7 @@ def _ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
 
 
 def _by_rank(ranks: Mapping[Value, Sequence[int]]) -> str:
-    return " and ".join(f"{value} on {_named(having)}" for value, having in ranks.items())
-
-
-def _named(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+    return " and ".join(f"{value} on {name_ranks(having)}" for value, having in ranks.items())
 
 
 def check_logged_names(run: Run) -> None:
@@ -94,7 +90,7 @@ def check_logged_names(run: Run) -> None:
     assert isinstance(strategy, ParallelStrategy), "there is an agreement on several ranks alone"
     store = run.store
     everywhere = strategy.control.exchange_objects(
-        (store.collective_keys(), store.order.number, store.names_in_steps())
+        (store.collective_keys(), store.order.number, store.names_in_steps()), "names of logged values"
     )
     ways: list[dict[SlotKey, str]] = [keys for keys, _, _ in everywhere]
     if len({number for _, number, _ in everywhere}) > 1:
@@ -113,7 +109,7 @@ def check_logged_names(run: Run) -> None:
         if lacking := found.pop("", None):
             having = sorted(rank for ranks in found.values() for rank in ranks)
             raise RuntimeError(
-                f"{what} {_named(having)} and not on {_named(lacking)}. Call it on all ranks in every epoch, or with "
+                f"{what} {name_ranks(having)} and not on {name_ranks(lacking)}. Call it on all ranks in every epoch, or with "
                 "sync_dist=False."
             )
         raise RuntimeError(f"{what} all ranks, with {_by_rank(found)}. Log the same on all ranks.")
@@ -190,7 +186,7 @@ class AlikeCheck:
 
 
 def _each(numbers: Sequence[float]) -> str:
-    return ", ".join(f"those of {_named(ranks)}" for ranks in _ranks_by_value(numbers).values())
+    return ", ".join(f"those of {name_ranks(ranks)}" for ranks in _ranks_by_value(numbers).values())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> float:

@@ -103,7 +103,7 @@ def agreed_batches(strategy: Strategy, num_batches: float, rule: str = "longest"
     """Return how many batches of one loader all ranks go through together; each asks with its own number."""
     if not is_shared(strategy) or not is_connected():
         return num_batches
-    numbers = [row[0] for row in strategy.data_control.exchange([float(num_batches)])]
+    numbers = [row[0] for row in strategy.data_control.exchange([float(num_batches)], "lengths")]
     agreed = min(numbers) if rule == "shortest" else max(numbers)
     return agreed if agreed == float("inf") else int(agreed)
 

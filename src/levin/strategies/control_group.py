@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -10,6 +12,10 @@ import torch
 import torch.distributed as dist
 
 from levin.utilities.types import StateDict
+from levin.utilities.user_frames import call_under_way, describe_different_calls
+
+# All exchanges begin with a row of this length: rows of different lengths would leave Gloo waiting for ever.
+_WIDTH = 16
 
 
 class ControlGroup:
@@ -47,24 +53,48 @@ class ControlGroup:
             self._world = world
         return self._group
 
-    def exchange(self, numbers: Sequence[float]) -> list[list[float]]:
+    def exchange(self, numbers: Sequence[float], what: str = "the run") -> list[list[float]]:
         """Return the numbers of every process, in the order of ranks; each gives as many.
 
         Args:
             numbers: Of this process. Whole numbers are exact up to 2**53.
+            what: What they are about, the same in every process.
+
+        Raises:
+            RuntimeError: Another process exchanges something else, in all of them.
         """
         if self.is_closed:
             return [[float(number) for number in numbers]]
-        own = torch.tensor(numbers, dtype=torch.float64)
+        row = [float(zlib.crc32(what.encode())), float(len(numbers)), *numbers]
+        rows = self._gathered(row[:_WIDTH] + [0.0] * (_WIDTH - len(row)))
+        if any(other[:2] != row[:2] for other in rows):
+            self._tell_difference()
+        if len(row) > _WIDTH:
+            rows = [[*first, *rest] for first, rest in zip(rows, self._gathered(row[_WIDTH:]))]
+        return [other[2 : len(row)] for other in rows]
+
+    def _gathered(self, row: list[float]) -> list[list[float]]:
+        own = torch.tensor(row, dtype=torch.float64)
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, own, group=self.group)
         return [part.tolist() for part in parts]
 
-    def exchange_objects(self, obj: object) -> list[Any]:
-        """Return the objects of every process, any that pickle can carry, in the order of ranks."""
-        found: list[object] = [None] * dist.get_world_size(self.group)
+    def _tell_difference(self) -> None:
+        _, line = call_under_way(traceback.walk_stack(None))
+        lines: dict[str, list[int]] = {}
+        for rank, other in zip(dist.get_process_group_ranks(self.group), self._gathered_objects(line)):
+            lines.setdefault(other, []).append(rank)
+        raise RuntimeError(describe_different_calls(lines))
+
+    def _gathered_objects(self, obj: object) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(found, obj, group=self.group)
         return found
+
+    def exchange_objects(self, obj: object, what: str) -> list[Any]:
+        """Return the objects of every process, any that pickle can carry, in the order of ranks; see :meth:`exchange`."""
+        self.exchange([], what)
+        return self._gathered_objects(obj)
 
     def share(self, obj: object, src: int = 0) -> Any:
         """Return the object of number ``src`` of the group, any that pickle can carry, in every process."""
@@ -80,7 +110,7 @@ class ControlGroup:
         Args:
             data: Of this process, of type uint8; each may have another length.
         """
-        sizes = [int(row[0]) for row in self.exchange([data.numel()])]
+        sizes = [int(row[0]) for row in self.exchange([data.numel()], "states of all ranks")]
         if dist.get_rank(self.group) != 0:
             dist.send(data, group=self.group, group_dst=0)
             return None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 from abc import ABC
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_all_start_methods
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -324,7 +326,7 @@ class ParallelStrategy(Strategy, ABC):
             function()
         except Exception as raised:  # raised again once all processes know
             error = raised
-        failed = [row[0] for row in self.control.exchange([float(error is not None)])]
+        failed = [row[0] for row in self.control.exchange([float(error is not None)], "a save")]
         if error is not None:
             raise error
         if any(failed):
@@ -390,6 +392,10 @@ def connect_processes(environment: ClusterEnvironment, backend: str, timeout: ti
     # The flight recorder: torch keeps the last collectives in memory, and NCCL writes them to a file when one is late.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    # Gloo ends a process where ranks send tensors of different sizes to each other: then it says where it was.
+    if not faulthandler.is_enabled():
+        with suppress(OSError, AttributeError):  # stderr is no file
+            faulthandler.enable()
     with environment_variables(MASTER_ADDR=environment.main_address, MASTER_PORT=str(environment.main_port)):
         store = environment.store(timeout)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, store=store)

@@ -1,0 +1,61 @@
+"""Which of the calls that are under way is the user's."""
+
+from __future__ import annotations
+
+import linecache
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+_NOT_THE_USERS = ("/site-packages/torch/", f"{Path(__file__).parents[1].as_posix()}/", "<frozen ")
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file is neither torch's nor levin's."""
+    path = filename.replace(os.sep, "/")
+    return not any(part in path for part in _NOT_THE_USERS)
+
+
+def call_under_way(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
+    """Return the function that the innermost frame of the user's code has called, and its line; "" where there is none.
+
+    Args:
+        frames: With their lines, the innermost first, as ``traceback.walk_stack`` gives them.
+    """
+    called = ""
+    for frame, number in frames:
+        code = frame.f_code
+        if is_users(code.co_filename):
+            text = linecache.getline(code.co_filename, number).strip()
+            return called, f"`{text or called}` ({os.path.basename(code.co_filename)}:{number}, {code.co_name})"
+        called = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no longer name
+    return "", ""
+
+
+def describe_different_calls(lines: Mapping[str, Sequence[int]]) -> str:
+    """Return what to say where ranks wait for each other in different calls, as below a question for the rank.
+
+    Args:
+        lines: What was called -> the ranks that did.
+
+    Example:
+        >>> print(describe_different_calls({"`trainer.save_checkpoint(path)`": [0], "`trainer.fit(model)`": [1, 2]})[:120])
+        All ranks have to make the same calls, received `trainer.save_checkpoint(path)` on rank 0; `trainer.fit(model)` on ranks
+    """
+    shown = "; ".join(f"{line} on {name_ranks(ranks)}" for line, ranks in lines.items())
+    return (
+        f"All ranks have to make the same calls, received {shown}. Make them on all ranks, not below "
+        "`if trainer.is_global_zero:` or the like; what writes a file does so on rank 0 alone by itself."
+    )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return ranks as text, the first of many.
+
+    Example:
+        >>> name_ranks([3]), name_ranks([0, 2])
+        ('rank 3', 'ranks 0, 2')
+    """
+    shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
