@@ -26,6 +26,7 @@ from levin.explain.node import Place, code_of
 from levin.explain.text import explain, plan_of
 from levin.loggers import CSVLogger
 from levin.loops.hook_table import RUN_HOOKS
+from levin.precision import MixedPrecision
 
 MODULE_HOOKS = [
     *(name for name in RUN_HOOKS if hasattr(levin.LightningModule, name)),
@@ -293,10 +294,10 @@ def test_precision_accumulation_and_limits_are_said(tmp_path):
     text = trainer.explain(BoringModel(), DataLoader(RandomDataset(32, 8)))
     assert "max_steps=3" in text and "in the context of MixedPrecision (bf16-mixed)" in text
     assert "# SGD, through MixedPrecision\n" in text
-    scaling = levin.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    assert "written by nobody" in text and "a checkpoint holds" in text
+    scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     text = trainer_of(tmp_path, max_steps=3, plugins=scaling).explain(BoringModel())
     assert "# SGD, through MixedPrecision (unscales first, skips the update" in text
-    assert "written by nobody" in text and "a checkpoint holds" in text
 
 
 def test_batches_that_go_through_in_parts_are_said(tmp_path):
