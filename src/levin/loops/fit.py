@@ -241,8 +241,6 @@ def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     interval = run.loops.fit.val_check_batch
     if interval is None or interval == math.inf:
         return False
-    if run.loops.fit.max_batches == math.inf and isinstance(run.settings.limit_train_batches, int):
-        return bool((batch_idx + 1) % run.settings.limit_train_batches == 0)
     index = batch_idx if run.settings.check_val_every_n_epoch is not None else run.loops.fit.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
 

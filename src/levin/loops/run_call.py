@@ -105,7 +105,6 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     run.signals.waits_for_batch = True
     run.take_logs()  # also of modules that `on_fit_start` has made
     result = run_stage(run, fn, checkpoint)
-    run.activate(new_store(run, training=False))
     run.refuse_logs()
     if run.compiler is not None:
         run.compiler.end()
