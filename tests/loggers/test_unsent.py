@@ -10,6 +10,7 @@ import torch
 from levin import Callback, Trainer
 from levin.callbacks import LearningRateMonitor, ProgressBar
 from levin.demos.boring_classes import BoringModel
+from levin.log_slot import Block
 from levin.loggers import Logger, unsent
 from levin.loops import run as runs
 from levin.utilities import numbers
@@ -41,6 +42,7 @@ class Rows(Logger):
     def __init__(self) -> None:
         self.rows: list[tuple[Any, dict[str, Any]]] = []
         self.ends: list[str] = []
+        self.saved: list[int] = []
 
     name, version = "rows", 0
 
@@ -49,6 +51,9 @@ class Rows(Logger):
 
     def log_hyperparams(self, params, *args, **kwargs):
         pass
+
+    def save(self):
+        self.saved.append(len(self.rows))
 
     def finalize(self, status):
         self.ends.append(f"{status} after {len(self.rows)}")
@@ -78,25 +83,37 @@ def trainer(**kwargs: Any) -> Trainer:
     return Trainer(accelerator="cpu", devices=1, **{**quiet, **kwargs})
 
 
-def rows_of(**kwargs: Any) -> list[tuple[Any, dict[str, Any]]]:
+def logged() -> Rows:
     torch.manual_seed(0)
     logger = Rows()
-    settings: dict[str, Any] = {
-        "max_epochs": 2, "limit_train_batches": 8, "limit_val_batches": 2, "val_check_interval": 4, "log_every_n_steps": 1,
-        "callbacks": [LearningRateMonitor()], **kwargs,
-    }  # fmt: skip
-    trainer(logger=logger, **settings).fit(Net())
-    return logger.rows
+    trainer(
+        logger=logger, max_epochs=2, limit_train_batches=8, limit_val_batches=2, val_check_interval=4, log_every_n_steps=1,
+        callbacks=LearningRateMonitor("step"),
+    ).fit(Net())  # fmt: skip
+    return logger
 
 
 @pytest.mark.parametrize("after", [1, 3, 40])
 def test_loggers_get_all_rows_in_the_order_in_which_they_were_logged(after, monkeypatch):
-    at_once = rows_of()
+    at_once = logged()
     monkeypatch.setattr(unsent, "Reading", Late)
     monkeypatch.setattr(Late, "after", after)
-    assert rows_of() == at_once
-    assert [step for step, row in at_once if "number" in row] == list(range(16))
-    assert {7} <= {step for step, row in at_once if "loss_epoch" in row} | {step for step, _ in at_once}
+    later = logged()
+    assert (later.rows, later.saved) == (at_once.rows, at_once.saved)
+    assert [step for step, row in later.rows if "number" in row] == list(range(16))
+    # What callbacks send is written with the next row of the loop.
+    of_callbacks = [i for i, (_, row) in enumerate(later.rows, 1) if "lr-SGD" in row]
+    assert len(of_callbacks) == 16
+    assert set(of_callbacks).isdisjoint(later.saved)
+    assert {*of_callbacks, *later.saved} >= set(range(1, len(later.rows) + 1))
+
+
+def test_values_on_a_device_weigh_what_their_batches_weigh():
+    block = Block("mean", torch.device("cpu"), torch.float64, size=3)
+    for value, weight in ((1.0, 1), (2.0, 2), (4.0, 3), (8.0, 1), (16.0, 5)):
+        block.put(torch.tensor(value))
+        block.weights.append(weight)
+    assert block.sum().item() == 1 * 1 + 2 * 2 + 4 * 3 + 8 * 1 + 16 * 5
 
 
 def test_a_step_does_not_wait_for_its_values(monkeypatch):
