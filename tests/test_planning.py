@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from levin import LightningModule, Trainer
 from levin.planning import Collectives, main, plan_run
 from levin.strategies.context import share_sequences
-from levin.strategies.model_parallel import apply_plan
+from levin.strategies.layer_plan import apply_plan
 from levin.strategies.sharding import ShardingPlan, apply_sharding, repeated_blocks
 from tests.distributed import world_size
 from tests.strategies.small import QUIET

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.modes import eval_mode, transfer_example
-from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_deprecation
 
 if TYPE_CHECKING:
@@ -127,7 +126,11 @@ class Exports:
             MisconfigurationException: The device is not a CUDA device, or the format does not go with ``ir``.
             ValueError: There are no inputs to compile for.
         """
-        require_package("torch_tensorrt", f"`{type(self).__name__}.to_tensorrt()`")
+        if find_spec("torch_tensorrt") is None:
+            raise ModuleNotFoundError(
+                f"`{type(self).__name__}.to_tensorrt()` needs `torch_tensorrt`, which is not installed. "
+                "Install it with: pip install torch-tensorrt"
+            )
         device = torch.device(default_device)
         if device.type != "cuda":
             raise MisconfigurationException(

@@ -33,12 +33,13 @@ from levin.module import LightningModule
 from levin.strategies import microbatches
 from levin.strategies.context import share_sequences
 from levin.strategies.contexts import run_as_forward
+from levin.strategies.layer_plan import apply_plan
 from levin.strategies.mesh import DEGREES, parse_mesh
-from levin.strategies.model_parallel import CONTEXT, COPIES, SHARDS, TENSOR, apply_plan
+from levin.strategies.model_parallel import CONTEXT, COPIES, SHARDS, TENSOR
 from levin.strategies.order import prepare
 from levin.strategies.replay import Announced, ReachedError, Replay
 from levin.strategies.sharding import META, ShardingPlan, repeated_blocks
-from levin.strategies.stages import PipelinePlan, leave_out, stages_in, stages_of
+from levin.strategies.stages import PipelinePlan, leave_out, stages_in, users_of
 from levin.utilities.exceptions import MisconfigurationException
 
 MakeModule = Callable[[], tuple[nn.Module, Any]]
@@ -237,8 +238,9 @@ def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callab
     for number in range(plan.size):
         module, parts = made()
         replay = Replay(module, dict(stages_in(module, plan)[0]), names, META)
-        stage_of = stages_of(dict(module.named_parameters(remove_duplicate=False)), names)
-        leave_out(module, [name for name, stage in stage_of.items() if stage != number], replay.without_values)
+        users = users_of(module, names)
+        leave_out(module, [name for name, found in users.items() if number not in found], replay.without_values)
+        of_several = [p for name, p in module.named_parameters() if len(users[name]) > 1]
         received, wanted = lacks[number], [] if number + 1 == plan.size else lacks[number + 1]
         kept = _run_stage(replay, number, module, parts[0], received, wanted)
         parameters = list(module.parameters())
@@ -259,7 +261,10 @@ def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callab
                 optimizer_states=states,
                 activations=activations,
                 peak=own + gradients + states + activations,
-                collectives={"send": (len(sent) * len(parts), sum(sent) * len(parts))},
+                collectives={
+                    "send": (len(sent) * len(parts), sum(sent) * len(parts)),
+                    **({"all_reduce": (len(of_several), _bytes_of(of_several))} if of_several else {}),
+                },
             )
         )
     most = max(stages, key=lambda stage: stage.peak)

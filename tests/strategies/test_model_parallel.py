@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -93,6 +93,44 @@ def test_tensor_parallel_alone_saves_one_file_that_one_device_goes_on_from(tmp_p
         warnings.filterwarnings("ignore", "The checkpoint was saved by")
         alone().fit(resumed, ckpt_path=path)
     torch.testing.assert_close(whole(resumed), whole(reference))
+
+
+class Tied(Wide):
+    """Its head is its embedding."""
+
+    def __init__(self, batch_size: int = 8) -> None:
+        super().__init__(batch_size)
+        self.net.embed, self.net.head = nn.Embedding(32, 8), nn.Linear(8, 32, bias=False)
+        self.net.head.weight = self.net.embed.weight
+
+    def training_step(self, batch, batch_idx):
+        tokens = (batch[0].abs() * 10).long() % 32
+        return nn.functional.cross_entropy(self.net(tokens).flatten(0, 1), tokens.roll(1).flatten())
+
+
+CUT_ALIKE = {
+    "net.embed": RowwiseParallel(input_layouts=Replicate()),
+    "net.head": ColwiseParallel(output_layouts=Replicate()),
+}
+
+
+@world_size(2, connect=False)
+def test_a_weight_of_two_layers_that_are_cut_stays_one():
+    module, reference = Tied(), Tied()
+    settings = {"gradient_clip_val": 0.05, "limit_val_batches": 0}
+    in_rank(ModelParallelStrategy(1, 2, plan=CUT_ALIKE), 2, **settings).fit(module)
+    alone(**settings).fit(reference)
+    assert module.net.head.weight is module.net.embed.weight and isinstance(module.net.head.weight, DTensor)
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
+@pytest.mark.parametrize("style", ["column", None], ids=["otherwise", "alone"])
+@world_size(2, connect=False)
+def test_a_weight_of_two_layers_that_are_cut_in_different_ways_is_told(style):
+    plan = {**CUT_ALIKE, "net.embed": style}
+    trainer = in_rank(ModelParallelStrategy(1, 2, plan={name: way for name, way in plan.items() if way}), 2)
+    with pytest.raises(ValueError, match=r"net.embed.weight and net.head.weight are one parameter, and the plan cuts"):
+        trainer.fit(Tied())
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), (1, 4)], ids=str)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from levin.strategies import FSDPStrategy, ModelParallelStrategy, model_parallel, sharding
+from levin.strategies import FSDPStrategy, ModelParallelStrategy, layer_plan, model_parallel, sharding
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.test_fsdp import alone
 from tests.strategies.test_pipeline import Deep, in_rank, own, pipelines
@@ -19,7 +19,7 @@ pytestmark = cuts_on_cpu
 PLAN = {"net.blocks.*.up": "column", "net.blocks.*.down": "row"}
 # What does each of the steps, where the code finds it.
 STEPS = {
-    "layers": (model_parallel, "parallelize_module"),
+    "layers": (layer_plan, "parallelize_module"),
     "stages": (model_parallel, "leave_out"),
     "sequences": (model_parallel, "share_sequences"),
     "recomputation": (sharding, "recompute"),

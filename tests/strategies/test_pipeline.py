@@ -19,7 +19,7 @@ from levin.strategies import ModelParallelStrategy
 from levin.strategies.microbatches import merge_logged, size_of, split
 from levin.strategies.replay import ReachedError, Replay
 from levin.strategies.stages import PipelinePlan, cut, layers_of
-from tests.distributed import world_size
+from tests.distributed import run_ranks, world_size
 from tests.strategies.small import QUIET, WithLosses, dataset
 from tests.strategies.test_fsdp import Block, alone
 
@@ -282,6 +282,99 @@ def test_a_forward_of_its_own_is_one_device(tmp_path, kind, arguments, settings)
     torch.testing.assert_close(dict(consolidate(path)["state_dict"]), reference.state_dict(), **close)
 
 
+class Tied(General):
+    """Its head is its embedding, as in most language models."""
+
+    def __init__(self, batch_size: int = 8, size: int = 32) -> None:
+        super().__init__(batch_size, size)
+        self.net.head.weight = self.net.embed.weight
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1, eps=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "arguments"),
+    [
+        (2, {"save_distributed_checkpoint": False}),
+        pytest.param(2, {}, marks=SLOW),
+        pytest.param(4, {"data": 2, "save_distributed_checkpoint": False}, marks=SLOW),
+        (4, {"data": 2}),
+        pytest.param(4, {"data": 2, "copies": 2}, marks=SLOW),
+        pytest.param(4, {"size": 4, "pipeline_split": [f"net.blocks.{place}" for place in range(3)]}, marks=SLOW),
+    ],
+    ids=["file", "folder", "sharded, file", "sharded, folder", "copies", "four"],
+)
+def test_weights_that_stages_share_are_those_of_one_device(tmp_path, devices, arguments):
+    run_ranks(train_tied, devices, {"folder": tmp_path, "devices": devices, "arguments": arguments}, 180, connect=False)
+
+
+def train_tied(folder, devices, arguments):
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    warnings.filterwarnings("ignore", "The checkpoint was saved by")
+    data = arguments.pop("data", 1)
+    settings = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+    module, reference = Tied(8 // data), Tied()
+    trainer, single = in_rank(pipelined(data=data, **arguments), devices, **settings), alone(**settings)
+    trainer.fit(module)
+    single.fit(reference)
+    torch.testing.assert_close(torch.tensor(module.losses), torch.tensor(reference.losses))
+    assert_part_of(module, reference)
+    is_first, is_last = trainer.strategy._pipeline.is_first, trainer.strategy._pipeline.is_last
+    assert ("net.embed.weight" in own(module)) == (is_first or is_last)
+    path, back = str(folder / "tied.ckpt"), str(folder / f"one_{trainer.global_rank}.ckpt")
+    trainer.save_checkpoint(path)
+    if arguments.get("save_distributed_checkpoint", True):
+        saved = consolidate(path)["state_dict"]
+    else:
+        saved = torch.load(path, weights_only=True)["state_dict"]
+        assert list(saved) == list(reference.state_dict())
+        assert saved["net.head.weight"].data_ptr() == saved["net.embed.weight"].data_ptr(), "saved once"
+    torch.testing.assert_close(dict(saved), dict(reference.state_dict()))
+    # On one device, back, and on from where it was.
+    one = Tied()
+    on_one = alone(max_epochs=3, **settings)
+    on_one.fit(one, ckpt_path=path)
+    again = Tied(8 // data)
+    resumed = in_rank(pipelined(data=data, **arguments), devices, max_epochs=3, **settings)
+    resumed.fit(again, ckpt_path=path)
+    assert_part_of(again, one)
+    on_one.save_checkpoint(back)
+    last, expected = Tied(8 // data), Tied()
+    in_rank(pipelined(data=data, **arguments), devices, max_epochs=4, **settings).fit(last, ckpt_path=back)
+    alone(max_epochs=4, **settings).fit(expected, ckpt_path=back)
+    assert_part_of(last, expected)
+
+
+class Remade(Transformer):
+    def reset_parameters(self):
+        nn.init.normal_(self.places)
+        self.scale.fill_(0.5)
+
+
+class Late(Tied):
+    """Makes its layers without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.net
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = Remade()
+            self.net.head.weight = self.net.embed.weight
+            torch.manual_seed(self.global_rank)  # what each would draw for itself
+
+
+@world_size(2, connect=False, timeout_s=120)
+def test_weights_that_stages_share_and_make_begin_alike():
+    module = Late()
+    trainer = in_rank(pipelined(), max_epochs=1, gradient_clip_val=0.5)
+    trainer.fit(module)
+    everyone = trainer.strategy.all_gather(own(module)["net.embed.weight"])
+    assert torch.equal(everyone[0], everyone[1]) and everyone[0].std() > 0.5
+
+
 class WithLoss(Transformer):
     """Returns the mean over the batch too, as modules do that compute their loss."""
 
@@ -426,7 +519,11 @@ class Plain(nn.Module):
     [
         (Deep, {"pipeline_split": ["net.9"]}, r"names 'net.9', which is no layer.* net.0, net.1, net.2.0"),
         (Deep, {"pipeline_split": ["net.0"]}, r"and not the first, received \['net.0'\]"),
-        (tied, {}, r"net.2.0.layer.weight and net.2.2.layer.weight are one parameter, and would be in stages 0 and 1"),
+        (
+            tied,
+            {"pipeline_schedule": "interleaved"},
+            r"net.2.0.layer.weight is a parameter of stages \[1, 3\] of the pipeline, of which one process has several",
+        ),
         (normalized, {}, "net.1 normalizes over the batch"),
         (lambda: with_more(net=Plain()), {}, "2 stages need as many layers with parameters, received 1 in net"),
         (lambda: with_more(net=nn.Sequential(nn.Linear(4, 2), nn.Tanh())), {}, "2 stages need as many layers"),

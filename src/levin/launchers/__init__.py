@@ -1,6 +1,7 @@
 """Starting the processes of a run."""
 
-from levin.utilities.lazy import lazy_face
+from levin.launchers.launcher import Launcher
+from levin.launchers.multiprocess import MultiProcessingLauncher
+from levin.launchers.script import SubprocessLauncher
 
-__getattr__, __dir__ = lazy_face(__name__)
-__all__ = __dir__()
+__all__ = ["Launcher", "MultiProcessingLauncher", "SubprocessLauncher"]

@@ -4,7 +4,6 @@ others share data and weights (FSDP2).
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ParallelStyle
 from torch.nn import Module
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,6 +28,7 @@ from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.gathered import cut_as
+from levin.strategies.layer_plan import STYLES, apply_plan, first_names
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import SELECTIVE, checked
@@ -45,7 +40,7 @@ from levin.strategies.sharding import (
     recomputation_of,
     repeated_blocks,
 )
-from levin.strategies.stages import PipelinePlan, body_of, leave_out, parts_of, stages_in, stages_of
+from levin.strategies.stages import PipelinePlan, body_of, leave_out, parts_of, stages_in, stages_of, users_of
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Function, Group, StateDict
 
@@ -57,9 +52,6 @@ if TYPE_CHECKING:
 DATA, TENSOR, PIPELINE, CONTEXT = "data_parallel", "tensor_parallel", "pipeline_parallel", "context_parallel"
 # The two dimensions of the data-parallel processes, where some of them keep copies.
 COPIES, SHARDS = "copies", "shards"
-STYLES: dict[str, type[ParallelStyle]] = {
-    "column": ColwiseParallel, "row": RowwiseParallel, "sequence": SequenceParallel,
-}  # fmt: skip
 
 
 class ModelParallelStrategy(ShardedStrategy):
@@ -165,6 +157,8 @@ class ModelParallelStrategy(ShardedStrategy):
         # Those of the whole module.
         self._state_names: list[str] = []
         self._own_state: set[str] = set()
+        self._first_names: dict[str, str] = {}
+        self._counted_elsewhere: set[str] = set()
         self._parameter_names: list[str] = []
 
     # How processes are laid out
@@ -324,7 +318,7 @@ class ModelParallelStrategy(ShardedStrategy):
             )
 
     def _cut_into_stages(self, module: Module, stages: list[list[str]], replay: Replay) -> Sequence[Module]:
-        from levin.strategies.pipeline import Pipeline  # slow to import
+        from levin.strategies.pipeline import Pipeline, local_of  # slow to import
 
         assert self.device_mesh is not None
         plan = self.pipeline_plan
@@ -333,24 +327,43 @@ class ModelParallelStrategy(ShardedStrategy):
         self._parameter_names = [name for name, _ in module.named_parameters()]
         stage_of_state = stages_of(self._state_names, stages)
         self._own_state = {name for name, stage in stage_of_state.items() if stage in own}
-        stage_of = stages_of(dict(module.named_parameters(remove_duplicate=False)), stages)
-        leave_out(module, [name for name, stage in stage_of.items() if stage not in own], replay.without_values)
+        users = users_of(module, stages)
+        self._first_names = first_names(module)
+        leave_out(module, [name for name, found in users.items() if found.isdisjoint(own)], replay.without_values)
         for part in module.modules():
             make_weights(part, self.root_device)
         module.to(self.root_device)
+        of_several = {
+            name: sorted(users[name])
+            for name, _ in module.named_parameters()
+            if len(users[name]) > 1 and not users[name].isdisjoint(own)
+        }
+        shared = {name: self._group_of_stages(found) for name, found in of_several.items()}
+        for name, group in shared.items():
+            # Those that were made here are made anew in each.
+            dist.broadcast(local_of(module.get_parameter(name).detach()), group=group, group_src=0)
+        self._counted_elsewhere = {name for name, found in of_several.items() if found[0] not in own}
         data = self.data_parallel
         self._pipeline = Pipeline(
             plan,
             module,
             body_of(stages),
             replay,
-            [parts_of(module, {name for name, stage in stage_of.items() if stage == number}) for number in own],
+            [parts_of(module, {name for name, found in users.items() if number in found}) for number in own],
             self.device_mesh[PIPELINE].get_group(),
             data.group if data.size > 1 else None,
+            shared,
             self.root_device,
         )
-        self.join_norms = self._join_norms
+        self.join_norms, self.counts_in_norm = self._join_norms, self._counts_in_norm
         return self._pipeline.stages
+
+    def _group_of_stages(self, numbers: Sequence[int]) -> Group:
+        """Return a process group of the processes that have these stages, this one among them."""
+        assert self.device_mesh is not None
+        ranks = self.device_mesh[PIPELINE].mesh[[number % self.pipeline_plan.size for number in numbers]].tolist()
+        group: Group = dist.new_group(ranks, timeout=self.timeout, use_local_synchronization=True)
+        return group
 
     # The step
 
@@ -371,6 +384,10 @@ class ModelParallelStrategy(ShardedStrategy):
         norms: Tensor = collectives.all_gather(norm, group=self._stage_group, device=self.root_device)
         return norms
 
+    def _counts_in_norm(self, parameter: Tensor) -> bool:
+        assert self._pipeline is not None
+        return not any(parameter is self._pipeline.module.get_parameter(name) for name in self._counted_elsewhere)
+
     # State
 
     @property
@@ -387,7 +404,11 @@ class ModelParallelStrategy(ShardedStrategy):
         state = {name: value for name, value in state.items() if name in self._own_state}
         if self.saves_folders:
             return state
-        return stage_state.gathered(state, self._state_names, self._stage_group)
+        others = {name: first for name, first in self._first_names.items() if name != first}
+        state = {name: value for name, value in state.items() if name not in others}
+        state = stage_state.gathered(state, self._state_names, self._stage_group)
+        shared = {name: state[first] for name, first in others.items() if first in state}
+        return stage_state.in_order({**state, **shared}, self._state_names)
 
     @override
     def names_elsewhere(self) -> Collection[str]:
@@ -449,41 +470,3 @@ class ModelParallelStrategy(ShardedStrategy):
 
 def _is_cut_over_layers(parameter: torch.nn.Parameter) -> bool:
     return isinstance(parameter, DTensor) and TENSOR in (parameter.device_mesh.mesh_dim_names or ())
-
-
-def apply_plan(module: Module, mesh: DeviceMesh, plan: Mapping[str, str | ParallelStyle]) -> None:
-    """Cut the layers that a plan names over a mesh of one dimension, in place.
-
-    Args:
-        module: The whole module.
-        mesh: The processes that share layers.
-        plan: Pattern of a submodule's name (as the shell matches files) -> style.
-
-    Raises:
-        MisconfigurationException: A pattern fits no submodule, or a layer cannot be cut into so many parts.
-    """
-    names = {name: part for name, part in module.named_modules() if name}
-    found: dict[str, ParallelStyle] = {}
-    for pattern, style in plan.items():
-        fitting = fnmatch.filter(names, pattern)
-        if not fitting:
-            raise MisconfigurationException(
-                f"plan[{pattern!r}] fits no submodule of {type(module).__name__}. Its submodules are "
-                f"{', '.join(list(names)[:20])}{', ...' if len(names) > 20 else ''}."
-            )
-        for name in fitting:
-            _check_divisible(name, names[name], style, mesh.size())
-            found[name] = STYLES[style]() if isinstance(style, str) else style
-    parallelize_module(module, mesh, found)
-
-
-def _check_divisible(name: str, part: Module, style: str | ParallelStyle, size: int) -> None:
-    weight = getattr(part, "weight", None)
-    if not isinstance(part, torch.nn.Linear) or weight is None or style not in ("column", "row"):
-        return
-    features = weight.shape[0] if style == "column" else weight.shape[1]
-    if features % size:
-        raise MisconfigurationException(
-            f"{name} has {features} {'output' if style == 'column' else 'input'} features, which {size} processes cannot "
-            f"share evenly. Choose a tensor_parallel_size that divides {features}, or another width."
-        )

@@ -40,6 +40,9 @@ class StrategyParts:
     join_norms: Callable[[torch.Tensor], torch.Tensor] | None = None
     """Returns the norms of all processes that have parameters of their own, out of that of this one; None for no such thing."""
 
+    counts_in_norm: Callable[[torch.Tensor], bool] | None = None
+    """Whether a parameter counts in the norm of this process, or in that of another one that has it, too; None for always."""
+
     def __init__(
         self,
         accelerator: Accelerator | None = None,

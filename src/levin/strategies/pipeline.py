@@ -31,6 +31,7 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleLoopedBFS,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleList
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -101,6 +102,11 @@ class _Whole:
     """Told in the place of an output that is not made of one for each part of the batch, such as a loss."""
 
 
+def local_of(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that lies in this process."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Pipeline:
     """The stages of this process, between those of the others.
 
@@ -112,6 +118,7 @@ class Pipeline:
         stages: The modules with the parameters of each stage of this process, in their order.
         group: The processes that share the layers.
         data_group: The processes that share the weights of these stages; None for no others.
+        shared: Names of the parameters that stages of other processes have, too, and the group of these processes.
         device: Of this process.
     """
 
@@ -124,11 +131,12 @@ class Pipeline:
         stages: Sequence[list[Module]],
         group: Group,
         data_group: Group,
+        shared: Mapping[str, Group],
         device: torch.device,
     ) -> None:
         assert group is not None
         self.plan, self.module, self.body, self.replay = plan, module, body, replay
-        self.group, self.data_group = group, data_group
+        self.group, self.data_group, self.shared = group, data_group, shared
         self.device = device
         self.rank: int = dist.get_rank(group)
         self.is_first: bool = self.rank == 0
@@ -176,6 +184,7 @@ class Pipeline:
             parameter.grad = None
         try:
             self._go_through(step, microbatches.shapes_of(batch), is_new, is_training=True)
+            self._add_up_shared()
         finally:
             gradients = [p.grad for p in parameters]
             for parameter, gradient in zip(parameters, held, strict=True):
@@ -186,6 +195,15 @@ class Pipeline:
             log(**call)
         loss = microbatches.tied(value.to(self.device), gradients, num if weight is None else weight, parameters)
         return loss if weight is None else {"loss": loss, "weight": weight}
+
+    def _add_up_shared(self) -> None:
+        """Add the gradients of all stages that have a parameter, so that each steps it alike."""
+        for name, group in self.shared.items():
+            parameter = self.module.get_parameter(name)
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(local_of(parameter.grad), group=group)
 
     def _run_part(self, step: _Step, number: int) -> object:
         """Run ``training_step`` on one part of the batch; what it logs is kept for later."""

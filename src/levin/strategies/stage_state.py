@@ -65,7 +65,7 @@ def joined_groups(groups: Sequence[ParamGroup], names: Sequence[str], group: Gro
         )
     place = {name: number for number, name in enumerate(names)}
     return [
-        {**own, "params": sorted((name for params in of_stages for name in params), key=place.__getitem__)}
+        {**own, "params": sorted({name for params in of_stages for name in params}, key=place.__getitem__)}
         for own, of_stages in zip(groups, zip(*everyone))
     ]
 

@@ -106,7 +106,7 @@ def stages_in(module: Module, plan: PipelinePlan) -> tuple[dict[str, Module], li
         plan: How it is cut.
 
     Raises:
-        MisconfigurationException: As for :func:`cut`; or two stages would have the same parameter, or it was cut before.
+        MisconfigurationException: As for :func:`cut`; or stages of one process would share a parameter, or it was cut before.
     """
     if _IS_CUT in vars(module):
         raise MisconfigurationException(
@@ -115,7 +115,7 @@ def stages_in(module: Module, plan: PipelinePlan) -> tuple[dict[str, Module], li
         )
     layers = layers_of(module)
     stages = cut(layers, plan)
-    _check_shared(module, stages)
+    _check_shared(module, stages, plan.size)
     return layers, stages
 
 
@@ -175,15 +175,26 @@ def stages_of(names: Iterable[str], stages: Sequence[Sequence[str]]) -> dict[str
     return found
 
 
-def _check_shared(module: Module, stages: Sequence[Sequence[str]]) -> None:
+def users_of(module: Module, stages: Sequence[Sequence[str]]) -> dict[str, set[int]]:
+    """Return the stages that have each parameter, by all of its names: several where layers of theirs share it.
+
+    Args:
+        module: The whole module.
+        stages: The names of the layers of each stage.
+    """
     named = dict(module.named_parameters(remove_duplicate=False))
-    first_user: dict[int, tuple[int, str]] = {}
+    found: dict[int, set[int]] = {}
     for name, stage in stages_of(named, stages).items():
-        used_in, used_as = first_user.setdefault(id(named[name]), (stage, name))
-        if used_in != stage:
+        found.setdefault(id(named[name]), set()).add(stage)
+    return {name: found[id(parameter)] for name, parameter in named.items()}
+
+
+def _check_shared(module: Module, stages: Sequence[Sequence[str]], size: int) -> None:
+    for name, users in users_of(module, stages).items():
+        if len({stage % size for stage in users}) < len(users):
             raise MisconfigurationException(
-                f"{used_as} and {name} are one parameter, and would be in stages {used_in} and {stage} of the pipeline, which are "
-                "processes of their own. Give them weights of their own, or a pipeline_split with both in one stage."
+                f"{name} is a parameter of stages {sorted(users)} of the pipeline, of which one process has several: there it would be "
+                "gathered twice. Use pipeline_schedule='1f1b', or a pipeline_split with both in one stage or in other processes."
             )
 
 

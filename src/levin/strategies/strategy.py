@@ -368,7 +368,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
             assert clip_val is not None
             clip_by_value(parameters, clip_val)
             return None
-        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite, self.join_norms)
+        return clip_by_norm(parameters, max_norm, norm_type, error_if_nonfinite, self.join_norms, self.counts_in_norm)
 
     # Talking to the other processes
 

@@ -15,6 +15,7 @@ def clip_by_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     join: Callable[[Tensor], Tensor] | None = None,
+    counts: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """Scale the gradients so that their norm over all parameters is at most ``max_norm``.
 
@@ -25,6 +26,7 @@ def clip_by_norm(
         norm_type: p of the p-norm; ``inf`` for the largest absolute value.
         error_if_nonfinite: Whether a norm that is nan or infinite is an error.
         join: Returns the norms of all processes that have parameters of their own, out of that of this one.
+        counts: Whether a parameter counts in the norm of this process; all do when None.
 
     Returns:
         The norm before clipping, a scalar on the device of the gradients.
@@ -38,8 +40,10 @@ def clip_by_norm(
         >>> clip_by_norm([weight], max_norm=1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
+    parameters = list(parameters)
     groups = list(by_mesh(parameters).values())
-    norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in groups]
+    counted = groups if counts is None else by_mesh(filter(counts, parameters)).values()
+    norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in counted]
     if not norms and join is None:
         return torch.tensor(0.0)
     total = norms[0] if len(norms) == 1 else _joined(torch.stack(norms or [torch.tensor(0.0)]), norm_type)

@@ -1,1 +1,0 @@
-from levin.data.combined import CombinedLoader as CombinedLoader
