@@ -38,6 +38,13 @@ class Renamed(Base):
         super().__init__(settings)
 
 
+class Second(TrainOnly):
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+        self.save_hyperparameters(second)
+
+
 def saved(folder, module):
     run = trainer(folder, [], enable_checkpointing=False, max_epochs=1)
     run.fit(module, loader())
@@ -49,6 +56,11 @@ def saved(folder, module):
 def test_a_child_of_a_class_that_fills_in_defaults_is_loaded_again(tmp_path, cls):
     loaded = cls.load_from_checkpoint(saved(tmp_path, cls({"depth": 5})))
     assert dict(loaded.hparams) == {"width": 1, "depth": 5}
+
+
+def test_the_argument_that_was_kept_is_found_among_others_of_its_type(tmp_path):
+    loaded = Second.load_from_checkpoint(saved(tmp_path, Second({"a": 1}, {"b": 2})), first={"c": 3})
+    assert (loaded.first, loaded.second["b"]) == ({"c": 3}, 2)
 
 
 def test_what_the_file_lacks_can_be_given(tmp_path):

@@ -21,6 +21,7 @@ from levin.environments import (
     TorchElasticEnvironment,
     XLAEnvironment,
 )
+from levin.environments.local import find_free_port
 from levin.environments.lsf import read_rank_file
 from levin.utilities.rank_zero import rank_zero_only
 from levin.utilities.warnings import PossibleUserWarning
@@ -376,3 +377,13 @@ def test_torchruns_store_is_divided_by_attempts(monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 0)
     with pytest.warns(UserWarning, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         assert environment.store(None) is None
+
+
+def test_a_free_port_is_one_that_can_be_listened_on(monkeypatch):
+    monkeypatch.delenv("STANDALONE_PORT", raising=False)
+    port = find_free_port()
+    assert port > 0
+    with socket.socket() as listener:
+        listener.bind(("", port))
+    monkeypatch.setenv("STANDALONE_PORT", "29512")
+    assert find_free_port() == 29512

@@ -64,6 +64,28 @@ def test_gradients_are_unscaled_once_whoever_clips_them():
     assert torch.allclose(net.layer.weight, before - 2, atol=1e-3)
 
 
+NEEDS_PROCESSES = {
+    "setup": lambda fabric: fabric.setup(Net()),
+    "setup_module": lambda fabric: fabric.setup_module(Net()),
+    "setup_optimizers": lambda fabric: fabric.setup_optimizers(torch.optim.SGD(Net().parameters(), lr=1.0)),
+    "setup_dataloaders": lambda fabric: fabric.setup_dataloaders(DataLoader([1, 2])),
+    "init_module": lambda fabric: fabric.init_module(),
+    "save": lambda fabric: fabric.save("x.ckpt", {}),
+    "load": lambda fabric: fabric.load("x.ckpt"),
+    "barrier": lambda fabric: fabric.barrier(),
+    "broadcast": lambda fabric: fabric.broadcast(1),
+    "all_gather": lambda fabric: fabric.all_gather(1),
+    "all_reduce": lambda fabric: fabric.all_reduce(1),
+}
+
+
+@pytest.mark.parametrize("call", NEEDS_PROCESSES)
+def test_what_needs_the_other_processes_is_refused_before_they_are_there(call):
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    with pytest.raises(RuntimeError, match="processes that are not there yet. Call fabric.launch"):
+        NEEDS_PROCESSES[call](fabric)
+
+
 def test_an_optimizer_and_its_scheduler_can_be_made_before_or_after_setup():
     fabric = Fabric(accelerator="cpu", devices=1)
     net = Net()

@@ -94,6 +94,7 @@ def search(**arguments: Any) -> Any:
         {}, dict(num_training=30), dict(min_lr=1e-5, max_lr=10, num_training=40), dict(mode="linear", num_training=25),
         dict(early_stop_threshold=None), dict(num_training=5), dict(max_lr=100), dict(update_attr=False),
         dict(mode="nonsense"), dict(method="validate"), dict(attr_name="missing"), dict(early_stop_threshold=1.2),
+        dict(early_stop_threshold=1.2, min_lr=10.0, max_lr=100.0, num_training=10),
     ],
 )  # fmt: skip
 def test_the_same_rates_losses_and_suggestion(tmp_path, arguments):

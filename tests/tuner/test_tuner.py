@@ -169,6 +169,14 @@ def test_a_search_goes_on_over_as_many_epochs_as_it_needs(tmp_path):
     )
 
 
+def test_each_rate_has_its_loss_where_the_last_window_of_an_epoch_is_short(tmp_path):
+    settings = dict(accumulate_grad_batches=3, limit_train_batches=8, max_epochs=1)
+    trainer = levin.Trainer(**QUIET, **settings, default_root_dir=tmp_path)
+    results = Tuner(trainer).lr_find(Net(), num_training=9, early_stop_threshold=None, update_attr=False).results
+    assert len(results["lr"]) == len(results["loss"]) > 4
+    assert results["lr"] == sorted(set(results["lr"]))
+
+
 @pytest.mark.parametrize("method", ["validate", "test", "predict"])
 def test_an_evaluation_runs_with_the_size_that_was_found(tmp_path, method):
     class Evaluated(Net):
