@@ -7,7 +7,8 @@ Printed is the median over the rounds, and that of the ratio to the bare loop of
     tiny     a linear layer: what a step costs the host
     gpt      a transformer of 124 million parameters: bfloat16, fused attention and optimizer
     images   batches of 100 MB from pinned memory: is the copy hidden behind the step
-    large    a transformer of a billion parameters with activation checkpointing: tokens per second and share of the peak
+    large    a transformer of a billion parameters with activation checkpointing: tokens per second and share of the peak;
+             also with its blocks compiled, and with products in 8-bit floats where torchao is installed
 
     python benchmarks/gpu.py [--only PART ...] [--quick] [--dry-run] [--out DIR]
 
@@ -125,6 +126,7 @@ class Part:
         tokens: Tokens of a step, for tokens per second.
         depth_dim: Blocks and width of a transformer, to count the operations of its attention.
         modes: Of ``torch.compile``, in which it is run as well.
+        formats: Precisions in which it is run as well with its blocks compiled.
     """
 
     name: str
@@ -141,6 +143,7 @@ class Part:
     tokens: int = 0
     depth_dim: tuple[int, int] = (0, 0)
     modes: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
 
 
 def parts(is_toy: bool) -> list[Part]:
@@ -172,11 +175,11 @@ def parts(is_toy: bool) -> list[Part]:
             "images", "batches of 105 MB from pinned memory", lambda: Images(width),
             lambda: torch.randn(pictures, 3, side, side), 5, 40, precision="bf16-mixed", budget_s=40, num_logged=1,
         ),
-        transformer("large", "transformer of 1B, activation checkpointing", large, sizes[1], warmup=2, steps=8, rounds=3, budget_s=90, num_logged=1),
+        transformer("large", "transformer of 1B, activation checkpointing", large, sizes[1], warmup=2, steps=8, rounds=3, budget_s=90, num_logged=1, formats=("bf16-mixed", "float8")),
     ]  # fmt: skip
     if is_toy:  # one compilation is enough to see that it works
         return [
-            replace(part, warmup=1, steps=2, rounds=1, modes=part.modes[:1] if part.name == "tiny" else ())
+            replace(part, warmup=1, steps=2, rounds=1, modes=part.modes[:1] if part.name == "tiny" else (), formats=())
             for part in found
         ]
     return found
@@ -228,17 +231,29 @@ def make_optimizer(net: nn.Module, device: torch.device) -> torch.optim.Optimize
 
 def forward_context(precision: str, device: torch.device) -> Any:
     """Return what the bare loop runs its forward passes in."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
+    if precision == "32-true":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
-def run_bare(part: Part, batches: Batches, clock: Clock, device: torch.device, mode: str = "") -> None:
-    """Train as people write it by hand, with ``torch.compile`` in a ``mode`` if one is given."""
+def run_bare(
+    part: Part, batches: Batches, clock: Clock, device: torch.device, mode: str = "", with_blocks: bool = False
+) -> None:
+    """Train as people write it by hand, with ``torch.compile`` in a ``mode`` if one is given, or of the blocks alone."""
     with device:
         net = part.make_net()
+    if part.precision == "float8":
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(net)
     optimizer = make_optimizer(net, device)
-    if mode:
+    if mode or with_blocks:
         torch._dynamo.reset()
+    if mode:
         net.compile(mode=mode)
+    elif with_blocks:
+        for block in net.blocks:
+            block.compile()
     for index, batch in enumerate(batches):
         clock(index)
         batch = batch.to(device, non_blocking=True)
@@ -321,6 +336,15 @@ def measure(part: Part, contestants: dict[str, Any], device: torch.device) -> di
         runs[f"bare, compiled ({mode})"] = lambda *args, mode=mode: run_bare(*args, mode=mode)
         library = contestants["levin"]
         runs[f"levin, compile={mode!r}"] = lambda *args, mode=mode: run_framework(library, *args, compile=mode)
+    for name in part.formats if device.type == "cuda" else ():
+        if name == "float8" and importlib.util.find_spec("torchao") is None:
+            continue
+        runs[f"bare, blocks compiled, {name}"] = lambda part, *args, name=name: run_bare(
+            replace(part, precision=name), *args, with_blocks=True
+        )
+        runs[f"levin, compile='blocks', {name}"] = lambda part, *args, name=name: run_framework(
+            contestants["levin"], replace(part, precision=name), *args, compile="blocks"
+        )
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, float] = {}
     failed: dict[str, str] = {}
@@ -409,7 +433,7 @@ def main() -> None:
     """Run the parts that were asked for, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=["tiny", "gpt", "images", "large"], help="run these parts")
-    parser.add_argument("--quick", action="store_true", help="two rounds of each")
+    parser.add_argument("--quick", action="store_true", help="two rounds of each but the tiny ones")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, in toy sizes")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", Path(__file__).parent)), help="folder")
     options = parser.parse_args()
@@ -428,7 +452,8 @@ def main() -> None:
     for part in parts(options.dry_run):
         if options.only and part.name not in options.only:
             continue
-        rows.append(measure(replace(part, rounds=min(part.rounds, 2)) if options.quick else part, contestants, device))
+        is_short = options.quick and part.name != "tiny"
+        rows.append(measure(replace(part, rounds=2) if is_short else part, contestants, device))
         # After each part, so that what was measured is there whatever comes next.
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "gpu.json").write_text(json.dumps({"machine": header, "rows": rows}, indent=1))

@@ -83,10 +83,6 @@ class Progress:
         for counter in (self.current, self.total):
             counter.completed = max(counter.completed, counter.processed)
 
-    def reset_on_restart(self) -> None:
-        """Forget what was begun and not completed."""
-        self.current.ready = self.current.started = self.current.processed = self.current.completed
-
     def state_dict(self) -> StateDict:
         """Return the counts in the layout of the checkpoint format."""
         state: dict[str, object] = {

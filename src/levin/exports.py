@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from levin.utilities.exceptions import MisconfigurationException, value_error
 from levin.utilities.modes import eval_mode, transfer_example
+from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_deprecation
 
 if TYPE_CHECKING:
@@ -126,11 +127,7 @@ class Exports:
             MisconfigurationException: The device is not a CUDA device, or the format does not go with ``ir``.
             ValueError: There are no inputs to compile for.
         """
-        if find_spec("torch_tensorrt") is None:
-            raise ModuleNotFoundError(
-                f"`{type(self).__name__}.to_tensorrt()` needs `torch_tensorrt`, which is not installed. "
-                "Install it with: pip install torch-tensorrt"
-            )
+        require_package("torch_tensorrt", f"`{type(self).__name__}.to_tensorrt()`")
         device = torch.device(default_device)
         if device.type != "cuda":
             raise MisconfigurationException(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.modes import to_eval
 from levin.utilities.move import move_data_to_device
+from levin.utilities.parameters import free_gradients
 
 if TYPE_CHECKING:
     from levin.utilities.types import EVAL_DATALOADERS, STEP_OUTPUT, TRAIN_DATALOADERS, Batch, StateDict
@@ -103,8 +105,7 @@ class ModelHooks:
 
     def on_validation_model_zero_grad(self) -> None:
         """Before validation inside fit: frees the gradients."""
-        zero_grad: Callable[[], None] = getattr(self, "zero_grad")  # noqa: B009  (a method of nn.Module)
-        zero_grad()
+        _zero_grad(self)
 
     def on_validation_model_eval(self) -> None:
         """Put the module into eval mode for validation."""
@@ -142,8 +143,12 @@ class ModelHooks:
         """Create layers on the right device and in the right dtype; called at each run, so make it idempotent."""
 
 
+def _zero_grad(module: Any) -> None:
+    free_gradients(module)
+
+
 def _eval(module: Any) -> None:
-    module.eval()
+    to_eval(module)
 
 
 def _train(module: Any) -> None:

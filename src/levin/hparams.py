@@ -98,12 +98,18 @@ def collect_init_args(obj: object, frame: types.FrameType | None) -> StateDict:
         the same name, the value is the one that the class itself received, because that is what builds it again.
     """
     collected: dict[str, object] = {}
+    for arguments in _init_arguments(obj, frame):
+        collected.update(arguments)
+    return collected
+
+
+def _init_arguments(obj: object, frame: types.FrameType | None) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of each ``__init__`` of ``obj`` that runs in ``frame`` or around it, the innermost first."""
     while frame is not None:
         code = frame.f_code
         if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is obj:
-            collected.update(frame_arguments(frame))
+            yield frame_arguments(frame)
         frame = frame.f_back
-    return collected
 
 
 def rebound_argument(obj: object, frame: types.FrameType | None, container: object) -> str | None:
@@ -117,13 +123,10 @@ def rebound_argument(obj: object, frame: types.FrameType | None, container: obje
         container: The hyper-parameters.
     """
     taken = inspect.signature(type(obj).__init__).parameters
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is obj:
-            for name, value in frame_arguments(frame).items():
-                if name in taken and _is_same(value, container):
-                    return name
-        frame = frame.f_back
+    for arguments in _init_arguments(obj, frame):
+        for name, value in arguments.items():
+            if name in taken and _is_same(value, container):
+                return name
     return None
 
 

@@ -97,8 +97,8 @@ class Block:
             first = self.weights[0]
             if all(weight == first for weight in self.weights):
                 folded = values.sum() * first
-            else:
-                folded = (values * values.new_tensor(self.weights)).sum()
+            else:  # a tensor of the weights would have to come from the host, which waits
+                folded = torch.stack(torch._foreach_mul(self.cells[:num], self.weights)).sum()
         else:
             folded = (
                 values.sum() if self.reduction == "sum" else values.min() if self.reduction == "min" else values.max()
@@ -225,11 +225,9 @@ class Slot:
             weight: What it counts in means.
             is_filler: Of a step for which not all ranks have a batch of their own: whether this rank has none.
         """
-        before = None
         if is_filler:
             if self.sync is None:
                 return  # it would add nothing, and a rank that has seen none but fillers has no value
-            before = self.step_value() if self.has_value else None
             value, weight = _NEUTRAL[self.reduction], 0.0
         if self.dtype is None:
             is_double = torch.float64 in (torch.get_default_dtype(), value.dtype if isinstance(value, Tensor) else None)
@@ -254,7 +252,7 @@ class Slot:
                 self.total = number  # what is not a number stays
         if self.sync is not None and self.on_step:
             latest = self._sync_step(self._as_tensor(latest), self.sync, is_filler)
-        self.latest = latest if before is None or self.sync is not None else before
+        self.latest = latest
         self.has_value = True
 
     def _put(self, value: Tensor, weight: float) -> Tensor:

@@ -16,13 +16,12 @@ from levin.hooks import CheckpointHooks, DataHooks, ModelHooks
 from levin.hparams import HyperparametersMixin
 from levin.self_log import SelfLog
 from levin.utilities.collections import apply_to_collection
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
     from levin.hooks import Callback
-    from levin.log_store import LogStore
-    from levin.protocols import Trainer
+    from levin.protocols import Run, Trainer
     from levin.utilities.types import STEP_OUTPUT, Closure, Group, OptimizerLRScheduler, StateDict, Tree
 
 log = logging.getLogger("levin")
@@ -32,7 +31,7 @@ Numbers = Union[int, float]
 # Where a module is and how it is trained, as long as nobody has said.
 _FIELDS: dict[str, object] = dict.fromkeys(
     (
-        "_trainer", "_fabric", "_fabric_optimizers", "_log_store", "_example_input_array", "_strict_loading",
+        "_trainer", "_fabric", "_fabric_optimizers", "_logging_run", "_example_input_array", "_strict_loading",
         "_device_mesh", "_compiler_ctx",
     )
 ) | {"_automatic_optimization": True, "_is_scripting": False}  # fmt: skip
@@ -69,7 +68,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         self._trainer: Optional[Trainer] = None
         self._fabric: Any = None
         self._fabric_optimizers: Any = None
-        self._log_store: Optional[LogStore] = None
+        self._logging_run: Optional[Run] = None
         self._example_input_array: Any = None
         self._automatic_optimization: bool = True
         self._strict_loading: Optional[bool] = None
@@ -82,7 +81,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         state = dict(self.__dict__)
         state["_trainer"] = None
         state["_fabric"] = state["_fabric_optimizers"] = None
-        state["_log_store"] = None
+        state["_logging_run"] = None
         return state
 
     def __setstate__(self, state: StateDict) -> None:
@@ -375,10 +374,7 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
         if not isinstance(value, (int, float)):
             raise TypeError(f"gradient_clip_val must be an int or a float, received {value!r}.")
         algorithm = str(gradient_clip_algorithm or trainer.gradient_clip_algorithm or "norm").lower()
-        if algorithm not in ("norm", "value"):
-            raise MisconfigurationException(
-                f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
-            )
+        require_choice("gradient_clip_algorithm", algorithm, ("norm", "value"))
         if is_under_fabric and gradient_clip_val is None:
             raise MisconfigurationException(
                 "clip_gradients has no value under Fabric, which keeps none, received gradient_clip_val=None. "

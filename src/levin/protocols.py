@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from levin.hooks import Callback
     from levin.log_store import LogStore, Metrics
     from levin.loggers.logger import Logger
+    from levin.loggers.unsent import Unsent
     from levin.precision.precision import Precision
     from levin.profilers.profiler import Profiler
     from levin.settings import Settings
@@ -55,6 +56,7 @@ class Run(Protocol):
     is_profiled: bool
     callbacks: list[Callback]
     loggers: list[Logger]
+    unsent: Unsent
     loops: Loops
     state: TrainerState
     module: Any
@@ -106,6 +108,9 @@ class Run(Protocol):
     @property
     def checkpoint_callbacks(self) -> list[Any]:
         """All callbacks that save checkpoints."""
+
+    def shown_metrics(self) -> dict[str, Any]:
+        """Return the numbers that a progress bar shows."""
 
     def call(self, name: str, *args: Any, num_last: Optional[int] = None) -> Any:
         """Call a hook of callbacks and module."""

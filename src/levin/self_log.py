@@ -11,8 +11,7 @@ from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 
 if TYPE_CHECKING:
-    from levin.log_store import LogStore
-    from levin.protocols import Trainer
+    from levin.protocols import Run, Trainer
     from levin.utilities.types import Group
 
 
@@ -21,7 +20,7 @@ class SelfLog:
 
     _trainer: Optional[Trainer]
     _fabric: Any
-    _log_store: Optional[LogStore]
+    _logging_run: Optional[Run]
 
     def log(
         self,
@@ -62,8 +61,8 @@ class SelfLog:
             MisconfigurationException: The hook cannot log, or not in this way.
             ValueError: ``value`` is none of the above.
         """
-        store = self._log_store
-        if store is None:
+        run = self._logging_run
+        if run is None:
             self._log_outside_a_run(name, value, logger)
             return
         # In the order of the fields of log_store.Arguments, which a plain tuple equals.
@@ -71,7 +70,7 @@ class SelfLog:
             prog_bar, logger, on_step, on_epoch, reduce_fx, sync_dist, sync_dist_group, add_dataloader_idx,
             metric_attribute, rank_zero_only,
         )  # fmt: skip
-        store.log(name, value, arguments, batch_size)
+        run.store.log(name, value, arguments, batch_size)
 
     def log_dict(
         self,

@@ -96,6 +96,25 @@ def test_the_evidence_repeats_the_step(tmp_path, kind, clip, accumulate):
     # The same units were dropped.
     begin = step * accumulate
     assert torch.equal(torch.stack(again.masks), torch.stack(model.masks[begin : begin + accumulate]))
+    evidence = torch.load(error.value.path)
+    assert evidence["batch_indices"] == list(range(begin, begin + accumulate))
+
+
+def test_the_evidence_holds_the_weights_of_the_step_whatever_changes_them_after_it(tmp_path):
+    seen = []
+
+    class Scaled(Model):
+        def on_before_optimizer_step(self, optimizer):
+            seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            with torch.no_grad():
+                self.layer.weight.mul_(0.5)
+
+    guard = BadStepGuard(action="skip", dirpath=tmp_path)
+    make_trainer(tmp_path, guard).fit(Scaled("loss"), batches())
+    kept = torch.load(guard.paths[0])["state_dict"]
+    assert all(torch.equal(kept[name], value) for name, value in seen[BAD].items())
 
 
 @pytest.mark.parametrize("kind", ["loss", "gradient"])

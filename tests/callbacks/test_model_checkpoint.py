@@ -454,3 +454,15 @@ def test_the_class_of_a_callback_is_refused_by_name(tmp_path, given):
 
     with pytest.raises(MisconfigurationException, match=r"Use ModelCheckpoint\(\.\.\.\)"):
         Trainer(callbacks=given, accelerator="cpu", default_root_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_files_are_written_in_the_background_in_a_fit_that_asks_for_it(tmp_path, is_async):
+    from levin.checkpoint import AsyncCheckpointIO, TorchCheckpointIO
+
+    callback = ModelCheckpoint(tmp_path, async_save=is_async)
+    run = trainer(tmp_path, [callback])
+    run.validate(Small(), loader(2), verbose=False)
+    assert type(run.strategy.checkpoint_io) is TorchCheckpointIO
+    run.fit(Small(), loader(), loader(2))
+    assert type(run.strategy.checkpoint_io) is (AsyncCheckpointIO if is_async else TorchCheckpointIO)

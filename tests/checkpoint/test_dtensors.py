@@ -40,6 +40,7 @@ def test_a_file_of_one_rank_holds_whole_tensors(tmp_path):
     assert state["0.weight"].to_local().shape == (4, 8)
     full = {name: value.full_tensor() for name, value in state.items()}
     tree = {"state_dict": state, "optimizer_states": [optimizer.state_dict()], "epoch": 3}
+    tree["rows"] = ([state["0.weight"], state["0.bias"]], [state["0.weight"], "a"])
     save_tree(TorchCheckpointIO(), tree, tmp_path / "model.ckpt", is_writer=dist.get_rank() == 0)
     dist.barrier()
     assert isinstance(state["0.weight"], DTensor)  # the tree itself is as it was
@@ -52,6 +53,9 @@ def test_a_file_of_one_rank_holds_whole_tensors(tmp_path):
     moments = saved["optimizer_states"][0]["state"]
     assert [moments[number]["exp_avg"].shape for number in moments] == [(8, 8), (8,), (3, 8)]
     assert saved["epoch"] == 3
+    (weight, bias), (again, word) = saved["rows"]
+    assert all(torch.equal(value, full["0.weight"]) for value in (weight, again))
+    assert torch.equal(bias, full["0.bias"]) and word == "a"
 
 
 @cuts_on_cpu

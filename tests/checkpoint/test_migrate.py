@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -194,6 +195,25 @@ def test_classes_as_keys_are_read_without_the_package(tmp_path, monkeypatch, wei
     run.fit(Small(), loader(), loader(2), ckpt_path=tmp_path / "old.ckpt", weights_only=weights_only)
     stopping = next(callback for callback in run.callbacks if isinstance(callback, EarlyStopping))
     assert stopping.wait_count == 4
+
+
+@pytest.mark.parametrize(("version", "is_told"), [("2.0", False), ("2.99.1", False), ("3.0", True)])
+def test_only_the_layout_of_a_newer_major_version_is_told(version, is_told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        migrate({"pytorch-lightning_version": version}, "x.ckpt")
+    assert [str(warning.message)[:35] for warning in caught] == [
+        f"x.ckpt was written by Lightning {version}"[:35]
+    ] * is_told
+
+
+def test_a_file_that_can_be_rewritten_is_told(tmp_path, caplog):
+    newest = newest_layout(tmp_path)
+    migrate(of_version(copy.deepcopy(newest), "1.9"), "x.ckpt")
+    migrate(newest | {"pytorch-lightning_version": "2.0.0"}, "y.ckpt")
+    assert [record.message for record in caplog.records if "levin upgrade" in record.message] == [
+        "x.ckpt has the layout of Lightning 1.9.5. `levin upgrade x.ckpt` rewrites it once and for all."
+    ]
 
 
 def test_a_file_of_something_else_is_an_error():

@@ -40,6 +40,20 @@ def test_a_file_is_rewritten_and_kept(old):
     assert old.with_name("old.ckpt.bak").read_bytes() == before
 
 
+def test_tensors_of_a_device_that_is_gone_are_mapped_where_that_is_asked_for(old, monkeypatch):
+    checkpoint = load(old)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save(checkpoint, old)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+            upgrade(old)
+    assert upgrade(old, map_to_cpu=True) is True
+    # By torch alone, which leaves every tensor where it was saved from.
+    weights = torch.load(old, weights_only=False)["state_dict"].values()
+    assert {value.device.type for value in weights} == {"cpu"}
+
+
 def test_training_goes_on_from_an_upgraded_file(tmp_path, old):
     expected, _ = fitted(tmp_path / "a", 4, old)
     upgrade(old)

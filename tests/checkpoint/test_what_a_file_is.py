@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import functools
 import http.server
+import pathlib
 import pickle
 import threading
 
+import numpy
 import pytest
 import torch
 
 from levin import Callback
 from levin.checkpoint import atomic_save, load
 from levin.checkpoint.verify import verify
+from levin.utilities.attribute_dict import AttributeDict
 from levin.utilities.exceptions import DamagedCheckpointError
 from tests.callbacks.small import TrainOnly, loader, trainer
 
@@ -41,6 +46,29 @@ def test_a_damaged_file_is_every_error_that_programs_catch(tmp_path, damage, err
         run.fit(TrainOnly(), loader(), ckpt_path=str(path))
     with pytest.raises(error):
         TrainOnly.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "allowed", [[], [numpy.ndarray, numpy.dtype, numpy.dtypes.Float64DType]], ids=["none", "numpy"]
+)
+def test_what_checkpoints_commonly_hold_is_loaded_whatever_the_program_allows(tmp_path, allowed):
+    tree = {
+        "hparams": AttributeDict(lr=0.1),
+        "counts": collections.defaultdict(int, a=1),
+        "last": collections.deque([1, 2], maxlen=3),
+        "when": datetime.timedelta(seconds=3),
+        "where": pathlib.Path("a/b"),
+        "kind": int,
+    }
+    torch.save(tree, tmp_path / "model.ckpt")
+    torch.save(numpy.arange(3.0), tmp_path / "array.ckpt")
+    reconstruct = numpy.arange(3.0).__reduce__()[0]
+    with torch.serialization.safe_globals([*allowed, reconstruct] if allowed else []):
+        loaded = load(tmp_path / "model.ckpt")
+        array = load(tmp_path / "array.ckpt")
+    assert loaded == tree
+    assert [type(value) for value in loaded.values()] == [type(value) for value in tree.values()]
+    assert array.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_plain_weights_are_told_by_the_name_of_their_file(tmp_path):

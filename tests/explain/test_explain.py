@@ -26,6 +26,7 @@ from levin.explain.node import Place, code_of
 from levin.explain.text import explain, plan_of
 from levin.loggers import CSVLogger
 from levin.loops.hook_table import RUN_HOOKS
+from levin.precision import MixedPrecision
 
 MODULE_HOOKS = [
     *(name for name in RUN_HOOKS if hasattr(levin.LightningModule, name)),
@@ -292,7 +293,21 @@ def test_precision_accumulation_and_limits_are_said(tmp_path):
     trainer = trainer_of(tmp_path, max_steps=3, precision="bf16-mixed", enable_checkpointing=False)
     text = trainer.explain(BoringModel(), DataLoader(RandomDataset(32, 8)))
     assert "max_steps=3" in text and "in the context of MixedPrecision (bf16-mixed)" in text
+    assert "# SGD, through MixedPrecision\n" in text
     assert "written by nobody" in text and "a checkpoint holds" in text
+    scaling = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    text = trainer_of(tmp_path, max_steps=3, plugins=scaling).explain(BoringModel())
+    assert "# SGD, through MixedPrecision (unscales first, skips the update" in text
+
+
+def test_batches_that_go_through_in_parts_are_said(tmp_path):
+    def text(module, **settings):
+        return trainer_of(tmp_path, max_epochs=1, enable_checkpointing=False, **settings).explain(module)
+
+    assert "where memory is full: in parts of half" in text(Net(), accumulate_grad_batches="auto")
+    assert "where memory is full" not in text(Net())
+    with pytest.raises(levin.utilities.exceptions.MisconfigurationException, match="not possible with a `backward`"):
+        text(written(Net, ["backward"])(), accumulate_grad_batches="auto")
 
 
 def test_nothing_is_left_of_it(tmp_path):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from tests.gpu.small import DEVICE, Net, loader, trainer
+from levin import LightningModule
+from tests.gpu.small import DEVICE, Net, loader, ready, trainer
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +32,50 @@ def test_out_of_memory_says_what_holds_the_memory_and_the_next_fit_works():
     module = Net()
     trainer().fit(module, loader())
     assert len(module.losses) == 8
+
+
+class Deep(LightningModule):
+    """Whose activations take far more memory than its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*[part for _ in range(16) for part in (nn.Linear(512, 512), nn.ReLU())])
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch).square().mean()
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_batch_that_does_not_fit_goes_through_in_parts_and_the_weights_are_those_of_the_whole(caplog):
+    batches = [torch.randn(16384, 512) for _ in range(3)]
+
+    def run(**kwargs) -> tuple[list[torch.Tensor], float, int]:
+        torch.manual_seed(0)
+        module, runner = Deep(), trainer(**kwargs)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        runner.fit(module, ready(batches))
+        return list(module.parameters()), runner.callback_metrics["loss"].item(), torch.cuda.max_memory_allocated()
+
+    weights, loss, peak = run()
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run()
+        with caplog.at_level("INFO"):
+            in_parts, loss_in_parts, peak_in_parts = run(accumulate_grad_batches="auto")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "16384 samples do not fit into memory. Batches go through in parts of 8192 now." in caplog.text
+    assert peak_in_parts < 0.6 * peak
+    assert loss_in_parts == pytest.approx(loss)
+    for part, whole in zip(in_parts, weights):
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-5)
 
 
 def test_a_batch_left_on_another_device_raises_at_its_step():

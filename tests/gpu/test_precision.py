@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from levin import Callback
 from levin.precision import MixedPrecision
-from tests.gpu.small import DEVICE, Net, loader, trainer
+from tests.gpu.small import DEVICE, Net, Numbers, loader, trainer
 
 
 class Dtypes(Net):
@@ -119,6 +120,23 @@ def test_a_fused_optimizer_that_unscales_by_itself_cannot_be_clipped():
     assert runner.global_step == 8
     with pytest.raises(RuntimeError, match="cannot be used with the fused optimizer Adam"):
         trainer(precision="16-mixed", gradient_clip_val=1.0).fit(Fused(), loader())
+
+
+def test_linear_layers_multiply_in_8_bit_floats():
+    pytest.importorskip("torchao", reason="needs torchao")
+    losses = {}
+    for precision in ("bf16-mixed", "float8"):
+        torch.manual_seed(0)
+        module = Net(width=16, hidden=32, dropout=0.0)
+        module.net.append(torch.nn.Linear(1, 1))
+        trainer(precision=precision, max_epochs=3).fit(module, DataLoader(Numbers(256, 16), batch_size=32))
+        losses[precision] = torch.stack(module.losses)
+        kinds = [type(layer).__name__ for layer in module.net]
+        assert kinds[0] == ("Float8Linear" if precision == "float8" else "Linear")
+        assert kinds[3] == "Linear"
+    assert losses["float8"][-1] < losses["float8"][0]
+    torch.testing.assert_close(losses["float8"], losses["bf16-mixed"], rtol=0.1, atol=1e-2)
+    assert not torch.equal(losses["float8"], losses["bf16-mixed"])
 
 
 def test_the_loss_scale_is_in_the_checkpoint_and_taken_up_again(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,23 @@ def outbox(service: Service, kept: list[Entry], **options) -> Outbox:
         return f"Kept {len(entries)}."
 
     return Outbox("svc", service.send, lambda error: isinstance(error, ConnectionError), keep, **options)
+
+
+def test_what_has_nothing_to_send_is_kept_by_nobody(service, kept, monkeypatch):
+    monkeypatch.setattr("levin.loggers.outbox._IDLE_S", 0.01)
+    box = outbox(service, kept)
+    for number in range(2):
+        box.put("metrics", number).result(20)
+        while box._worker is not None:
+            time.sleep(0.001)
+    gone = weakref.ref(box)
+    del box
+    deadline = time.monotonic() + 20
+    while gone() is not None and time.monotonic() < deadline:  # the thread may be about to end
+        gc.collect()
+        time.sleep(0.001)
+    assert gone() is None
+    assert service.taken == [("metrics", [0]), ("metrics", [1])]
 
 
 def test_neighbours_of_one_kind_go_together_and_in_order(service, kept):

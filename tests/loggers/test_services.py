@@ -68,6 +68,29 @@ def start(**kwargs):
     calls.append(("start", (), kwargs))
     return Recorder("experiment", get_key=lambda: "key", project_name=kwargs["project"])
 """,
+    "litlogger/__init__.py": RECORDER
+    + """
+class Experiment(Recorder):
+    def __init__(self, **kwargs):
+        super().__init__("experiment", url="http://there", id="e", teamspace=Recorder("teamspace", id="t"))
+        calls.append(("Experiment", (), kwargs))
+
+class File: ...
+class Model: ...
+""",
+    "litlogger/api/__init__.py": "",
+    "litlogger/api/metrics_api.py": """
+from litlogger import Recorder
+
+def MetricsApi():
+    return Recorder("metrics")
+""",
+    "litlogger/types.py": """
+from collections import namedtuple
+
+MetricValue = namedtuple("MetricValue", "value step")
+Metrics = namedtuple("Metrics", "name values")
+""",
     "mlflow/__init__.py": RECORDER,
     "mlflow/entities.py": """
 class Metric:
@@ -113,6 +136,8 @@ class MlflowClient(Recorder):
 """,
 }
 
+PACKAGE_NAMES = {name.partition("/")[0] for name in PACKAGES}
+
 
 @pytest.fixture
 def calls_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -122,14 +147,14 @@ def calls_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(PACKAGES[name]))
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("wandb", "comet_ml", "mlflow"):
+        if name.partition(".")[0] in PACKAGE_NAMES:
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     yield lambda package: importlib.import_module(package).calls
     for name in list(sys.modules):
-        if name.partition(".")[0] in ("wandb", "comet_ml", "mlflow"):
+        if name.partition(".")[0] in PACKAGE_NAMES:
             del sys.modules[name]
 
 
@@ -180,6 +205,50 @@ def test_wandb(calls_of, tmp_path):
     with pytest.raises(ValueError, match="one value for each of 1 images, received 2"):
         logger.log_image("i", ["a.png"], caption=["1", "2"])
     assert pickle.loads(pickle.dumps(logger)).version == "v"
+
+
+def test_another_process_attaches_to_the_run_of_wandb(calls_of, tmp_path, monkeypatch):
+    from levin.loggers.wandb import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path)
+    logger.experiment._attach_id = "port"
+    there = pickle.loads(pickle.dumps(logger))
+    wandb = importlib.import_module("wandb")
+    monkeypatch.setattr(wandb, "_attach", lambda run: wandb.Recorder("attached", id=run), raising=False)
+    there.log_metrics({"loss": 1.0}, step=2)
+    assert named(calls_of("wandb"), "attached.log") == [(({"loss": 1.0, "trainer/global_step": 2},), {})]
+    assert len(named(calls_of("wandb"), "init")) == 1
+    # A wandb that cannot do so starts the run again.
+    monkeypatch.delattr(wandb, "_attach")
+    pickle.loads(pickle.dumps(logger)).log_metrics({"loss": 1.0}, step=2)
+    assert len(named(calls_of("wandb"), "init")) == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"store_step": False}], ids=str)
+def test_lightning_gets_values_with_their_steps_unless_it_is_told_otherwise(calls_of, tmp_path, options):
+    from levin.loggers.litlogger import LitLogger
+
+    logger = LitLogger(tmp_path, name="n", teamspace="org/space", metadata={"a": 1}, **options)
+    logger.log_metrics({"loss": torch.tensor(0.5), "n": 1}, step=3)
+    logger.log_metrics({"loss": 0.25}, step=4)
+    logger.finalize("success")
+    calls = calls_of("litlogger")
+    stores = options.get("store_step", True)
+    assert named(calls, "Experiment") == [
+        ((), {"name": "n", "log_dir": str(tmp_path / "n"), "teamspace": "org/space", "metadata": {"a": "1"},
+              "store_step": stores, "verbose": False}),
+    ]  # fmt: skip
+    sent = [
+        (series.name, tuple(point))
+        for (space, run, all_series), _ in named(calls, "metrics.append_experiment_metrics")
+        for series in all_series
+        for point in series.values
+        if (space, run) == ("t", "e")
+    ]
+    steps = (3, 4) if stores else (None, None)
+    assert sorted(sent, key=str) == sorted(
+        [("loss", (0.5, steps[0])), ("n", (1.0, steps[0])), ("loss", (0.25, steps[1]))], key=str
+    )
 
 
 def test_a_process_of_wandb_that_is_gone_ends_no_run_and_is_told_once(calls_of, tmp_path):

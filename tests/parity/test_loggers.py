@@ -400,3 +400,33 @@ def test_a_dry_run_writes_nothing(tmp_path):
 
     theirs, ours = on_both(run, tmp_path)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("with_hparams", [False, True])
+def test_a_logger_is_told_to_save_after_all_that_it_was_given(tmp_path, with_hparams):
+    def run(f):
+        calls = []
+
+        class Told(f.Logger):
+            name, version = "told", 0
+
+            def log_metrics(self, metrics, step=None):
+                calls.append(("metrics", sorted(metrics), step))
+
+            def log_hyperparams(self, params, *args, **kwargs):
+                calls.append("hyperparameters")
+
+            def log_graph(self, model, *args, **kwargs):
+                calls.append("graph")
+
+            def save(self):
+                calls.append("save")
+
+        trainer = both.quiet(f, tmp_path, logger=Told(), max_epochs=2, log_every_n_steps=2, default_root_dir="root")
+        trainer.fit(module_of(f, with_hparams), both.loader(5), both.loader(2, seed=5))
+        trainer.test(module_of(f, with_hparams), both.loader(2, seed=6), verbose=False)
+        return calls
+
+    theirs, ours = on_both(run, tmp_path)
+    assert ours == theirs
+    assert "save" in ours

@@ -124,6 +124,110 @@ def test_modes_after_an_exception(tmp_path, method, when):
     trace.same(code, tmp_path)
 
 
+class AlwaysOn(torch.nn.Dropout):
+    """Stays in train mode, as Monte Carlo dropout does."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
+class Mirrored(torch.nn.Dropout):
+    """Has its mode elsewhere."""
+
+    @property
+    def training(self):
+        return self.modes[-1]
+
+    @training.setter
+    def training(self, mode):
+        self.__dict__.setdefault("modes", []).append(mode)
+
+
+def deaf(module: torch.nn.Module) -> torch.nn.Module:
+    module.train = lambda mode=True: module  # as frozen parts of diffusion models are held
+    return module
+
+
+OWN_WAYS: dict[str, Any] = {
+    "class": AlwaysOn, "instance": lambda: deaf(torch.nn.Dropout()), "property": Mirrored,
+    "inside": lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), AlwaysOn()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("way", OWN_WAYS)
+def test_what_a_submodule_makes_of_train_and_eval_is_called(tmp_path, method, way):
+    def code(seen: trace.Trace) -> None:
+        model = make_module(seen, ("first",), {})
+        model.second.inner = OWN_WAYS[way]()
+        trainer = seen.trainer(max_epochs=2)
+        seen.attempt(getattr(trainer, method), model, trace.batches(1), *[trace.batches(1)] * (method == "fit"))
+        seen.note("after", model.modes(), getattr(model.second.inner, "modes", None))
+
+    trace.same(code, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_what_the_module_itself_makes_of_train_and_eval_is_called(tmp_path, name, of):
+    def code(seen: trace.Trace) -> None:
+        def own(self, *args):
+            seen.note(name, *args)
+            getattr(seen.framework.LightningModule, name)(self, *args)
+            self.first.train()
+            return self
+
+        model = make_module(seen, (), {})
+        setattr(type(model) if of == "class" else model, name, own if of == "class" else own.__get__(model))
+        seen.trainer(max_epochs=2).fit(model, trace.batches(1), trace.batches(1))
+
+    trace.same(code, tmp_path)
+
+
+def named_without_bias(self, *args, **kwargs):
+    return (
+        (name, each) for name, each in torch.nn.Module.named_parameters(self, *args, **kwargs) if "bias" not in name
+    )
+
+
+def zero_grad_of_second(self, set_to_none=True):
+    self.second.zero_grad(set_to_none)
+
+
+FREED: dict[str, tuple[str, Any]] = {
+    "all": ("extra", None),
+    "own": ("zero_grad", zero_grad_of_second),
+    "parameters": ("parameters", lambda self, recurse=True: iter([self.second.weight])),
+    "named": ("named_parameters", named_without_bias),
+}
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+@pytest.mark.parametrize("freed", FREED)
+def test_gradients_are_freed_before_a_validation_as_the_module_says(tmp_path, freed, of):
+    def code(seen: trace.Trace) -> None:
+        def note(self):
+            seen.note([name for name, each in torch.nn.Module.named_parameters(self) if each.grad is not None])
+
+        def start(self, *args):
+            # That of a part which no optimizer has, and which another module shares.
+            self.second.extra.weight.grad = torch.ones(2, 4)
+
+        name, method = FREED[freed]
+        model = make_module(seen, (), {"on_validation_start": note, "on_train_batch_end": start})
+        model.extra = model.second.extra = torch.nn.Linear(4, 2, bias=False).requires_grad_(False)
+        model.second.register_parameter("none", None)
+        setattr(
+            type(model) if of == "class" else model,
+            name,
+            method if of == "class" or method is None else method.__get__(model),
+        )
+        trainer = seen.trainer(max_epochs=1, val_check_interval=1, num_sanity_val_steps=0)
+        trainer.fit(model, trace.batches(3), trace.batches(1))
+
+    trace.same(code, tmp_path)
+
+
 def test_modules_in_eval_mode_at_the_start_are_hinted_at(tmp_path):
     def code(seen: trace.Trace) -> None:
         model = make_module(seen, ("first",), {})

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import levin
+from levin.demos.boring_classes import BoringModel
+from levin.utilities.exceptions import MisconfigurationException
 from tests.parity import trace
 
 
@@ -112,6 +115,36 @@ def test_children_may_log(tmp_path):
     theirs, ours = trace.on_both(code, tmp_path)
     assert theirs.events[0] == ("raised", "MisconfigurationException")  # the child does not know in which hook it is
     assert ours.events[1] == ({"from_child": trace.plain(torch.tensor(2.0))},)
+
+
+def test_a_child_made_in_on_fit_start_logs_into_the_loop_that_runs(tmp_path):
+    class Child(levin.LightningModule):
+        pass
+
+    class Model(BoringModel):
+        def on_fit_start(self):
+            self.child = Child()
+
+        def training_step(self, batch, batch_idx):
+            self.child.log("train", self.current_epoch + batch_idx, on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.child.log("val", 10 * self.current_epoch + batch_idx)
+
+    trainer = levin.Trainer(
+        default_root_dir=tmp_path, max_epochs=2, limit_train_batches=3, limit_val_batches=2, num_sanity_val_steps=0,
+        val_check_interval=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    model = Model()
+    trainer.fit(model)
+    # Of all three steps, though a validation ran after each.
+    assert {name: value.item() for name, value in trainer.callback_metrics.items()} == {"train": 2.0, "val": 10.5}
+    for module in (model, model.child):
+        module.trainer = trainer
+        with pytest.raises(MisconfigurationException, match="while no loop that logs is running"):
+            module.log("late", 1.0)
 
 
 def test_freeze_and_unfreeze(tmp_path):

@@ -219,6 +219,17 @@ def test_the_table_of_results(tmp_path, capsys, monkeypatch, rich, num_loaders):
     assert printed[0] == printed[1]
 
 
+@pytest.mark.parametrize("width", [21, 32, 53, 80])
+def test_a_table_of_results_that_does_not_fit_fills_the_terminal(capsys, monkeypatch, width):
+    from levin.trainer.results_table import print_results
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr("rich._console", None)
+    print_results([{"a_name" * 20: 0.5}, {"a_name" * 20: 1.5}], "test")
+    # One border more than columns, which are all of one width.
+    assert max(map(len, capsys.readouterr().out.splitlines())) == (width if width % 2 else width - 1)
+
+
 ESTIMATES = [
     {"max_epochs": 3}, {"max_epochs": -1}, {"max_epochs": -1, "max_steps": 5}, {"max_epochs": 3, "max_steps": 5}, {"max_epochs": 0},
     {"max_epochs": 3, "accumulate_grad_batches": 3}, {"max_epochs": 2, "limit_train_batches": 0.5}, {"max_epochs": 2, "limit_train_batches": 1},

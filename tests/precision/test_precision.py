@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
 from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -282,3 +283,46 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(tmp_path):
     second.fit(Small(), ckpt_path=tmp_path / "half.ckpt")
     assert second.scaler.state_dict() == whole.scaler.state_dict()
     assert second.scaler.get_scale() == 2048.0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_channels_last_and_fused_optimizers_stay_what_they_are(tmp_path, precision):
+    class Net(LightningModule):
+        def __init__(self, chooses):
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head, self.chooses = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 1), chooses
+            self.layouts = set()
+            if chooses:
+                self.to(memory_format=torch.channels_last)
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch.to(memory_format=torch.channels_last) if self.chooses else batch
+
+        def training_step(self, batch, batch_idx):
+            images = self.conv(batch)
+            both = (images, self.conv.weight)
+            self.layouts |= {each.is_contiguous(memory_format=torch.channels_last) for each in both}
+            return self.head(images.mean((2, 3))).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01, fused=self.chooses or None)
+
+    torch.manual_seed(1)
+    data, settings = torch.randn(8, 3, 6, 6), {
+        "accelerator": "cpu", "devices": 1, "precision": precision, "gradient_clip_val": 0.1, "logger": False,
+        "accumulate_grad_batches": 2, "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
+    }  # fmt: skip
+
+    def fit(chooses, epochs, path=None):
+        module, trainer = Net(chooses), Trainer(max_epochs=epochs, enable_checkpointing=False, **settings)
+        trainer.fit(module, DataLoader(data, 2), ckpt_path=path)
+        return module, trainer
+
+    plain, _ = fit(False, 2)
+    _, first = fit(True, 1)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    module, trainer = fit(True, 2, tmp_path / "a.ckpt")
+    assert module.layouts == {True} and trainer.optimizers[0].param_groups[0]["fused"]
+    tolerance = 0.01 if precision == "bf16-true" else 1e-3
+    torch.testing.assert_close(dict(module.named_parameters()), dict(plain.named_parameters()), atol=tolerance, rtol=0)

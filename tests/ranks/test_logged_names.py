@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch.distributed as dist
 import torchmetrics
 
 from levin import Trainer
+from levin.log_slot import Arguments
+from levin.log_store import LogStore
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, Small
 
@@ -119,3 +123,26 @@ def test_values_of_an_epoch_are_made_in_one_way_on_all_ranks():
     trainer = in_rank(max_epochs=1)
     trainer.fit(LogsOtherwise(val=otherwise(of_second, of_second)))
     assert float(trainer.callback_metrics["x"]) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warns"),
+    [
+        ({}, True),
+        ({"on_step": True, "on_epoch": False}, False),
+        ({"sync_dist": True}, False),
+        ({"rank_zero_only": True}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_value_of_an_epoch_that_each_rank_has_for_itself_is_told(arguments, warns, num_ranks):
+    store = LogStore(training=False, modules=dict, num_ranks=num_ranks)
+    store.hook = "validation_step"
+    given = Arguments(False, True, None, None, "mean", False, None, True, None, False)._replace(**arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        store.log("a", 1.0, tuple(given), 1)
+    assert [str(warning.message)[:27] for warning in caught] == ["Each rank has its own value"] * (
+        warns and num_ranks == 2
+    )

@@ -186,3 +186,17 @@ def test_the_state_of_python_is_read_as_it_is(monkeypatch, reads_memory):
             random.gauss(0, 1)  # of two numbers, one waits
         state = rng_states.ProcessRng().read(("python",))["python"]
         assert rng_states.unpack_python(state) == random.getstate()
+
+
+def test_the_state_of_numpy_is_that_of_the_generator_that_is_there():
+    rng = rng_states.ProcessRng()
+    own = np.random.get_bit_generator()
+    try:
+        for generator in (own, np.random.MT19937(1), np.random.PCG64(2), np.random.MT19937(3), own):
+            np.random.set_bit_generator(generator)
+            for draw in (np.random.rand, np.random.randn, np.random.randn, int):
+                draw()
+                read = rng_states.unpack_arrays(rng.read(("numpy",))["numpy"])
+                np.testing.assert_equal(read, np.random.get_state(legacy=False))
+    finally:
+        np.random.set_bit_generator(own)

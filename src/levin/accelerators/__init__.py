@@ -1,18 +1,6 @@
 """Kinds of hardware: how devices are found, named, prepared and measured."""
 
-from levin.accelerators.accelerator import Accelerator
-from levin.accelerators.cpu import CPUAccelerator
-from levin.accelerators.cuda import CUDAAccelerator, find_usable_cuda_devices
-from levin.accelerators.mps import MPSAccelerator
-from levin.accelerators.registry import AcceleratorRegistry
-from levin.accelerators.xla import XLAAccelerator
+from levin.utilities.lazy import lazy_face
 
-__all__ = [
-    "Accelerator",
-    "AcceleratorRegistry",
-    "CPUAccelerator",
-    "CUDAAccelerator",
-    "MPSAccelerator",
-    "XLAAccelerator",
-    "find_usable_cuda_devices",
-]
+__getattr__, __dir__ = lazy_face(__name__)
+__all__ = __dir__()

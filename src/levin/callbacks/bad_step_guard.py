@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -313,19 +313,6 @@ class Replayed:
     gradients: list[str]
 
 
-class _Batches:
-    """An iterable of batches; a list would be taken for a list of loaders."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
 class _Replay(Callback):
     """Sets the random states before each batch, and looks at the gradients instead of taking the step."""
 
@@ -374,5 +361,5 @@ def replay_bad_step(path: PathLike, module: LightningModule, trainer: Trainer, w
     trainer.accumulate_grad_batches = len(evidence["batches"])
     trainer.fit_loop.epoch_loop.max_steps = 1
     trainer.limit_val_batches = 0
-    trainer.fit(module, _Batches(evidence["batches"]))
+    trainer.fit(module, deque(evidence["batches"]))  # a list would be taken for a list of loaders
     return replay.found

@@ -8,11 +8,11 @@ from datetime import timedelta
 from importlib.metadata import entry_points
 from typing import Any
 
+from levin import loggers
 from levin.callbacks.checkpoint import Checkpoint
 from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.hooks import Callback
-from levin.loggers import __all__ as all_loggers
 from levin.utilities.collections import as_list
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
 from levin.utilities.rank_zero import rank_zero_info
@@ -174,12 +174,12 @@ def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
         return [DummyLogger()]
     if logger is True:
         return [_default_logger(root)]
-    loggers = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
-    for each in loggers:
+    found = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
+    for each in found:
         if not hasattr(each, "log_metrics"):
-            meant = did_you_mean(f"{each}Logger", set(all_loggers) - {"Logger"}) if isinstance(each, str) else ""
+            meant = did_you_mean(f"{each}Logger", set(dir(loggers)) - {"Logger"}) if isinstance(each, str) else ""
             raise value_error("logger", each, "must be True, False, a Logger or a list of them", meant.strip())
-    return loggers
+    return found
 
 
 def _default_logger(root: str) -> object:

@@ -44,5 +44,4 @@ def log_values(trainer: Trainer, values: Mapping[str, float], step: int | None =
     """
     if step is None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=step)
+    trainer.run.unsent.add(values, step, saves=False)

@@ -152,7 +152,7 @@ class LearningRateMonitor(Callback):
             log_values(trainer, stats)
             device = trainer.strategy.root_device
             trainer.callback_metrics.update(
-                {name: torch.tensor(value, dtype=torch.float32, device=device) for name, value in stats.items()}
+                {name: torch.full((), value, dtype=torch.float32, device=device) for name, value in stats.items()}
             )
 
     def _read(self, entry: NamedOptimizer) -> dict[str, float]:

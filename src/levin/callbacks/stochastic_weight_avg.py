@@ -83,7 +83,6 @@ class StochasticWeightAveraging(Callback):
         # What was loaded, until there is something to take it.
         self._scheduler_state: dict[str, object] | None = None
         self._average_model_state: dict[str, object] | None = None
-        self._is_restored: bool = False
         self._max_epochs: int = 0
         self._undo: list[Callable[[], None]] = []
         self._momenta: list[tuple[_BatchNorm, float | None]] = []
@@ -118,7 +117,6 @@ class StochasticWeightAveraging(Callback):
             self._latest_update_epoch = -1
             self._average_model = self._swa_scheduler = None
             self._scheduler_state = self._average_model_state = None
-            self._is_restored = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.reading import load
 from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import atomic_open
+from levin.utilities.packages import require_package
 from levin.utilities.types import PathLike
 
 ALIASES = "levin_aliases"
@@ -123,10 +124,6 @@ def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dic
 
 
 def _safetensors() -> Any:
-    try:
-        importlib.import_module("safetensors.torch")
-        return importlib.import_module("safetensors")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "Files of safetensors need the package safetensors. Run pip install safetensors."
-        ) from error
+    require_package("safetensors", "A file of safetensors")
+    importlib.import_module("safetensors.torch")
+    return importlib.import_module("safetensors")

@@ -166,9 +166,7 @@ def check_zip(file: IO[bytes], name: str) -> bool:
     except EOFError:
         raise DamagedCheckpointError(f"{name} is damaged: it ends too early. Use an older checkpoint.") from None
     except _UNREADABLE as error:
-        raise DamagedCheckpointError(
-            f"{name} is damaged: {error or type(error).__name__}. Use an older checkpoint."
-        ) from error
+        raise DamagedCheckpointError(f"{name} is damaged: {error}. Use an older checkpoint.") from error
     finally:
         file.seek(position)
 

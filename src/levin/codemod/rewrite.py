@@ -274,16 +274,13 @@ class _Rewriter:
         last = chain[0][0]
         home = _module_of(path)
         if home is not None and (path != self._bound[root.id][0] or now != root.id):
-            self._edit_module(last, root, now, home)
+            self._replace(last, self._spelled(root, now, home))
 
     def _edit_use(self, part: ast.expr, root: ast.Name, path: str, now: str, found: tuple[str, str]) -> None:
         home, name = found
         new = f"{self._spelled(root, now, home)}.{name}"
         if self._segment(part) != new:
             self._replace(part, new)
-
-    def _edit_module(self, part: ast.expr, root: ast.Name, now: str, home: str) -> None:
-        self._replace(part, self._spelled(root, now, home))
 
     def _spelled(self, root: ast.Name, now: str, home: str) -> str:
         """Return how ``home`` is written where ``root`` stood: behind the bound name, or by its full path."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from levin.explain.text import Explanation, explain
 from levin.loops import run_call
 from levin.loops.dataloaders import limit_of, load, load_training, load_validation, loaders_of
-from levin.loops.run import Run, detach_log_store
+from levin.loops.run import Run
 from levin.utilities.seed import isolate_rng
 
 
@@ -37,7 +37,7 @@ def explain_sequence(run: Run, weights_only: object = None) -> Explanation:
             return explain(run)
         finally:
             run.is_setting_up = False
-            detach_log_store(run.module)
+            run.refuse_logs()
             run.strategy.teardown()
             run.stop_watchdog()
             for owner in (run.datamodule, run.module):

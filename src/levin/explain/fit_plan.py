@@ -124,7 +124,8 @@ class FitPlan:
         arguments = "batch, batch_idx" if self.step.num_arguments == 2 else "batch"  # type: ignore[attr-defined]
         text = f"loss = {type(module).__name__}.training_step({arguments})"
         note = f"  # {', '.join(around)}" if around else ""
-        yield Node(text + note, module.training_step)
+        parts = Node("where memory is full: in parts of half the size, each with its own forward and backward")
+        yield Node(text + note, module.training_step, body=[parts] if self.run.settings.splits_batches else [])
         if isinstance(self.step, AutomaticStep) and self.run.settings.accumulate_grad_batches != 1:
             yield Node("loss /= batches of the window")
 
@@ -170,7 +171,10 @@ class FitPlan:
     def _stepper(self) -> str:
         strategy, precision = self.run.strategy, self.run.strategy.precision
         if type(precision).optimizer_step is not Precision.optimizer_step:
-            return f"{type(precision).__name__} (unscales first, skips the update where a gradient is inf)"
+            scaled = (
+                " (unscales first, skips the update where a gradient is inf)" if precision.scaler is not None else ""
+            )
+            return f"{type(precision).__name__}{scaled}"
         return f"{type(strategy).__name__}.optimizer_step"
 
     def _schedulers(self, interval: str, plateau: bool, is_after: bool = False) -> Iterator[Node]:

@@ -1,7 +1,6 @@
 """Starting the processes of a run."""
 
-from levin.launchers.launcher import Launcher
-from levin.launchers.multiprocess import MultiProcessingLauncher
-from levin.launchers.script import SubprocessLauncher
+from levin.utilities.lazy import lazy_face
 
-__all__ = ["Launcher", "MultiProcessingLauncher", "SubprocessLauncher"]
+__getattr__, __dir__ = lazy_face(__name__)
+__all__ = __dir__()

@@ -15,7 +15,7 @@ from typing import Any, Optional
 from typing_extensions import override
 
 from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
-from levin.loggers.outbox import Entry, Outbox, asks_to_wait
+from levin.loggers.outbox import Entry, Outbox, is_unreachable
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, hold, release
 from levin.loggers.utilities import flatten, join_path, to_dict
 from levin.utilities.exceptions import causes
@@ -319,11 +319,7 @@ class LitLogger(UploadingLogger, metaclass=_EachBaseOnce):
             self._is_started, self._experiment = False, None
 
     def __getstate__(self) -> StateDict:
-        return {**super().__getstate__(), "_is_started": False, "_experiment": None, "_outbox": None}
-
-    def __setstate__(self, state: StateDict) -> None:
-        self.__dict__.update(state)
-        self._outbox = Outbox("Lightning", self._send, _is_away, self._keep)
+        return {**super().__getstate__(), "_is_started": False, "_experiment": None}
 
 
 def _key_of(path: str) -> str:
@@ -333,11 +329,6 @@ def _key_of(path: str) -> str:
 
 def _is_away(error: BaseException) -> bool:
     """Whether Lightning, or the network on the way to it, failed, and not what was sent."""
-    from requests.exceptions import ConnectionError as RequestsConnectionError
-    from requests.exceptions import Timeout
     from urllib3.exceptions import HTTPError
 
-    unreachable = (RequestsConnectionError, Timeout, HTTPError, ConnectionError, TimeoutError)
-    return any(
-        isinstance(cause, unreachable) or asks_to_wait(getattr(cause, "status", None)) for cause in causes(error)
-    )
+    return is_unreachable(error) or any(isinstance(cause, HTTPError) for cause in causes(error))

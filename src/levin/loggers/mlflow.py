@@ -17,7 +17,7 @@ from typing import Any, Literal, Optional
 from typing_extensions import override
 
 from levin.loggers.logger import ModelCheckpoint, rank_zero_experiment
-from levin.loggers.outbox import Entry, Outbox, asks_to_wait
+from levin.loggers.outbox import Entry, Outbox, is_unreachable
 from levin.loggers.uploads import SavedCheckpoint, UploadingLogger, checkpoint_metadata, hold, release
 from levin.loggers.utilities import add_prefix, flatten, to_dict
 from levin.utilities.exceptions import causes
@@ -314,11 +314,7 @@ class MLFlowLogger(UploadingLogger):
         release(path, self._unsent_dir)
 
     def __getstate__(self) -> StateDict:
-        return {**super().__getstate__(), "_client": None, "_outbox": None}
-
-    def __setstate__(self, state: StateDict) -> None:
-        self.__dict__.update(state)
-        self._outbox = Outbox("MLflow", self._send, _is_away, self._keep)
+        return {**super().__getstate__(), "_client": None}
 
 
 def _parts(entries: list[object], size: int) -> Iterator[list[Any]]:
@@ -332,17 +328,10 @@ def _without_password(uri: str) -> str:
 def _is_away(error: BaseException) -> bool:
     """Whether MLflow, or the network on the way to it, failed, and not what was sent."""
     from mlflow.exceptions import MlflowException
-    from requests.exceptions import ConnectionError as RequestsConnectionError
-    from requests.exceptions import HTTPError, Timeout
 
-    for cause in causes(error):
-        if isinstance(cause, (RequestsConnectionError, Timeout, ConnectionError, TimeoutError)):
-            return True
-        if isinstance(cause, HTTPError) and cause.response is not None and asks_to_wait(cause.response.status_code):
-            return True
-        if isinstance(cause, MlflowException) and cause.error_code in _AWAY_CODES:
-            return True
-    return False
+    return is_unreachable(error) or any(
+        isinstance(cause, MlflowException) and cause.error_code in _AWAY_CODES for cause in causes(error)
+    )
 
 
 def _allowed(name: str) -> str:

@@ -13,7 +13,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Optional
 
+from levin.utilities.exceptions import causes
 from levin.utilities.rank_zero import log
+from levin.utilities.types import StateDict
 
 _MAX_GROUP = 1000
 _IDLE_S = 5.0
@@ -85,6 +87,15 @@ class Outbox:
         self._num_refused: int = 0
         # While it is being closed: how many failures there may be.
         self._max_failures: Optional[int] = None
+
+    def __getstate__(self) -> StateDict:
+        """Leave the thread here, and what it sends."""
+        names = ("_service", "_send", "_is_away", "_keep", "_limit")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: StateDict) -> None:
+        vars(self).update(state)
+        self._reset()
 
     def put(self, kind: str, payload: Any, limit_s: float = 30.0) -> Future[None]:
         """Let ``payload`` be sent, and return at once.
@@ -211,9 +222,18 @@ class Outbox:
             group[0].sent.set_exception(error)
 
 
-def asks_to_wait(status: object) -> bool:
-    """Return whether a status of HTTP means that the service cannot answer now."""
-    return isinstance(status, int) and (status >= 500 or status in (408, 429))
+def is_unreachable(error: BaseException) -> bool:
+    """Return whether an error, or one of its causes, is that a service was not reached by HTTP, or cannot answer now."""
+    from requests.exceptions import ConnectionError as RequestsConnectionError
+    from requests.exceptions import Timeout
+
+    unreachable = (RequestsConnectionError, Timeout, ConnectionError, TimeoutError)
+    for cause in causes(error):
+        status = getattr(cause, "status", getattr(getattr(cause, "response", None), "status_code", None))
+        asks_to_wait = isinstance(status, int) and (status >= 500 or status in (408, 429))
+        if asks_to_wait or isinstance(cause, unreachable):
+            return True
+    return False
 
 
 def _first_line(error: Optional[Exception]) -> str:

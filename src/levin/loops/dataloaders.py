@@ -150,11 +150,9 @@ def load_validation(run: Run) -> bool:
 
 def load_validation_if_soon(run: Run) -> None:
     """Load the validation loaders before the training epoch in which they are due, if nothing has loaded them."""
-    every = run.settings.check_val_every_n_epoch
-    is_due = every is None or (run.current_epoch + 1) % every == 0
     is_stopped = run.told.should_stop and not run.loops.fit.min_epochs and not run.loops.fit.min_steps
     trains = not is_stopped and 0 not in (run.loops.fit.max_epochs, run.loops.fit.max_steps, run.loops.fit.max_batches)
-    if is_due and trains and run.enable_validation and run.loaders.val.combined is None:
+    if run.validates_in_epoch and trains and run.enable_validation and run.loaders.val.combined is None:
         run.state.stage = RunningStage.VALIDATING
         load_validation(run)
         run.state.stage = RunningStage.TRAINING

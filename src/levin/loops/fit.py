@@ -78,13 +78,13 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
     """Run over the batches of one epoch, or over the rest of one that was interrupted."""
     loop = run.loops.fit.epoch_loop
     store, progress, hooks = run.store, loop.batch_progress, run.hooks
-    may_skip = has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
     has_start, has_end = bool(hooks["on_train_batch_start"]), bool(hooks["on_train_batch_end"])
-    agreement, flags = run.agreement, run.flags
+    may_skip = has_start and has_hook(run.module, "on_train_batch_start")  # a callback's answer does not count
+    agreement, flags, unsent = run.agreement, run.flags, run.unsent.rows
     # On several ranks it is the agreement that looks after the saves, so that an error is raised on all of them.
-    look: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
-    if look is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
-        look = run.strategy.checkpoint_io.check
+    poll: Optional[Callable[[], None]] = agreement.maybe_sync if agreement is not None else None
+    if poll is None and is_overridden("check", run.strategy.checkpoint_io, CheckpointIO):
+        poll = run.strategy.checkpoint_io.check
     schedules = bool(run.schedulers) and run.module.automatic_optimization
     validates = run.enable_validation
     if resumed and progress.current.ready:
@@ -118,8 +118,10 @@ def _epoch(run: Run, feed: Feed, step: Step, resumed: bool) -> None:
                 _step_due_schedulers(run, batch_idx, is_last)
             if has_end:
                 run.call("on_train_batch_end", outputs, batch, batch_idx)
-            if look is not None:
-                look()
+            if poll is not None:
+                poll()
+            if unsent:
+                run.unsent.send(0.0)
             _after_batch(run, batch_idx, is_last, validates)
             if flags.received_sigterm and not _has_all_steps(run) and _may_be_left(run, batch_idx, is_last):
                 raise SIGTERMException
@@ -186,7 +188,7 @@ def _after_batch(
         loop.batch_progress.increment_completed()
         if not accumulates and run.loggers and logs_step(run, loop._batches_that_stepped):
             metrics = run.merge(run.store.read(on_step=True))
-            send(run, metrics.logged)
+            send(run, metrics.logged, timeout_s=0.0)
         if validates and validates_now(run, batch_idx, is_last):
             evaluate.validate_in_fit(run, accumulates)
             _exchange(run)
@@ -228,7 +230,7 @@ def logs_step(run: Run, batches_that_stepped: int) -> bool:
 
 def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     """Whether validation follows this batch; the rules in the order of their precedence."""
-    if not _validates_in_epoch(run):
+    if not run.validates_in_epoch:
         return False
     if is_last and (run.loops.fit.val_check_batch == math.inf or _is_once_an_epoch(run)):
         return True
@@ -239,16 +241,8 @@ def validates_now(run: Run, batch_idx: int, is_last: bool) -> bool:
     interval = run.loops.fit.val_check_batch
     if interval is None or interval == math.inf:
         return False
-    if run.loops.fit.max_batches == math.inf and isinstance(run.settings.limit_train_batches, int):
-        return bool((batch_idx + 1) % run.settings.limit_train_batches == 0)
     index = batch_idx if run.settings.check_val_every_n_epoch is not None else run.loops.fit.epoch_loop.total_batch_idx
     return bool((index + 1) % interval == 0)
-
-
-def _validates_in_epoch(run: Run) -> bool:
-    """Whether validation may run in the present epoch at all."""
-    every = run.settings.check_val_every_n_epoch
-    return every is None or (run.current_epoch + 1) % every == 0
 
 
 def _is_once_an_epoch(run: Run) -> bool:
@@ -272,6 +266,7 @@ def _end_epoch(run: Run, unfinished: Optional[InterruptedPhase] = None) -> None:
     loop = run.loops.fit.epoch_loop
     run.merge(run.store.read(on_step=True))
     run.store.end_batches()
+    run.unsent.send(math.inf)
     check_logged_names(run)
     if unfinished is None:
         run.call("on_train_epoch_end")
@@ -317,7 +312,7 @@ def _exchange(run: Run) -> None:
 def is_done(run: Run) -> bool:
     """Whether a limit of training is reached, or a stop was asked for and may be obeyed; says which."""
     loop = run.loops.fit
-    if run.loops.fit.max_batches == 0:
+    if loop.max_batches == 0:
         rank_zero_info("`Trainer.fit` stopped: No training batches.")
         return True
     if 0 <= loop.max_steps <= run.global_step:

@@ -1,35 +1,30 @@
-"""From the log store to the loggers: floats, keys and the step axis."""
+"""From the log store to the loggers: keys and the step axis."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Optional
 
 import torch
 
 from levin.loops.run import Run
-from levin.utilities.numbers import to_numbers
 
 
-def send(run: Run, metrics: Mapping[str, object], step: Optional[int] = None) -> None:
+def send(run: Run, metrics: Mapping[str, object], step: Optional[int] = None, timeout_s: float = math.inf) -> None:
     """Send ``metrics`` to every logger.
 
     Args:
         metrics: Values by key. A key ``step`` overrides the axis; without it, ``epoch`` is added unless it is there.
         step: Value on the x-axis; by default the number of batches that stepped, less the one under way.
+        timeout_s: How long to wait for the device; what it has not computed then is sent by the loop later.
     """
     if not run.loggers or not metrics:
         return
-    values = to_numbers(metrics)
-    if step is None:
-        if "step" in values:
-            step = int(values.pop("step"))
-        else:
-            step = run.loops.fit.epoch_loop._batches_that_stepped
-            values.setdefault("epoch", run.current_epoch)
-    for logger in run.loggers:
-        logger.log_metrics(metrics=dict(values), step=step)
-        logger.save()
+    if step is None and "step" not in metrics:
+        step = run.loops.fit.epoch_loop._batches_that_stepped
+        metrics = {**metrics, "epoch": metrics.get("epoch", run.current_epoch)}
+    run.unsent.add(metrics, step, timeout_s=timeout_s)
 
 
 def send_hyperparameters(run: Run) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from levin.loops.out_of_memory import annotate_out_of_memory
-from levin.loops.run import Run, detach_log_store
+from levin.loops.run import Run
 from levin.ranks.signals import save_for_restart
 from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log
 from levin.utilities.states import TrainerStatus
+
+UNSENT_TIMEOUT_S = 2.0
 
 
 def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
@@ -30,6 +32,7 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
     if not is_agreed:
         # To wait now for the others, in order to save something, would be to wait for ever, and they for this rank.
         run.strategy.abandon_peers()
+    _send_what_is_there(run)
     # A further signal is no reason to leave out what follows.
     run.signals.waits_for_batch = True
     if isinstance(error, SIGTERMException):
@@ -48,7 +51,7 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         run.strategy.on_exception(error)
         for logger in run.loggers:
             logger.finalize("failed")
-        detach_log_store(module)
+        run.refuse_logs()
         if run.compiler is not None:
             run.compiler.end()
         if is_agreed:
@@ -57,6 +60,15 @@ def fail(run: Run, error: BaseException, is_told: bool = False) -> None:
         run.stop_watchdog()
         run.profiler.teardown(run.fn)
         run.state.stage = None
+
+
+def _send_what_is_there(run: Run) -> None:
+    """Send what was logged before the error; the device may be lost, or wait for a rank that is."""
+    try:
+        run.unsent.send(UNSENT_TIMEOUT_S)
+    except Exception as failure:
+        # The run ends for another reason.
+        log.error(f"The last logged values were not sent: {type(failure).__name__}: {failure}")
 
 
 def _leave_together(run: Run) -> None:

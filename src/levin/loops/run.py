@@ -18,6 +18,7 @@ from levin.engine import Engine
 from levin.hooks import Callback, Trainer
 from levin.log_store import LogStore, Metrics
 from levin.loggers.logger import Logger
+from levin.loggers.unsent import Unsent
 from levin.loops.compiled import Compiler
 from levin.loops.hook_table import HookTable
 from levin.loops.stage_loaders import Loaders
@@ -32,6 +33,7 @@ from levin.resume.resume_state import ResumeState
 from levin.settings import Settings
 from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
+from levin.utilities.numbers import Latest, to_numbers
 from levin.utilities.overrides import has_own
 from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
@@ -135,6 +137,9 @@ class Run:
         self.watchdog: Optional[Watchdog] = None
         self.uneven: Optional[Uneven] = None
         self.agreement: Optional[Agreement] = None
+        # What goes to loggers and bar as soon as the device has it.
+        self.unsent = Unsent(self.loggers)
+        self.shown = Latest()
         # How training and validation go on.
         self.compiler: Optional[Compiler] = None
         self.validation: Optional[Evaluation] = None
@@ -203,6 +208,12 @@ class Run:
             and self.settings.limit_val_batches > 0
         )
 
+    @property
+    def validates_in_epoch(self) -> bool:
+        """Whether validation may run in the present epoch at all."""
+        every = self.settings.check_val_every_n_epoch
+        return every is None or (self.current_epoch + 1) % every == 0
+
     # ---------------------------------------------------------------- hooks
 
     def call(self, name: str, *args: object, num_last: Optional[int] = None) -> object:
@@ -264,11 +275,16 @@ class Run:
     def activate(self, store: LogStore) -> LogStore:
         """Let ``self.log`` write into ``store``; returns the one before."""
         previous, self.store = self.store, store
-        if not self.settings.barebones:
-            for module in self.module.modules():
-                if "_log_store" in module.__dict__:
-                    module.__dict__["_log_store"] = store
         return previous
+
+    def take_logs(self) -> None:
+        """Let ``self.log`` of the module and its children write into the store of this run, whichever that is then."""
+        if not self.settings.barebones:
+            _let_log(self.module, self)
+
+    def refuse_logs(self) -> None:
+        """Let ``self.log`` of the module and its children have no place to write to: no run is there."""
+        _let_log(self.module, None)
 
     def merge(self, metrics: Metrics) -> Metrics:
         """Take reduced values into the three dictionaries that users read."""
@@ -287,6 +303,11 @@ class Run:
                 self.merge(store.read(on_step=True))
             self.merge(store.read(on_step=not store.is_between_batches))
         return self.metrics
+
+    def shown_metrics(self) -> dict[str, Any]:
+        """Return the numbers that a progress bar shows; between two batches without waiting, so that they may be older."""
+        metrics = self.read_metrics().progress_bar
+        return to_numbers(metrics) if self.store.is_between_batches else self.shown.of(metrics)
 
     def reset_metrics(self) -> None:
         """Begin with no values; dictionaries that users have stay as they are."""
@@ -322,11 +343,10 @@ def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Option
     return agreed
 
 
-def detach_log_store(module: torch.nn.Module) -> None:
-    """Let ``self.log`` of the module and its children have no place to write to: no run is there."""
+def _let_log(module: torch.nn.Module, run: Optional[Run]) -> None:
     for child in module.modules():
-        if "_log_store" in child.__dict__:
-            child.__dict__["_log_store"] = None
+        if "_logging_run" in child.__dict__:
+            child.__dict__["_logging_run"] = run
 
 
 def step_arguments(module: LightningModule, name: str, num_dataloaders: int) -> int:

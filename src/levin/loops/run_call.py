@@ -30,7 +30,7 @@ from levin.loops.evaluate import compose_evaluation, evaluate, no_gradients
 from levin.loops.fit import fit, is_done
 from levin.loops.hook_table import HookTable, has_hook, transfer_hooks
 from levin.loops.logging import send_hyperparameters
-from levin.loops.run import Run, detach_log_store, find_log_dir, new_store
+from levin.loops.run import Run, find_log_dir, new_store
 from levin.loops.step import compose_step
 from levin.loops.time_shares import TimeShares
 from levin.loops.validate_setup import check_restored_epoch, hint_at_eval_mode, verify
@@ -103,9 +103,9 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
     if run.watchdog is not None:
         run.watchdog.watch_progress(functools.partial(locate, run))
     run.signals.waits_for_batch = True
+    run.take_logs()  # also of modules that `on_fit_start` has made
     result = run_stage(run, fn, checkpoint)
-    run.activate(new_store(run, training=False))
-    detach_log_store(module)
+    run.refuse_logs()
     if run.compiler is not None:
         run.compiler.end()
     strategy.teardown()
@@ -296,3 +296,4 @@ def compose_run(run: Run) -> None:
     run.transfer = strategy.transfer_function(transfer_hooks(owners, timed, strategy, move))
     run.agreement = agreement_for(run)
     run.activate(new_store(run, training=fits))
+    run.take_logs()

@@ -40,6 +40,12 @@ def verify(run: Run) -> None:
     def has(name: str) -> bool:
         return has_own(name, module, LightningModule)
 
+    def require(name: str) -> None:
+        if not has(name):
+            raise MisconfigurationException(
+                f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
+            )
+
     for old in _REMOVED.get(fn, ()):
         if callable(getattr(module, old, None)):
             new = f"on_{old.replace('training', 'train')}"
@@ -47,26 +53,20 @@ def verify(run: Run) -> None:
                 f"`{type(module).__name__}.{old}` is not supported. Override `{new}` and keep the outputs yourself."
             )
     if fn == "fit":
-        for name in ("training_step", "configure_optimizers"):
-            if not has(name):
-                raise MisconfigurationException(
-                    f"`Trainer.fit` requires `{name}`, which {type(module).__name__} does not define. Define it."
-                )
+        require("training_step")
+        require("configure_optimizers")
         if not run.loaders.train.is_defined():
             raise MisconfigurationException(
                 f"`Trainer.fit` requires training data, received none for {type(module).__name__}. Pass "
                 "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
             )
-        if has("validation_step") and not run.loaders.val.is_defined():
-            rank_zero_warn(
-                "You defined a `validation_step` but have no `val_dataloader`. Skipping validation.",
-                category=PossibleUserWarning,
+        if has("validation_step") != run.loaders.val.is_defined():
+            lack = (
+                "defined a `validation_step` but have no `val_dataloader`"
+                if has("validation_step")
+                else "passed in a `val_dataloader` but have no `validation_step`"
             )
-        elif run.loaders.val.is_defined() and not has("validation_step"):
-            rank_zero_warn(
-                "You passed in a `val_dataloader` but have no `validation_step`. Skipping validation.",
-                category=PossibleUserWarning,
-            )
+            rank_zero_warn(f"You {lack}. Skipping validation.", category=PossibleUserWarning)
         if not module.automatic_optimization:
             if run.settings.gradient_clip_val:
                 raise MisconfigurationException(
@@ -80,16 +80,10 @@ def verify(run: Run) -> None:
                     " Step every N batches yourself."
                 )
         return
-    name = {"validate": "validation_step", "test": "test_step", "predict": "predict_step"}[fn]
-    if fn == "predict":
-        if not has(name) and not has("forward"):
-            raise MisconfigurationException(
-                "`Trainer.predict` requires `predict_step` or `forward`. Define one of them."
-            )
-    elif not has(name):
-        raise MisconfigurationException(
-            f"`Trainer.{fn}` requires `{name}`, which {type(module).__name__} does not define. Define it."
-        )
+    if fn != "predict":
+        require("validation_step" if fn == "validate" else "test_step")
+    elif not has("predict_step") and not has("forward"):
+        raise MisconfigurationException("`Trainer.predict` requires `predict_step` or `forward`. Define one of them.")
     loaders = loaders_of(run, fn)
     if not loaders.is_defined():
         raise MisconfigurationException(

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from levin.utilities.clipping import clip_by_norm, clip_by_value
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import require_choice
 from levin.utilities.types import Closure, StateDict, Tree
 
 if TYPE_CHECKING:
@@ -170,14 +170,10 @@ class Precision:
         if clip_val is None or clip_val <= 0:
             return
         self.check_unscaled(optimizer)
-        if gradient_clip_algorithm == "value":
-            self.clip_grad_by_value(optimizer, clip_val)
-        elif gradient_clip_algorithm is None or gradient_clip_algorithm == "norm":
-            self.clip_grad_by_norm(optimizer, clip_val)
-        else:
-            raise MisconfigurationException(
-                f"gradient_clip_algorithm must be 'norm' or 'value', received {gradient_clip_algorithm!r}."
-            )
+        algorithm = "norm" if gradient_clip_algorithm is None else gradient_clip_algorithm
+        require_choice("gradient_clip_algorithm", algorithm, ("norm", "value"))
+        clip = self.clip_grad_by_value if algorithm == "value" else self.clip_grad_by_norm
+        clip(optimizer, clip_val)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clip the norm of the gradients over all parameters of the optimizer."""

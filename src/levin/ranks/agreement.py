@@ -1,8 +1,8 @@
 """What all ranks agree on while they run: to stop, to end for a signal, that a save has failed, and what time it is.
 
 Any rank may be told something at any moment. If it acted at once, the others would wait for it in their next collective.
-So every rank calls :meth:`Agreement.look` at the same batches, and every so many calls the ranks exchange what they were
-told: a few times a second, on a line of their own over the CPU. Between two exchanges a look is one subtraction.
+So every rank calls :meth:`Agreement.maybe_sync` at the same batches, and every so many calls the ranks exchange what they
+were told: a few times a second, in a process group of their own over the CPU. Between two exchanges a call is one subtraction.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ PERIOD_S = 0.25
 """Seconds between two exchanges, about."""
 
 
-def looks_until_exchange(seconds_per_look: float, num_before: int) -> int:
-    """Return how many looks go by until the next exchange.
+def calls_until_sync(seconds_per_call: float, num_before: int) -> int:
+    """Return how many calls of :meth:`Agreement.maybe_sync` go by until the next exchange.
 
     Args:
-        seconds_per_look: How long it took from one look to the next, on the slowest rank.
-        num_before: How many looks went by before the last exchange: the number at most doubles, so that a few quick
+        seconds_per_call: How long it took from one call to the next, on the slowest rank.
+        num_before: How many calls went by before the last exchange: the number at most doubles, so that a few quick
             steps at the beginning do not make ranks deaf to what comes after.
 
     Example:
-        >>> looks_until_exchange(0.01, 100), looks_until_exchange(0.01, 4), looks_until_exchange(3.0, 4)
+        >>> calls_until_sync(0.01, 100), calls_until_sync(0.01, 4), calls_until_sync(3.0, 4)
         (25, 8, 1)
     """
-    return max(1, min(int(PERIOD_S / max(seconds_per_look, 1e-6)), 2 * num_before))
+    return max(1, min(int(PERIOD_S / max(seconds_per_call, 1e-6)), 2 * num_before))
 
 
 class Agreement:
@@ -65,7 +65,7 @@ class Agreement:
         self._check = check
         self._alike = alike
         self._started_s: float = time.monotonic()
-        self._num_looks: int = 1
+        self._num_calls: int = 1
         self._num_left: int = 1
 
     def maybe_sync(self) -> None:
@@ -91,9 +91,9 @@ class Agreement:
         if self.should_stop:
             told.should_stop = True
         self.received_sigterm = self.received_sigterm or any(signals)
-        num_looks = max(1, self._num_looks - self._num_left)
+        num_calls = max(1, self._num_calls - self._num_left)
         now_s = max(self.time_s, *times)
-        self._num_looks = self._num_left = looks_until_exchange((now_s - self.time_s) / num_looks, num_looks)
+        self._num_calls = self._num_left = calls_until_sync((now_s - self.time_s) / num_calls, num_calls)
         self.time_s = now_s
         if error is not None:
             raise error

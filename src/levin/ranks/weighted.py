@@ -19,7 +19,7 @@ def divide_by_weight(optimizer: Optimizer, weight: Any, strategy: Strategy) -> N
         strategy: All its processes come here.
     """
     if strategy.is_distributed:
-        total = torch.as_tensor(weight, dtype=torch.float32, device=strategy.root_device)
+        total = torch.as_tensor(weight, dtype=torch.float32).to(strategy.root_device, non_blocking=True)
         data = strategy.data_parallel
         weight = strategy.reduce(total, group=data.group, reduce_op="sum") / data.size
     strategy.scale_gradients(optimizer, 1.0 / weight)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
+from levin.hparams import is_omegaconf
 from levin.resume.changed_optimizers import check_optimizers, check_schedulers
 from levin.resume.optimizer_groups import restore_groups, schedule_new_groups
 from levin.resume.rank_states import part_of_rank, with_other_ranks
@@ -36,12 +38,7 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, object]:
         "global_step": run.global_step,
         "pytorch-lightning_version": COMPATIBLE_VERSION,
         "state_dict": run.strategy.lightning_module_state_dict(),
-        "loops": {
-            "fit_loop": run.loops.fit.state_dict(),
-            "validate_loop": run.loops.validate.state_dict(),
-            "test_loop": run.loops.test.state_dict(),
-            "predict_loop": run.loops.predict.state_dict(),
-        },
+        "loops": {f"{fn}_loop": getattr(run.loops, fn).state_dict() for fn in ("fit", "validate", "test", "predict")},
     }
     if not weights_only:
         checkpoint["callbacks"] = {
@@ -56,17 +53,13 @@ def collect(run: Run, weights_only: bool = False) -> dict[str, object]:
         precision.on_save_checkpoint(checkpoint)
         own = {"version": OWN_VERSION, "rng": collect_rng_states(), **run.resume.state_dict(run)}
         checkpoint[OWN_KEY] = with_other_ranks(own, run.strategy)
-    for prefix, owner in (("", module), ("datamodule_", datamodule)):
+    for owner in (module, datamodule):
         if owner is not None and owner.hparams:
-            name = owner._hparams_name
-            key = "hparams_name" if not prefix else "datamodule_hparams_name"
-            value_key = f"{prefix}hyper_parameters"
-            checkpoint[key] = name
-            if type(owner.hparams).__module__.split(".")[0] == "omegaconf":
-                checkpoint[value_key] = owner.hparams
-                checkpoint[f"{prefix}hparams_type"] = type(owner.hparams)
-            else:
-                checkpoint[value_key] = dict(owner.hparams)
+            is_conf = is_omegaconf(owner.hparams)
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = owner.hparams if is_conf else dict(owner.hparams)
+            if is_conf:
+                checkpoint[owner.CHECKPOINT_HYPER_PARAMS_TYPE] = type(owner.hparams)
     if datamodule is not None:
         state = run.call_of(datamodule, "state_dict")
         if state:
@@ -83,6 +76,7 @@ def save_checkpoint(
 ) -> None:
     """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
     with run.profiler.profile("save_checkpoint") if run.is_profiled else nullcontext():
+        run.unsent.send(math.inf)  # a run that goes on from here logs what comes after
         checkpoint = collect(run, weights_only=bool(weights_only))
         run.strategy.save_checkpoint(checkpoint, path, storage_options=storage_options)
         run.strategy.barrier("Trainer.save_checkpoint")
@@ -129,16 +123,9 @@ def restore_precision_and_loops(run: Run, checkpoint: StateDict) -> None:
             break
     precision.on_load_checkpoint(checkpoint)
     loops = checkpoint.get("loops") or {}
-    fn = run.fn
-    if fn == "fit":
-        run.loops.fit.load_state_dict(loops.get("fit_loop", {}))
-        if own_state(checkpoint) is None:
-            _count_steps_once(run)
-    for name, loop in (
-        ("validate", run.loops.validate), ("test", run.loops.test), ("predict", run.loops.predict),
-    ):  # fmt: skip
-        if fn == name:
-            loop.load_state_dict(loops.get(f"{name}_loop", {}))
+    getattr(run.loops, run.fn).load_state_dict(loops.get(f"{run.fn}_loop", {}))
+    if run.fn == "fit" and own_state(checkpoint) is None:
+        _count_steps_once(run)
 
 
 def _count_steps_once(run: Run) -> None:

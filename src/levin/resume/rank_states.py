@@ -58,13 +58,13 @@ def part_of_rank(state: StateDict, rank: int, size: int, weights_only: bool | No
             "unbroken one: random numbers are others, and values logged or counted by metrics in the epoch so far are left "
             "out of its end."
         )
-        return first if rank == 0 else _without_own(first)
+        return first if rank == 0 else _shared_part(first)
     rank_zero_warn(
         f"The checkpoint was saved by {num_saved} processes, received {size}. The run goes on, but is not the unbroken "
         "one: the samples of the epoch that are left are spread over the processes that are there, random numbers are "
         "others, and values logged or counted by metrics in the epoch so far are left out of its end."
     )
-    shared = _without_own(own)
+    shared = _shared_part(own)
     if rank < num_saved:
         shared["rng"] = own["rng"]
     if "window" in shared:
@@ -88,7 +88,7 @@ def _unpacked(data: Tensor, weights_only: bool | None) -> StateDict:
     return state
 
 
-def _without_own(state: StateDict) -> StateDict:
+def _shared_part(state: StateDict) -> StateDict:
     """Return a state without what belongs to one rank alone: its sums, and its random numbers, which no two may draw."""
     return {key: value for key, value in state.items() if key not in ("rng", "validation_rng", "log_store", "metrics")}
 

@@ -55,7 +55,7 @@ def try_run(run: Run, callbacks: list[Callback], max_steps: int = -1, **settings
             for name, value in shown.items():
                 setattr(trainer, name, value)
             run.state.stage, run.told.should_stop = stage, should_stop
-            run.activate(run.store)
+            run.take_logs()
     return search
 
 

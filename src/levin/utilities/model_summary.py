@@ -42,8 +42,10 @@ class LayerSummary:
 
     def __init__(self, module: nn.Module) -> None:
         self._module: nn.Module = module
-        self._in_size: Any = None
-        self._out_size: Any = None
+        self.in_size: str | list[Any] = UNKNOWN_SIZE
+        """Shape of the input, a list of shapes for several, or ``"?"``."""
+        self.out_size: str | list[Any] = UNKNOWN_SIZE
+        """Shape of the output, a list of shapes for several, or ``"?"``."""
         self._hook: RemovableHandle | None = self._register_hook()
 
     def _register_hook(self) -> RemovableHandle | None:
@@ -52,8 +54,8 @@ class LayerSummary:
 
         def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], out: object) -> None:
             inputs = [*args, *kwargs.values()]
-            self._in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
-            self._out_size = parse_batch_shape(out)
+            self.in_size = parse_batch_shape(inputs[0] if len(inputs) == 1 else inputs)
+            self.out_size = parse_batch_shape(out)
             self.detach_hook()
 
         return self._module.register_forward_hook(hook, with_kwargs=True)
@@ -63,16 +65,6 @@ class LayerSummary:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-
-    @property
-    def in_size(self) -> str | list[Any]:
-        """Shape of the input, a list of shapes for several, or ``"?"``."""
-        return UNKNOWN_SIZE if self._in_size is None else self._in_size
-
-    @property
-    def out_size(self) -> str | list[Any]:
-        """Shape of the output, a list of shapes for several, or ``"?"``."""
-        return UNKNOWN_SIZE if self._out_size is None else self._out_size
 
     @property
     def layer_type(self) -> str:

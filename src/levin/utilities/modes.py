@@ -15,24 +15,43 @@ from levin.utilities.move import move_data_to_device
 @contextmanager
 def kept_modes(module: nn.Module) -> Iterator[None]:
     """Give each submodule its own train or eval mode back at the end."""
-    modes = [(child, child.training) for child in module.modules()]
+    modes = [(child, child.training) for _, child in module.named_modules()]
     try:
         yield
     finally:
         for child, mode in modes:
-            # A module takes long to set an attribute.
-            own = vars(child)
-            if "training" in own:
-                own["training"] = mode
-            else:
-                child.training = mode
+            _set_mode(child, mode)
+
+
+def to_eval(module: nn.Module) -> None:
+    """Call ``module.eval()``, or do the same in a third of the time where nobody has changed what that does."""
+    children = [child for _, child in module.named_modules()]
+    if any(_has_own_way(child) for child in children):
+        module.eval()
+        return
+    for child in children:
+        _set_mode(child, False)
+
+
+def _has_own_way(module: nn.Module) -> bool:
+    kind, own = type(module), vars(module)
+    return kind.train is not nn.Module.train or kind.eval is not nn.Module.eval or "train" in own or "eval" in own
+
+
+def _set_mode(module: nn.Module, mode: bool) -> None:
+    # A module takes long to set an attribute.
+    own = vars(module)
+    if "training" in own:
+        own["training"] = mode
+    else:
+        module.training = mode
 
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put every submodule into eval mode, and each back into its own mode at the end."""
     with kept_modes(module):
-        module.eval()
+        to_eval(module)
         yield
 
 

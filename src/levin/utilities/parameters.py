@@ -1,4 +1,4 @@
-"""Parameters of a module: the size of their gradients, and which of them are one and the same."""
+"""Parameters of a module: their gradients, and which of them are one and the same."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ def grad_norm(module: nn.Module, norm_type: Union[float, int, str], group_separa
     if norms:
         norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack(list(norms.values())), p)
     return norms
+
+
+def free_gradients(module: nn.Module) -> None:
+    """Call ``module.zero_grad()``, or do the same in half the time where nobody has changed what that does.
+
+    Args:
+        module: Whose gradients are freed, with those of its submodules.
+    """
+    kind, own = type(module), vars(module)
+    if any(name in own or getattr(kind, name) is not getattr(nn.Module, name) for name in _FINDS_GRADIENTS):
+        module.zero_grad()
+        return
+    for _, child in module.named_modules():
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                parameter.grad = None
+
+
+_FINDS_GRADIENTS = ("zero_grad", "parameters", "named_parameters")
 
 
 def find_shared_parameters(module: nn.Module) -> list[list[str]]:

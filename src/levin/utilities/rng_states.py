@@ -75,7 +75,8 @@ class ProcessRng:
         if module is None:
             # A generator that nobody has imported has not drawn a number yet.
             return None
-        words = _numpy_words(module.get_bit_generator())
+        memory = _numpy_memory(module.get_bit_generator())
+        words = None if memory is None else memory.raw
         rests = words is not None and words == self._numpy_words
         # A normal number may be waiting (`has_gauss`); taking it changes the state but not the words.
         if not (rests and self._numpy_state is not None and not self._numpy_state.get("has_gauss", 1)):
@@ -127,34 +128,48 @@ def set_rng_states(states: Mapping[str, Any]) -> None:
         XLA_GENERATOR.state = states["torch.xla"]
 
 
-def _numpy_words(bit_generator: Any) -> bytes | None:
+# To read memory through an array that lies on it takes a quarter of a call of ``ctypes.string_at``. These are of the process,
+# and not of an object that is copied: a copy of the array has memory of its own.
+def _memory(address: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    return (ctypes.c_char * size).from_address(address)
+
+
+@functools.lru_cache(maxsize=1)
+def _numpy_memory(bit_generator: Any) -> ctypes.Array[ctypes.c_char] | None:
     if type(bit_generator).__name__ != "MT19937":
         return None
-    return ctypes.string_at(bit_generator.ctypes.state_address, _NUMPY_BYTES)
+    return _memory(bit_generator.ctypes.state_address, _NUMPY_BYTES)
 
 
 def _read_python() -> PythonState:
-    return _python_memory() if _can_read_memory() else pack_python(random.getstate())
+    return _read_python_memory() if _can_read_memory() else pack_python(random.getstate())
 
 
 @functools.cache
 def _can_read_memory() -> bool:
-    return sys.implementation.name == "cpython" and _python_memory() == pack_python(random.getstate())
+    return sys.implementation.name == "cpython" and _read_python_memory() == pack_python(random.getstate())
 
 
-def _python_memory() -> PythonState:
-    """Return the packed state from where CPython keeps it: behind the head of the object, first the position, then the words.
+@functools.cache
+def _python_memory() -> tuple[Any, ctypes.Array[ctypes.c_char]]:
+    """Return python's generator and where CPython keeps its state: behind the head of the object."""
+    generator: Any = getattr(random.getstate, "__self__")  # noqa: B009  (its type is not declared)
+    return generator, _memory(id(generator) + object.__basicsize__, _PYTHON_STATE.size)
+
+
+def _read_python_memory() -> PythonState:
+    """Return the packed state from memory, which holds first the position, then the words.
 
     ``random.getstate`` makes an int of each word and takes ten times as long.
     """
-    generator: Any = getattr(random.getstate, "__self__")  # noqa: B009  (its type is not declared)
-    memory = ctypes.string_at(id(generator) + object.__basicsize__, _PYTHON_STATE.size)
-    return generator.VERSION, memory[4:] + memory[:4], generator.gauss_next
+    generator, memory = _python_memory()
+    state = memory.raw
+    return generator.VERSION, state[4:] + state[:4], generator.gauss_next
 
 
 def tensor_bytes(state: torch.Tensor) -> bytes:
     """Return a generator's state, a uint8 tensor on the CPU, as bytes."""
-    return ctypes.string_at(state.data_ptr(), state.numel())
+    return _memory(state.data_ptr(), state.numel()).raw
 
 
 def bytes_tensor(state: bytes) -> torch.Tensor:

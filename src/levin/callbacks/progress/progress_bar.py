@@ -143,8 +143,8 @@ class ProgressBar(Callback):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> Metrics:
         """Return the values to show, the logger's version (``v_num``) before those logged with ``prog_bar=True``.
 
-        It is called only when the bar is drawn, since reading a value waits for the device. Override it to show
-        other values.
+        It is called only when the bar is drawn. Between the batches of an epoch it does not wait for a CUDA device, which
+        may be behind: then the values are those of an earlier drawing. Override it to show other values.
 
         Example:
             >>> class WithoutVersion(ProgressBar):
@@ -154,7 +154,7 @@ class ProgressBar(Callback):
             ...         return metrics
         """
         standard = get_standard_metrics(trainer)
-        logged = trainer.progress_bar_metrics
+        logged = {} if trainer.run is None else trainer.run.shown_metrics()
         duplicates = sorted(standard.keys() & logged.keys())
         if duplicates:
             names = ", ".join(duplicates)

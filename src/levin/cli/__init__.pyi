@@ -1,0 +1,12 @@
+from levin.cli.callables import ArgsType as ArgsType
+from levin.cli.callables import LRSchedulerCallable as LRSchedulerCallable
+from levin.cli.callables import LRSchedulerType as LRSchedulerType
+from levin.cli.callables import LRSchedulerTypeTuple as LRSchedulerTypeTuple
+from levin.cli.callables import LRSchedulerTypeUnion as LRSchedulerTypeUnion
+from levin.cli.callables import OptimizerCallable as OptimizerCallable
+from levin.cli.callables import ReduceLROnPlateau as ReduceLROnPlateau
+from levin.cli.instantiate import instantiate_class as instantiate_class
+from levin.cli.instantiate import instantiate_module as instantiate_module
+from levin.cli.lightning_cli import LightningCLI as LightningCLI
+from levin.cli.parser import LightningArgumentParser as LightningArgumentParser
+from levin.cli.save_config import SaveConfigCallback as SaveConfigCallback

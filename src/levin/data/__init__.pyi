@@ -1,0 +1,1 @@
+from levin.data.combined import CombinedLoader as CombinedLoader

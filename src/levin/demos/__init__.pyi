@@ -1,0 +1,10 @@
+from levin.demos.boring_classes import BoringDataModule as BoringDataModule
+from levin.demos.boring_classes import BoringModel as BoringModel
+from levin.demos.boring_classes import DemoModel as DemoModel
+from levin.demos.lstm import LightningLSTM as LightningLSTM
+from levin.demos.lstm import SequenceSampler as SequenceSampler
+from levin.demos.lstm import SimpleLSTM as SimpleLSTM
+from levin.demos.mnist_datamodule import MNISTDataModule as MNISTDataModule
+from levin.demos.transformer import LightningTransformer as LightningTransformer
+from levin.demos.transformer import Transformer as Transformer
+from levin.demos.transformer import WikiText2 as WikiText2

@@ -1,0 +1,10 @@
+from levin.loggers.comet import CometLogger as CometLogger
+from levin.loggers.csv_logs import CSVLogger as CSVLogger
+from levin.loggers.litlogger import LitLogger as LitLogger
+from levin.loggers.logger import DummyLogger as DummyLogger
+from levin.loggers.logger import Logger as Logger
+from levin.loggers.logger import rank_zero_experiment as rank_zero_experiment
+from levin.loggers.mlflow import MLFlowLogger as MLFlowLogger
+from levin.loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+from levin.loggers.trackio import TrackioLogger as TrackioLogger
+from levin.loggers.wandb import WandbLogger as WandbLogger

@@ -1,0 +1,9 @@
+from levin.precision.bitsandbytes import BitsandbytesPrecision as BitsandbytesPrecision
+from levin.precision.deepspeed import DeepSpeedPrecision as DeepSpeedPrecision
+from levin.precision.float8 import Float8Precision as Float8Precision
+from levin.precision.mixed import MixedPrecision as MixedPrecision
+from levin.precision.precision import Precision as Precision
+from levin.precision.transformer_engine import TransformerEnginePrecision as TransformerEnginePrecision
+from levin.precision.true import DoublePrecision as DoublePrecision
+from levin.precision.true import HalfPrecision as HalfPrecision
+from levin.precision.xla import XLAPrecision as XLAPrecision

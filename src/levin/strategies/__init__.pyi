@@ -1,0 +1,16 @@
+from levin.strategies.ddp import DDPStrategy as DDPStrategy
+from levin.strategies.deepspeed import DeepSpeedStrategy as DeepSpeedStrategy
+from levin.strategies.fsdp import FSDPStrategy as FSDPStrategy
+from levin.strategies.group_collectives import Collective as Collective
+from levin.strategies.group_collectives import SingleDeviceCollective as SingleDeviceCollective
+from levin.strategies.group_collectives import TorchCollective as TorchCollective
+from levin.strategies.layer_sync import LayerSync as LayerSync
+from levin.strategies.layer_sync import TorchSyncBatchNorm as TorchSyncBatchNorm
+from levin.strategies.model_parallel import ModelParallelStrategy as ModelParallelStrategy
+from levin.strategies.parallel import ParallelStrategy as ParallelStrategy
+from levin.strategies.registry import StrategyRegistry as StrategyRegistry
+from levin.strategies.single_device import SingleDeviceStrategy as SingleDeviceStrategy
+from levin.strategies.strategy import Strategy as Strategy
+from levin.strategies.xla import SingleDeviceXLAStrategy as SingleDeviceXLAStrategy
+from levin.strategies.xla import XLAFSDPStrategy as XLAFSDPStrategy
+from levin.strategies.xla import XLAStrategy as XLAStrategy
