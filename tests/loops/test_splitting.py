@@ -276,3 +276,28 @@ def test_fsdp_is_refused():
     trainer.run.engine.strategy = trainer.run.strategy = FSDPStrategy()
     with pytest.raises(ValueError, match="FSDPStrategy, whose processes meet in forward"):
         check_splitting(trainer.run)
+
+
+def test_the_backward_pass_of_a_part_is_outside_of_autocast():
+    seen: list[bool] = []
+
+    class Looks(Net):
+        def training_step(self, batch, batch_idx):
+            output = super().training_step(batch, batch_idx)
+            output["loss"].register_hook(lambda gradient: seen.append(torch.is_autocast_enabled("cpu")))
+            return output
+
+    fit(Looks(3), accumulate_grad_batches="auto", precision="bf16-mixed", max_epochs=1)
+    assert seen and not any(seen)
+
+
+@pytest.mark.parametrize("room", [100, 3])
+def test_a_value_is_logged_as_it_was_when_it_was_logged(room):
+    class Counts(Net):
+        def training_step(self, batch, batch_idx):
+            count = torch.ones(())
+            self.log("count", count, on_step=False, on_epoch=True)
+            count += 1
+            return super().training_step(batch, batch_idx)
+
+    assert fit(Counts(room), accumulate_grad_batches="auto").callback_metrics["count"] == 1
