@@ -346,6 +346,37 @@ def train_tied(folder, devices, arguments):
     assert_part_of(last, expected)
 
 
+class Counting(nn.Module):
+    """A block that draws random numbers and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("num_calls", torch.tensor(0))
+        self.register_buffer("drawn", torch.zeros(3))
+
+    def forward(self, x):
+        if self.training:
+            self.num_calls += 1
+            self.drawn = torch.rand(3)
+        return self.layer(x)
+
+
+@world_size(2, connect=False, timeout_s=120)
+def test_each_stage_draws_numbers_and_keeps_buffers_of_its_own(tmp_path):
+    module = Deep()
+    module.net = nn.Sequential(nn.Linear(4, 6), nn.Sequential(Counting(), Counting()), nn.Linear(6, 2))
+    trainer = in_rank(pipelined(pipeline_split=["net.1.1"], save_distributed_checkpoint=False), max_epochs=1)
+    trainer.fit(module)
+    path = str(tmp_path / "saved.ckpt")
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    # Four parts of each of four batches, in the stage that has the block.
+    assert [int(saved[f"net.1.{place}.num_calls"]) for place in (0, 1)] == [16, 16]
+    first, second = saved["net.1.0.drawn"], saved["net.1.1.drawn"]
+    assert first.min() > 0 and second.min() > 0 and not torch.equal(first, second), (first, second)
+
+
 class Remade(Transformer):
     def reset_parameters(self):
         nn.init.normal_(self.places)

@@ -361,8 +361,9 @@ class Pipeline:
         assert work is not None
 
         def enter() -> None:
-            # What comes before the layers of a stage draws the same numbers in all stages, and they draw others.
-            torch.manual_seed(work.seed + number + (stage << 32))
+            # What comes before the layers of a stage draws the same numbers in all stages, and they draw others. Of a seed
+            # the generator of the CPU takes the last 32 bits.
+            torch.manual_seed(work.seed + number + (stage << 20))
 
         is_last = stage == self.plan.num_stages - 1
         wanted = [] if is_last else self._lacks[stage + 1]
