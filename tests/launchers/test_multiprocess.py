@@ -72,6 +72,14 @@ def test_the_result_of_rank_zero_comes_back(start_method):
     assert torch.equal(result["random"], torch.rand(1))
 
 
+def load_with_a_worker(entered: Entered) -> list[int]:
+    return [int(number) for number in torch.utils.data.DataLoader(range(3), batch_size=None, num_workers=1)]
+
+
+def test_a_process_may_have_workers_of_its_own():
+    assert launcher_for("fork", entered := Entered(), size=1).launch(load_with_a_worker, entered) == [0, 1, 2]
+
+
 def fail_on(entered: Entered, rank: int, others_wait_s: float) -> None:
     if entered.rank == rank:
         raise KeyError(f"broken on {rank}")
