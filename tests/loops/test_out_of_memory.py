@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
-from levin.loops.out_of_memory import MemoryUse, explain
+from levin.loops.out_of_memory import MemoryUse, _num_bytes, explain
 
 
 class Greedy(LightningModule):
@@ -59,3 +59,12 @@ def test_sizes_are_told_in_gibibytes():
     assert "the batch 0.50 GiB" in told
     assert "of 61.00 GiB for activations: up to half" in told
     assert "'fsdp', devices=2), of parameters, gradients and states: 1.25 GiB" in told
+
+
+def test_only_what_is_on_the_device_and_of_a_spread_tensor_the_part_that_is_here_counts():
+    class Spread(torch.Tensor):
+        def to_local(self):
+            return torch.zeros(2)
+
+    values = [torch.zeros(3), torch.zeros(50, device="meta"), torch.zeros(100).as_subclass(Spread), "text", None]
+    assert _num_bytes(values, torch.device("cpu")) == (3 + 2) * 4
