@@ -172,6 +172,17 @@ def test_what_is_not_a_number_or_not_whole(tmp_path):
     )
 
 
+def test_values_that_an_event_file_holds_as_tensors_are_read_and_texts_are_not(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 0.5, 3, new_style=True)
+        writer.add_scalar("older", 0.25, 3)
+        writer.add_text("note", "7", 3)
+    series = read_run(tmp_path).series
+    assert {name: list(points.values) for name, points in series.items()} == {"loss": [0.5], "older": [0.25]}
+
+
 def test_an_event_file_that_was_cut_is_read_as_far_as_it_goes(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     for step in range(10):
