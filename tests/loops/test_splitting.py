@@ -63,7 +63,7 @@ class Net(LightningModule):
         self.outputs.append((outputs["loss"].item(), outputs["x"].tolist() == batch[0].tolist()))
 
     def on_train_epoch_end(self):
-        if self.mean.update_called:
+        if self.mean.weight > 0:
             self.means.append(self.mean.compute().item())
 
     def configure_optimizers(self):

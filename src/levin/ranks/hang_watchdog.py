@@ -77,7 +77,7 @@ class Watchdog(threading.Thread):
         limit_s = min(step_timeout.total_seconds(), (first_timeout or step_timeout).total_seconds())
         # Many ranks write into one store: the more there are, the more seldom.
         self.beat_s = min(max(1.0, world_size / 1000), max(0.05, limit_s / 5))
-        self._world: object = dist.group.WORLD
+        self._world: object = dist.group.WORLD  # until it watches no more
         # A connection of its own: the other one may be busy for as long as the main thread waits.
         plain = _connected_again(distributed_c10d._get_default_store())
         plain.set_timeout(_STORE_TIMEOUT)
@@ -160,7 +160,7 @@ class Watchdog(threading.Thread):
         return self._world is world and self.is_alive() and not self._is_raising and not self._is_over.is_set()
 
     def stop(self, has_left: bool = False) -> None:
-        """Watchdog no more.
+        """Watch no more.
 
         Args:
             has_left: Whether the run has ended well here; others that still wait are told.
@@ -176,6 +176,8 @@ class Watchdog(threading.Thread):
             # As long as the store may take to answer: a thread that is left in torch's code would abort the process.
             self.join(_STORE_TIMEOUT.total_seconds())
         self._lengthen()
+        # The run, and the groups of all: others learn by the end of their connections that this process has failed.
+        self._progress, self._world = (_after_the_run, 0), None
 
     # What the thread does
 

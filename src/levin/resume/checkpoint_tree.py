@@ -76,7 +76,8 @@ def save_checkpoint(
 ) -> None:
     """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
     with run.profiler.profile("save_checkpoint") if run.is_profiled else nullcontext():
-        run.unsent.send(math.inf)  # a run that goes on from here logs what comes after
+        if run.unsent.rows:  # a run that goes on from here logs what comes after
+            run.unsent.send(math.inf)
         checkpoint = collect(run, weights_only=bool(weights_only))
         run.strategy.save_checkpoint(checkpoint, path, storage_options=storage_options)
         run.strategy.barrier("Trainer.save_checkpoint")
