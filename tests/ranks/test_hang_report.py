@@ -167,6 +167,14 @@ def test_ranks_wait_in_vain_where_they_went_different_ways(counts, collective, e
     assert not is_deadlock([first, Report(1, stuck_s=9, counts={"0": 8, "control": 3})], 5), "one of them works"
 
 
+def test_ranks_may_go_on_without_one_that_has_left_in_groups_of_their_own():
+    left = Report(2, has_left=True, counts={"0": 9, "control": 3})
+    two = [Report(rank, stuck_s=9, is_in_collective=True, counts={"0": 9, "control": 3, "two": 5}) for rank in (0, 1)]
+    assert not is_deadlock([*two, left], 5)
+    two[0].counts["control"] = two[1].counts["control"] = 4
+    assert is_deadlock([*two, left], 5), "they wait for it"
+
+
 def test_what_some_ranks_alone_have_called_is_told_with_the_way_out():
     everyone = reports(
         counts={"0": 9}, call="Trainer.save_checkpoint", line="`trainer.save_checkpoint(x)` (a.py:3, end)"

@@ -160,7 +160,8 @@ def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
         >>> ended = Report(1, stuck_s=9, is_in_collective=True, counts={"gradients": 4, "control": 3})
         >>> is_deadlock([ahead, ended], 5), is_deadlock([ahead, ahead], 5)
         (True, False)
-        >>> is_deadlock([ahead, Report(1, has_left=True)], 5), is_deadlock([ahead, Report(1, has_left=True, counts=ahead.counts)], 5)
+        >>> left = Report(1, has_left=True, counts={"gradients": 4})
+        >>> is_deadlock([ahead, left], 5), is_deadlock([Report(0, stuck_s=9, is_in_collective=True, counts={"others": 3}), left], 5)
         (True, False)
     """
     everyone = list(reports)
@@ -181,9 +182,8 @@ def is_deadlock(reports: Iterable[Report], stuck_s: float) -> bool:
 
 
 def _is_ahead(one: Report, other: Report) -> bool:
-    """Whether a rank has begun more collectives of a group than another one, as far as it has to do with it."""
-    is_left = other.has_left
-    return any(count > other.counts.get(group, 0 if is_left else count) for group, count in one.counts.items())
+    """Whether a rank has begun more collectives of a group than another one, which belongs to it."""
+    return any(count > other.counts.get(group, count) for group, count in one.counts.items())
 
 
 def _counts(reports: list[Report], group: str) -> list[int]:

@@ -93,6 +93,8 @@ class Watchdog(threading.Thread):
         self._is_short = False
         self._shortened: dict[Any, timedelta] = {}
         self._shortening = threading.Lock()
+        # Of the groups that were taken down, too: others may wait in them.
+        self._counts: dict[str, int] = {}
         self._last: tuple[RunLocation, dict[str, int]] = (RunLocation(0, ""), {})
         self._moved_at = time.monotonic()
         self._next_comparison_s = DEADLOCK_S
@@ -250,12 +252,11 @@ class Watchdog(threading.Thread):
 
     def _count_collectives(self) -> dict[str, int]:
         groups: dict[Any, str] = dict(distributed_c10d._world.pg_names)
-        counts = {}
         for group, name in groups.items():
             # One that the main thread is making or taking down at this moment has nothing to say.
             with suppress(RuntimeError):
-                counts[name] = group._get_sequence_number_for_group()
-        return counts
+                self._counts[name] = group._get_sequence_number_for_group()
+        return dict(self._counts)
 
     def _publish_failure(self) -> None:
         failure, self._failure = self._failure, None
