@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from levin.ranks.hang_report import (
     is_secondary_failure,
     state_of_process,
 )
+from levin.utilities.user_frames import call_under_way
 
 
 def reports(**of_rank_one) -> list[Report]:
@@ -165,6 +167,13 @@ def test_ranks_wait_in_vain_where_they_went_different_ways(counts, collective, e
     second = Report(1, stuck_s=9, is_in_collective=True, counts=counts, collective=collective)
     assert is_deadlock([first, second], 5) == expected
     assert not is_deadlock([first, Report(1, stuck_s=9, counts={"0": 8, "control": 3})], 5), "one of them works"
+
+
+def test_a_frame_that_runs_between_two_lines_is_named_by_its_function():
+    frame = inspect.currentframe()
+    call, line = call_under_way([(frame, None)])
+    assert call == ""
+    assert f"test_hang_report.py:{frame.f_code.co_firstlineno}, {frame.f_code.co_name})" in line
 
 
 def test_ranks_may_go_on_without_one_that_has_left_in_groups_of_their_own():

@@ -17,16 +17,18 @@ def is_users(filename: str) -> bool:
     return not any(part in path for part in _NOT_THE_USERS)
 
 
-def call_under_way(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, str]:
+def call_under_way(frames: Iterable[tuple[FrameType, int | None]]) -> tuple[str, str]:
     """Return the function that the innermost frame of the user's code has called, and its line; "" where there is none.
 
     Args:
-        frames: With their lines, the innermost first, as ``traceback.walk_stack`` gives them.
+        frames: With their lines, the innermost first, as ``traceback.walk_stack`` gives them. One that another thread is running
+            just now may be between two lines, and has none.
     """
     called = ""
-    for frame, number in frames:
+    for frame, line in frames:
         code = frame.f_code
         if is_users(code.co_filename):
+            number = line or code.co_firstlineno
             text = linecache.getline(code.co_filename, number).strip()
             return called, f"`{text or called}` ({os.path.basename(code.co_filename)}:{number}, {code.co_name})"
         called = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no longer name
