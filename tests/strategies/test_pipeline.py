@@ -297,9 +297,9 @@ class Tied(General):
     ("devices", "arguments"),
     [
         (2, {"save_distributed_checkpoint": False}),
-        pytest.param(2, {}, marks=SLOW),
+        (2, {}),
         pytest.param(4, {"data": 2, "save_distributed_checkpoint": False}, marks=SLOW),
-        (4, {"data": 2}),
+        pytest.param(4, {"data": 2}, marks=SLOW),
         pytest.param(4, {"data": 2, "copies": 2}, marks=SLOW),
         pytest.param(4, {"size": 4, "pipeline_split": [f"net.blocks.{place}" for place in range(3)]}, marks=SLOW),
     ],
