@@ -10,6 +10,7 @@ from typing import NamedTuple, Optional
 from levin.loggers.logger import Logger
 from levin.utilities.numbers import Reading
 
+# Between two looks at a row that is waited for.
 POLL_S = 1e-4
 
 

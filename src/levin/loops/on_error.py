@@ -9,6 +9,7 @@ from levin.utilities.exceptions import SIGTERMException
 from levin.utilities.rank_zero import log
 from levin.utilities.states import TrainerStatus
 
+# How long values that were logged before an error may hold it up: a lost device never gives them.
 UNSENT_TIMEOUT_S = 2.0
 
 
