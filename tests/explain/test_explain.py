@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import levin
 from levin.callbacks import Callback, EarlyStopping
 from levin.demos.boring_classes import BoringDataModule, BoringModel, RandomDataset
-from levin.explain import explained_run
+from levin.explain import explained_run, rules
 from levin.explain.node import Place, code_of
 from levin.explain.text import explain, plan_of
 from levin.loggers import CSVLogger
@@ -287,6 +287,29 @@ def test_the_words_say_when(tmp_path):
     assert "# logs 'loss' of the step and over the epoch" in text and "# logs 'val' over the epoch" in text
     left_out = text.split("not called")[1]
     assert "optimizer_step" in left_out and "on_train_epoch_end" not in left_out.replace("\n", " ").split(", ")
+
+
+@pytest.mark.parametrize(
+    ("num_asked", "limits", "words"),
+    [
+        (8, {"max_epochs": 2}, ""), (8, {"max_epochs": -1, "max_steps": 7}, ""), (8, {"max_epochs": -1, "max_steps": 8}, ""),
+        (8, {"max_epochs": -1}, "not within the first 8 batches"), (8, {"max_epochs": 3}, "not within the first 8 batches"),
+        (3, {"max_epochs": 1}, "not within the first 3 batches"), (3, {"max_epochs": -1}, "not within the first 6 batches"),
+    ],
+)  # fmt: skip
+def test_what_no_batch_is_due_for_is_left_out_or_said_to_be_beyond_those_asked(
+    num_asked, limits, words, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rules, "NUM_ASKED", num_asked)
+    trainer = trainer_of(
+        tmp_path, logger=CSVLogger(tmp_path), log_every_n_steps=50, check_val_every_n_epoch=4, num_sanity_val_steps=0,
+        enable_checkpointing=False, **limits,
+    )  # fmt: skip
+    with mock.patch("warnings.warn"):
+        called, left_out = trainer.explain(Net(), datamodule=Data(4, 1)).split("not called")
+    assert re.findall(r" validation:  # (.*)", called) == re.findall(r"values of the step\)  # (.*?) {2}", called)
+    assert re.findall(r" validation:  # (.*)", called) == ([words] if words else [])
+    assert ("log_metrics of a step (log_every_n_steps=50)" in " ".join(left_out.split())) == (not words)
 
 
 def test_precision_accumulation_and_limits_are_said(tmp_path):

@@ -86,7 +86,7 @@ def test_a_page_holds_all_fits_of_its_folder_and_how_they_ended(tmp_path):
     class Fails(Net):
         def on_train_epoch_start(self):
             if self.current_epoch == 1:
-                raise RuntimeError("<script>alert(1)</script>")
+                raise RuntimeError("<script>alert(1)</script>" + 300 * "x")
 
     with pytest.raises(RuntimeError):
         fit(
@@ -107,7 +107,9 @@ def test_a_page_holds_all_fits_of_its_folder_and_how_they_ended(tmp_path):
         )
     text = (tmp_path / "net/version_0/report.html").read_text()
     first, second = in_page(text, "records")
-    assert first["ended_by"] == "RuntimeError: <script>alert(1)</script>" and "<script>alert" not in text
+    assert (
+        first["ended_by"] == "RuntimeError: <script>alert(1)</script>".ljust(300, "x") and "<script>alert" not in text
+    )
     assert second["resumed_from"].endswith("last.ckpt") and second["steps"] == [4, 12]
     assert in_page(text, "runs")[0]["series"]["train/loss"]["n"] == 12
 

@@ -16,6 +16,7 @@ from levin.precision import MixedPrecision
 from levin.tuner import BatchSizeFinder, LearningRateFinder, LRFinder, Tuner
 from levin.tuner.batch_size import largest
 from levin.tuner.learning_rate import rate, steepest
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.memory import is_oom_error
 
 QUIET = dict(
@@ -160,6 +161,22 @@ def test_a_tuner_leaves_the_trainer_as_it_was(tmp_path):
     assert model.hparams.lr == 0.1 and model.hparams.batch_size == 4
     trainer.fit(model)
     assert trainer.global_step == 3 * 16
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_an_unknown_mode_is_refused_where_the_finder_is_made(finder):
+    with pytest.raises(MisconfigurationException, match="mode must be .* received 'nonsense'"):
+        finder(mode="nonsense")
+
+
+def test_a_search_of_a_fit_validates_nothing(tmp_path):
+    class Unvalidated(Net):
+        def validation_step(self, batch, batch_idx):
+            raise AssertionError("validated")
+
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    assert tuner.lr_find(Unvalidated(batch_size=32), num_training=4, update_attr=False)
+    assert tuner.scale_batch_size(Unvalidated(), init_val=32, max_trials=1) == 32
 
 
 def test_a_search_goes_on_over_as_many_epochs_as_it_needs(tmp_path):

@@ -200,3 +200,12 @@ def test_the_state_of_numpy_is_that_of_the_generator_that_is_there():
                 np.testing.assert_equal(read, np.random.get_state(legacy=False))
     finally:
         np.random.set_bit_generator(own)
+
+
+def test_the_state_of_numpy_is_not_read_again_before_a_number_is_drawn():
+    rng = rng_states.ProcessRng()
+    np.random.seed(0)
+    first = rng.read(("numpy",))["numpy"]
+    assert rng.read(("numpy",))["numpy"] is first
+    np.random.rand()
+    assert rng.read(("numpy",))["numpy"] != first

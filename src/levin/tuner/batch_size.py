@@ -9,7 +9,7 @@ from levin.data.combined import CombinedLoader
 from levin.loops.dataloaders import STAGE_OF, loaders_of
 from levin.loops.run import Run
 from levin.tuner.search import holders, try_run
-from levin.utilities.exceptions import MisconfigurationException, require_choice
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.memory import free_memory, is_oom_error
 from levin.utilities.rank_zero import rank_zero_info
 
@@ -85,11 +85,10 @@ def scale_batch_size(
         max_val: The largest size to try.
 
     Raises:
-        MisconfigurationException: There is no such attribute, the loaders were passed to the Trainer, or an unknown
-            mode.
+        MisconfigurationException: There is no such attribute, or the loaders were passed to the Trainer.
         ValueError: Several processes run.
     """
-    check_batch_size_search(run, mode, batch_arg_name)
+    check_batch_size_search(run, batch_arg_name)
     owners = holders(batch_arg_name, run.module, run.datamodule)
     before = getattr(owners[0], batch_arg_name)
     stage = STAGE_OF[run.fn]
@@ -125,9 +124,8 @@ def scale_batch_size(
     return found
 
 
-def check_batch_size_search(run: Run, mode: str, batch_arg_name: str) -> None:
+def check_batch_size_search(run: Run, batch_arg_name: str) -> None:
     """Raise where a search for a batch size cannot be; as :func:`scale_batch_size` says."""
-    require_choice("mode", mode, MODES)
     if run.strategy.is_distributed:
         raise ValueError(
             f"The batch size is searched on one process, received {run.strategy.world_size}. "

@@ -14,7 +14,7 @@ from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.tuner.search import try_run
-from levin.utilities.exceptions import MisconfigurationException, require_choice
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch
 
 SCALES = ("linear", "exponential")
@@ -157,9 +157,8 @@ def lr_find(
         early_stop_threshold: Stop when the loss is so many times the best one; None for never.
 
     Raises:
-        MisconfigurationException: An unknown mode, or a module with several optimizers or with none.
+        MisconfigurationException: A module with several optimizers or with none.
     """
-    require_choice("mode", mode, SCALES)
     if len(run.optimizers) != 1:
         raise MisconfigurationException(
             f"lr_find needs a module with one optimizer, received {len(run.optimizers)}. Set the learning rates yourself."

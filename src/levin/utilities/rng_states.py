@@ -79,7 +79,7 @@ class ProcessRng:
         words = None if memory is None else memory.raw
         rests = words is not None and words == self._numpy_words
         # A normal number may be waiting (`has_gauss`); taking it changes the state but not the words.
-        if not (rests and self._numpy_state is not None and not self._numpy_state.get("has_gauss", 1)):
+        if not (rests and not self._numpy_state["has_gauss"]):
             self._numpy_words = words
             self._numpy_state = pack_arrays(module.get_state(legacy=False))
         return self._numpy_state
