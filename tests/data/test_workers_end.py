@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from levin import LightningModule, Trainer
 
@@ -121,6 +122,24 @@ def test_workers_do_not_outlive_an_exception_of_their_own(stage, persistent):
     loader = DataLoader(Numbers(fails_at=5), batch_size=2, num_workers=1, persistent_workers=persistent)
     with pytest.raises(OSError, match="no such sample") as raised:
         run(stage, Model(), loader)
+    assert not workers_left()
+    assert raised.tb is not None
+
+
+@pytest.mark.parametrize("limit", [2, 4])
+@pytest.mark.parametrize("stage", ["fit", "validate", "predict"])
+def test_workers_of_a_loader_with_a_state_do_not_outlive_a_call(stage, limit):
+    loader = StatefulDataLoader(Numbers(), batch_size=2, num_workers=1)
+    limits = {
+        f"limit_{name}_batches": limit
+        for name in (["train", "val"] if stage == "fit" else [stage.removesuffix("idate")])
+    }
+    run(stage, Model(), loader, **limits)
+    assert not workers_left()
+    if stage != "predict":  # which builds a loader of its own
+        assert loader.state_dict()["_snapshot"]["_snapshot_step"] == limit
+    with pytest.raises(KeyError, match="meant") as raised:
+        run(stage, Model(fails=True), loader)
     assert not workers_left()
     assert raised.tb is not None
 

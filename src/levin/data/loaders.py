@@ -313,9 +313,13 @@ def set_epoch(loader: Any, epoch: int) -> None:
                     sampler.set_epoch(epoch)
 
 
-def stop_workers(iterator: object) -> None:
-    """End the workers of an iterator of a DataLoader whose epoch is over; those that are persistent live on."""
-    if isinstance(iterator, _MultiProcessingDataLoaderIter) and not iterator._persistent_workers:
+def stop_workers(iterator: Any) -> None:
+    """End the workers of an iterator of a DataLoader whose epoch is over; those that are persistent live on.
+
+    The garbage collector may end the queues of an abandoned iterator before the iterator, which then waits five seconds for
+    each worker in the middle of a step. torchdata's StatefulDataLoader has iterators of its own kind.
+    """
+    if getattr(iterator, "_persistent_workers", True) is False and hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()
 
 

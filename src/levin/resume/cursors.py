@@ -67,8 +67,8 @@ class Cursor(ABC):
     def leave(self, state: StateDict) -> None:
         """Set everything to what it was when ``state`` was saved, after the end of an epoch; as for :meth:`resume`."""
 
-    def stop(self) -> None:
-        """End what still works for an epoch that is over or left."""
+    def opened(self) -> Any:
+        """Return the loader's iterator of the present epoch, whose workers end with the epoch, or None."""
 
     def before_first(self) -> None:
         """Do what must be done right before the first batch is taken."""
@@ -147,6 +147,10 @@ class StatefulCursor(Cursor):
         iterator: Iterator[Batch] = iter(self.loader)
         self.unread = state["loader_state"]
         return iterator
+
+    @override
+    def opened(self) -> Any:
+        return getattr(self.loader, "_iterator", None)
 
     def leave(self, state: StateDict) -> None:
         """Give the loader the state that it had when its epoch was left."""

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
-from levin.data.loaders import known_length, stop_workers
+from levin.data.loaders import known_length
 from levin.resume.cursors import Cursor
 from levin.resume.order import Order, Rest, describe_order
 from levin.resume.sampler_state import (
@@ -90,9 +91,9 @@ class _LoaderCursor(Cursor):
     def _set_back(self, states: StateDict) -> None:
         """Set the generators to what :meth:`_read_start` returned."""
 
-    def stop(self) -> None:
-        """End workers that do not live on."""
-        stop_workers(self.epoch.iterator)
+    @override
+    def opened(self) -> Any:
+        return self.epoch.iterator
 
     def before_pull(self) -> Any:
         """Return the states of this process; None with workers."""

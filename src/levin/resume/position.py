@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from levin.data.combined import Joint, is_stateful, joint
+from levin.data.loaders import stop_workers
 from levin.resume.cursors import END, Cursor, ReplayCursor, StatefulCursor
 from levin.resume.dataloader_cursor import IndexCursor, IterableCursor
 from levin.utilities.types import Batch, StateDict
@@ -96,6 +97,8 @@ class Position:
 
     def _pull(self, cursor: Cursor, iterator: Iterator[Batch]) -> Iterator[Batch]:
         cursor.before_first()
+        # The next epoch may have begun before this one is closed.
+        opened = cursor.opened()
         if cursor.follows_pulls:
             iterator = cursor.followed(iterator)
         # A loader that is its own iterator would begin anew if `iter` were called of it again, as `for` does.
@@ -104,7 +107,7 @@ class Position:
                 self.num_pulled += 1
                 yield batch
         finally:
-            cursor.stop()
+            stop_workers(opened)
         cursor.is_ended = True
 
 
