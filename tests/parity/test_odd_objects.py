@@ -163,25 +163,37 @@ def test_hooks_that_are_partials_count_as_overridden():
         module = framework.LightningModule()
         module.on_fit_start = functools.partial(lambda who: None, "of the user")
         module.on_fit_end = functools.partial(module.on_fit_end)
-        names = ("on_fit_start", "on_fit_end", "on_train_start")
+        names = ("on_fit_start", "on_fit_end", "on_train_start", "unknown")
         answers.append([is_overridden(each, module, framework.LightningModule) for each in names])
-    assert answers[1] == answers[0] == [True, False, False]
+        answers[-1] += [is_overridden(each, module) for each in ("on_fit_start", "unknown")]
+        with pytest.raises(ValueError, match=r"[Ee]xpected a parent|must inherit from a class"):
+            is_overridden("on_fit_start", 3)
+    assert answers[1] == answers[0] == [True, False, False, False, True, False]
 
 
-def test_what_a_step_of_an_optimizer_returns(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("told", ["told", None], ids=["own", "torch"])
+def test_what_a_step_of_an_optimizer_returns(tmp_path, precision, told):
     class Telling(torch.optim.SGD):
         def step(self, closure=None):
-            return "told", closure()
+            result = super().step(closure)
+            return told or result
 
     def code(seen: trace.Trace) -> None:
         module = both.recording_module(seen.framework, [], manual=True)[0]
         module.configure_optimizers = lambda: Telling(module.parameters(), lr=0.1)
-        module.training_step = lambda batch, batch_idx: seen.note(module.optimizers().step(lambda: 3.0))
-        seen.trainer(max_epochs=1).fit(module, both.loader(1))
+
+        def training_step(batch, batch_idx):
+            seen.note(module.optimizers().step(lambda: 3.0))
+            seen.note(module.optimizers().step())
+
+        module.training_step = training_step
+        seen.trainer(max_epochs=1, precision=precision).fit(module, both.loader(1))
         names = [name for name in dir(seen.framework.DataModule) if name.startswith("CHECKPOINT_")]
         seen.note([(name, getattr(seen.framework.DataModule, name)) for name in names])
 
-    assert trace.same(code, tmp_path).events[0] == (["tuple", "told", 3.0],)
+    expected = [(told or result,) for result in (3.0, None)]
+    assert trace.same(code, tmp_path).events[:2] == expected
 
 
 def test_attributes_are_found_in_hyper_parameters_of_any_kind():

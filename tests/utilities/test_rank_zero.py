@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from levin.utilities.rank_zero import rank_zero_debug, rank_zero_deprecation, rank_zero_info, rank_zero_warn
 
 CONFIGURE = (
     "import logging, sys; logging.basicConfig(level=logging.INFO, format='theirs: %(message)s', stream=sys.stderr)"
@@ -22,6 +25,19 @@ def test_a_message_is_shown_once(lines, shown):
     program = "\n".join([*lines, "rank_zero_info('hello')"])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == [shown]
+
+
+def test_messages_take_what_logging_and_warnings_take(caplog):
+    with caplog.at_level("DEBUG", logger="levin"):
+        rank_zero_info("%s of %s", 1, 2, extra={"epoch": 3})
+        rank_zero_debug("a trace", stack_info=True, stacklevel=1)
+    info, debug = caplog.records
+    assert info.getMessage() == "1 of 2" and vars(info)["epoch"] == 3 and info.filename == Path(__file__).name
+    assert debug.stack_info is not None and debug.filename == "rank_zero.py"
+    with pytest.warns(FutureWarning, match="will change"):
+        rank_zero_warn(FutureWarning("will change"), source=None)
+    with pytest.warns(PendingDeprecationWarning, match="will go"):
+        rank_zero_deprecation("will go", category=PendingDeprecationWarning)
 
 
 LIGHTNING_UTILITIES = """

@@ -360,8 +360,7 @@ class AutomaticStep:
             self.window = self.held
 
     def _step_through_strategy(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
-        result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
-        return None if closure is None else result
+        return _step(self.run.strategy, optimizer, closure, **kwargs)
 
 
 class ManualStep:
@@ -431,9 +430,9 @@ class ManualStep:
 
     def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
         self.progress.increment_ready()
-        result = self.run.strategy.optimizer_step(optimizer, _nothing if closure is None else closure, **kwargs)
+        result = _step(self.run.strategy, optimizer, closure, **kwargs)
         self.progress.increment_completed()
-        return None if closure is None else result
+        return result
 
     def _before_step(self, optimizer: object) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
@@ -461,9 +460,13 @@ def _detached(output: Mapping[str, object]) -> dict[str, object]:
     return outputs
 
 
-def _nothing() -> object:
-    """Stand in for the closure of an optimizer that is stepped without one; not None, which would mean a skip."""
-    return torch.zeros(())
+def _step(strategy: Strategy, optimizer: Any, closure: Optional[Closure], **kwargs: Any) -> Any:
+    """Return what the optimizer's ``step`` returns, also without a closure."""
+    if closure is not None:
+        return strategy.optimizer_step(optimizer, closure, **kwargs)
+    nothing = torch.zeros(())  # not None, which would mean a skip
+    result = strategy.optimizer_step(optimizer, lambda: nothing, **kwargs)
+    return None if result is nothing else result
 
 
 def _own(module: object, name: str, is_profiled: bool = False) -> Optional[Callable[..., object]]:

@@ -15,16 +15,15 @@ def is_overridden(method_name: str, instance: Optional[object] = None, parent: O
         parent: The class with the default. By default the class of levin's that ``instance`` inherits from.
 
     Raises:
-        ValueError: ``parent`` is not given and ``instance`` inherits from no class of levin's with that method.
+        ValueError: ``parent`` is not given and ``instance`` inherits from no class of levin's.
     """
     if instance is None:
         return False
     if parent is None:
-        parent = _parent_with(type(instance), method_name)
-        if parent is None:
-            raise ValueError(
-                f"instance must inherit from a class of levin's with {method_name!r}, received {instance!r}."
-            )
+        bases = [base for base in reversed(type(instance).__mro__) if base.__module__.startswith("levin.")]
+        if not bases:
+            raise ValueError(f"instance must inherit from a class of levin's, received {type(instance).__name__}.")
+        parent = next((base for base in bases if hasattr(base, method_name)), bases[0])
     own: object = getattr(instance, method_name, None)
     default: object = getattr(parent, method_name, None)
     # The method of the class itself, as it is, needs no search for what it wraps.
@@ -48,13 +47,6 @@ def has_own(method_name: str, instance: object, parent: type) -> bool:
     """
     own: object = getattr(instance, method_name, None)
     return own is not None and getattr(own, "__func__", own) is not getattr(parent, method_name)
-
-
-def _parent_with(kind: type, method_name: str) -> Optional[type]:
-    for base in reversed(kind.__mro__):
-        if base.__module__.startswith("levin.") and hasattr(base, method_name):
-            return base
-    return None
 
 
 def innermost(method: object) -> object:

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from typing import Callable, Optional, TypeVar
+from typing import Any, Callable, Optional, TypeVar
 
 T = TypeVar("T")
 
@@ -78,33 +78,35 @@ def set_rank(rank: Optional[int] = None) -> None:
 set_rank(rank_from_environment() or 0)
 
 
-def rank_zero_info(message: object, *args: object) -> None:
-    """Log ``message`` at level INFO on rank 0."""
+def rank_zero_info(message: object, *args: object, **kwargs: Any) -> None:
+    """Log ``message`` at level INFO on rank 0, with the arguments of ``logging.info``."""
     if _rank() == 0:
-        log.info(message, *args, stacklevel=2)
+        log.info(message, *args, **{"stacklevel": 2, **kwargs})
 
 
-def rank_zero_debug(message: object, *args: object) -> None:
-    """Log ``message`` at level DEBUG on rank 0."""
+def rank_zero_debug(message: object, *args: object, **kwargs: Any) -> None:
+    """Log ``message`` at level DEBUG on rank 0, with the arguments of ``logging.debug``."""
     if _rank() == 0:
-        log.debug(message, *args, stacklevel=2)
+        log.debug(message, *args, **{"stacklevel": 2, **kwargs})
 
 
-def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stacklevel: int = 4) -> None:
+def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stacklevel: int = 4, **kwargs: Any) -> None:
     """Warn on rank 0.
 
     Args:
-        message: The text.
+        message: The text, or a warning, whose class counts then.
         category: Class of the warning.
         stacklevel: How many frames up the warning points to.
+        kwargs: Passed to ``warnings.warn``.
     """
     if _rank() == 0:
-        warnings.warn(str(message), category=category, stacklevel=stacklevel)
+        text = message if isinstance(message, Warning) else str(message)
+        warnings.warn(text, category=category, stacklevel=stacklevel, **kwargs)
 
 
-def rank_zero_deprecation(message: object, stacklevel: int = 5) -> None:
+def rank_zero_deprecation(message: object, stacklevel: int = 5, **kwargs: Any) -> None:
     """Warn on rank 0 that something will go away."""
-    rank_zero_warn(message, category=DeprecationWarning, stacklevel=stacklevel)
+    rank_zero_warn(message, **{"category": DeprecationWarning, "stacklevel": stacklevel, **kwargs})
 
 
 def rank_prefixed_message(message: str, rank: Optional[int]) -> str:

@@ -161,6 +161,21 @@ def test_an_error_leaves_the_bar_where_it_was(bar_class: Any, terminal: Terminal
     assert terminal.screen[-1] == "the traceback"
 
 
+@bars
+def test_an_error_in_the_validation_leaves_each_bar_once(bar_class: Any, terminal: Terminal) -> None:
+    class Fails(Logging):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trainer(bar_class(), num_sanity_val_steps=0).fit(Fails(), loader(5), loader(3))
+    print("the traceback")
+    train, validation, after = terminal.screen
+    assert "5/5" in train and "Validation" in validation and "1/3" in validation
+    assert after == "the traceback"
+
+
 def test_smoothing_of_a_bar_of_the_user_counts(terminal: Terminal) -> None:
     now, rates = [0.0], []
 

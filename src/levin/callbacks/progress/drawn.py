@@ -355,10 +355,11 @@ class DrawnProgressBar(ProgressBar):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # The bars stay where they were, so that the traceback begins on a line of its own.
-        for loop in (self._train, self._eval):
-            if loop is not None and loop.done > 0 and self.is_enabled:
-                self._draw(loop, None)  # no values: the device they are on may be what failed
-                self._renderer.close(loop.stage, keep=True)
+        begun = [loop for loop in (self._train, self._eval) if loop is not None and loop.done > 0 and self.is_enabled]
+        for loop in begun:
+            self._draw(loop, None)  # no values: the device they are on may be what failed
+        for loop in begun:  # a bar below one that was closed would be drawn a line too low
+            self._renderer.close(loop.stage, keep=True)
         self._stop()
 
     @override
