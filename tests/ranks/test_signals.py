@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader
 from levin import Callback, LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint.verify import verify
-from levin.ranks.signals import FILE_NAME
+from levin.ranks.signals import FILE_NAME, Signals, listen_for_sigterm
 from tests.checkpoint.exact_runs import Run, Setup, differences, first_difference
 
 ROOT = Path(__file__).parents[2]
@@ -125,11 +126,20 @@ def test_the_folder_of_weights_alone_is_not_used(tmp_path):
     assert (tmp_path / FILE_NAME).exists()
 
 
+class NotesWhatFollows(Tell):
+    """Is told, and notes whether the hook is gone on with."""
+
+    def tell(self, *args, **kwargs) -> None:
+        super().tell()
+        self.calls.append("went on")
+
+
 @pytest.mark.parametrize("hook", ["setup", "on_sanity_check_start", "on_fit_start"])
-def test_before_training_there_is_nothing_to_save(tmp_path, hook):
-    tell = Tell(hook)
+def test_before_training_the_run_ends_at_once_and_there_is_nothing_to_save(tmp_path, hook):
+    tell = NotesWhatFollows(hook)
     fit(tmp_path, [tell, ModelCheckpoint(tmp_path / "kept")])
-    assert tell.calls == ["told", "SIGTERMException"]
+    # The sanity check has batches, after which it asks.
+    assert tell.calls == ["told", *["went on"] * (hook == "on_sanity_check_start"), "SIGTERMException"]
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
@@ -145,13 +155,39 @@ def test_handlers_of_the_user_are_called_and_come_back(tmp_path):
     def own(number, frame):
         seen.append(number)
 
-    before = signal.signal(signal.SIGTERM, own)
+    def of_children(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, own), signal.signal(signal.SIGCHLD, of_children)
     try:
         fit(tmp_path, [Tell("on_before_zero_grad")], enable_checkpointing=False)
-        assert signal.getsignal(signal.SIGTERM) is own
+        assert signal.getsignal(signal.SIGTERM) is own and signal.getsignal(signal.SIGCHLD) is of_children
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGCHLD, before[1])
+    assert seen == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_a_run_around_this_one_is_told_too_unless_it_is_of_the_process_that_forked_this_one(monkeypatch, is_forked):
+    runs = [
+        SimpleNamespace(
+            signals=Signals(), told=SimpleNamespace(received_sigterm=False), strategy=SimpleNamespace(launcher=None)
+        )
+        for _ in range(2)
+    ]
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        for run in runs:
+            run.signals.waits_for_batch = True
+            listen_for_sigterm(run)
+            if is_forked and run is runs[0]:
+                monkeypatch.setattr(os, "getpid", lambda: 2**30)  # no process has such a number
+        signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert seen == [signal.SIGTERM]
+    assert [run.told.received_sigterm for run in runs] == [not is_forked, True] and seen == [signal.SIGTERM]
 
 
 def test_in_another_thread_no_handler_is_put_in_place():
