@@ -148,6 +148,13 @@ def test_a_checkpoint_loads_without_the_callback_and_training_goes_on(tmp_path):
     assert again.current_epoch == 3
 
 
+@pytest.mark.parametrize(("verbose", "num_lines"), [(0, 0), (1, 1), (2, 3)])
+def test_as_much_is_said_as_was_asked_for(tmp_path, caplog, verbose, num_lines):
+    with caplog.at_level(logging.INFO, "levin"):
+        fit([ModelPruning("l1_unstructured", verbose=verbose)], tmp_path, max_epochs=1)
+    assert caplog.text.count("Applied `L1Unstructured`") == num_lines
+
+
 def test_some_are_left_out(tmp_path):
     class Weights(ModelPruning):
         def filter_parameters_to_prune(self, parameters_to_prune=()):
