@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import subprocess
 import sys
 import types
 from argparse import Namespace
@@ -19,6 +20,7 @@ from levin import LightningModule
 from levin.checkpoint import TorchCheckpointIO
 from levin.compat import private
 from levin.compat.table import names_in
+from tests.parity import both as parity
 
 
 def theirs(module: str, name: str) -> Any:
@@ -191,3 +193,82 @@ def test_a_model_of_torchvision_by_its_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ModuleNotFoundError, match="get_torchvision_model.*torchvision"):
         function("resnet18")
+
+
+def test_messages_of_levin_reach_the_logger_that_nemo_listens_to():
+    left, right = both("pytorch", "_logger")
+    assert left is right
+    program = (
+        "from levin.compat import install; install()\n"
+        "import lightning.pytorch as pl, logging, sys\n"
+        "pl._logger.addHandler(logging.StreamHandler(sys.stdout))\n"
+        "pl.utilities.rank_zero_info('heard')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "heard\n"
+
+
+def test_a_hook_of_the_module_is_called_by_its_name():
+    class Model(LightningModule):
+        def on_load_checkpoint(self, checkpoint, more=None):
+            return self, checkpoint, more
+
+    first, second = Model(), Model()
+    _, call = both("pytorch.trainer.call", "_call_lightning_module_hook")
+    trainer = types.SimpleNamespace(lightning_module=first)
+    assert call(trainer, "on_load_checkpoint", {"a": 1}) == (first, {"a": 1}, None)
+    assert call(trainer, "on_load_checkpoint", {}, pl_module=second, more=2) == (second, {}, 2)
+    assert call(trainer, "unknown") is None
+
+
+def test_classes_of_a_module_enter_a_registry():
+    class Parent:
+        @classmethod
+        def enter(cls, registry):
+            registry.append(cls)
+
+    class Silent(Parent):
+        pass
+
+    class Child(Parent):
+        @classmethod
+        def enter(cls, registry):
+            super().enter(registry)
+
+    module = types.ModuleType("classes")
+    vars(module).update(
+        Parent=Parent, Silent=Silent, Child=Child, Grandchild=type("Grandchild", (Child,), {}), other=int
+    )
+    for function in both("fabric.utilities.registry", "_register_classes"):
+        registry: list[type] = []
+        function(registry, "enter", module, Parent)
+        assert registry == [Child, module.Grandchild]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")
+@pytest.mark.parametrize("verbose", [True, False])
+def test_a_loop_that_is_put_in_the_place_of_that_of_the_test_shows_the_results(tmp_path, verbose):
+    shown = []
+    loops = both("pytorch.loops.evaluation_loop", "_EvaluationLoop")
+    stages = [both("pytorch.trainer.states", name) for name in ("TrainerFn", "RunningStage")]
+    for framework, parent, fn, stage in zip((parity.lightning(), parity.levin()), loops, *stages):
+
+        class Telling(parent):
+            @staticmethod
+            def _print_results(results, stage):
+                seen.append(([{name: value.item() for name, value in each.items()} for each in results], str(stage)))
+
+        class Model(framework.LightningModule):
+            def test_step(self, batch, batch_idx):
+                self.log("acc", 0.5)
+
+        seen: list[Any] = []
+        trainer = parity.quiet(framework, tmp_path)
+        trainer.test_loop = Telling(trainer, fn.TESTING, stage.TESTING, verbose=verbose, inference_mode=True)
+        seen.append(trainer.test(Model(), parity.loader(1)))
+        seen.append(trainer.test(Model(), parity.loader(1), verbose=False))
+        assert isinstance(trainer.validate_loop, parent) and not isinstance(3, parent)
+        assert not isinstance(trainer.validate_loop, Telling)
+        shown.append(seen)
+    assert shown[0] == shown[1]
+    assert len(shown[1]) == 3

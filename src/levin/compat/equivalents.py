@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset
 from levin.accelerators import Accelerator, CPUAccelerator
 from levin.data.loaders import known_length
 from levin.engine import Engine, build_engine
-from levin.precision import DoublePrecision
+from levin.precision import DoublePrecision, Precision
 from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
@@ -112,6 +112,10 @@ class _AcceleratorConnector:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def _check_and_init_precision(self) -> Precision:
+        """Return the precision; nequip puts a function of its own in the place of this, which levin does not call."""
+        return self._engine.precision
 
 
 _DECIDED_ELSEWHERE = ("benchmark", "deterministic", "use_distributed_sampler")

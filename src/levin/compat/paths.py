@@ -58,7 +58,9 @@ _SUMMARY_NAMES = (
 TABLE: dict[str, dict[str, str]] = {
     "": {"levin": f"{_ROOT} Fabric"},
     # ------------------------------------------------------------------ lightning.pytorch, pytorch_lightning
-    "pytorch": {"levin": _ROOT, "levin.utilities.warnings": "disable_possible_user_warnings"},
+    "pytorch": {
+        "levin": _ROOT, "levin.utilities.warnings": "disable_possible_user_warnings", PRIVATE: "_logger",
+    },
     "pytorch.accelerators": {
         _ACCELERATORS: "Accelerator AcceleratorRegistry CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator "
         "find_usable_cuda_devices",
@@ -148,9 +150,11 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "merge_dicts",
     },
     "pytorch.loops": {
-        _COUNTERS: "_FitLoop:FitLoop _TrainingEpochLoop:EpochLoop _EvaluationLoop:EvaluationLoop "
-        "_PredictionLoop:EvaluationLoop",
+        _COUNTERS: "_FitLoop:FitLoop _TrainingEpochLoop:EpochLoop _PredictionLoop:EvaluationLoop",
+        PRIVATE: "_EvaluationLoop",
     },
+    "pytorch.loops.optimization": {},
+    "pytorch.loops.optimization.automatic": {ABSENT: "ClosureResult"},
     "pytorch.overrides": {},
     "pytorch.overrides.distributed": {"levin.data.samplers": "UnrepeatedDistributedSampler"},
     "pytorch.plugins": {
@@ -158,6 +162,7 @@ TABLE: dict[str, dict[str, str]] = {
         _ENVIRONMENTS: "ClusterEnvironment",
         _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}",
         _STRATEGIES: "LayerSync TorchSyncBatchNorm",
+        PRIVATE: "_PLUGIN_INPUT",
         ABSENT: "FSDPPrecision",
     },
     "pytorch.plugins.environments": {_ENVIRONMENTS: _ALL_ENVIRONMENTS},
@@ -185,7 +190,9 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
     "pytorch.trainer": {"levin": "Trainer seed_everything"},
     "pytorch.trainer.connectors": {},
-    "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector"},
+    "pytorch.trainer.call": {PRIVATE: "_call_lightning_module_hook"},
+    "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector", PRIVATE: "_IS_INTERACTIVE"},
+    "pytorch.trainer.setup": {},
     "pytorch.trainer.connectors.checkpoint_connector": {ABSENT: "_CheckpointConnector"},
     "pytorch.trainer.connectors.logger_connector": {},
     "pytorch.trainer.connectors.logger_connector.result": {
@@ -355,6 +362,7 @@ TABLE: dict[str, dict[str, str]] = {
         **_RANK_ZERO_MODULE,
         _RANK_ZERO: f"{_RANK_ZERO_MODULE[_RANK_ZERO]} _get_rank:rank_from_environment",
     },
+    "fabric.utilities.registry": {PRIVATE: "_register_classes"},
     "fabric.utilities.seed": {
         "levin": "seed_everything",
         "levin.utilities.seed": "pl_worker_init_function reset_seed max_seed_value:MAX_SEED",

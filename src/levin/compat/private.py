@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Optional
+from types import ModuleType
+from typing import Any, Optional, Union
 
 import torch
 
 from levin.checkpoint import CheckpointIO, TorchCheckpointIO
+from levin.counters import EvaluationLoop
+from levin.environments import ClusterEnvironment
 from levin.loggers.utilities import flatten
 from levin.module import LightningModule
+from levin.precision import Precision
+from levin.protocols import Trainer
+from levin.strategies import LayerSync
 from levin.strategies.sharding import make_weights
 from levin.trainer.compiled import is_compiled, to_uncompiled
+from levin.trainer.results_table import print_results
+from levin.utilities.interactive import is_interactive
+from levin.utilities.registry import Registry
+from levin.utilities.states import RunningStage, TrainerFn
 from levin.utilities.types import PathLike, StateDict
+
+_logger = logging.getLogger("lightning.pytorch")
+"""Gets levin's lines too, which come from a logger below it (nemo)."""
+_IS_INTERACTIVE: bool = is_interactive()
+"""Whether a person sits at a prompt (nequip)."""
+_PLUGIN_INPUT = Union[Precision, ClusterEnvironment, CheckpointIO, LayerSync, str]
+"""What ``plugins`` takes (nemo)."""
 
 
 class _NotYetLoadedTensor:
@@ -101,6 +119,70 @@ def _convert_fp_tensor(tensor: torch.Tensor, dst_type: torch.dtype) -> torch.Ten
 def _jit_is_scripting() -> Iterator[None]:
     """Do nothing: levin's properties need no care while torch looks at them (nemo)."""
     yield
+
+
+def _call_lightning_module_hook(
+    trainer: Trainer, hook_name: str, *args: object, pl_module: Optional[LightningModule] = None, **kwargs: object
+) -> Any:
+    """Return what a hook of the module returns, None where it has none of that name (nemo)."""
+    hook = getattr(trainer.lightning_module if pl_module is None else pl_module, hook_name, None)
+    return hook(*args, **kwargs) if callable(hook) else None
+
+
+def _register_classes(registry: Registry[Any], method: str, module: ModuleType, parent: type) -> None:
+    """Let the subclasses of ``parent`` in a module that have such a method of their own enter a registry (nequip).
+
+    Args:
+        registry: Where to.
+        method: Name of the class method that does it.
+        module: Where the classes are looked for.
+        parent: Their base.
+    """
+    for found in vars(module).values():
+        bases = found.__mro__ if isinstance(found, type) else ()
+        if parent in bases and any(method in vars(base) for base in bases[: bases.index(parent)]):
+            getattr(found, method)(registry)
+
+
+class _AnyLoop(type):
+    """All loops of an evaluation are loops of this kind, also those that the Trainer made."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, EvaluationLoop) if cls is _EvaluationLoop else super().__instancecheck__(instance)
+
+
+class _EvaluationLoop(EvaluationLoop, metaclass=_AnyLoop):
+    """May be put into the place of ``trainer.test_loop``, and shows the results as it likes (torch-uncertainty).
+
+    Args:
+        trainer: The trainer.
+        trainer_fn: The method of the Trainer that it is for.
+        stage: The stage that it is for.
+        verbose: Without effect: the argument of ``test`` or ``validate`` counts.
+        inference_mode: Without effect: the argument of the Trainer counts.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        trainer_fn: TrainerFn,
+        stage: RunningStage,
+        verbose: bool = True,
+        inference_mode: bool = True,
+    ) -> None:
+        super().__init__()
+        self.trainer: Trainer = trainer
+        self.verbose: bool = verbose
+        self.inference_mode: bool = inference_mode
+
+    def print_results(self, results: list[dict[str, float]], stage: str) -> None:
+        """Show what ``test`` or ``validate`` returns."""
+        as_tensors = [{name: torch.tensor(value) for name, value in result.items()} for result in results]
+        self._print_results(as_tensors, stage)
+
+    @staticmethod
+    def _print_results(results: list[dict[str, torch.Tensor]], stage: str) -> None:
+        print_results([{name: value.item() for name, value in result.items()} for result in results], stage)
 
 
 class _WrappingCheckpointIO(CheckpointIO):

@@ -275,8 +275,9 @@ def evaluate(
     run = begin(trainer, fn, model, datamodule, given)
     results: list[dict[str, float]] = execute(trainer, run, ckpt_path, weights_only, model is not None)
     if verbose and results and run.strategy.is_global_zero:
+        loop = getattr(trainer.loops, fn.value)
         with lenient_streams():
-            print_results(results, fn.value)
+            getattr(loop, "print_results", print_results)(results, fn.value)
     return results
 
 

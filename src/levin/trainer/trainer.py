@@ -154,8 +154,8 @@ class Trainer:
     progress_bar_callback: Optional[ProgressBar] = first_of("_progress_bars", "The progress bar, or None.")
     # Loops: limits and counters, which go on from one call to the next.
     fit_loop: FitLoop = reads("loops.fit", "Limits and counters of training.")
-    validate_loop: EvaluationLoop = reads("loops.validate", "Counters of ``validate``.")
-    test_loop: EvaluationLoop = reads("loops.test", "Counters of ``test``.")
+    validate_loop: EvaluationLoop = part("loops.validate", "Counters of ``validate``.")
+    test_loop: EvaluationLoop = part("loops.test", "Counters of ``test``.")
     predict_loop: EvaluationLoop = reads("loops.predict", "Counters of ``predict``.")
     current_epoch: int = reads("loops.fit.epoch_progress.current.completed", "Completed epochs.")
     global_step: int = reads("loops.fit.epoch_loop.global_step", "Optimizer steps taken.")
