@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import levin
-from levin.callbacks import ServableModule, ServableModuleValidator
+from levin.callbacks import ServableModule, ServableModuleValidator, serve
 from levin.callbacks.serve import Response
 from levin.demos.boring_classes import BoringModel
 
@@ -84,11 +84,11 @@ def test_what_is_wrong_ends_the_run():
 
 
 @needs_server
-def test_a_port_in_use_and_what_is_not_there():
+def test_a_port_in_use_is_told_at_once():
     with socket.socket() as used:
         used.bind(("127.0.0.1", 0))
         used.listen()
-        validator = ServableModuleValidator(port=used.getsockname()[1], timeout=3)
+        validator = ServableModuleValidator(port=used.getsockname()[1], timeout=60)
         trainer = levin.Trainer(
             fast_dev_run=True,
             callbacks=[validator],
@@ -97,9 +97,19 @@ def test_a_port_in_use_and_what_is_not_there():
             accelerator="cpu",
         )
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="is the port in use|did not answer in 3 s"):
+        with pytest.raises(RuntimeError, match="ended at once: is the port in use"):
             trainer.fit(Served())
         assert time.monotonic() - start < 30
+
+
+@needs_server
+def test_a_server_that_says_nothing_is_waited_for_as_long_as_was_said(monkeypatch):
+    monkeypatch.setattr(serve, "_serve", lambda *_: time.sleep(60))
+    with pytest.raises(RuntimeError, match="did not answer in 1 s"):
+        validate(Served(), timeout=1)
+
+
+def test_what_is_not_there_is_said():
     with pytest.raises(NotImplementedError, match="onnx"):
         ServableModuleValidator(optimization="onnx")
     with pytest.raises(NotImplementedError, match="sagemaker"):

@@ -392,6 +392,23 @@ def test_loggers_hear_of_complete_files_only(tmp_path, way):
     assert heard == [(f"epoch={n}-step={4 * n + 4}.ckpt", True) for n in range(3)]
 
 
+def test_loggers_hear_of_a_file_after_the_batch_in_which_it_became_complete(tmp_path, monkeypatch):
+    gate, heard = Gate(monkeypatch), []
+
+    class Listening(DummyLogger):
+        def after_save_checkpoint(self, checkpoint_callback):
+            heard.append(run.global_step)
+
+    def complete(run):
+        gate.opened.set()
+        run.strategy.checkpoint_io.wait()
+
+    callbacks = [ModelCheckpoint(tmp_path / "saved", async_save=True), AtBatch(6, complete)]
+    run = trainer(tmp_path, callbacks, logger=Listening(), log_every_n_steps=1, max_epochs=2)
+    run.fit(TrainOnly(), loader())
+    assert heard == [6, 8]
+
+
 def test_a_background_save_is_off_unless_asked_for(tmp_path):
     callback = ModelCheckpoint(tmp_path)
     assert callback.async_save is False

@@ -61,6 +61,11 @@ def bases(framework: SimpleNamespace) -> SimpleNamespace:
             super().__init__()
             self.save_hyperparameters(conf)
 
+    class CopiedConf(Module):
+        def __init__(self, depth, conf):
+            super().__init__()
+            self.save_hyperparameters(copy.copy(conf))
+
     class Ignore(Module):
         def __init__(self, width, depth=2, layer=None, **options):
             super().__init__()
@@ -234,6 +239,7 @@ MAKERS: dict[str, Any] = {
     "name in kwargs": lambda c: c.FromOptions(3, colour="red", other=1),
     "name in kwargs, missing": lambda c: c.FromOptions(3),
     "dict": lambda c: c.Conf({"a": 1, "b": {"c": 2}}),
+    "copy of a dict": lambda c: c.CopiedConf(2, {"a": 1}),
     "empty dict": lambda c: c.Conf({}),
     "namespace": lambda c: c.Conf(Namespace(a=1, b=[2])),
     "empty namespace": lambda c: c.Conf(Namespace()),
@@ -348,7 +354,7 @@ def test_what_cannot_be_kept_is_refused(name):
 
 
 SAVED = [
-    "all", "named", "one name", "dict", "empty dict", "namespace", "omegaconf", "ignore one", "ignore in a container",
+    "all", "named", "one name", "dict", "copy of a dict", "empty dict", "namespace", "omegaconf", "ignore one", "ignore in a container",
     "silent", "twice", "twice, silent at last", "grandchild", "mixin", "parent with child", "not saved", "changed after",
 ]  # fmt: skip
 
