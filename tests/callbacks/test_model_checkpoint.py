@@ -311,17 +311,18 @@ def test_manual_optimization_by_steps_is_warned_about(tmp_path):
     assert names(tmp_path) == ["epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt"]
 
 
-def test_loggers_hear_of_each_file(tmp_path):
+def test_loggers_hear_of_each_file_when_it_is_there(tmp_path):
     from levin.loggers.logger import DummyLogger
 
     heard = []
 
     class Listening(DummyLogger):
         def after_save_checkpoint(self, checkpoint_callback):
-            heard.append(checkpoint_callback.best_model_path)
+            heard.append((run.global_step, checkpoint_callback.best_model_path))
 
-    fit(tmp_path, ModelCheckpoint(tmp_path), max_epochs=2, logger=Listening(), log_every_n_steps=1)
-    assert heard == [str(tmp_path / f"epoch={epoch}-step={4 * epoch + 4}.ckpt") for epoch in range(2)]
+    run = trainer(tmp_path, [ModelCheckpoint(tmp_path)], max_epochs=2, logger=Listening(), log_every_n_steps=1)
+    run.fit(Small(), loader(), loader(2))
+    assert heard == [(step, str(tmp_path / f"epoch={epoch}-step={step}.ckpt")) for epoch, step in enumerate((4, 8))]
 
 
 def test_two_callbacks_keep_their_states_apart(tmp_path):

@@ -409,6 +409,30 @@ def test_loggers_hear_of_a_file_after_the_batch_in_which_it_became_complete(tmp_
     assert heard == [6, 8]
 
 
+@pytest.mark.parametrize("saves_then", [False, True])
+def test_loggers_hear_of_files_that_become_complete_as_the_run_fails(tmp_path, monkeypatch, saves_then):
+    gate, heard = Gate(monkeypatch), []
+
+    class Listening(DummyLogger):
+        def after_save_checkpoint(self, checkpoint_callback):
+            heard.append(names(tmp_path / "saved"))
+
+    class Opening(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            gate.opened.set()
+
+    def fail(run):
+        raise RuntimeError("in the middle")
+
+    callback = ModelCheckpoint(tmp_path / "saved", async_save=True, save_on_exception=saves_then)
+    run = trainer(tmp_path, [callback, AtBatch(6, fail), Opening()], logger=Listening(), log_every_n_steps=1)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run.fit(TrainOnly(), loader())
+    files = ["epoch=0-step=4.ckpt", "epoch=1-step=6.ckpt"]
+    assert heard == ([files[:1], files] if saves_then else [files[:1]])
+    assert callback.best_model_path == str(tmp_path / "saved" / files[0])
+
+
 def test_a_background_save_is_off_unless_asked_for(tmp_path):
     callback = ModelCheckpoint(tmp_path)
     assert callback.async_save is False
