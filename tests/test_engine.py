@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,7 +18,16 @@ from levin.engine import build_engine, describe_devices, resolve_precision_name
 from levin.environments import LightningEnvironment, TorchElasticEnvironment
 from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from levin.strategies import DDPStrategy, LayerSync, SingleDeviceStrategy, StrategyRegistry, TorchSyncBatchNorm
+from levin.strategies import (
+    DDPStrategy,
+    LayerSync,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+    StrategyRegistry,
+    TorchSyncBatchNorm,
+)
+from levin.strategies.extension_points import ExtensionPoints
 from levin.strategies.registry import StrategyRegistryType
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -266,6 +277,23 @@ def test_devices_are_described(caplog, two_gpus):
         "GPU available: True (cuda), used: True",
         "TPU available: False, using: 0 TPU cores",
     ]
+
+
+def test_what_our_strategies_change_is_in_the_table_of_what_a_strategy_answers():
+    strategies = [StrategyRegistry.get_class(name) for name in StrategyRegistry.available_strategies()]
+    kinds = {kind for strategy in (*strategies, ModelParallelStrategy) for kind in strategy.__mro__} - set(
+        Strategy.__mro__
+    )
+    table = (inspect.getdoc(Strategy) or "").partition("::")[2].partition("Args:")[0]
+    listed = set(re.findall(r"\b[a-z]\w+\b", re.sub(r"(?m)^ {4}\S.*?  ", "", table)))
+    assert {name for name in listed if not hasattr(Strategy, name)} == set()
+    public = {
+        name
+        for name, value in inspect.getmembers(Strategy)
+        if not name.startswith("_") and not hasattr(ExtensionPoints, name) and not isinstance(value, bool)
+    }
+    changed = {name for kind in kinds for name in vars(kind) if name in public}
+    assert len(changed) > 30 and changed - listed == set()
 
 
 def test_strategy_registry():

@@ -77,6 +77,8 @@ def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():
     assert precision.convert_output([out])[0].dtype == torch.float32
     assert precision.scaler is None
     assert precision.precision == "bf16-mixed"
+    with MixedPrecision("16-mixed", SCALER_DEVICE).forward_context():
+        assert module(torch.zeros(1, 2)).dtype == torch.float16
 
 
 def test_wrong_precision_names():

@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from levin import Trainer
 from levin.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from levin.checkpoint import consolidate
-from levin.strategies import DDPStrategy
+from levin.strategies import DDPStrategy, ModelParallelStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.parameters import grad_norm
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET, Small, WithLosses, dataset, ordered_loader
 
@@ -144,6 +145,8 @@ def test_manual_optimization():
 
 
 class OnMeta(Deep):
+    """Makes its layers in `configure_model`, two of them with one weight."""
+
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
         del self.net
@@ -152,6 +155,7 @@ class OnMeta(Deep):
         if not hasattr(self, "net"):
             torch.manual_seed(1)
             self.net = Net()
+            self.net.blocks[2].layer.weight = self.net.blocks[1].layer.weight
 
 
 @world_size(2, connect=False)
@@ -166,6 +170,34 @@ def test_a_module_made_on_the_meta_device_has_the_weights_of_one_made_whole():
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     torch.testing.assert_close(seen[0], seen[1])
     torch.testing.assert_close(whole(module), whole(reference))
+
+
+class OnMetaOfOwnNumbers(OnMeta):
+    """What its layers begin with is drawn by each rank for itself."""
+
+    def configure_model(self):
+        with torch.device("meta"):
+            super().configure_model()
+        torch.manual_seed(100 + self.global_rank)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "copies", "layers"])
+@world_size(2, connect=False)
+def test_layers_made_in_configure_model_begin_alike(way):
+    strategy = {
+        "fsdp": FSDPStrategy(device_mesh=(2, 1)),
+        "copies": ModelParallelStrategy(2, 1, copies=2),
+        "layers": ModelParallelStrategy(1, 2, plan={"net.embed": "column", "net.head": "row"}),
+    }[way]
+    module = OnMetaOfOwnNumbers(4)
+    module.first = nn.Linear(4, 4)
+    torch.nn.init.constant_(module.first.weight, int(os.environ["RANK"]))
+    trainer = in_rank(strategy, max_epochs=1, limit_train_batches=0)
+    trainer.fit(module)
+    for name, value in whole(module).items():
+        first, second = trainer.strategy.all_gather(value)
+        assert torch.equal(first, second), name
+    assert module.net.blocks[0].layer.weight.std() > 0 == module.first.weight.std()
 
 
 @world_size(2, connect=False)
@@ -245,6 +277,52 @@ def test_frozen_and_shared_parameters(kind):
     alone().fit(reference)
     torch.testing.assert_close(whole(module), whole(reference))
     assert len(list(module.parameters())) == len(list(reference.parameters()))
+
+
+class Thawing(Deep):
+    """Two parts are frozen in the first epoch; in the second they learn, and another one does not."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.norms: list[float] = []
+        self.frozen = nn.ModuleList([self.net.embed, self.net.blocks[0]]).requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:  # there was a validation before
+            self.frozen.requires_grad_(True)
+            self.net.blocks[1].requires_grad_(False)
+            self.optimizers().add_param_group({"params": list(self.frozen.parameters())})
+            with torch.no_grad():
+                self.net.head.weight.mul_(0.9)
+
+    def on_before_optimizer_step(self, optimizer):
+        norms = grad_norm(self.net, 2)
+        assert ("grad_2.0_norm/embed.weight" in norms) == (self.current_epoch > 0)
+        self.norms.append(float(norms["grad_2.0_norm_total"]))
+
+
+@world_size(2, connect=False)
+def test_what_is_thawed_and_changed_between_epochs_is_as_on_one_device():
+    module, reference = Thawing(4), Thawing(8)
+    in_rank().fit(module)
+    alone().fit(reference)
+    torch.testing.assert_close(torch.tensor(module.norms), torch.tensor(reference.norms))
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
+class Penalized(Deep):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + sum(p.pow(2).sum() for p in self.parameters())
+
+
+@world_size(2, connect=False)
+def test_weights_that_meet_parts_of_others_are_told():
+    warnings.filterwarnings("ignore", "Found a non-scalar tensor")
+    with pytest.raises(RuntimeError, match=r"For a penalty on all weights use the optimizer's weight_decay"):
+        in_rank().fit(Penalized(4))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])

@@ -78,6 +78,29 @@ def test_two_dimensions_are_one_device(tmp_path, kind):
     torch.testing.assert_close(dict(saved), whole(reference))
 
 
+class ByHandOnMeta(Wide):
+    """Is made without memory, and cut before its weights are."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.net.to("meta")
+
+    configure_model = ByHand.configure_model
+
+
+@cuts_on_cpu
+@world_size(2, connect=False)
+def test_weights_are_made_of_layers_that_were_cut_on_the_meta_device():
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    module = ByHandOnMeta(8)
+    seen = []
+    module.on_fit_start = lambda: seen.append({name: value.clone() for name, value in whole(module).items()})
+    in_rank(ModelParallelStrategy(1, 2), 2, max_epochs=1).fit(module)
+    assert all(0 < value.abs().max() <= 0.5 for value in seen[0].values())
+    changed = whole(module)
+    assert all(not torch.equal(value, changed[name]) for name, value in seen[0].items())
+
+
 @world_size(2, connect=False)
 def test_tensor_parallel_alone_saves_one_file_that_one_device_goes_on_from(tmp_path):
     import warnings

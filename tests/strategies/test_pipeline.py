@@ -392,7 +392,8 @@ class Late(Tied):
 
     def configure_model(self):
         if not hasattr(self, "net"):
-            self.net = Remade()
+            with torch.device("meta"):
+                self.net = Remade()
             self.net.head.weight = self.net.embed.weight
             torch.manual_seed(self.global_rank)  # what each would draw for itself
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from levin import Trainer
-from levin.strategies.sharding import make_weights
+from levin.strategies.sharding import WeightMaker
 from levin.strategies.stage_state import own_numbers
 from levin.strategies.state_of import numbers_in
 
@@ -21,8 +21,9 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
         )
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(8, 2, 16)
+    make_weights = WeightMaker(torch.device("cpu"))
     for part in layer.modules():
-        make_weights(part, torch.device("cpu"))
+        make_weights(part)
     assert not any(parameter.is_meta for parameter in layer.parameters())
     attention = layer.self_attn
     assert attention.out_proj.bias.count_nonzero() == attention.in_proj_bias.count_nonzero() == 0

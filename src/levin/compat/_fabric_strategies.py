@@ -11,7 +11,6 @@ from torch.nn import Module
 
 from levin import strategies
 from levin.strategies.parallel import DEFAULT_TIMEOUT
-from levin.strategies.sharding import make_weights
 
 
 class FSDPStrategy(strategies.FSDPStrategy):
@@ -62,6 +61,4 @@ class ModelParallelStrategy(strategies.ModelParallelStrategy):
         parallel: Any = self._parallelize_fn(module, self.device_mesh)
         if not isinstance(parallel, Module):
             raise TypeError(f"parallelize_fn must return the module, received {parallel!r}. Write `return module`.")
-        for part in parallel.modules():
-            make_weights(part, self.root_device)
         return super().wrap_module(parallel, for_training)

@@ -20,7 +20,7 @@ from levin.module import LightningModule
 from levin.precision import Precision
 from levin.protocols import Trainer
 from levin.strategies import LayerSync
-from levin.strategies.sharding import make_weights
+from levin.strategies.sharding import WeightMaker
 from levin.trainer.compiled import is_compiled, to_uncompiled
 from levin.trainer.results_table import print_results
 from levin.utilities.interactive import is_interactive
@@ -47,8 +47,9 @@ def _lazy_load(filename: str | os.PathLike[str]) -> Any:
 
 def _materialize_meta_tensors(module: torch.nn.Module, device: torch.device) -> None:
     """Give whatever is on the meta device memory and its first values (litgpt)."""
+    make_weights = WeightMaker(device)
     for child in list(module.modules()):
-        make_weights(child, device)
+        make_weights(child)
 
 
 def _flatten_dict(params: Mapping[str, object], delimiter: str = "/", parent_key: str = "") -> dict[str, object]:

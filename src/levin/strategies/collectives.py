@@ -169,20 +169,23 @@ def num_collectives(group: Group = None) -> int:
     return count
 
 
-def sync_tensors(tensors: Iterable[Tensor], src: int = 0, device: torch.device | None = None) -> None:
-    """Overwrite the tensors of every process by those of rank ``src``.
+def sync_tensors(
+    tensors: Iterable[Tensor], src: int = 0, device: torch.device | None = None, group: Group = None
+) -> None:
+    """Overwrite the tensors of every process by those of one.
 
     Args:
         tensors: The same number of tensors, of the same shapes, in every process.
-        src: The rank they come from.
+        src: The rank they come from, in ``group``.
         device: The device that the bytes travel over, a few tensors at a time; where they are when None.
+        group: The processes that take part; all when None.
     """
     # Started together, so that the time on the way is paid once and not for each.
     pending: deque[tuple[Any, Tensor, Tensor]] = deque()
     for tensor in tensors:
         plain = tensor.detach()
         sent = plain.to(device or plain.device).contiguous()
-        pending.append((dist.broadcast(sent, src=src, async_op=True), plain, sent))
+        pending.append((dist.broadcast(sent, group=group, group_src=src, async_op=True), plain, sent))
         if sent.device != plain.device and len(pending) > _NUM_ON_THE_WAY:
             _receive(*pending.popleft())
     while pending:

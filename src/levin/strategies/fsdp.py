@@ -15,11 +15,12 @@ from torch.nn import Module
 from typing_extensions import override
 
 from levin.strategies import collectives
+from levin.strategies.gathered import follow_freezing
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
 from levin.strategies.sharded import ShardedStrategy
-from levin.strategies.sharding import ShardingPlan, as_policy, check_cutting_on, recomputation_of
+from levin.strategies.sharding import ShardingPlan, as_policy, check_cutting_on, made_tensors, recomputation_of
 from levin.utilities.exceptions import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -177,9 +178,7 @@ class FSDPStrategy(ShardedStrategy):
         if isinstance(module, FSDPModule):
             return module
         assert self.device_mesh is not None
-        on_meta = [tensor.is_meta for tensor in module.parameters()]
-        if not any(on_meta):
-            collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
+        collectives.sync_tensors(made_tensors(module), device=self.root_device)
         is_on_gpu = self.root_device.type != "cpu"
         is_unit = as_policy(self._auto_wrap_policy, module, "auto_wrap_policy")
         plan = ShardingPlan(
@@ -193,6 +192,7 @@ class FSDPStrategy(ShardedStrategy):
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
         prepare(module, plan)
+        follow_freezing(module)
         return module
 
     # Contexts

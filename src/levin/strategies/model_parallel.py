@@ -27,7 +27,7 @@ from levin.strategies import collectives, stage_state, state_of
 from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
-from levin.strategies.gathered import cut_as
+from levin.strategies.gathered import cut_as, follow_freezing
 from levin.strategies.layer_plan import STYLES, apply_plan, first_names
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
@@ -35,8 +35,9 @@ from levin.strategies.recomputation import SELECTIVE, checked
 from levin.strategies.sharded import ShardedStrategy
 from levin.strategies.sharding import (
     ShardingPlan,
+    WeightMaker,
     check_cutting_on,
-    make_weights,
+    made_tensors,
     recomputation_of,
     repeated_blocks,
 )
@@ -246,8 +247,8 @@ class ModelParallelStrategy(ShardedStrategy):
         stages_in(module, self.pipeline_plan)
 
     def module_to_device(self, module: Module) -> None:
-        """Move the module to the device; of a pipeline only the layers of this process, once they are known."""
-        if self.pipeline_plan.size == 1:
+        """Move the module to the device; one that is not made yet, and that of a pipeline, when it has been cut."""
+        if self.pipeline_plan.size == 1 and not any(parameter.is_meta for parameter in module.parameters()):
             super().module_to_device(module)
 
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
@@ -257,11 +258,12 @@ class ModelParallelStrategy(ShardedStrategy):
             module.to(self.root_device)
             return module
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-        if not is_cut and not any(parameter.is_meta for parameter in module.parameters()):
-            collectives.sync_tensors([*module.parameters(), *module.buffers()], device=self.root_device)
+        if not is_cut:
+            collectives.sync_tensors(made_tensors(module), device=self.root_device)
         is_by_hand = any(isinstance(part, FSDPModule) for part in module.modules())
         data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
         is_cut_here = not is_by_hand and data.size() > 1
+        make_weights = self._weight_maker()
         cut_stages = None
         if self.pipeline_plan.size > 1:
             from levin.strategies.replay import Replay  # slow to import
@@ -270,18 +272,34 @@ class ModelParallelStrategy(ShardedStrategy):
             layers, stages = stages_in(module, self.pipeline_plan)
             # What layers give is found out with whole ones, before they are shared or left out.
             cut_stages = partial(
-                self._cut_into_stages, stages=stages, replay=Replay(module, layers, stages, self.root_device)
+                self._cut_into_stages,
+                stages=stages,
+                replay=Replay(module, layers, stages, self.root_device),
+                make_weights=make_weights,
             )
         prepare(
             module,
-            ShardingPlan(mesh=data if is_cut_here else None, recomputes=recomputation_of(self._recomputes, module)),
+            ShardingPlan(
+                mesh=data if is_cut_here else None,
+                recomputes=recomputation_of(self._recomputes, module),
+                make_weights=make_weights,
+            ),
             cut_layers=self._cut_layers,
             cut_stages=cut_stages,
             share_sequences=partial(self._share_sequences, is_by_hand=is_by_hand)
             if self.context_parallel_size > 1
             else None,
         )
+        if not is_cut_here:
+            _make_all(module, make_weights, self.root_device)
+        follow_freezing(module)
         return module
+
+    def _weight_maker(self) -> WeightMaker:
+        """Return what makes layers for all processes that have them."""
+        assert self.device_mesh is not None
+        names = [name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE]
+        return WeightMaker(self.root_device, self.device_mesh[tuple(names)])
 
     def _cut_layers(self, module: Module) -> None:
         assert self.device_mesh is not None
@@ -317,7 +335,9 @@ class ModelParallelStrategy(ShardedStrategy):
                 f"a {type(module).__name__} in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
             )
 
-    def _cut_into_stages(self, module: Module, stages: list[list[str]], replay: Replay) -> Sequence[Module]:
+    def _cut_into_stages(
+        self, module: Module, stages: list[list[str]], replay: Replay, make_weights: WeightMaker
+    ) -> Sequence[Module]:
         from levin.strategies.pipeline import Pipeline, local_of  # slow to import
 
         assert self.device_mesh is not None
@@ -330,9 +350,7 @@ class ModelParallelStrategy(ShardedStrategy):
         users = users_of(module, stages)
         self._first_names = first_names(module)
         leave_out(module, [name for name, found in users.items() if found.isdisjoint(own)], replay.without_values)
-        for part in module.modules():
-            make_weights(part, self.root_device)
-        module.to(self.root_device)
+        _make_all(module, make_weights, self.root_device)
         of_several = {
             name: sorted(users[name])
             for name, _ in module.named_parameters()
@@ -466,6 +484,12 @@ class ModelParallelStrategy(ShardedStrategy):
         for name, parameter in module.named_parameters():
             gradient = of_name[name]
             parameter.grad = None if gradient is None else cut_as(parameter, gradient.to(parameter.dtype))
+
+
+def _make_all(module: Module, make_weights: WeightMaker, device: torch.device) -> None:
+    for part in module.modules():
+        make_weights(part)
+    module.to(device)
 
 
 def _is_cut_over_layers(parameter: torch.nn.Parameter) -> bool:

@@ -81,6 +81,21 @@ class ShardedStrategy(ParallelStrategy, ABC):
         if isinstance(inner, ShardedCheckpointIO):
             inner.connect()
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Say what to do where whole weights and parts of others met."""
+        super().on_exception(exception)
+        if exception.args and "got mixed torch.Tensor and DTensor" in str(exception.args[0]):
+            hint = (
+                "In a step this process has whole weights of the blocks that run, and of no block until a backward pass; of all others "
+                "it has its part (a DTensor). For a penalty on all weights use the optimizer's weight_decay, put a weight that is "
+                "used after a backward pass into a submodule, or take `parameter.full_tensor()` of parts on all processes."
+            )
+            exception.args = (f"{hint}\n{exception.args[0]}", *exception.args[1:])
+
+    def on_validation_end(self) -> None:
+        """Let go of what is kept after a forward for its backward: what hooks find between epochs are the weights that learn."""
+        let_go(self.lightning_module)
+
     def teardown(self) -> None:
         """Let go of what a forward that failed had gathered, and free the device."""
         if self.lightning_module is not None:

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import Module, ModuleDict, ModuleList, Parameter, Sequential
 from torch.nn.modules.batchnorm import _NormBase
 
+from levin.strategies import collectives
 from levin.strategies.recomputation import FULL, SELECTIVE, Recomputation, recompute
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Kwargs
@@ -38,6 +41,7 @@ class ShardingPlan:
         mixed_precision: Number formats of gathered weights and of the reduction of gradients.
         offload: Where the shards are kept.
         ignored: Parameters that every process keeps whole.
+        make_weights: Makes the weights that a submodule has on the meta device; None for those of ``mesh``.
         cuts_children: Whether each child of the module is a unit, too. A step that runs backward itself, and goes on after
             that, finds again the weights of what it calls, but not those that are gathered for the whole step.
     """
@@ -49,6 +53,7 @@ class ShardingPlan:
     mixed_precision: MixedPrecisionPolicy | None = None
     offload: OffloadPolicy | None = None
     ignored: frozenset[Parameter] = frozenset()
+    make_weights: Callable[[Module], None] | None = None
     cuts_children: bool = False
 
 
@@ -172,14 +177,14 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
         kwargs["offload_policy"] = plan.offload
     if plan.ignored:
         kwargs["ignored_params"] = set(plan.ignored)
-    device = torch.device(plan.mesh.device_type)
+    make_weights = plan.make_weights or WeightMaker(torch.device(plan.mesh.device_type), plan.mesh)
     # Normalizations that keep running statistics want weights in the format of these.
     norms = {part for part in module.modules() if isinstance(part, _NormBase) and _has_parameters(part)}
     if plan.mixed_precision is not None:
         units |= norms
 
     def cut(part: Module) -> None:
-        make_weights(part, device)
+        make_weights(part)
         for child in part.children():
             cut(child)
         if part in units and not isinstance(part, FSDPModule):
@@ -192,32 +197,67 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
     return module
 
 
-def make_weights(module: Module, device: torch.device) -> None:
-    """Give the module's own parameters and buffers that are on the meta device memory and their first values.
+def made_tensors(module: Module) -> list[Tensor]:
+    """Return the parameters and buffers of a module that have values, and not only a shape."""
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.device != META]
+
+
+class WeightMaker:
+    """Gives memory and first values to what a module has on the meta device, layer by layer.
+
+    Weights of several layers stay one. All processes begin with those of the first, whatever each would have drawn for itself.
 
     Args:
-        module: Its submodules are left as they are.
         device: Where to.
-
-    Raises:
-        MisconfigurationException: The module has no ``reset_parameters``.
+        mesh: The processes that have the layers; None for this one alone.
     """
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    if not any(tensor.device == META for tensor in own):
-        return
-    inner: object = getattr(module, "_reset_parameters", None)
-    reset: object = getattr(module, "reset_parameters", inner)
-    if inner is not None:
-        # torch's MultiheadAttention, which gives values to a layer inside of it, too; some programs give it the public name.
-        for child in module.children():
-            make_weights(child, device)
-    if not callable(reset):
-        raise MisconfigurationException(
-            f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
-            "weights their first values. Define it, or make the layer outside of `configure_model`."
-        )
-    module.to_empty(device=device, recurse=False)
-    reset()
+
+    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+        self.device, self.mesh = device, mesh
+        self._made: dict[Parameter, Parameter] = {}
+
+    def __call__(self, module: Module) -> None:
+        """Make the module's own parameters and buffers; its submodules are left as they are.
+
+        Raises:
+            MisconfigurationException: The module has no ``reset_parameters``.
+        """
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if not any(tensor.device == META for tensor in own):
+            return
+        inner: object = getattr(module, "_reset_parameters", None)
+        reset: object = getattr(module, "reset_parameters", inner)
+        if inner is not None:
+            # torch's MultiheadAttention, which gives values to a layer inside of it, too; some programs give it the public name.
+            for child in module.children():
+                self(child)
+        if not callable(reset):
+            raise MisconfigurationException(
+                f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
+                "weights their first values. Define it, or make the layer outside of `configure_model`."
+            )
+        before = dict(module._parameters)
+        module.to_empty(device=self.device, recurse=False)
+        reset()
+        for name, old in before.items():
+            made = module._parameters[name]
+            if old is not None and made is not None:
+                module._parameters[name] = self._made.setdefault(old, made)
+        if self.mesh is not None:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                _take_from_first(tensor, self.mesh)
+
+
+def _take_from_first(tensor: Tensor, mesh: DeviceMesh) -> None:
+    """Overwrite a tensor by that of the first process, in the dimensions of the mesh over which it is not cut."""
+    cut_over: set[str] = set()
+    if isinstance(tensor, DTensor):
+        names = tensor.device_mesh.mesh_dim_names or ()
+        cut_over = {name for name, placement in zip(names, tensor.placements) if not placement.is_replicate()}
+        tensor = tensor.to_local()
+    for dim, name in enumerate(mesh.mesh_dim_names or [""] * mesh.ndim):
+        if name not in cut_over and mesh.size(dim) > 1:
+            collectives.sync_tensors([tensor], group=mesh.get_group(dim))
 
 
 def classes_policy(classes: Iterable[type[Module]]) -> Policy:

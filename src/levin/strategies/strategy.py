@@ -29,7 +29,6 @@ from levin.utilities.types import Closure, Function, Group, StateDict, Tree
 if TYPE_CHECKING:
     import os
 
-
 T = TypeVar("T")
 
 
@@ -40,14 +39,16 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     what it set up: each verb names the module or the optimizer that it speaks of, so that there can be several of them.
     What a new strategy must implement is abstract here; what it may change, by the question it answers::
 
-        where is everything     root_device, is_global_zero, world_size, ..., data_parallel
+        where is everything     root_device, is_global_zero, world_size, global_rank, local_rank, node_rank, data_parallel,
+                                distributed_sampler_kwargs
         number formats          precision_for
-        modules                 module_to_device, wrap_module, unwrap, compose_step
-        the step                backward, no_sync, optimizer_step, scale_gradients, clip_gradients, setup_optimizer
-        other processes         reduce, all_gather, broadcast, barrier, reduce_boolean_decision
-        state                   module_state, load_module_state, optimizer_state, load_optimizer_state
-        files                   save_checkpoint, load_checkpoint, remove_checkpoint
-        the life of a run       assemble, setup_environment, on_exception, teardown
+        modules                 check_module, module_init_context, module_to_device, wrap_module, unwrap, copied_parameters
+        the step                setup_optimizer, compose_step, backward, no_sync, scale_gradients, clip_gradients, optimizer_step
+        other processes         reduce, all_gather, broadcast, barrier, reduce_boolean_decision, abandon_peers
+        state                   module_state, load_module_state, optimizer_state, own_optimizer_state, load_optimizer_state,
+                                window_gradients, load_window_gradients
+        files                   default_checkpoint_io, save_checkpoint, finish_saves, load_checkpoint, remove_checkpoint
+        the life of a run       assemble, take_devices, setup_environment, on_exception, teardown
 
     Args:
         accelerator: The hardware; chosen by the engine when None.

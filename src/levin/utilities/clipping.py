@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
+from levin.utilities.parameters import full
+
 
 def clip_by_norm(
     parameters: Iterable[Tensor],
@@ -43,7 +45,7 @@ def clip_by_norm(
     parameters = list(parameters)
     groups = list(by_mesh(parameters).values())
     counted = groups if counts is None else by_mesh(filter(counts, parameters)).values()
-    norms = [_full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in counted]
+    norms = [full(get_total_norm([p.grad for p in group if p.grad is not None], norm_type)) for group in counted]
     if not norms and join is None:
         return torch.tensor(0.0)
     total = norms[0] if len(norms) == 1 else _joined(torch.stack(norms or [torch.tensor(0.0)]), norm_type)
@@ -96,9 +98,3 @@ def by_mesh(parameters: Iterable[Tensor]) -> dict[object, list[Tensor]]:
         if gradient is not None:
             groups.setdefault(getattr(gradient, "device_mesh", None), []).append(parameter)
     return groups
-
-
-def _full(norm: Tensor) -> Tensor:
-    # Asked by attribute: the import of DTensor costs more than that of torch.
-    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return full

@@ -12,7 +12,8 @@ def grad_norm(module: nn.Module, norm_type: Union[float, int, str], group_separa
     """Return the norm of each parameter's gradient, and the norm of all of them together.
 
     Args:
-        module: Parameters without a gradient are left out.
+        module: Parameters without a gradient are left out. The parts of a DTensor on other processes are counted, so all of its
+            processes call this together.
         norm_type: p of the p-norm, > 0; ``"inf"`` for the largest value.
         group_separator: Stands between the kind of norm and the parameter in a key.
 
@@ -32,13 +33,20 @@ def grad_norm(module: nn.Module, norm_type: Union[float, int, str], group_separa
     if p <= 0:
         raise ValueError(f"norm_type must be > 0, received {norm_type!r}. Use 2 for the length, 'inf' for the maximum.")
     norms = {
-        f"grad_{p}_norm{group_separator}{name}": torch.linalg.vector_norm(parameter.grad.detach(), p)
+        f"grad_{p}_norm{group_separator}{name}": full(torch.linalg.vector_norm(parameter.grad.detach(), p))
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
     if norms:
         norms[f"grad_{p}_norm_total"] = torch.linalg.vector_norm(torch.stack(list(norms.values())), p)
     return norms
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a tensor as it is on all processes together: that of a DTensor, which is in parts; any other as it is."""
+    # Asked by attribute: the import of DTensor costs more than that of torch.
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
 
 
 def free_gradients(module: nn.Module) -> None:
