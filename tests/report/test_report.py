@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from levin.report.at_end import held_up_by
 from levin.report.command import main
 from levin.report.page import make_page, short_names, thinned
 from levin.report.read import find_runs, read_run
+from levin.utilities.stacks import calls_of
 
 
 class Net(BoringModel):
@@ -250,27 +252,19 @@ def test_parts_are_told_by_their_innermost_frame(tmp_path):
 
     class Looks(BoringModel):
         def training_step(self, batch, batch_idx):
-            import sys
-
-            seen["step"] = part_of(sys._getframe())
+            seen["step"] = part_of(calls_of(threading.get_ident()))
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch, batch_idx):
-            import sys
-
-            seen["validation"] = part_of(sys._getframe())
+            seen["validation"] = part_of(calls_of(threading.get_ident()))
 
         def on_save_checkpoint(self, checkpoint):
-            import sys
-
-            seen["checkpoint"] = part_of(sys._getframe())
+            seen["checkpoint"] = part_of(calls_of(threading.get_ident()))
 
     class Data(RandomDataset):
         def __getitem__(self, index):
-            import sys
-
             if seen.get("step"):
-                seen["data"] = part_of(sys._getframe())
+                seen["data"] = part_of(calls_of(threading.get_ident()))
             return super().__getitem__(index)
 
     trainer = levin.Trainer(

@@ -7,16 +7,15 @@ parts beforehand. A sample costs the loop nothing, and sees whatever runs.
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from types import FrameType
-from typing import NamedTuple, Optional
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from levin.loops.run import Run
+from levin.utilities.stacks import Call, calls_of
 
 INTERVAL_S = 0.1
 MAX_POINTS = 400
@@ -81,7 +80,6 @@ class TimeShares:
                 self._keep(run)
 
     def _watch(self) -> None:
-        # In a function of its own: a frame that was kept until the next look would keep all tensors of its variables.
         while not self._stopped.wait(INTERVAL_S) and self._look():
             pass
 
@@ -89,7 +87,7 @@ class TimeShares:
         run = self._run()
         if run is None:
             return False
-        part = part_of(sys._current_frames().get(self._thread_id))
+        part = part_of(calls_of(self._thread_id))
         self.counts[part] += 1
         self._since[part] += 1
         if self._since.total() >= self._stride * 10:
@@ -111,13 +109,13 @@ class TimeShares:
             del self.points[1::2]
 
 
-def part_of(frame: Optional[FrameType]) -> str:
-    """Return which part of the work a thread is in, by the innermost frame that belongs to one.
+def part_of(calls: Iterable[Call]) -> str:
+    """Return which part of the work a thread is in, by the innermost of its calls that belongs to one.
 
     Everything in a validation is ``"validation"``; what belongs to no part, the step itself, is ``"training"``.
     """
     found = ""
-    for path, name in _walk(frame):
+    for path, _, name in calls:
         if path.startswith(_HOUSE):
             inside = path[len(_HOUSE) + 1 :]
             if inside == os.path.join("loops", "evaluate.py"):
@@ -129,9 +127,3 @@ def part_of(frame: Optional[FrameType]) -> str:
         elif not found and _LOADERS in path:
             found = "data"
     return found or "training"
-
-
-def _walk(frame: Optional[FrameType]) -> Iterator[tuple[str, str]]:
-    while frame is not None:
-        yield frame.f_code.co_filename, frame.f_code.co_name
-        frame = frame.f_back

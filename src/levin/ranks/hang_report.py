@@ -6,15 +6,15 @@ import json
 import os
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from levin.utilities.stacks import Call
 from levin.utilities.user_frames import describe_different_calls, is_users
 
 # What an error of a collective looks like, when another process is the reason for it.
@@ -285,13 +285,10 @@ def _exists(pid: int) -> bool:
     return True
 
 
-def format_stack(frame: FrameType | None) -> str:
-    """Return the calls that a thread is in as text, the innermost last: those of the user's code, and the innermost."""
-    if frame is None:
-        return ""
-    found = traceback.extract_stack(frame)
-    own = [call for call in found[:-1] if is_users(call.filename)]
-    return "".join(traceback.format_list([*own, found[-1]][-_FRAMES_AT_MOST:]))
+def format_stack(calls: Sequence[Call]) -> str:
+    """Return calls, the innermost first, as text, the innermost last: those of the user's code, and the innermost."""
+    shown = [call for i, call in enumerate(calls) if i == 0 or is_users(call.filename)][:_FRAMES_AT_MOST]
+    return "".join(traceback.format_list([traceback.FrameSummary(*call) for call in reversed(shown)]))
 
 
 def last_collective() -> str:

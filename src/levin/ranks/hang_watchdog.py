@@ -30,6 +30,7 @@ from levin.ranks.hang_report import (
 from levin.strategies.parallel import ParallelStrategy
 from levin.strategies.strategy import Strategy
 from levin.utilities.rank_zero import log
+from levin.utilities.stacks import calls_in, calls_of
 from levin.utilities.user_frames import call_under_way
 
 # What another process has to answer within, in beats.
@@ -125,7 +126,7 @@ class Watchdog(threading.Thread):
         self._is_raising = True
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__)[-12:])
         self._wants_verdict = is_secondary_failure(error)
-        call, line = call_under_way(reversed(list(traceback.walk_tb(error.__traceback__))))
+        call, line = call_under_way(reversed(calls_in(traceback.walk_tb(error.__traceback__))))
         self._failure = self._report(failure=text, is_secondary_failure=self._wants_verdict, call=call, line=line)
         self._wake.set()
         if not self._wants_verdict:
@@ -290,9 +291,8 @@ class Watchdog(threading.Thread):
         return "nccl" in dist.get_backend_config() or self._is_in_collective()
 
     def _is_in_collective(self) -> bool:
-        frame = sys._current_frames().get(self._main)
-        name = "" if frame is None else frame.f_code.co_filename.replace(os.sep, "/")
-        return any(part in name for part in _WAITING_IN)
+        innermost = [call.filename.replace(os.sep, "/") for call in calls_of(self._main)[:1]]
+        return any(part in name for name in innermost for part in _WAITING_IN)
 
     def _find_out(self) -> None:
         """Write down what this process does, wait for what the others write, and diagnose."""
@@ -345,9 +345,9 @@ class Watchdog(threading.Thread):
         place, counts = self._last
         if with_stack or more:
             place, counts = self._progress[0](), self._count_collectives()
-        main = sys._current_frames().get(self._main)
+        calls = calls_of(self._main)
         stuck_s = time.monotonic() - self._moved_at
-        call, line = call_under_way(traceback.walk_stack(main)) if main is not None else ("", "")
+        call, line = call_under_way(calls)
         more = {"call": call, "line": line, **more}
         return Report(
             rank=self._rank,
@@ -358,7 +358,7 @@ class Watchdog(threading.Thread):
             counts=counts,
             is_in_collective=self._is_in_collective(),
             collective=last_collective() if with_stack or stuck_s > DEADLOCK_S / 4 else "",
-            stack=format_stack(main) if with_stack else "",
+            stack=format_stack(calls) if with_stack else "",
             **more,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import zlib
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from levin.utilities.stacks import calls_in
 from levin.utilities.types import StateDict
 from levin.utilities.user_frames import call_under_way, describe_different_calls
 
@@ -80,7 +82,7 @@ class ControlGroup:
         return [part.tolist() for part in parts]
 
     def _tell_difference(self) -> None:
-        _, line = call_under_way(traceback.walk_stack(None))
+        _, line = call_under_way(calls_in(traceback.walk_stack(sys._getframe())))
         lines: dict[str, list[int]] = {}
         for rank, other in zip(dist.get_process_group_ranks(self.group), self._gathered_objects(line)):
             lines.setdefault(other, []).append(rank)

@@ -6,7 +6,8 @@ import linecache
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+
+from levin.utilities.stacks import Call
 
 _NOT_THE_USERS = ("/site-packages/torch/", f"{Path(__file__).parents[1].as_posix()}/", "<frozen ")
 
@@ -17,21 +18,19 @@ def is_users(filename: str) -> bool:
     return not any(part in path for part in _NOT_THE_USERS)
 
 
-def call_under_way(frames: Iterable[tuple[FrameType, int | None]]) -> tuple[str, str]:
-    """Return the function that the innermost frame of the user's code has called, and its line; "" where there is none.
+def call_under_way(calls: Iterable[Call]) -> tuple[str, str]:
+    """Return the function that the innermost call of the user's code has called, and its line; "" where there is none.
 
     Args:
-        frames: With their lines, the innermost first, as ``traceback.walk_stack`` gives them. One that another thread is running
-            just now may be between two lines, and has none.
+        calls: The innermost first.
     """
     called = ""
-    for frame, line in frames:
-        code = frame.f_code
-        if is_users(code.co_filename):
-            number = line or code.co_firstlineno
-            text = linecache.getline(code.co_filename, number).strip()
-            return called, f"`{text or called}` ({os.path.basename(code.co_filename)}:{number}, {code.co_name})"
-        called = getattr(code, "co_qualname", code.co_name)  # Python 3.10 has no longer name
+    for call in calls:
+        if is_users(call.filename):
+            text = linecache.getline(call.filename, call.line).strip()
+            number = f":{call.line}" if call.line else ""
+            return called, f"`{text or called}` ({os.path.basename(call.filename)}{number}, {call.name})"
+        called = call.name
     return "", ""
 
 
