@@ -244,8 +244,9 @@ def test_the_lines_are_what_an_evaluation_calls(fn, data, tmp_path):
 def test_the_lines_where_everybody_has_all_hooks(fn, tmp_path):
     callbacks = [written(Callback, CALLBACK_HOOKS)(), written(Callback, CALLBACK_HOOKS)()]
     trainer = trainer_of(tmp_path, max_epochs=2, callbacks=callbacks, logger=Log(tmp_path), enable_checkpointing=False)
+    schedulers = [(interval, 1, is_plateau) for interval in ("step", "epoch") for is_plateau in (False, True)]
     with mock.patch("warnings.warn"):
-        compare(trainer, written(Net, MODULE_HOOKS)(), written(Data, DATA_HOOKS)(3, 2), fn)
+        compare(trainer, written(Net, MODULE_HOOKS, schedulers=schedulers)(), written(Data, DATA_HOOKS)(3, 2), fn)
 
 
 def test_an_evaluation_in_words(tmp_path):
