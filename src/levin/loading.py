@@ -137,7 +137,7 @@ def load_from_checkpoint(
     import levin.checkpoint.reading
 
     location = default_map_location if map_location is None else map_location
-    checkpoint: Any
+    checkpoint: object
     if isinstance(checkpoint_path, (str, os.PathLike)) and levin.checkpoint.layout.is_sharded(checkpoint_path):
         checkpoint = levin.checkpoint.folder.consolidate(checkpoint_path, weights_only)
         if isinstance(map_location, (str, int, torch.device)):
@@ -166,7 +166,7 @@ def load_from_checkpoint(
     return instance
 
 
-def default_map_location(storage: object, location: str) -> Any:
+def default_map_location(storage: object, location: str) -> object:
     """Return where a saved storage goes: nowhere else if its device exists here (None), else to the CPU.
 
     Args:
@@ -189,7 +189,7 @@ def default_map_location(storage: object, location: str) -> Any:
     return None if int(index or 0) < num_devices else storage
 
 
-def read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_hparams_file(path: str | os.PathLike[str]) -> dict[str, object]:
     """Return the hyper-parameters in a YAML or CSV file, local or remote.
 
     A CSV file has the columns ``key`` and ``value``; values that are Python literals become numbers, lists and so on.
@@ -209,7 +209,7 @@ def read_hparams_file(path: str | os.PathLike[str]) -> dict[str, Any]:
         return _read_yaml(file, path)
 
 
-def saved_hparams(checkpoint: Mapping[str, Any], keys: tuple[str, ...], prefix: str = "") -> Any:
+def saved_hparams(checkpoint: Mapping[str, object], keys: tuple[str, ...], prefix: str = "") -> object:
     """Return the hyper-parameters in ``checkpoint`` as they were when saved.
 
     Args:
@@ -233,7 +233,7 @@ def saved_hparams(checkpoint: Mapping[str, Any], keys: tuple[str, ...], prefix: 
     return AttributeDict(hparams)
 
 
-def _put_hparams(checkpoint: StateDict, key: str, hparams: Any, kwargs: Mapping[str, Any]) -> None:
+def _put_hparams(checkpoint: StateDict, key: str, hparams: Any, kwargs: Mapping[str, object]) -> None:
     # on_load_checkpoint sees the hyper-parameters that the object is really built with.
     checkpoint[key] = {**hparams, **kwargs}
 
@@ -249,7 +249,7 @@ def _build(cls: type[T], hparams: Any, name: str | None, kwargs: Kwargs) -> T:
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     is_container = name in parameters and name != "kwargs"
     values = {cast(str, name): _updated(hparams, kwargs)} if is_container else hparams
-    arguments: dict[str, Any] = {**values, **kwargs}
+    arguments: dict[str, object] = {**values, **kwargs}
     if not takes_all:
         dropped = [key for key in kwargs if key not in parameters]
         if dropped and not is_container:
@@ -280,7 +280,7 @@ def _check_complete(
             )
 
 
-def _updated(hparams: Any, kwargs: Mapping[str, Any]) -> Any:
+def _updated(hparams: Any, kwargs: Mapping[str, object]) -> object:
     if is_omegaconf(hparams):
         from omegaconf import OmegaConf
 

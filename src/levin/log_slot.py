@@ -29,7 +29,7 @@ class Arguments(NamedTuple):
     logger: Optional[bool]
     on_step: Optional[bool]
     on_epoch: Optional[bool]
-    reduce_fx: Any
+    reduce_fx: object
     sync_dist: bool
     sync_dist_group: Group
     add_dataloader_idx: bool
@@ -111,7 +111,7 @@ class Block:
         moved.load_state_dict(self.state_dict())
         return moved
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return the values as they lie here, unreduced, so that a resumed run adds in the same order."""
         return {"values": self.values.clone(), "weights": list(self.weights), "total": self.total}
 
@@ -297,7 +297,7 @@ class Slot:
             return on_device
         return _combined(self.reduction, on_device, on_device.new_tensor(self.total))
 
-    def step_value(self) -> Any:
+    def step_value(self) -> object:
         """Return the last value; None for a metric that was updated without computing it for the batch."""
         if self.metric is not None:
             value = self.metric._forward_cache
@@ -305,7 +305,7 @@ class Slot:
         assert self.latest is not None
         return self._as_tensor(self.latest)
 
-    def epoch_value(self) -> Any:
+    def epoch_value(self) -> object:
         """Return all values reduced to one."""
         if self.metric is not None:
             value = self.metric.compute()

@@ -96,7 +96,7 @@ def plan_run(
     make: MakeModule,
     mesh: str,
     optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
-    plan: Mapping[str, Any] | None = None,
+    plan: Mapping[str, object] | None = None,
 ) -> Plan:
     """Return what a run needs on each process of a mesh. Nothing of its size takes memory here.
 
@@ -273,7 +273,7 @@ def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callab
 
 
 def _run_stage(
-    replay: Replay, number: int, module: nn.Module, batch: Any, received: list[Announced], wanted: list[Announced]
+    replay: Replay, number: int, module: nn.Module, batch: object, received: list[Announced], wanted: list[Announced]
 ) -> int:
     """Run forward and backward of one stage, and return how many bytes it keeps between them beside the batch."""
     inputs = [
@@ -316,8 +316,8 @@ class Collectives(TorchDispatchMode):
         self.seen[name] = (count + 1, size + num_bytes)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Any, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         """Run ``func``; look at it when it is a collective."""
         result = func(*args, **(kwargs or {}))
         name = _NAMES.get(func._schema.name.partition("::")[2])
@@ -367,15 +367,15 @@ class _Step(nn.Module):
     the outermost module for another step.
     """
 
-    def __init__(self, step: Callable[..., Any]) -> None:
+    def __init__(self, step: Callable[..., object]) -> None:
         super().__init__()
         self.forward = step
 
 
-def _loss(module: nn.Module, batch: Any) -> Any:
+def _loss(module: nn.Module, batch: object) -> Any:
     loss: Any
     if isinstance(module, LightningModule):
-        step: Callable[..., Any] = module.training_step
+        step: Callable[..., object] = module.training_step
         # Weights that belong to no block are gathered around what runs as forward.
         step = _Step(run_as_forward(module, module, step)) if isinstance(module, FSDPModule) else step
         loss = step(batch, 0)

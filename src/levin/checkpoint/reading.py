@@ -18,7 +18,7 @@ from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import is_local
 
 
-def load(path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+def load(path: Any, map_location: object = None, weights_only: bool | None = None) -> Any:
     """Load a checkpoint, after checking that it is intact.
 
     Args:
@@ -52,7 +52,7 @@ def load(path: Any, map_location: Any = None, weights_only: bool | None = None) 
             return _load_file(copy, name, map_location, weights_only)
 
 
-def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool | None) -> Any:
+def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool | None) -> object:
     if is_zip(file):
         check_zip(file, name)
     elif not _is_legacy(file):

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str]) -> int:
 def _without_aliases(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return each tensor once, in memory of its own, and the other names of those that have several."""
     kept: dict[str, Tensor] = {}
-    names: dict[tuple[Any, ...], str] = {}
+    names: dict[tuple[object, ...], str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

@@ -21,7 +21,7 @@ from levin.utilities.states import TrainerFn, TrainerState
 class Call(Protocol):
     """What of a call of the Trainer says which checkpoint it starts from."""
 
-    trainer: Any
+    trainer: object
     settings: Any
     strategy: Any
     state: TrainerState
@@ -93,7 +93,7 @@ def _implicit(run: Call, model_given: bool) -> Optional[str]:
 
 
 def _best(run: Call) -> str:
-    callbacks: list[Any] = run.checkpoint_callbacks
+    callbacks: list[object] = run.checkpoint_callbacks
     if not callbacks:
         raise ValueError(
             f'`.{run.state.fn}(ckpt_path="best")` is set but `ModelCheckpoint` is not configured. '
@@ -131,7 +131,7 @@ def _last(run: Call) -> Optional[str]:
     return max(times, key=lambda path: (times[path], path), default=None)
 
 
-def agree(run: Call, path: Any) -> Any:
+def agree(run: Call, path: object) -> Any:
     """Return what rank 0 starts from: each process has looked by itself, and may have seen another state of the disk.
 
     Args:

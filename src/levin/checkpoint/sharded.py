@@ -72,7 +72,7 @@ class ShardedCheckpointIO(CheckpointIO):
         # A save in the background, and one at once beside it: on each rank another one of them may come first.
         self._groups: tuple[Any, Any] = (None, None)
         self._thread: int = threading.get_ident()
-        self._world: Any = None
+        self._world: object = None
 
     def __getstate__(self) -> StateDict:
         """Leave the connection here: another process makes its own."""

@@ -72,7 +72,7 @@ class ShardReader(FileSystemReader):
             self.fs = FileSystem()
             self.path = self.fs.init_path(folder)
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+    def read_metadata(self, *args: object, **kwargs: object) -> Any:
         """Return the index; a remote folder is seen as it is now."""
         with open_file(self._index, "rb") as file:
             return _IndexUnpickler(file).load()
@@ -97,7 +97,7 @@ class _WholePlanner(PartsPlanner, _EmptyStateDictLoadPlanner):
 class _IndexUnpickler(pickle.Unpickler):
     """Reads the index of a sharded checkpoint."""
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         """Return the class ``name`` of ``module``, if it has a place in an index."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
@@ -109,6 +109,6 @@ class _IndexUnpickler(pickle.Unpickler):
 def cause_of(error: CheckpointException) -> BaseException:
     """Return what went wrong on the first process that failed."""
     failures = error.failures
-    first: Any = failures[min(failures)]
+    first: object = failures[min(failures)]
     cause: BaseException = first[0] if isinstance(first, tuple) else error
     return cause

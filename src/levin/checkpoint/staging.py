@@ -228,7 +228,7 @@ class _Copier(pickle.Pickler):
         self.storages: dict[int, _StagedStorage] = {}
         self.tensors: list[_StagedTensor] = []
 
-    def reducer_override(self, obj: Any) -> Any:
+    def reducer_override(self, obj: object) -> Any:
         """Return what stands for a plain tensor; not called for containers and plain values."""
         if type(obj) is not torch.Tensor or not _is_plain(obj):
             return NotImplemented
@@ -254,7 +254,7 @@ class _Restorer(pickle.Unpickler):
         self._snapshot = snapshot
         self._storages: dict[int, torch.UntypedStorage] = {}
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         return self._tensor if (module, name) == (__name__, _tensor_at.__name__) else super().find_class(module, name)
 
     def _tensor(self, number: int) -> torch.Tensor:

@@ -124,7 +124,7 @@ def redirecting_pickle() -> types.ModuleType:
     """Return a module like ``pickle`` that finds the classes that have moved, for ``torch.load(pickle_module=...)``."""
     module = types.ModuleType("pickle")
 
-    def load(file: Any, **kwargs: Any) -> Any:
+    def load(file: Any, **kwargs: Any) -> object:
         return RedirectingUnpickler(file, **kwargs).load()
 
     vars(module).update(vars(pickle))
@@ -136,9 +136,9 @@ def _meaningless(*_: object) -> None:
     """Stand for a function that no longer exists."""
 
 
-def _plain_classes() -> dict[str, Any]:
+def _plain_classes() -> dict[str, object]:
     """Return classes whose construction from any arguments has no effect but the object."""
-    table: dict[str, Any] = {"builtins.frozenset": frozenset, "builtins.slice": slice}
+    table: dict[str, object] = {"builtins.frozenset": frozenset, "builtins.slice": slice}
     times = (datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone)
     table |= {f"datetime.{kind.__name__}": kind for kind in times}
     table |= {"argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace}
@@ -163,13 +163,13 @@ class _StandIns:
     """
 
     def __init__(self) -> None:
-        self._finishers: dict[int, tuple[Any, Callable[[Any], Any]]] = {}
+        self._finishers: dict[int, tuple[object, Callable[[object], object]]] = {}
 
-    def table(self) -> dict[str, Any]:
+    def table(self) -> dict[str, object]:
         attribute_dict = self._container(dict, lambda: AttributeDict)
         names = ["levin.utilities.attribute_dict.AttributeDict"]
         names += [f"{root}.{rest}" for root in _LIGHTNING_ROOTS for rest in _ATTRIBUTE_DICTS]
-        table: dict[str, Any] = dict.fromkeys(names, attribute_dict)
+        table: dict[str, object] = dict.fromkeys(names, attribute_dict)
         table["collections.defaultdict"] = self._container(
             dict, lambda factory=None: lambda items: defaultdict(_checked_factory(factory), items)
         )
@@ -185,11 +185,11 @@ class _StandIns:
             table["numpy.dtype"] = _Dtype
         return table
 
-    def _container(self, plain: type, make: Callable[..., Callable[[Any], Any]]) -> Any:
+    def _container(self, plain: type, make: Callable[..., Callable[[Any], object]]) -> object:
         """Return a class whose instances are plain dicts or lists, which :meth:`finish` turns into the right type."""
         finishers = self._finishers
 
-        def new(cls: type, *args: object) -> Any:
+        def new(cls: type, *args: object) -> object:
             finisher = make(*args)
             result = plain()
             finishers[id(result)] = (result, finisher)
@@ -197,11 +197,11 @@ class _StandIns:
 
         return type(plain.__name__, (), {"__new__": new})
 
-    def finish(self, loaded: object) -> Any:
+    def finish(self, loaded: object) -> object:
         """Return ``loaded`` with the final objects in the place of the stand-ins."""
         return self._finish(loaded, {})
 
-    def _finish(self, value: Any, done: dict[int, Any]) -> Any:
+    def _finish(self, value: Any, done: dict[int, object]) -> object:
         kind = type(value)
         if kind is _Reference:
             return value.target
@@ -214,7 +214,7 @@ class _StandIns:
         done[id(value)] = value  # for containers that contain themselves
         if kind is tuple:
             items = tuple(self._finish(item, done) for item in value)
-            result: Any = value if all(new is old for new, old in zip(items, value, strict=True)) else items
+            result: object = value if all(new is old for new, old in zip(items, value, strict=True)) else items
         else:
             pairs: Any = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in list(pairs):
@@ -270,7 +270,7 @@ def _bytes_of(data: object) -> bytes:
     return data
 
 
-def _numpy_scalar(dtype: Any, data: Any) -> Any:
+def _numpy_scalar(dtype: object, data: Any) -> object:
     import numpy
 
     if not isinstance(dtype, _Dtype):
@@ -285,7 +285,7 @@ class _Array:
     """An array while it is read; :attr:`array` is what it stands for."""
 
     def __init__(self) -> None:
-        self.array: Any = None
+        self.array: object = None
 
     def __setstate__(self, state: Any) -> None:
         import numpy

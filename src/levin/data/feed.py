@@ -75,7 +75,7 @@ class Feed:
     def listen(self) -> None:
         """Look from here on whether the steps of this rank talk to other ranks; see shared_feed.py."""
 
-    def place(self, batch: object, dataloader_idx: int) -> Any:
+    def place(self, batch: object, dataloader_idx: int) -> object:
         """Return ``batch`` on the device, through the user's hooks."""
         if self.is_on_demand:
             return batch

@@ -111,13 +111,13 @@ def has_len(dataloader: object) -> bool:
 
 
 def prepare_dataloader(
-    loader: Any,
+    loader: object,
     *,
     stage: str,
     sampler_kwargs: Optional[Kwargs],
     shuffle: Optional[bool] = None,
     overfit: bool = False,
-) -> Any:
+) -> object:
     """Return the loader that is iterated in place of the user's.
 
     Args:
@@ -133,7 +133,7 @@ def prepare_dataloader(
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=(sampler_kwargs or {}).get("rank", 0))
     if isinstance(loader.dataset, IterableDataset):
         return loader
-    sampler: Any = loader.sampler
+    sampler: object = loader.sampler
     is_split = sampler_kwargs is not None and not isinstance(sampler, DistributedSampler)
     if stage != "train" and shuffles(loader):
         rank_zero_warn(
@@ -174,7 +174,7 @@ def _seeds_workers() -> bool:
     return bool(int(os.environ.get("PL_SEED_WORKERS", "0") or 0))
 
 
-def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool) -> Sampler[Any]:
+def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool) -> Sampler[object]:
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
     # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
     if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
@@ -185,7 +185,7 @@ def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: boo
     return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
 
 
-def rebuild(loader: DataLoader[Any], sampler: Any, stage: str) -> DataLoader[Any]:
+def rebuild(loader: DataLoader[object], sampler: object, stage: str) -> DataLoader[object]:
     """Return a loader like ``loader`` that draws from ``sampler``.
 
     Raises:
@@ -242,7 +242,7 @@ def _init_arguments(loader: DataLoader[object]) -> dict[str, Any]:
     return arguments
 
 
-def _recorded_arguments(obj: object) -> dict[str, Any] | None:
+def _recorded_arguments(obj: object) -> dict[str, object] | None:
     """Return what an object was made with, as far as that was recorded."""
     # A list of batches has no attributes.
     recorded = getattr(obj, "__dict__", {}).get(_ARGUMENTS)
@@ -250,17 +250,17 @@ def _recorded_arguments(obj: object) -> dict[str, Any] | None:
         return None
     kind: Any = type(obj)
     signature = inspect.signature(kind.__init__)
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for name, value in list(signature.bind_partial(obj, *recorded[0], **recorded[1]).arguments.items())[1:]:
         is_rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
         arguments.update(value if is_rest else {name: value})
     return arguments
 
 
-def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dict[str, Any]:
+def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) -> dict[str, object]:
     is_predict = stage == "predict"
     batch_sampler: Any = loader.batch_sampler
-    fixed: dict[str, Any] = {"shuffle": False}
+    fixed: dict[str, object] = {"shuffle": False}
     if batch_sampler is None:
         return {**fixed, "sampler": sampler, "batch_size": None, "batch_sampler": None, "drop_last": False}
     if type(batch_sampler) is BatchSampler and not is_predict:
@@ -293,10 +293,10 @@ def _sampler_arguments(loader: DataLoader[Any], sampler: Any, stage: str) -> dic
     return {**fixed, "sampler": None, "batch_size": 1, "batch_sampler": built, "drop_last": False}
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
+def set_epoch(loader: object, epoch: int) -> None:
     """Tell the samplers of ``loader``, and those that they draw from, the epoch once, where they want to know."""
-    sampler: Any = getattr(loader, "sampler", None)
-    batch_sampler: Any = getattr(loader, "batch_sampler", None)
+    sampler: object = getattr(loader, "sampler", None)
+    batch_sampler: object = getattr(loader, "batch_sampler", None)
     if type(batch_sampler) is BatchSampler and batch_sampler.sampler is sampler and type(loader) is DataLoader:
         if type(sampler) in (SequentialSampler, RandomSampler) and "set_epoch" not in vars(sampler):
             return
@@ -313,7 +313,7 @@ def set_epoch(loader: Any, epoch: int) -> None:
                     sampler.set_epoch(epoch)
 
 
-def stop_workers(iterator: Any) -> None:
+def stop_workers(iterator: object) -> None:
     """End the workers of an iterator of a DataLoader whose epoch is over; those that are persistent live on.
 
     The garbage collector may end the queues of an abandoned iterator before the iterator, which then waits five seconds for

@@ -19,7 +19,7 @@ class UnrepeatedDistributedSampler(DistributedSampler[Any]):
         self.num_samples = len(range(self.rank, self.total_size, self.num_replicas))
         self.drop_last = False
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         import torch
 
         indices = list(range(self.total_size))
@@ -49,7 +49,7 @@ class _SampledIndices:
 class DistributedSamplerWrapper(DistributedSampler[Any]):
     """Splits what a user's own sampler draws between ranks."""
 
-    def __init__(self, sampler: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, sampler: object, *args: object, **kwargs: object) -> None:
         super().__init__(_SampledIndices(sampler), *args, **{**kwargs, "shuffle": False})  # type: ignore[arg-type]
 
     @property
@@ -58,7 +58,7 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
         source: Any = self.dataset
         return source.sampler
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         # As many as it really draws: its length may be an estimate.
         drawn = list(self.sampler)
         lacking = -len(drawn) % self.num_replicas
@@ -68,7 +68,7 @@ class DistributedSamplerWrapper(DistributedSampler[Any]):
 class UnrepeatedSamplerWrapper(DistributedSamplerWrapper, UnrepeatedDistributedSampler):
     """Splits what a user's own sampler draws between ranks without repeating any of it."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         return iter(list(self.sampler)[self.rank :: self.num_replicas])
 
 
@@ -83,7 +83,7 @@ class IndexBatchSampler(BatchSampler):
         self._batch_sampler = batch_sampler
         self.batch_size: int = getattr(batch_sampler, "batch_size", 1)
         self.drop_last: bool = getattr(batch_sampler, "drop_last", False)
-        self.sampler: Sampler[Any] = getattr(batch_sampler, "sampler", None)  # type: ignore[assignment]
+        self.sampler: Sampler[object] = getattr(batch_sampler, "sampler", None)  # type: ignore[assignment]
         self.seen_batch_indices: list[list[int]] = []
 
     def __iter__(self) -> Iterator[list[int]]:

@@ -122,7 +122,7 @@ class CompiledFunction:
         self.function = function
         self.name = name
         self.compiler = compiler
-        self.compiled: Optional[Callable[..., Any]] = torch.compile(function, **options)
+        self.compiled: Optional[Callable[..., object]] = torch.compile(function, **options)
         self.is_whole = bool(options.get("fullgraph"))
         self.num_compiled: int = 0
         self.has_warned: bool = False
@@ -151,7 +151,7 @@ class CompiledFunction:
             self._tell(before)
         return result
 
-    def out_of_graph(self, result: Any) -> Any:
+    def out_of_graph(self, result: object) -> object:
         """Return a result that stays as it is when the next batch writes to the memory of the CUDA graph."""
         return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
 
@@ -182,7 +182,7 @@ class CompiledFunction:
 class JointFunction(CompiledFunction):
     """One that returns (output, gradients); the gradients are used up before the next batch."""
 
-    def out_of_graph(self, result: Any) -> Any:
+    def out_of_graph(self, result: Any) -> object:
         """Return a result whose first part stays as it is."""
         return super().out_of_graph(result[0]), result[1]
 
@@ -223,7 +223,7 @@ class CompiledStep:
         self.gradients: Any = None
         self.shapes: Optional[list[torch.Size]] = None
 
-    def __call__(self, *args: object) -> Any:
+    def __call__(self, *args: object) -> object:
         """Return what ``training_step`` returned, with the gradients at hand for :meth:`backward` where that is possible."""
         self.gradients = None
         if self.shapes is None:
@@ -253,7 +253,7 @@ class CompiledStep:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def _with_gradients(self, *args: object) -> tuple[Any, Any]:
+    def _with_gradients(self, *args: object) -> tuple[object, object]:
         output = self.step(*args)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or not loss.requires_grad:

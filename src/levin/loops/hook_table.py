@@ -126,14 +126,14 @@ def has_hook(module: object, name: str) -> bool:
     return True
 
 
-def transfer_owners(owners: Sequence[Any], measures_all: bool = False) -> dict[str, Any]:
+def transfer_owners(owners: Sequence[object], measures_all: bool = False) -> dict[str, object]:
     """Return whose batch-transfer hooks run, by their names.
 
     Args:
         owners: Who may override them, most important first (the data module, then the module).
         measures_all: Whether a hook that nobody overrides counts as that of the last owner.
     """
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, object] = {}
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         having = [owner for owner in owners if has_own(name, owner, DataHooks)]
         if having or measures_all:
@@ -147,10 +147,10 @@ def transfer_owners(owners: Sequence[Any], measures_all: bool = False) -> dict[s
 
 
 def transfer_hooks(
-    owners: Sequence[Any],
+    owners: Sequence[object],
     profile: Optional[Timed] = None,
     strategy: Optional[Strategy] = None,
-    move: Optional[Callable[[Any, torch.device], Any]] = None,
+    move: Optional[Callable[[object, torch.device], object]] = None,
 ) -> Optional[Callable[[Batch, torch.device, int], Batch]]:
     """Return the chain of overridden batch-transfer hooks, or None when the default alone is needed.
 
@@ -171,7 +171,7 @@ def transfer_hooks(
     transfer = chosen.get("transfer_batch_to_device")
     after = chosen.get("on_after_batch_transfer")
 
-    def to_device(batch: Batch, device: torch.device, dataloader_idx: int) -> Any:
+    def to_device(batch: Batch, device: torch.device, dataloader_idx: int) -> object:
         batch = move(batch, device) if transfer is None else transfer(batch, device, dataloader_idx)
         return batch if after is None else after(batch, dataloader_idx)
 

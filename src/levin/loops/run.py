@@ -150,7 +150,7 @@ class Run:
         # Names of values that steered schedulers and were not the same on all ranks.
         self.unequal_values: set[str] = set()
         # Name of the hooks that are being called, those that are left, and their arguments.
-        self.under_way: tuple[str, Any, tuple[Any, ...]] = ("", None, ())
+        self.under_way: tuple[str, object, tuple[object, ...]] = ("", None, ())
 
     def __getstate__(self) -> dict[str, object]:
         return {each.name: getattr(self, each.name) for each in fields(self) if each.init}
@@ -304,7 +304,7 @@ class Run:
             self.merge(store.read(on_step=not store.is_between_batches))
         return self.metrics
 
-    def shown_metrics(self) -> dict[str, Any]:
+    def shown_metrics(self) -> dict[str, object]:
         """Return the numbers that a progress bar shows; between two batches without waiting, so that they may be older."""
         metrics = self.read_metrics().progress_bar
         return to_numbers(metrics) if self.store.is_between_batches else self.shown.of(metrics)

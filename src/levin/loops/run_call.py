@@ -50,7 +50,7 @@ from levin.utilities.states import RunningStage
 from levin.utilities.types import LRSchedulerConfig, StateDict
 
 
-def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
+def run_sequence(run: Run, weights_only: Optional[bool]) -> object:
     """Run what ``run.state.fn`` says, from set-up to teardown.
 
     Args:
@@ -179,7 +179,7 @@ def configure_optimizers(run: Run) -> tuple[list[Any], list[LRSchedulerConfig]]:
     return resolve_optimizers(run.call_of(run.module, "configure_optimizers"), run.module)
 
 
-def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> Any:
+def run_stage(run: Run, fn: str, checkpoint: Optional[dict[str, object]]) -> object:
     """Run the loop of ``fn`` and return what the user gets."""
     run.module.zero_grad()
     if fn == "fit":

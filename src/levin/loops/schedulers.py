@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from levin.loops.run import Run
 from levin.module import LightningModule
 from levin.ranks.agreement import agreed_value
@@ -37,7 +35,7 @@ def step_schedulers(run: Run, interval: str, plateau: bool) -> None:
     epoch_loop = run.loops.fit.epoch_loop
     own = run.is_profiled or has_own("lr_scheduler_step", run.module, LightningModule)
     for config in due_schedulers(run, interval, plateau):
-        value: Any = None
+        value: object = None
         if config.reduce_on_plateau:
             metrics = run.read_metrics().callback
             value = agreed_value(run, str(config.monitor), metrics.get(str(config.monitor)))

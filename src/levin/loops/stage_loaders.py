@@ -31,8 +31,8 @@ class StageLoaders:
     def __init__(self, stage: str) -> None:
         self.stage = stage
         self.hook = f"{stage}_dataloader"
-        self.given: Any = None
-        self.owner: Any = None
+        self.given: object = None
+        self.owner: object = None
         self.combined: Optional[CombinedLoader] = None
         self.lengths: list[int | float] = []
         self.limits: list[int | float] = []
@@ -62,12 +62,12 @@ class StageLoaders:
         return self.given is not None or self.owner is not None
 
     @property
-    def user_loaders(self) -> Any:
+    def user_loaders(self) -> object:
         """The collection in the user's own structure, samplers injected; None before it is loaded."""
         return None if self.combined is None else self.combined.iterables
 
     def load(
-        self, sampler_kwargs: Optional[dict[str, int]], process: Callable[[Any], Any], is_overfit: bool = False
+        self, sampler_kwargs: Optional[dict[str, int]], process: Callable[[object], object], is_overfit: bool = False
     ) -> None:
         """Ask for the loaders and prepare each.
 
@@ -123,7 +123,7 @@ class StageLoaders:
         combined.is_settled = True
         self.combined = combined
 
-    def measure(self, limit: int | float, name: str, num_from_limit: Any) -> None:
+    def measure(self, limit: int | float, name: str, num_from_limit: object) -> None:
         """Find the lengths and limits, per loader, or of the joint batches for a mode that combines."""
         self._limit(self._lengths(), limit, name, num_from_limit)
 

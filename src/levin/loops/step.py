@@ -38,7 +38,7 @@ def compose_step(run: Run) -> Step:
     return AutomaticStep(run) if run.module.automatic_optimization else ManualStep(run)
 
 
-def plain_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+def plain_backward(loss: Tensor, *args: object, **kwargs: object) -> None:
     """Run ``loss.backward``, also that of a subclass of tensors."""
     loss.backward(*args, **kwargs)
 
@@ -57,7 +57,7 @@ def compose_backward(run: Run, optimizer: Any) -> Callable[..., None]:
     if not (before or after or own or by_precision):
         return run.strategy.backward_function(optimizer, plain_backward)
 
-    def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    def backward(loss: Tensor, *args: object, **kwargs: object) -> None:
         if before:
             owner.call("on_before_backward", loss)
         if by_precision:
@@ -120,7 +120,7 @@ class AutomaticStep:
         # The window: batches whose gradients are summed into one update.
         self.window: int = 1
         self.held: int = 0
-        self.weight: Any = 0
+        self.weight: object = 0
         self.is_weighted: bool = False
         self.batch: Batch = None
         self.batch_idx: int = 0
@@ -168,7 +168,7 @@ class AutomaticStep:
         self.lacks = state.get("lacks", 0)
         self.run.strategy.load_window_gradients(self.run.module, state["gradients"])
 
-    def __call__(self, batch: Batch, batch_idx: int, is_last: bool) -> dict[str, Any]:
+    def __call__(self, batch: Batch, batch_idx: int, is_last: bool) -> dict[str, object]:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         self.batch, self.batch_idx = batch, batch_idx
         accumulate = self.run.settings.accumulate_grad_batches
@@ -428,7 +428,7 @@ class ManualStep:
                 raise
             raise _graphless(loss) from error
 
-    def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> Any:
+    def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> object:
         self.progress.increment_ready()
         result = _step(self.run.strategy, optimizer, closure, **kwargs)
         self.progress.increment_completed()

@@ -119,7 +119,7 @@ def agreement_for(run: Run) -> Agreement | None:
     return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, AlikeCheck(run))
 
 
-def agreed_value(run: Run, name: str, value: Any) -> Any:
+def agreed_value(run: Run, name: str, value: Any) -> object:
     """Return the value that steers what must be alike on all ranks: this one if it is the same on all, else their mean.
 
     Args:

@@ -378,7 +378,7 @@ class Watchdog(threading.Thread):
         return missing
 
 
-def _connected_again(store: Any) -> Any:
+def _connected_again(store: object) -> Any:
     """Return the same store through a connection of its own."""
     if hasattr(store, "clone"):
         return store.clone()

@@ -280,7 +280,7 @@ def _is_length_sure(source: object) -> bool:
     return homes <= {"torch", "levin"}
 
 
-def _inner(sampler: Any) -> Any:
+def _inner(sampler: object) -> object:
     """Return the user's sampler inside of one that levin put around it, None if there is none."""
     if isinstance(sampler, DistributedSamplerWrapper):
         return sampler.sampler

@@ -128,7 +128,7 @@ class _Interrupts:
         self._pressed_s: float = -math.inf if previous else time.monotonic()
         self._answered_s: float = -math.inf
 
-    def answer(self, number: int, frame: Any) -> None:
+    def answer(self, number: int, frame: object) -> None:
         """Do in the main thread what was done before; a KeyboardInterrupt only begins to be an answer."""
         if self._previous not in (None, signal.default_int_handler):
             self._answered_s = time.monotonic()
@@ -277,7 +277,7 @@ def save_for_restart(run: Run) -> None:
 
 
 def _path_for_restart(run: Run) -> Optional[str]:
-    callbacks: list[Any] = run.checkpoint_callbacks
+    callbacks: list[object] = run.checkpoint_callbacks
     if not callbacks:
         return None
     folders = (getattr(callback, "dirpath", None) for callback in callbacks if not _saves_weights_only(callback))

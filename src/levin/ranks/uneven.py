@@ -72,7 +72,7 @@ class Uneven:
                     child._computed = None
 
 
-def _copied(states: StateDict) -> dict[str, Any]:
+def _copied(states: StateDict) -> dict[str, object]:
     return {name: {key: _copy(value) for key, value in state.items()} for name, state in states.items()}
 
 
@@ -82,7 +82,7 @@ def _copy(value: object) -> object:
     return list(value) if isinstance(value, list) else value
 
 
-def shared_feed(run: Run, stage: str, *args: Any) -> Feed:
+def shared_feed(run: Run, stage: str, *args: object) -> Feed:
     """Return the feed of a stage on several ranks.
 
     Args:

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from levin.report.read import LoggedRun, Series
 from levin.utilities.filesystem import replace_text
@@ -66,7 +66,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(each[common:]) for each in parts]
 
 
-def _plain(run: LoggedRun, name: str, limit: int) -> dict[str, Any]:
+def _plain(run: LoggedRun, name: str, limit: int) -> dict[str, object]:
     epochs = run.series.get("epoch")
     series = run.series.items()
     return {
@@ -79,13 +79,13 @@ def _plain(run: LoggedRun, name: str, limit: int) -> dict[str, Any]:
     }
 
 
-def _curve(series: Series, limit: int) -> dict[str, Any]:
+def _curve(series: Series, limit: int) -> dict[str, object]:
     order = sorted(range(len(series.steps)), key=series.steps.__getitem__)
     steps = [series.steps[index] for index in order]
     values = [value if math.isfinite(value := series.values[index]) else None for index in order]
     kept = thinned([series.values[index] for index in order], limit)
     finite = [value for value in values if value is not None]
-    curve: dict[str, Any] = {
+    curve: dict[str, object] = {
         "x": [steps[index] for index in kept],
         "y": [values[index] for index in kept],
         "n": len(values),
@@ -142,7 +142,7 @@ def _json(value: object) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def _finite(value: object) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, float):
         rounded: Optional[float] = float(f"{value:.7g}") if abs(value) < 1e6 else value
         return rounded if math.isfinite(value) else None

@@ -99,7 +99,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "metrics.csv").is_file() or any(folder.glob("events.out.tfevents.*"))
 
 
-def _natural(path: Path) -> list[Any]:
+def _natural(path: Path) -> list[object]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", str(path))]
 
 
@@ -160,7 +160,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_multi_constructor("", lambda loader, suffix, node: _text(loader, suffix, node))
 
 
-def _text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+def _text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> object:
     if isinstance(node, yaml.MappingNode):
         return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()} or suffix
     if isinstance(node, yaml.SequenceNode):

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 
@@ -23,7 +23,7 @@ from levin.settings import DEFAULTS
 from levin.utilities.packages import versions_of
 
 
-def record_of(run: Run, error: Optional[BaseException]) -> dict[str, Any]:
+def record_of(run: Run, error: Optional[BaseException]) -> dict[str, object]:
     """Return what ran as plain values.
 
     Args:

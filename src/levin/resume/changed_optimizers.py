@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch.optim import Optimizer
 
@@ -37,7 +36,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[s
             raise ValueError(f"The state of optimizer {number} in the checkpoint {problem}. {_WAY_OUT}")
 
 
-def check_schedulers(schedulers: Sequence[Any], states: Sequence[Any]) -> None:
+def check_schedulers(schedulers: Sequence[object], states: Sequence[object]) -> None:
     """Warn if a checkpoint holds the states of more or fewer schedulers than there are.
 
     Args:
@@ -54,7 +53,7 @@ def check_schedulers(schedulers: Sequence[Any], states: Sequence[Any]) -> None:
         )
 
 
-def _difference(optimizer: Optimizer, saved: Any) -> str:
+def _difference(optimizer: Optimizer, saved: object) -> str:
     if not isinstance(saved, (list, tuple)):
         return ""  # a state of the optimizer's own form
     name, groups = type(optimizer).__name__, optimizer.param_groups

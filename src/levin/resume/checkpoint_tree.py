@@ -110,7 +110,7 @@ def restore_module(run: Run, checkpoint: StateDict) -> None:
             callback.load_state_dict(deepcopy(state))
 
 
-def _keys_of(callback: Any) -> tuple[Any, ...]:
+def _keys_of(callback: Any) -> tuple[object, ...]:
     """Return where a callback's state may be: under its key, or in files of Lightning before 1.5 under its class."""
     return callback.state_key, type(callback), type(callback).__qualname__
 

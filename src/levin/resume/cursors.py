@@ -16,7 +16,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import ProcessRng
 from levin.utilities.types import Batch, StateDict
 
-END: Any = object()
+END: object = object()
 
 
 class Cursor(ABC):
@@ -43,7 +43,7 @@ class Cursor(ABC):
         # The state that was loaded to go on from, until the first batch is taken.
         self.unread: Any = None
         # The states before each of the last batches, the oldest first.
-        self.states_before: deque[Any] = deque(maxlen=lookahead + 1)
+        self.states_before: deque[object] = deque(maxlen=lookahead + 1)
         # The state in which there was no further batch, which is found out again after those in flight.
         self.state_before_end: Any = None
 
@@ -67,7 +67,7 @@ class Cursor(ABC):
     def leave(self, state: StateDict) -> None:
         """Set everything to what it was when ``state`` was saved, after the end of an epoch; as for :meth:`resume`."""
 
-    def opened(self) -> Any:
+    def opened(self) -> object:
         """Return the loader's iterator of the present epoch, whose workers end with the epoch, or None."""
 
     def before_first(self) -> None:
@@ -86,7 +86,7 @@ class Cursor(ABC):
             self.after_pull()
             yield batch
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return what taking the next batch again will need."""
         return None
 
@@ -101,7 +101,7 @@ class Cursor(ABC):
         return list(self.states_before)[num_kept - num_in_flight :] + [self.state_before_end] * self.is_ended
 
     def take_again(
-        self, iterator: Iterator[Batch], befores: list[Any], write: Callable[[Any], object]
+        self, iterator: Iterator[Batch], befores: list[object], write: Callable[[Any], object]
     ) -> Iterator[Batch]:
         """Take the batches again that were in flight, each from the state it was taken from.
 
@@ -149,7 +149,7 @@ class StatefulCursor(Cursor):
         return iterator
 
     @override
-    def opened(self) -> Any:
+    def opened(self) -> object:
         return getattr(self.loader, "_iterator", None)
 
     def leave(self, state: StateDict) -> None:
@@ -164,7 +164,7 @@ class StatefulCursor(Cursor):
             "loader_state": befores[0] if befores else self.loader.state_dict(),
         }
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return the loader's own state."""
         return self.loader.state_dict()
 
@@ -219,7 +219,7 @@ class ReplayCursor(Cursor):
             "at_save": {} if self.is_builtin else self.main.read_own(),
         }
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return the states of the global generators."""
         return {} if self.is_builtin else self.rng.read()
 

@@ -60,7 +60,7 @@ class _Epoch:
 class _LoaderCursor(Cursor):
     """What the cursors for PyTorch's DataLoader share."""
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.num_workers: int = loader.num_workers
         self.main: WorkerState = WorkerState(loader.dataset, loader.collate_fn)
@@ -92,10 +92,10 @@ class _LoaderCursor(Cursor):
         """Set the generators to what :meth:`_read_start` returned."""
 
     @override
-    def opened(self) -> Any:
+    def opened(self) -> object:
         return self.epoch.iterator
 
-    def before_pull(self) -> Any:
+    def before_pull(self) -> object:
         """Return the states of this process; None with workers."""
         # With workers, taking a batch draws nothing here that starting again would not draw.
         return None if self.num_workers else self.main.read()
@@ -141,7 +141,7 @@ class IndexCursor(_LoaderCursor):
 
     kind = "index"
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.sampler: SamplerState = SamplerState(loader)
         self.is_checked: bool = not is_known(index_sampler(loader))
@@ -305,7 +305,7 @@ class IterableCursor(_LoaderCursor):
 
     kind = "iterable"
 
-    def __init__(self, loader: DataLoader[Any], lookahead: int) -> None:
+    def __init__(self, loader: DataLoader[object], lookahead: int) -> None:
         super().__init__(loader, lookahead)
         self.follows_pulls = lookahead > 0 or loader.num_workers > 0
 

@@ -58,7 +58,7 @@ def restore_groups(
             optimizer.add_param_group({"params": added})
 
 
-def _thawed(parameters: dict[str, nn.Parameter], held: Sequence[Any], names: Sequence[str]) -> list[nn.Parameter]:
+def _thawed(parameters: dict[str, nn.Parameter], held: Sequence[object], names: Sequence[str]) -> list[nn.Parameter]:
     """Return the parameters with these names; those that are added are trained, as they were when the file was saved."""
     known = {id(parameter) for parameter in held}
     found = [parameters[name] for name in names]

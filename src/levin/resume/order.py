@@ -17,7 +17,7 @@ from levin.utilities.rng_states import bytes_tensor, tensor_bytes
 Order = dict[str, Any]
 
 
-def describe_order(loader: DataLoader[Any]) -> Order | None:
+def describe_order(loader: DataLoader[object]) -> Order | None:
     """Return what :func:`list_order` needs to list the epoch whose order is drawn next; None if only the sampler knows.
 
     Returns:
@@ -27,7 +27,7 @@ def describe_order(loader: DataLoader[Any]) -> Order | None:
     if type(batch_sampler) is not BatchSampler or batch_sampler.sampler is not loader.sampler:
         return None
     sampler: Any = loader.sampler
-    kind: Any = type(sampler)
+    kind: object = type(sampler)
     if kind in (DistributedSampler, UnrepeatedDistributedSampler):
         order = {"total": len(sampler.dataset)}
         return {**order, "seed": sampler.seed + sampler.epoch} if sampler.shuffle else order

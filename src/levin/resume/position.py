@@ -227,7 +227,7 @@ def cursor_for(loader: Any, lookahead: int = 0) -> Cursor:
     return ReplayCursor(loader, lookahead)
 
 
-def _gives_the_batches_of_its_sampler(loader: Any) -> bool:
+def _gives_the_batches_of_its_sampler(loader: object) -> bool:
     """Whether the batches of ``loader`` correspond to the indices of its sampler, one to one."""
     kind: Any = type(loader)
     return (

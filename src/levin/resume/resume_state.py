@@ -65,7 +65,7 @@ class InterruptedPhase:
 
     phase: Phase
     num_hooks: int = 0
-    arguments: Optional[tuple[Any, Any]] = None
+    arguments: Optional[tuple[object, object]] = None
 
 
 class ResumeState:
@@ -279,7 +279,7 @@ class ResumeState:
         """Call those hooks ``name`` that were not called yet when the checkpoint was saved."""
         if not unfinished.num_hooks:
             return
-        arguments: tuple[Any, ...] = ()
+        arguments: tuple[object, ...] = ()
         if name == "on_train_batch_end":
             if unfinished.arguments is None:
                 rank_zero_warn(
@@ -360,6 +360,6 @@ def is_plain(value: Any) -> bool:
     return False
 
 
-def copied(value: object) -> Any:
+def copied(value: object) -> object:
     """Return ``value`` with a detached copy of each tensor in it, on its own device."""
     return apply_to_collection(value, Tensor, lambda tensor: tensor.detach().clone())

@@ -46,12 +46,12 @@ def index_sampler(loader: DataLoader[object]) -> Any:
     return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
-def innermost(sampler: object) -> Any:
+def innermost(sampler: object) -> object:
     """Return the sampler that a batch sampler, or a wrapper for several ranks, draws from."""
     return list(_nested(sampler))[-1]
 
 
-def _nested(sampler: object) -> Iterator[Any]:
+def _nested(sampler: object) -> Iterator[object]:
     while sampler is not None:
         yield sampler
         sampler = getattr(sampler, "sampler", None)
@@ -91,8 +91,8 @@ class SamplerState:
         # What the data set holds is kept with the data set, in the process that loads the samples.
         self._leave_out: set[int] = {id(loader.dataset)}
         # Torch's own samplers hold one generator at most: while it is the same, there is nothing to search.
-        self._inner: Any = innermost(sampler) if is_known(sampler) else None
-        self._found: tuple[Any, dict[Any, Any]] | None = None
+        self._inner: object = innermost(sampler) if is_known(sampler) else None
+        self._found: tuple[object, dict[Any, object]] | None = None
         self._stateful: dict[int, Any] = {
             depth: nested for depth, nested in enumerate(_nested(sampler)) if is_stateful(nested)
         }
@@ -104,7 +104,7 @@ class SamplerState:
             "own": {depth: copy.deepcopy(sampler.state_dict()) for depth, sampler in self._stateful.items()},
         }
 
-    def _find(self) -> dict[Any, Any]:
+    def _find(self) -> dict[Any, object]:
         if self._inner is None:
             return find_generators(self._owners, self._leave_out)
         generator = getattr(self._inner, "generator", None)
@@ -129,13 +129,13 @@ class IndexStream(Iterator[Any]):
     """
 
     def __init__(self, indices: Iterator[object], is_checked: bool) -> None:
-        self.indices: Iterator[Any] = indices
+        self.indices: Iterator[object] = indices
         self.is_open: bool = True
         self.is_checked: bool = is_checked
         self.num_taken: int = 0
         self.checksum: int = 0
 
-    def __next__(self) -> Any:
+    def __next__(self) -> object:
         if not self.is_open:
             raise StopIteration
         index = next(self.indices)

@@ -9,7 +9,7 @@ from typing import Any
 _END: object = object()
 
 
-def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:
+def leave_epoch(obj: Any, state: object, is_ended: bool) -> None:
     """Set ``obj`` to ``state``, saved where an epoch was left, so that its next iteration is one of a new epoch.
 
     The protocol says that the next iteration goes on from a loaded state. Here the next iteration is to begin an epoch,
@@ -38,14 +38,14 @@ def leave_epoch(obj: Any, state: Any, is_ended: bool) -> None:
         _state_after_item(obj)
 
 
-def _goes_on(obj: Any, following: Any) -> bool:
+def _goes_on(obj: Any, following: object) -> bool:
     """Whether ``obj``, which is in the state ``following``, goes on from there when it is iterated anew."""
     found = _state_after_item(obj)
     obj.load_state_dict(copy.deepcopy(following))
     return pickle.dumps(found) == pickle.dumps(_state_after_item(obj))
 
 
-def _state_after_item(obj: Any) -> Any:
+def _state_after_item(obj: Any) -> object:
     """Return the state after the first item of an iteration, None if there is no item."""
     if next(iter(obj), _END) is _END:
         return None

@@ -90,13 +90,13 @@ class RecordingCollate:
     def __init__(
         self, collate_fn: Callable[[object], object], log: WorkerStateLog, batch_size: int | None = None
     ) -> None:
-        self.collate_fn: Callable[[Any], Any] = collate_fn
+        self.collate_fn: Callable[[object], object] = collate_fn
         self.log: WorkerStateLog = log
         self.batch_size: int | None = batch_size
         self._state: WorkerState | None = None
         self._worker: int = -1
 
-    def __call__(self, samples: Any) -> Any:
+    def __call__(self, samples: Any) -> object:
         """Return the batch of ``samples``."""
         batch = self.collate_fn(samples)
         if self._state is None:
@@ -123,11 +123,11 @@ class WorkerState:
 
     def __init__(self, dataset: object, collate_fn: object) -> None:
         self.dataset: Any = dataset
-        self.owners: dict[str, Any] = {"dataset": dataset, "collate_fn": collate_fn}
+        self.owners: dict[str, object] = {"dataset": dataset, "collate_fn": collate_fn}
         # The state of a module is its weights, not a place in the data.
         self.has_state: bool = is_stateful(dataset) and not isinstance(dataset, nn.Module)
         self._globals: ProcessRng = ProcessRng()
-        self._generators: dict[Any, Any] = {}
+        self._generators: dict[Any, object] = {}
         self._num_read: int = 0
 
     def read(self, ended: bool = False) -> dict[str, object]:
@@ -195,7 +195,7 @@ class RestoringInit:
     ) -> None:
         self.worker_init_fn: Callable[[int], None] | None = worker_init_fn
         self.states: Mapping[int, Mapping[str, Any]] = states
-        self.collate_fn: Any = collate_fn
+        self.collate_fn: object = collate_fn
 
     def __call__(self, worker_id: int) -> None:
         """Set up the worker that this is called in."""

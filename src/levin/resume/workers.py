@@ -71,7 +71,7 @@ class Workers:
         self._givers: deque[int] = deque([first - 1], maxlen=self._lookahead + 2)
         self._num_given: list[int] = [0] * self.num_workers
 
-    def next_epoch(self, loader: DataLoader[Any]) -> Workers:
+    def next_epoch(self, loader: DataLoader[object]) -> Workers:
         """Begin another epoch of ``loader``, and return the same workers in it."""
         iterator = cast(Any, loader._iterator)
         # How many batches each was asked for; one that is known to be at its end, for one that it could not make.
@@ -109,21 +109,21 @@ class Workers:
         self._num_given[giver] += 1
         self._givers.append(giver)
 
-    def states_before(self, num_in_flight: int) -> tuple[list[Any], int]:
+    def states_before(self, num_in_flight: int) -> tuple[list[object], int]:
         """Return the state of each worker of an iterable data set before the last batches, and who gave the one before."""
         givers = list(self._givers)
         num_known = len(givers) - num_in_flight  # at least one: the deque is longer than what may be in flight
         counts = [given - givers[num_known:].count(worker) for worker, given in enumerate(self._num_given)]
         return self._states_after(counts), givers[num_known - 1]
 
-    def states(self, num_taken: int) -> list[Any]:
+    def states(self, num_taken: int) -> list[object]:
         """Return the state of each worker after the first ``num_taken`` batches, which they made in turns."""
         turns = [(worker - self.offset) % self.num_workers for worker in range(self.num_workers)]
         return self._states_after([len(range(turn, num_taken, self.num_workers)) for turn in turns])
 
     def _states_after(self, counts: list[int]) -> list[Any]:
         """Return the state of each worker after so many batches of this epoch; None if it is a new one."""
-        states: list[Any] = []
+        states: list[object] = []
         for worker, count in enumerate(counts):
             if not count:
                 states.append(self._states.get(worker))
@@ -173,7 +173,7 @@ class Workers:
 
 
 def start_workers(
-    loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, held: HeldSampler
+    loader: DataLoader[object], lookahead: int, epoch_start: StateDict, held: HeldSampler
 ) -> tuple[Workers, Iterator[Batch]]:
     """Begin an epoch of a loader with workers; they wait for :meth:`Workers.release`.
 
@@ -193,7 +193,7 @@ def start_workers(
 
 
 def restart_workers(
-    loader: DataLoader[Any], lookahead: int, epoch_start: StateDict, started_at: StateDict, states: Mapping[int, StateDict],
+    loader: DataLoader[object], lookahead: int, epoch_start: StateDict, started_at: StateDict, states: Mapping[int, StateDict],
     held: HeldSampler, set_back: Callable[[StateDict], None],
 ) -> tuple[Workers, Iterator[Batch]]:  # fmt: skip
     """Begin an epoch again that was under way; the workers wait for :meth:`Workers.release`.
@@ -218,7 +218,7 @@ def restart_workers(
     return workers, iterator
 
 
-def _start(loader: DataLoader[Any], workers: Workers, held: HeldSampler) -> Any:
+def _start(loader: DataLoader[object], workers: Workers, held: HeldSampler) -> Any:
     with workers.recording(loader, held):
         iterator: Any = iter(loader)
     iterator._levin_workers = workers

@@ -50,7 +50,7 @@ class Caller(Trainer, Protocol):
 
 
 def begin(
-    trainer: Caller, fn: TrainerFn, model: Any, datamodule: Optional[LightningDataModule], given: dict[str, Any]
+    trainer: Caller, fn: TrainerFn, model: object, datamodule: Optional[LightningDataModule], given: dict[str, Any]
 ) -> Run:
     """Return the run of a call of ``fn``, with module and data attached.
 
@@ -252,7 +252,7 @@ def explain(trainer: Caller, fn: TrainerFn, given: dict[str, Any]) -> Explanatio
         vars(trainer.state).update(vars(state))
 
 
-def _chosen_path(trainer: Caller, given: Any) -> Any:
+def _chosen_path(trainer: Caller, given: object) -> object:
     """Return what the user wants to start from: what was passed, else what was set on the Trainer."""
     preset = trainer._given_ckpt_path
     if preset and given is not None:
@@ -264,9 +264,9 @@ def _chosen_path(trainer: Caller, given: Any) -> Any:
 def evaluate(
     trainer: Caller,
     fn: TrainerFn,
-    model: Any,
+    model: object,
     datamodule: Optional[LightningDataModule],
-    given: dict[str, Any],
+    given: dict[str, object],
     ckpt_path: Optional[PathLike],
     weights_only: Optional[bool],
     verbose: bool,
@@ -296,7 +296,7 @@ def keeps_predictions(strategy: Strategy, value: Optional[bool]) -> bool:
     return not spawns if value is None else value
 
 
-def _uncompiled(model: Any, strategy: Strategy) -> Any:
+def _uncompiled(model: object, strategy: Strategy) -> object:
     """Return the module inside of a compiled one, with its forward and its steps compiled."""
     if not is_compiled(model):
         return model

@@ -25,7 +25,7 @@ def of_run(path: str, default: object, doc: str) -> Any:
 def setting(name: str) -> Any:
     """Return a property for one of the :class:`~levin.settings.Settings`; setting it counts for the run under way."""
 
-    def change(trainer: Any, value: Any) -> None:
+    def change(trainer: Any, value: object) -> None:
         trainer.settings = replace(trainer.settings, **{name: value})
 
     return property(attrgetter(f"settings.{name}"), change, doc=f"The argument ``{name}``, which may be set anew.")
@@ -35,7 +35,7 @@ def shared(name: str, doc: str) -> Any:
     """Return a property for a part of the Trainer that its run holds as well: setting it counts for both."""
     own = f"_{name}"
 
-    def change(trainer: Any, value: Any) -> None:
+    def change(trainer: Any, value: object) -> None:
         setattr(trainer, own, value)
         if trainer.run is not None:
             setattr(trainer.run, name, value)

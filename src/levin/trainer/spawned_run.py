@@ -12,7 +12,7 @@ from levin.ranks.signals import as_ended, signal_handlers
 from levin.utilities.types import StateDict
 
 
-def run_sequence(run: Run, weights_only: Optional[bool]) -> Any:
+def run_sequence(run: Run, weights_only: Optional[bool]) -> object:
     """Run :func:`levin.loops.run_call.run_sequence`, and tell callbacks and loggers here, where the run is, when it fails."""
     # A pickled module leaves its Trainer behind.
     run.module.trainer = run.trainer

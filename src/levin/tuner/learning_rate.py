@@ -49,7 +49,7 @@ class LRFinder:
         index = steepest(self.results["lr"], self.results["loss"], skip_begin, skip_end)
         return None if index is None else self.results["lr"][index]
 
-    def plot(self, suggest: bool = False, show: bool = False, ax: Any = None) -> Any:
+    def plot(self, suggest: bool = False, show: bool = False, ax: Any = None) -> object:
         """Draw the loss over the rate; returns matplotlib's figure.
 
         Args:

@@ -117,7 +117,7 @@ def _unloaded(loaders: Loaders) -> Loaders:
     return fresh
 
 
-def holders(name: str, module: object, datamodule: Optional[object]) -> list[Any]:
+def holders(name: str, module: object, datamodule: Optional[object]) -> list[object]:
     """Return the objects that have ``name``: module, data module, and the hyper-parameters of either.
 
     Example:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,9 @@ class LayerSummary:
 
     def __init__(self, module: nn.Module) -> None:
         self._module: nn.Module = module
-        self.in_size: str | list[Any] = UNKNOWN_SIZE
+        self.in_size: str | list[object] = UNKNOWN_SIZE
         """Shape of the input, a list of shapes for several, or ``"?"``."""
-        self.out_size: str | list[Any] = UNKNOWN_SIZE
+        self.out_size: str | list[object] = UNKNOWN_SIZE
         """Shape of the output, a list of shapes for several, or ``"?"``."""
         self._hook: RemovableHandle | None = self._register_hook()
 

@@ -55,7 +55,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def transfer_example(model: nn.Module, example: object) -> Any:
+def transfer_example(model: nn.Module, example: object) -> object:
     """Return an example input the way batches get to the model: through its transfer hooks, to its device."""
     hooks: Any = model
     if hasattr(model, "transfer_batch_to_device"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def move_data_to_device(
                 return batch
     non_blocking = kind not in _BLOCKING_DEVICES
 
-    def move(leaf: Tree) -> Any:
+    def move(leaf: Tree) -> object:
         if not isinstance(leaf, Tensor):
             moved = leaf.to(device)
             return leaf if moved is None else moved

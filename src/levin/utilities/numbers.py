@@ -72,10 +72,10 @@ class Latest:
     """Numbers of values that change, as new as they can be without waiting for the device."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, Any] = {}
+        self._numbers: dict[str, object] = {}
         self._coming: Reading | None = None
 
-    def of(self, metrics: Metrics) -> dict[str, Any]:
+    def of(self, metrics: Metrics) -> dict[str, object]:
         """Return the numbers of ``metrics``; while these travel, those of an earlier call."""
         if self._coming is None or self._arrives(self._coming):
             self._coming = Reading(metrics)

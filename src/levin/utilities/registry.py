@@ -27,7 +27,7 @@ class Registry(dict[str, dict[str, Any]], Generic[T]):
         self._kind: str = kind
 
     def add(
-        self, name: str, cls: type[T] | str | None, description: str = "", override: bool = False, **init_params: Any
+        self, name: str, cls: type[T] | str | None, description: str = "", override: bool = False, **init_params: object
     ) -> Callable[[type[T]], type[T]] | None:
         """Make a class selectable by ``name``.
 

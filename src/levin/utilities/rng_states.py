@@ -70,7 +70,7 @@ class ProcessRng:
         set_rng_states(states)
         self._numpy_words = None
 
-    def _read_numpy(self) -> Any:
+    def _read_numpy(self) -> object:
         module = sys.modules.get("numpy.random")
         if module is None:
             # A generator that nobody has imported has not drawn a number yet.
@@ -153,7 +153,7 @@ def _can_read_memory() -> bool:
 @functools.cache
 def _python_memory() -> tuple[Any, ctypes.Array[ctypes.c_char]]:
     """Return python's generator and where CPython keeps its state: behind the head of the object."""
-    generator: Any = getattr(random.getstate, "__self__")  # noqa: B009  (its type is not declared)
+    generator: object = getattr(random.getstate, "__self__")  # noqa: B009  (its type is not declared)
     return generator, _memory(id(generator) + object.__basicsize__, _PYTHON_STATE.size)
 
 
@@ -183,13 +183,13 @@ def pack_python(state: tuple[Any, ...]) -> PythonState:
     return version, _PYTHON_STATE.pack(*words), gauss
 
 
-def unpack_python(state: tuple[int, Any, float | None]) -> tuple[Any, ...]:
+def unpack_python(state: tuple[int, Any, float | None]) -> tuple[object, ...]:
     """Undo :func:`pack_python`; the numbers may be a sequence as well."""
     version, words, gauss = state
     return version, _PYTHON_STATE.unpack(words) if isinstance(words, bytes) else tuple(words), gauss
 
 
-def pack_arrays(value: Any) -> Any:
+def pack_arrays(value: Any) -> object:
     """Return nested dicts with each numpy array as ``("ndarray", dtype, bytes)``."""
     if isinstance(value, dict):
         return {key: pack_arrays(item) for key, item in value.items()}

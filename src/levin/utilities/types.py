@@ -82,7 +82,7 @@ class LRSchedulerConfig:
 class LRSchedulerConfigType(TypedDict, total=False):
     """The dict form in which ``configure_optimizers`` may return a scheduler."""
 
-    scheduler: Any
+    scheduler: object
     name: Optional[str]
     interval: str
     frequency: int
@@ -101,7 +101,7 @@ class OptimizerLRSchedulerConfig(TypedDict, total=False):
     """The dict form with an optimizer and its scheduler."""
 
     optimizer: Optimizer
-    lr_scheduler: Any
+    lr_scheduler: object
     monitor: str
 
 
