@@ -69,6 +69,33 @@ def test_a_wrong_hook_is_told_with_what_it_gave(name):
         trainer.fit(Model())
 
 
+@pytest.mark.parametrize("nothing", [[], {}, None], ids=str)
+def test_a_fit_without_any_loader_says_so(nothing, recwarn):
+    class Model(BoringModel):
+        validation_step = None
+
+        def train_dataloader(self):
+            return nothing
+
+        def val_dataloader(self):
+            return []
+
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    if nothing is None:
+        with pytest.raises(TypeError, match=r"`train_dataloader` must return a loader, received None"):
+            trainer.fit(Model())
+    else:
+        trainer.fit(Model())
+    told = [(each.category, str(each.message).split(".")[0]) for each in recwarn]
+    # No mere hint, which could be switched off with the others.
+    assert told[0] == (UserWarning, "You passed in a `val_dataloader` but have no `validation_step`")
+    lacking = [(UserWarning, "`train_dataloader` gives no loader, so nothing is trained")]
+    assert told[1:] == (lacking if nothing is not None else [])
+
+
 def test_the_class_of_a_module_and_swapped_arguments_are_told_apart(tmp_path):
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1)
     loader = DataLoader(torch.ones(4, 2), 2)

@@ -210,3 +210,22 @@ def test_attributes_are_found_in_hyper_parameters_of_any_kind():
     names = ("lightning.pytorch.utilities.parsing", "levin.compat.hparams")
     theirs, ours = (find(f, importlib.import_module(n)) for f, n in zip((both.lightning(), both.levin()), names))
     assert ours == theirs == [True, 0.1, 0.2, False] * 2
+
+
+def test_the_stage_that_setup_and_teardown_are_told_has_a_name_and_a_value(tmp_path):
+    def code(seen: trace.Trace) -> None:
+        def tell(who: str) -> Any:
+            return lambda *args: seen.note(who, args[-1].name, args[-1].value, isinstance(args[-1], str))
+
+        module = both.recording_module(seen.framework, [])[0]
+        data, callback = seen.framework.DataModule(), seen.framework.Callback()
+        data.train_dataloader = data.test_dataloader = lambda: both.loader(1)
+        for owner in (module, data):
+            owner.setup = owner.teardown = lambda stage, owner=type(owner).__name__: tell(owner)(stage)
+        callback.setup = callback.teardown = lambda trainer, module, stage: tell("callback")(stage)
+        trainer = seen.trainer(max_epochs=1, callbacks=[callback])
+        trainer.fit(module, datamodule=data)
+        trainer.test(module, datamodule=data, verbose=False)
+
+    events = trace.same(code, tmp_path).events
+    assert len(events) == 12 and events[0][1:] == ("FITTING", "fit", True) and events[-1][1:3] == ("TESTING", "test")

@@ -35,7 +35,7 @@ from levin.strategies.strategy import Strategy
 from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import Latest, to_numbers
 from levin.utilities.overrides import has_own
-from levin.utilities.states import RunningStage, StopFlags, TrainerState, TrainerStatus
+from levin.utilities.states import RunningStage, StopFlags, TrainerFn, TrainerState, TrainerStatus
 from levin.utilities.timing import action_name
 from levin.utilities.types import Batch, Group, LRSchedulerConfig, PathLike, StateDict
 
@@ -159,9 +159,9 @@ class Run:
         Run.__init__(self, **arguments)  # a run that has not begun
 
     @property
-    def fn(self) -> str:
+    def fn(self) -> TrainerFn:
         """The method that runs: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``."""
-        return str(self.state.fn)
+        return TrainerFn(self.state.fn)
 
     @property
     def flags(self) -> Agreement | StopFlags:

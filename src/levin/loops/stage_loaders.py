@@ -12,7 +12,6 @@ from torch.utils.data import Dataset, IterableDataset
 from levin.data.combined import CombinedLoader, Joint, combined_length
 from levin.data.loaders import capture_init_args, end_workers, hint_at_workers, length_of, prepare_dataloader
 from levin.hooks import DataHooks
-from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.overrides import is_overridden
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -86,9 +85,7 @@ class StageLoaders:
             with capture_init_args():
                 loaders = getattr(self.owner, self.hook)()
         if loaders is None:
-            raise MisconfigurationException(
-                f"`{self.hook}` must return a loader, received None. Return [] for no data."
-            )
+            raise TypeError(f"`{self.hook}` must return a loader, received None. Return [] for no data.")
         mode: Any = "max_size_cycle" if self.stage == "train" else "sequential"
         combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, mode)
         if self.stage == "train" and combined._mode == "sequential":
@@ -100,6 +97,8 @@ class StageLoaders:
             raise ValueError(
                 f'predict needs CombinedLoader(mode="sequential"), received mode={combined._mode!r}. Pass a list of loaders.'
             )
+        if self.stage == "train" and not combined.flattened:
+            rank_zero_warn(f"`{self.hook}` gives no loader, so nothing is trained. Make sure this was your intention.")
         for loader in combined.flattened:
             if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
                 raise TypeError(

@@ -61,12 +61,12 @@ def verify(run: Run) -> None:
                 "`train_dataloaders`, a `datamodule`, or define `train_dataloader`."
             )
         if has("validation_step") != run.loaders.val.is_defined():
-            lack = (
-                "defined a `validation_step` but have no `val_dataloader`"
+            lack, category = (
+                ("defined a `validation_step` but have no `val_dataloader`", PossibleUserWarning)
                 if has("validation_step")
-                else "passed in a `val_dataloader` but have no `validation_step`"
+                else ("passed in a `val_dataloader` but have no `validation_step`", UserWarning)
             )
-            rank_zero_warn(f"You {lack}. Skipping validation.", category=PossibleUserWarning)
+            rank_zero_warn(f"You {lack}. Skipping validation.", category=category)
         if not module.automatic_optimization:
             if run.settings.gradient_clip_val:
                 raise MisconfigurationException(
