@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -100,7 +100,10 @@ def whole(module: nn.Module) -> dict[str, torch.Tensor]:
 @world_size(2, connect=False)
 def test_two_processes_are_one_device(settings):
     module, reference = Deep(4), Deep(8)
+    reduced: list[bool] = []
+    module.on_after_backward = lambda: reduced.append(module.net.head.weight.grad is not None)
     in_rank(**settings).fit(module)
+    assert reduced == ([False, True, False, True] if "accumulate_grad_batches" in settings else [True] * 4)
     assert isinstance(module.net.blocks[0], FSDPModule) and not isinstance(module.net.head, FSDPModule)
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     alone(**settings).fit(reference)
@@ -341,25 +344,42 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.LayerNorm)
 
 
-@pytest.mark.parametrize("way", ["classes", "function", "recomputed", "hybrid", "offloaded"])
+@pytest.mark.parametrize("way", ["classes", "function", "recomputed", "hybrid", "offloaded", "formats"])
 @world_size(2, connect=False)
 def test_ways_of_cutting(way):
+    module, reference = Deep(4), Deep(8)
+    for one in (module, reference):
+        one.net.head.bias.requires_grad_(False)
     arguments = {
-        "classes": {"auto_wrap_policy": {Block}},
-        "function": {"auto_wrap_policy": is_norm},
+        "classes": {"auto_wrap_policy": {Block}, "sharding_strategy": "HYBRID_SHARD"},
+        "function": {"auto_wrap_policy": is_norm, "ignored_states": [module.net.head.bias]},
         "recomputed": {"sharding_strategy": "SHARD_GRAD_OP", "activation_checkpointing_policy": {Block}},
         "hybrid": {"device_mesh": (2, 1)},
         "offloaded": {"cpu_offload": True, "use_orig_params": True, "limit_all_gathers": True},
+        "formats": {"mixed_precision": MixedPrecisionPolicy(param_dtype=torch.float64, reduce_dtype=torch.float64)},
     }[way]
-    module, reference = Deep(4), Deep(8)
-    in_rank(FSDPStrategy(**arguments)).fit(module)
+    found: list[tuple[bool, torch.dtype]] = []
+
+    def look(loss):
+        found.append((isinstance(inner.layer.weight, DTensor), module.net.head.weight.dtype))
+
+    module.on_before_backward = look
+    inner = module.net.blocks[0]
+    trainer = in_rank(FSDPStrategy(**arguments))
+    trainer.fit(module)
     alone().fit(reference)
-    torch.testing.assert_close(module.losses, reference.losses)
+    close = {"rtol": 1e-6, "atol": 1e-6} if way == "formats" else {}
+    torch.testing.assert_close(module.losses, reference.losses, **close)
     block = module.net.blocks[0]
-    inner = getattr(block, "_checkpoint_wrapped_module", block)
     assert isinstance(block, FSDPModule) == (way != "function")
     assert isinstance(inner.norm, FSDPModule) == (way == "function")
+    assert isinstance(module.net.head.bias, DTensor) == (way != "function")
+    # Between forward and backward blocks have let go of what they gathered, or not; the function cuts no blocks.
+    is_part = way not in ("recomputed", "function")
+    assert set(found) == {(is_part, torch.float64 if way == "formats" else torch.float32)}
     assert list(module.state_dict()) == list(reference.state_dict())
+    shape = {"hybrid": (2, 1), "classes": (1, 2)}.get(way, (2,))
+    assert tuple(trainer.strategy.device_mesh.shape) == shape
 
 
 class Counting(Deep):

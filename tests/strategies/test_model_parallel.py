@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from levin import Trainer
 from levin.checkpoint import consolidate
+from levin.environments import LightningEnvironment
 from levin.strategies import ModelParallelStrategy
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET, dataset
@@ -176,6 +177,25 @@ def test_an_open_window_goes_on_exactly(tmp_path, sizes):
     path = str(tmp_path / "open.ckpt")
     unbroken = run(path)
     torch.testing.assert_close(run("", path), unbroken, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}, [0, 0, 1, 1, 0, 0, 1, 1]),
+        ({"data_parallel_size": 3, "tensor_parallel_size": 1, "context_parallel_size": 2}, [0, 0, 1, 1, 2, 2]),
+        ({"data_parallel_size": 4, "tensor_parallel_size": 1, "copies": 2}, [0, 1, 2, 3]),
+    ],
+    ids=["pipeline", "sequences", "copies"],
+)
+def test_each_process_knows_whose_data_it_sees_before_it_is_connected(arguments, expected):
+    strategy = ModelParallelStrategy(**arguments)
+    strategy.environment = environment = LightningEnvironment()
+    found = []
+    for rank in range(len(expected)):
+        environment.set_global_rank(rank)
+        found.append(strategy.data_parallel.rank)
+    assert found == expected and strategy.data_parallel.size == arguments["data_parallel_size"]
 
 
 def test_sizes_that_do_not_multiply_are_refused_before_a_process_starts():
