@@ -211,6 +211,7 @@ import levin
 assert Trainer is levin.Trainer is L.Trainer is pl.Trainer
 assert not hasattr(pl, "nonsense") and hasattr(pl.utilities, "rank_zero_only")
 assert L.__version__ == pl.__version__ == lightning.pytorch.__version__ == {VERSION!r}
+assert lightning.pytorch.__doc__ == "`lightning.pytorch` as levin answers for it."
 assert pl.callbacks.progress.TQDMProgressBar and "callbacks" in dir(pl) and "Trainer" in dir(pl)
 assert L.pytorch.utilities.types.STEP_OUTPUT is not None
 assert importlib.util.find_spec("lightning.pytorch.callbacks") is not None

@@ -162,6 +162,18 @@ def test_one_that_is_refused_does_not_take_its_neighbours_along(service, kept, c
     ]
 
 
+def test_after_each_close_it_begins_anew(service, kept, caplog):
+    caplog.set_level(logging.INFO, "levin")
+    box = outbox(service, kept)
+    for _ in range(2):
+        box.put("metrics", "bad")
+        box.close()
+        assert [record.message for record in caplog.records] == [
+            "svc refused metrics 'bad': ValueError: bad is no number"
+        ]
+        caplog.clear()
+
+
 def test_memory_is_bounded_and_nothing_is_lost(service, kept, caplog):
     service.gate.clear()
     box = outbox(service, kept, limit=10)

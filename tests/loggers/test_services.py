@@ -6,6 +6,7 @@ import importlib
 import pickle
 import sys
 import textwrap
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ Metrics = namedtuple("Metrics", "name values")
     "mlflow/entities.py": """
 class Metric:
     def __init__(self, key, value, timestamp, step):
-        self.values = key, value, step
+        self.values, self.timestamp = (key, value, step), timestamp
 
 class Param:
     def __init__(self, key, value):
@@ -341,6 +342,7 @@ def test_mlflow(calls_of, tmp_path):
     ((_, options),) = named(calls, "client.log_batch")
     assert options.pop("run_id") == "run" and options["synchronous"] is True
     assert [entry.values for entry in options["metrics"]] == [("x-loss", 0.5, 3), ("x-odd", 2, 3)]
+    assert all(0 <= 1000 * time.time() - entry.timestamp < 60_000 for entry in options["metrics"])
     logger.log_hyperparams({f"p{number}": "y" * 300 for number in range(101)})
     batches = [kwargs["params"] for _, kwargs in named(calls, "client.log_batch")[1:]]
     assert [len(batch) for batch in batches] == [100, 1]

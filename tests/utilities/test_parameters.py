@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from levin.utilities.move import move_module
 from levin.utilities.parameters import find_shared_parameters, grad_norm, set_shared_parameters
 from levin.utilities.throughput import Throughput, get_available_flops, measure_flops
 
@@ -57,6 +58,24 @@ def test_throughput_needs_totals_that_grow():
     throughput.update(time=1.0, batches=1, samples=1, flops=1.0)
     with pytest.raises(ValueError, match="window_size must be >= 2"):
         Throughput(window_size=1)
+
+
+def test_rates_of_items_and_operations_where_they_are_given():
+    throughput = Throughput(window_size=2, available_flops=20.0)
+    throughput.update(time=1.0, batches=1, samples=4, lengths=40, flops=8.0)
+    throughput.update(time=3.0, batches=2, samples=8, lengths=100, flops=10.0)
+    assert throughput.compute() == {
+        "time": 3.0, "batches": 2, "samples": 8, "lengths": 100, "device/batches_per_sec": 0.5, "device/samples_per_sec": 2.0,
+        "device/items_per_sec": 30.0, "device/flops_per_sec": 5.0, "device/mfu": 0.25,
+    }  # fmt: skip
+
+
+def test_a_module_is_moved_and_what_is_one_stays_one():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].weight = net[0].weight
+    move_module(net, torch.device("meta"))
+    assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
+    assert net[1].weight is net[0].weight
 
 
 def test_operations_are_counted():

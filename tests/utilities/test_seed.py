@@ -45,6 +45,12 @@ def test_the_same_seed_gives_the_same_numbers():
     assert draw() == first
 
 
+def test_generators_that_are_not_in_use_have_no_state():
+    names = {"torch", "python", "numpy"} | ({"torch.cuda"} if torch.cuda.is_initialized() else set())
+    assert set(collect_rng_states()) == names
+    assert set(collect_rng_states(include_cuda=False)) == {"torch", "python", "numpy"}
+
+
 def test_numbers_are_those_of_the_plain_generators():
     seed_everything(3)
     numbers = random.random(), np.random.rand(), torch.rand(1).item()
