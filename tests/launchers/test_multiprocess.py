@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -139,6 +140,15 @@ def test_an_exit_status_passes_on():
     with pytest.raises(SystemExit) as caught:
         launcher_for("fork", Entered(), size=1).launch(leave, 143)
     assert caught.value.code == 143
+
+
+def test_no_temporary_file_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    launcher = launcher_for("fork", Entered(), size=1)
+    assert launcher.launch(lambda: len(list(tmp_path.glob("levin-*")))) == 1
+    with pytest.raises(SystemExit):
+        launcher.launch(leave, 143)
+    assert list(tmp_path.glob("levin-*")) == []
 
 
 def test_what_cannot_be_pickled_is_explained():
