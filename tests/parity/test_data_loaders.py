@@ -399,7 +399,13 @@ SAMPLER_WARNINGS: dict[str, tuple[Any, list[str]]] = {
     "eval_shuffle": (lambda s, t: t.validate(make_module(s), trace.batches(1, shuffle=True)), ["shuffling"]),
     "overfit_shuffle": (
         lambda s, t: s.trainer(max_epochs=1, overfit_batches=1).fit(make_module(s), trace.batches(2, shuffle=True)),
-        ["overfit", "shuffling"],
+        ["overfit", "shuffling", "train"],
+    ),
+    "overfit_shuffle_val": (
+        lambda s, t: s.trainer(max_epochs=1, overfit_batches=1).fit(
+            make_module(s), trace.batches(2), trace.batches(2, shuffle=True)
+        ),
+        ["overfit", "shuffling", "val"],
     ),
     "zero_length": (lambda s, t: t.validate(make_module(s), DataLoader([])), ["length"]),
     "no_val_loader": (lambda s, t: s.trainer(max_epochs=1).fit(make_module(s), trace.batches(1)), ["val_dataloader"]),

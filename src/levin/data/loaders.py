@@ -143,7 +143,7 @@ def prepare_dataloader(
         )
     if overfit and not isinstance(sampler, SequentialSampler) and not is_split:
         rank_zero_warn(
-            "You requested to overfit but enabled training dataloader shuffling. The sampler is replaced by one in order."
+            f"You requested to overfit but enabled shuffling in `{stage}_dataloader`. Its sampler is replaced by one in order."
         )
         return rebuild(loader, SequentialSampler(cast("Sized", loader.dataset)), stage)
     if is_split:
