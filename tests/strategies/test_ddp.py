@@ -439,7 +439,9 @@ def test_processes_connect_once_and_start_from_the_same_seed():
         assembled(other, size=1)
 
 
-def test_before_the_processes_are_connected():
+def test_before_the_processes_are_connected(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     strategy = DDPStrategy()
     strategy.assemble(
         accelerator=CPUAccelerator(),
@@ -448,7 +450,7 @@ def test_before_the_processes_are_connected():
         num_nodes=3,
         environment=LightningEnvironment(),
     )
-    assert strategy.world_size == 6
+    assert (strategy.node_rank, strategy.local_rank, strategy.global_rank, strategy.world_size) == (1, 1, 3, 6)
     assert strategy.broadcast("x") == "x"
     strategy.barrier()
 

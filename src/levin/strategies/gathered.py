@@ -93,8 +93,9 @@ def _follow(part: Module, inputs: object) -> None:
         for inner in group.fsdp_params:
             own, gathered = inner.sharded_param, getattr(inner, "_unsharded_param", None)
             if gathered is not None and gathered.requires_grad != own.requires_grad:
+                learned_before = getattr(inner, "learned_before", gathered.requires_grad)
                 for parameter in (own, gathered):
-                    parameter.requires_grad_(not inner.learned_before)
+                    parameter.requires_grad_(not learned_before)
             inner.learned_before = own.requires_grad
 
 
