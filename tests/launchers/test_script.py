@@ -14,10 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import levin
 from levin.environments import KubeflowEnvironment, LightningEnvironment
 from levin.launchers import SubprocessLauncher
 from levin.launchers.restart import hydra_arguments, script_command
 from levin.launchers.script import end_processes
+
+SOURCE = Path(levin.__file__).parents[1]
 
 PROGRAM = """
 import os, sys, time
@@ -47,8 +50,7 @@ def write_program(path: Path, body: str) -> Path:
 
 def start(*arguments: object, cwd: Path | None = None) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    source = Path(__file__).parents[2] / "src"
-    environment["PYTHONPATH"] = os.pathsep.join([str(source), *([str(cwd)] if cwd else [])])
+    environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), *([str(cwd)] if cwd else [])])
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)], env=environment, cwd=cwd, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -121,7 +123,7 @@ def test_a_program_that_goes_elsewhere_and_clears_its_arguments_runs_the_same_on
         (tmp_path / path).write_text(program)
     target = {"script": ["train.py"], "folder": ["app/"], "archive": ["app.zip"], "module": ["-m", "pkg.train"]}[way]
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE")}
-    environment |= {"PYTHONPATH": str(Path(__file__).parents[2] / "src"), "PWD": str(tmp_path)}
+    environment |= {"PYTHONPATH": str(SOURCE), "PWD": str(tmp_path)}
     command = [sys.executable, "-X", "mark=1", *target, str(tmp_path), "--lr", "0.1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

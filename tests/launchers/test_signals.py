@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import levin
 from levin.checkpoint.verify import verify
 from levin.ranks.signals import FILE_NAME
 from tests.launchers.signalled_program import SHUTDOWN
@@ -31,7 +32,7 @@ def start(folder: Path, launcher=(), strategy="ddp", step_s=0.0, moment="batch")
     return subprocess.Popen(
         [sys.executable, *launcher, str(PROGRAM), str(folder), strategy, str(step_s), moment], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        env={**environment, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHONPATH": str(Path(levin.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import levin
 from levin.launchers.torchrun import complete, named_options
 from levin.utilities.processors import count_processors
 
-SOURCE = Path(__file__).parents[2] / "src"
+SOURCE = Path(levin.__file__).parents[1]
 
 
 def launch(folder: Path, *words: object, program: str = "") -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import levin
 from levin import Callback, LightningModule, Trainer
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint.verify import verify
@@ -24,6 +25,7 @@ from levin.ranks.signals import FILE_NAME, Signals, listen_for_sigterm
 from tests.checkpoint.exact_runs import Run, Setup, differences, first_difference
 
 ROOT = Path(__file__).parents[2]
+SOURCE = Path(levin.__file__).parents[1]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the signals of POSIX")
 
 
@@ -287,7 +289,7 @@ print("resumed from", trainer.ckpt_path, "at", trainer.global_step)
 def start(tmp_path, kind, **environment):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path), kind], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}", **environment},
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(SOURCE), **environment},
     )  # fmt: skip
     while not (line := process.stdout.readline()).startswith("step"):
         assert line, process.stderr.read()
@@ -340,7 +342,7 @@ def test_ctrl_c_pressed_again_ends_a_shutdown_that_waits_for_another_process(tmp
     program.write_text(INTERRUPTED)
     process = subprocess.Popen(
         [sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        start_new_session=True, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}"},
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(SOURCE)},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     try:
@@ -403,7 +405,7 @@ def slurm(tmp_path):
 def run_job(program: str, *words: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *words], cwd=cwd, capture_output=True, text=True, timeout=200,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **variables},
+        env={**os.environ, "PYTHONPATH": str(SOURCE), **variables},
     )  # fmt: skip
 
 
