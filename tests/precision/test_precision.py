@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
 from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from levin.precision.choose import check_precision_name
 from tests.strategies.small import QUIET, Small
 
 # torch's loss scale is off on machines without CUDA unless it is made for the CPU.
@@ -84,6 +85,9 @@ def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():
 def test_wrong_precision_names():
     with pytest.raises(ValueError, match=r"must be '16-true' or 'bf16-true' for HalfPrecision, received '16-mixed'"):
         HalfPrecision("16-mixed")
+    for value in (32.0, [16], True):
+        with pytest.raises(ValueError, match="precision must be one of '32-true', .* received"):
+            check_precision_name(value)
     with pytest.raises(ValueError, match=r"must be '16-mixed' or 'bf16-mixed' for MixedPrecision, received '16'"):
         MixedPrecision("16", "cpu")
     with pytest.raises(ValueError, match=r"precision='bf16-mixed' takes no scaler"):
