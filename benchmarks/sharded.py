@@ -3,10 +3,10 @@
     python benchmarks/sharded.py [--quick]
 
 Steps, saves and loads: in each process one of the bare program and one of a framework are made in turn, and each block of
-steps is compared by the clock on the wall; printed are medians, and the quartiles of the ratios of steps. A save is whole and
-on the disk when it counts as done: the bare program, too, syncs its files. Memory: each program trains alone in fresh
-processes; printed is what rank 0 needed at most beyond what it had with everything imported. Lightning has FSDP2 in programs
-that call ``fully_shard`` themselves.
+steps is compared by the clock on the wall, a step being done when it is done on both ranks; printed are medians, and the
+quartiles of the ratios of steps. A save is whole and on the disk when it counts as done: the bare program, too, syncs its
+files. Memory: each program trains alone in fresh processes; printed is what rank 0 needed at most beyond what it had with
+everything imported. Lightning has FSDP2 in programs that call ``fully_shard`` themselves.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def time_pairs(rank: int, size: int, port: int, kind: str, steps: int, turns: in
         for name, lib in libs.items():
             set_ranks(rank, size)
             bare = Bare(kind)
-            pairs = Pairs(batches(steps), bare.step)
+            pairs = Pairs(batches(steps), bare.step, dist.barrier)
 
             def save_and_load(trainer: Any, name: str = name, bare: Bare = bare) -> None:
                 for _ in range(saves):

@@ -38,13 +38,26 @@ class Arguments(NamedTuple):
 
 
 class StepOrder:
-    """A number for the order in which values of steps were reduced over all ranks, which is by the order of calls alone."""
+    """A number for the order in which values of steps were reduced over all ranks, which is by the order of calls alone.
 
-    def __init__(self) -> None:
+    Args:
+        check: Called with hook and name before the first of their values is reduced; raises where ranks differ.
+    """
+
+    def __init__(self, check: Callable[[str, str], None]) -> None:
         self.number: int = 0
+        self._check = check
+        self._checked: set[tuple[str, str]] = set()
 
     def note(self, hook: str, name: str, reduction: str) -> None:
-        """A value was logged in ``hook`` under ``name``."""
+        """A value is about to be reduced that was logged in ``hook`` under ``name``.
+
+        Raises:
+            RuntimeError: It is the first one, and other ranks do something else, on all ranks.
+        """
+        if (hook, name) not in self._checked:
+            self._checked.add((hook, name))
+            self._check(hook, name)
         self.number = zlib.crc32(f"{hook} {name} {reduction}".encode(), self.number)
 
 

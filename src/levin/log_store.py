@@ -83,6 +83,7 @@ class LogStore:
         sync: Reduces a tensor over the ranks, ``sync(tensor, reduction, group)``; None on one device.
         has_loggers: Whether there is anything to log to.
         num_ranks: How many ranks see data of their own.
+        check: See :class:`levin.log_slot.StepOrder`.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LogStore:
         sync: Optional[Sync] = None,
         has_loggers: bool = True,
         num_ranks: int = 1,
+        check: Callable[[str, str], None] = lambda hook, name: None,
     ) -> None:
         self.training = training
         self.hook: Optional[str] = None
@@ -105,7 +107,7 @@ class LogStore:
         self._slots: dict[SlotKey, Slot] = {}
         self._modules = modules
         self._sync = sync
-        self.order = StepOrder()
+        self.order = StepOrder(check)
         self._has_loggers = has_loggers
         self._is_of_many = num_ranks > 1
         # What was logged in compiled code, where a tensor has no value yet: taken up when that code has run.

@@ -117,20 +117,20 @@ def test_a_step_costs_one_collective_and_exchanges_are_rare():
         max_epochs=1, callbacks=[Count(), Timer("00:01:00:00")], limit_val_batches=0, accumulate_grad_batches=2
     )
     control = trainer.strategy.control
-    exchanges, exchange = [], control.exchange
+    exchanges, begin = [], control.begin
 
     def counted(numbers, *args):
         exchanges.append(len(counts))
-        return exchange(numbers, *args)
+        return begin(numbers, *args)
 
-    control.exchange = counted
+    control.begin = counted
     trainer.fit(Small(batch_size=1, size=512))
     assert len(counts) == 256
     # One reduction of the gradients for every window; the first two rebuild DDP's buckets.
     steps = [after - before for before, after in zip(counts, counts[1:], strict=False)][6:]
     assert set(zip(steps[::2], steps[1::2], strict=False)) == {(0, 1)}
     during = [number for number in exchanges if 0 < number < 256]
-    assert during == [2, 6, 14, 30, 62, 126, 254]
+    assert during == [1, 5, 13, 29, 61, 125, 253]
 
 
 def test_exchanges_follow_the_clock(monkeypatch):
@@ -138,12 +138,13 @@ def test_exchanges_follow_the_clock(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     moments = []
 
-    def exchange(numbers):
+    def begin(numbers):
         moments.append(now[0])
-        return [numbers, [0.0, 0.0, 0.0, now[0] + 5.0, 0.0]]
+        rows = [numbers, [0.0, 0.0, 0.0, now[0] + 5.0, 0.0]]
+        return lambda: rows
 
     trainer = SimpleNamespace(should_stop=False, received_sigterm=False)
-    own = Agreement(trainer, exchange, lambda: None)
+    own = Agreement(trainer, begin, lambda: None)
     for _ in range(10_000):
         now[0] += 0.001
         own.maybe_sync()
@@ -158,6 +159,42 @@ def test_exchanges_follow_the_clock(monkeypatch):
         now[0] += 1.0
         own.maybe_sync()
     assert len(moments) > 300
+
+
+def test_no_step_waits_for_an_exchange_that_has_just_begun(monkeypatch):
+    monkeypatch.setattr(agreement, "PERIOD_S", 1e6)
+    told, events, failures = SimpleNamespace(should_stop=False, received_sigterm=False), [], []
+
+    def begin(numbers):
+        events.append("begin")
+        stops = float(events.count("begin") == 3)
+
+        def rows():
+            events.append("wait")
+            return [numbers, [stops, *numbers[1:]]]
+
+        return rows
+
+    def check():
+        if failures:
+            raise failures.pop()
+
+    own = Agreement(told, begin, check)
+    own.sync()
+    stopped = []
+    for _ in range(6):
+        own.maybe_sync()
+        events.append("step")
+        stopped.append(own.should_stop)
+    assert " ".join(events) == "begin wait begin step wait step step step begin step wait step"
+    assert stopped == [False] * 5 + [True]
+    # A failure is raised when all know of it.
+    failures.append(OSError("no space left"))
+    for _ in range(7):
+        own.maybe_sync()
+    assert not failures
+    with pytest.raises(OSError, match="no space left"):
+        own.maybe_sync()
 
 
 class Broken(TorchCheckpointIO):

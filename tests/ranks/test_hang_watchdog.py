@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from levin import Callback, Trainer
+from levin import Callback, Fabric, Trainer
 from levin.ranks import hang_watchdog as watch
 from levin.strategies import DDPStrategy
 from levin.strategies.control_group import ControlGroup
@@ -65,6 +65,8 @@ class Alone(Small):
     def training_step(self, batch, batch_idx):
         if self.what == "gathers in a step" and batch_idx == 2 and self.global_rank == 0:
             self.all_gather(torch.zeros(1))
+        if self.what == "logs in a batch" and batch_idx == 2 and self.global_rank == 0:
+            self.log("alone", 1.0, sync_dist=True)
         self.do("saves in a step")
         return super().training_step(batch, batch_idx)
 
@@ -75,8 +77,20 @@ class Alone(Small):
         self.do("saves after the run")
 
 
+def loop_alone(fabric: Fabric, folder: str) -> None:
+    """A loop of one's own, in which rank 0 saves alone."""
+    module = fabric.setup_module(torch.nn.Linear(2, 1))
+    for step in range(3):
+        if step == 1 and fabric.is_global_zero:
+            fabric.save(os.path.join(folder, "alone.ckpt"), {"module": module})
+        fabric.backward(module(torch.ones(4, 2)).mean())
+
+
 def train_alone(what: str, rank: int, size: int, folder: str) -> None:
     """Run one rank in which :class:`Alone` trains."""
+    if what == "saves by Fabric":
+        Fabric(accelerator="cpu", devices=size, strategy="ddp").launch(loop_alone, folder)
+        return
     # As in a script, in which something may follow.
     multiprocessing.parent_process = lambda: None
     strategy = "fsdp" if "step" in what and hasattr(torch.cpu.Stream, "record_event") else "ddp"
@@ -159,6 +173,8 @@ ALONE = {
     "gathers in a step": ("self.all_gather(", "trainer.fit("),
     "saves after an epoch": ("save_checkpoint", "trainer.fit("),
     "saves after the run": ("save_checkpoint", "trainer.strategy.barrier()"),
+    "saves by Fabric": ("fabric.save(", "fabric.backward("),
+    "logs in a batch": ("self.log(", "trainer.fit("),
 }
 
 

@@ -379,6 +379,7 @@ class Fabric(Processes):
         self._check_launched()
         check_state(state)
         check_filter(state, filter)
+        self._strategy.meet("fabric.save")
         self._strategy.save_checkpoint(collect(state, self._strategy, filter), path)
         self.barrier()
 

@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, Optional, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from levin.optimizer import LightningOptimizer
 from levin.profilers.profiler import Profiler, Timed, untimed
 from levin.ranks.agreement import Agreement
 from levin.ranks.hang_watchdog import Watchdog
+from levin.ranks.same_everywhere import check_logged_name
 from levin.ranks.signals import Signals
 from levin.ranks.uneven import Uneven
 from levin.resume.resume_state import ResumeState
@@ -331,7 +333,8 @@ def new_store(run: Run, training: bool) -> LogStore:
         return reduced
 
     by_ranks = sync if strategy.is_distributed else None
-    return LogStore(training, modules, by_ranks, bool(run.loggers), strategy.data_parallel.size)
+    num_ranks, check = strategy.data_parallel.size, partial(check_logged_name, strategy)
+    return LogStore(training, modules, by_ranks, bool(run.loggers), num_ranks, check)
 
 
 def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Optional[str]:

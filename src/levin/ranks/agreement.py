@@ -2,7 +2,8 @@
 
 Any rank may be told something at any moment. If it acted at once, the others would wait for it in their next collective.
 So every rank calls :meth:`Agreement.maybe_sync` at the same batches, and every so many calls the ranks exchange what they
-were told: a few times a second, in a process group of their own over the CPU. Between two exchanges a call is one subtraction.
+were told: a few times a second, in a process group of their own over the CPU. An exchange begins one call before its answers
+are read, so that steps do not wait for it. Between two exchanges a call is one subtraction.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from levin.protocols import Run
 from levin.ranks.same_everywhere import AlikeCheck
+from levin.strategies.control_group import Rows
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import StopFlags
@@ -35,8 +37,11 @@ def calls_until_sync(seconds_per_call: float, num_before: int) -> int:
     Example:
         >>> calls_until_sync(0.01, 100), calls_until_sync(0.01, 4), calls_until_sync(3.0, 4)
         (25, 8, 1)
+
+    Where calls are slow, each is an exchange that is waited for: of a stop nobody hears later than that.
     """
-    return max(1, min(int(PERIOD_S / max(seconds_per_call, 1e-6)), 2 * num_before))
+    least = 1 if seconds_per_call > 2 * PERIOD_S else 2
+    return max(least, min(int(PERIOD_S / max(seconds_per_call, 1e-6)), 2 * num_before))
 
 
 class Agreement:
@@ -44,7 +49,7 @@ class Agreement:
 
     Args:
         told: What this rank is told.
-        exchange: Returns the numbers of every rank, in the order of ranks.
+        begin: Begins an exchange of numbers; what it returns waits for those of every rank, in the order of ranks.
         check: Raises what has failed in the background of this rank, if anything.
         alike: Compares what must be alike on all ranks; None where nothing is compared.
     """
@@ -52,7 +57,7 @@ class Agreement:
     def __init__(
         self,
         told: StopFlags,
-        exchange: Callable[[list[float]], list[list[float]]],
+        begin: Callable[[list[float]], Rows],
         check: Callable[[], None],
         alike: AlikeCheck | None = None,
     ) -> None:
@@ -61,12 +66,15 @@ class Agreement:
         # Since the beginning of the run, as of the last exchange.
         self.time_s: float = 0.0
         self._told = told
-        self._exchange = exchange
+        self._begin = begin
         self._check = check
         self._alike = alike
         self._started_s: float = time.monotonic()
         self._num_calls: int = 1
         self._num_left: int = 1
+        # An exchange under way, and what has failed on this rank when it began.
+        self._rows: Rows | None = None
+        self._error: Exception | None = None
 
     def maybe_sync(self) -> None:
         """Exchange what ranks were told, if it is time to; every rank calls this after the same batches.
@@ -76,17 +84,29 @@ class Agreement:
             RuntimeError: It has failed on another rank, or the ranks log different values of steps.
         """
         self._num_left -= 1
-        if self._num_left <= 0:
-            self.sync()
+        if self._rows is None and self._num_left <= 1:
+            self._ask()
+        if self._rows is not None and self._num_left <= 0:
+            self._take(self._rows)
 
     def sync(self) -> None:
         """Exchange what ranks were told; every rank calls this at the same moment. Raises as :meth:`maybe_sync` does."""
+        if self._rows is not None:
+            self._take(self._rows)
+        self._take(self._ask())
+
+    def _ask(self) -> Rows:
         told = self._told
-        error = self._failure()
+        self._error = error = self._failure()
         alike = [] if self._alike is None else self._alike.numbers()
         passed_s = time.monotonic() - self._started_s
-        rows = self._exchange([told.should_stop, told.received_sigterm, error is not None, passed_s, *alike])
-        stops, signals, failures, times, *shown = zip(*rows)
+        self._rows = self._begin([told.should_stop, told.received_sigterm, error is not None, passed_s, *alike])
+        return self._rows
+
+    def _take(self, rows: Rows) -> None:
+        told, error = self._told, self._error
+        self._rows = self._error = None
+        stops, signals, failures, times, *shown = zip(*rows())
         self.should_stop = any(stops)
         if self.should_stop:
             told.should_stop = True
@@ -116,7 +136,7 @@ def agreement_for(run: Run) -> Agreement | None:
     strategy = run.strategy
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return None
-    return Agreement(run.told, strategy.control.exchange, strategy.checkpoint_io.check, AlikeCheck(run))
+    return Agreement(run.told, strategy.control.begin, strategy.checkpoint_io.check, AlikeCheck(run))
 
 
 def agreed_value(run: Run, name: str, value: Any) -> object:

@@ -12,6 +12,7 @@ from torch import Tensor
 from levin.log_store import SlotKey
 from levin.protocols import Run
 from levin.strategies.parallel import ParallelStrategy
+from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.user_frames import name_ranks
@@ -74,6 +75,22 @@ def _ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
 
 def _by_rank(ranks: Mapping[Value, Sequence[int]]) -> str:
     return " and ".join(f"{value} on {name_ranks(having)}" for value, having in ranks.items())
+
+
+def check_logged_name(strategy: Strategy, hook: str, name: str) -> None:
+    """Compare what the ranks are about to log in a step with ``sync_dist=True``, before it is mixed with anything.
+
+    Raises:
+        RuntimeError: They log different names, or some do something else, on all ranks.
+    """
+    if not isinstance(strategy, ParallelStrategy):
+        return
+    found = _ranks_by_value(strategy.data_control.exchange_objects(f"{name!r} in {hook}", "values of steps"))
+    if len(found) > 1:
+        raise RuntimeError(
+            "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which is not the same on all "
+            f"ranks, received {_by_rank(found)}. Log the same names in the same order on all ranks, or with on_step=False."
+        )
 
 
 def check_logged_names(run: Run) -> None:

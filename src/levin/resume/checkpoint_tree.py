@@ -76,6 +76,7 @@ def save_checkpoint(
 ) -> None:
     """Save the run, so that ``fit(ckpt_path=path)`` goes on from here; all ranks call this."""
     with run.profiler.profile("save_checkpoint") if run.is_profiled else nullcontext():
+        run.strategy.meet("trainer.save_checkpoint")
         if run.unsent.rows:  # a run that goes on from here logs what comes after
             run.unsent.send(math.inf)
         checkpoint = collect(run, weights_only=bool(weights_only))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,9 @@ from levin.utilities.user_frames import call_under_way, describe_different_calls
 
 # All exchanges begin with a row of this length: rows of different lengths would leave Gloo waiting for ever.
 _WIDTH = 16
+
+Rows = Callable[[], list[list[float]]]
+"""Waits for the numbers of every process, and returns them."""
 
 
 class ControlGroup:
@@ -65,21 +68,35 @@ class ControlGroup:
         Raises:
             RuntimeError: Another process exchanges something else, in all of them.
         """
-        if self.is_closed:
-            return [[float(number) for number in numbers]]
-        row = [float(zlib.crc32(what.encode())), float(len(numbers)), *numbers]
-        rows = self._gathered(row[:_WIDTH] + [0.0] * (_WIDTH - len(row)))
-        if any(other[:2] != row[:2] for other in rows):
-            self._tell_difference()
-        if len(row) > _WIDTH:
-            rows = [[*first, *rest] for first, rest in zip(rows, self._gathered(row[_WIDTH:]))]
-        return [other[2 : len(row)] for other in rows]
+        return self.begin(numbers, what)()
 
-    def _gathered(self, row: list[float]) -> list[list[float]]:
+    def begin(self, numbers: Sequence[float], what: str = "the run") -> Rows:
+        """Begin an exchange without waiting for it; return the function that waits, and returns what :meth:`exchange` does."""
+        row = [float(zlib.crc32(what.encode())), float(len(numbers)), *numbers]
+        gathered = None if self.is_closed else self._gather(row[:_WIDTH] + [0.0] * (_WIDTH - len(row)))
+
+        def end() -> list[list[float]]:
+            if gathered is None or self.is_closed:
+                return [row[2:]]
+            rows = gathered()
+            if any(other[:2] != row[:2] for other in rows):
+                self._tell_difference()
+            if len(row) > _WIDTH:
+                rows = [[*first, *rest] for first, rest in zip(rows, self._gather(row[_WIDTH:])())]
+            return [other[2 : len(row)] for other in rows]
+
+        return end
+
+    def _gather(self, row: list[float]) -> Rows:
         own = torch.tensor(row, dtype=torch.float64)
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(parts, own, group=self.group)
-        return [part.tolist() for part in parts]
+        work: Any = dist.all_gather(parts, own, group=self.group, async_op=True)
+
+        def rows() -> list[list[float]]:
+            work.wait()
+            return [part.tolist() for part in parts]
+
+        return rows
 
     def _tell_difference(self) -> None:
         _, line = call_under_way(calls_in(traceback.walk_stack(sys._getframe())))

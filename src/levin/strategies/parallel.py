@@ -259,7 +259,12 @@ class ParallelStrategy(Strategy, ABC):
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[self.root_device.index])
         else:
-            dist.barrier()
+            self.meet("a barrier")
+
+    @override
+    def meet(self, what: str) -> None:
+        if is_connected():
+            self.control.exchange([], what)
 
     @property
     def data_control(self) -> ControlGroup:

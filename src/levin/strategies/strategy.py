@@ -44,7 +44,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         number formats          precision_for
         modules                 check_module, module_init_context, module_to_device, wrap_module, unwrap, copied_parameters
         the step                setup_optimizer, compose_step, backward, no_sync, scale_gradients, clip_gradients, optimizer_step
-        other processes         reduce, all_gather, broadcast, barrier, reduce_boolean_decision, abandon_peers
+        other processes         reduce, all_gather, broadcast, barrier, meet, reduce_boolean_decision, abandon_peers
         state                   module_state, load_module_state, optimizer_state, own_optimizer_state, load_optimizer_state,
                                 window_gradients, load_window_gradients
         files                   default_checkpoint_io, save_checkpoint, finish_saves, load_checkpoint, remove_checkpoint
@@ -400,6 +400,13 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     @abstractmethod
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
+
+    def meet(self, what: str) -> None:
+        """Wait until all processes are about to do ``what``, beside the tensors of the model, with which nothing is mixed.
+
+        Raises:
+            RuntimeError: Others are about to do something else, in all of them.
+        """
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
