@@ -127,3 +127,10 @@ class StrategyParts:
 
     def take_devices(self, parallel_devices: list[torch.device]) -> None:
         """Prepare for the devices that the engine chose, for strategies that start processes; see :meth:`assemble`."""
+
+    def meet(self, what: str) -> None:
+        """Wait until all processes are about to do ``what``, beside the tensors of the model, with which nothing is mixed.
+
+        Raises:
+            RuntimeError: Others are about to do something else, in all of them.
+        """

@@ -401,13 +401,6 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
 
-    def meet(self, what: str) -> None:
-        """Wait until all processes are about to do ``what``, beside the tensors of the model, with which nothing is mixed.
-
-        Raises:
-            RuntimeError: Others are about to do something else, in all of them.
-        """
-
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
         return decision
