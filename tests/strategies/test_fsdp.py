@@ -287,7 +287,7 @@ class Thawing(Deep):
 
     def __init__(self, batch_size: int) -> None:
         super().__init__(batch_size)
-        self.norms: list[float] = []
+        self.norms: list[list[float]] = []
         self.frozen = nn.ModuleList([self.net.embed, self.net.blocks[0]]).requires_grad_(False)
 
     def configure_optimizers(self):
@@ -304,7 +304,7 @@ class Thawing(Deep):
     def on_before_optimizer_step(self, optimizer):
         norms = grad_norm(self.net, 2)
         assert ("grad_2.0_norm/embed.weight" in norms) == (self.current_epoch > 0)
-        self.norms.append(float(norms["grad_2.0_norm_total"]))
+        self.norms.append([float(norm) for norm in norms.values()][-3:])
 
 
 @world_size(2, connect=False)

@@ -15,7 +15,6 @@ from torch.nn import Module
 from typing_extensions import override
 
 from levin.strategies import collectives
-from levin.strategies.gathered import follow_freezing
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
@@ -192,7 +191,6 @@ class FSDPStrategy(ShardedStrategy):
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
         prepare(module, plan)
-        follow_freezing(module)
         return module
 
     # Contexts

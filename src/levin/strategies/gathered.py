@@ -7,16 +7,12 @@ parameters that a module shows have none. There is no public way to them, so thi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
-
-from levin.utilities.types import Function
 
 
 def window_gradients(module: Module) -> list[Tensor | None]:
@@ -70,35 +66,6 @@ def cut_as(parameter: Tensor, gradient: Tensor) -> Tensor:
     return distribute_tensor(gradient, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def follow_freezing(module: Module) -> None:
-    """Let what is frozen or thawed later be so from the next forward on; torch asks when weights are gathered for the first time.
-
-    A module may show its parts or what is gathered, and an optimizer has the parts: either can be told.
-    """
-    follow = _uncompiled_follow()
-    for part in module.modules():
-        if isinstance(part, FSDPModule) and follow not in part._forward_pre_hooks.values():
-            part.register_forward_pre_hook(follow, prepend=True)
-
-
-@cache
-def _uncompiled_follow() -> Function:
-    # Like the hooks of torch beside it, which are no part of a compiled block.
-    disabled: Function = torch.compiler.disable(_follow)
-    return disabled
-
-
-def _follow(part: Module, inputs: object) -> None:
-    for group in _groups_of(part):
-        for inner in group.fsdp_params:
-            own, gathered = inner.sharded_param, getattr(inner, "_unsharded_param", None)
-            if gathered is not None and gathered.requires_grad != own.requires_grad:
-                learned_before = getattr(inner, "learned_before", gathered.requires_grad)
-                for parameter in (own, gathered):
-                    parameter.requires_grad_(not learned_before)
-            inner.learned_before = own.requires_grad
-
-
 def let_go(module: Module) -> None:
     """Leave every process with its parts alone, also after a forward that has failed half-way."""
     for group in _groups(module):
@@ -109,13 +76,9 @@ def _groups(module: Module) -> Iterator[Any]:
     """Yield torch's record of the parameters that are gathered at once, for each part that has some."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            yield from _groups_of(part)
-
-
-def _groups_of(part: Any) -> list[Any]:
-    state = part._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-    return [group for group in groups if group is not None]
+            state: Any = part._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            yield from (group for group in groups if group is not None)
 
 
 def _gathered(module: Module) -> dict[int, Any]:

@@ -27,7 +27,7 @@ from levin.strategies import collectives, stage_state, state_of
 from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
-from levin.strategies.gathered import cut_as, follow_freezing
+from levin.strategies.gathered import cut_as
 from levin.strategies.layer_plan import STYLES, apply_plan, first_names
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
@@ -292,7 +292,6 @@ class ModelParallelStrategy(ShardedStrategy):
         )
         if not is_cut_here:
             _make_all(module, make_weights, self.root_device)
-        follow_freezing(module)
         return module
 
     def _weight_maker(self) -> WeightMaker:
