@@ -187,7 +187,7 @@ def test_wrong_usage(tmp_path, wrong):
     theirs, ours = trace.on_both(code, tmp_path)
     assert theirs.events[0][0] == "raised"
     # Lightning fails by an AttributeError on the way, or by another kind of TypeError.
-    expected = {"class": "TypeError", "model": "TypeError", "loader_none": "MisconfigurationException"}
+    expected = {"class": "TypeError", "model": "TypeError"}
     assert ours.events == ([("raised", expected[wrong])] if wrong in expected else theirs.events)
 
 

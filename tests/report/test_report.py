@@ -6,7 +6,6 @@ import json
 import math
 import re
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -25,7 +24,7 @@ from levin.report.at_end import held_up_by
 from levin.report.command import main
 from levin.report.page import make_page, short_names, thinned
 from levin.report.read import find_runs, read_run
-from levin.utilities.stacks import calls_of
+from levin.utilities.stacks import ThreadCalls
 
 
 class Net(BoringModel):
@@ -252,19 +251,19 @@ def test_parts_are_told_by_their_innermost_frame(tmp_path):
 
     class Looks(BoringModel):
         def training_step(self, batch, batch_idx):
-            seen["step"] = part_of(calls_of(threading.get_ident()))
+            seen["step"] = part_of(ThreadCalls()())
             return super().training_step(batch, batch_idx)
 
         def validation_step(self, batch, batch_idx):
-            seen["validation"] = part_of(calls_of(threading.get_ident()))
+            seen["validation"] = part_of(ThreadCalls()())
 
         def on_save_checkpoint(self, checkpoint):
-            seen["checkpoint"] = part_of(calls_of(threading.get_ident()))
+            seen["checkpoint"] = part_of(ThreadCalls()())
 
     class Data(RandomDataset):
         def __getitem__(self, index):
             if seen.get("step"):
-                seen["data"] = part_of(calls_of(threading.get_ident()))
+                seen["data"] = part_of(ThreadCalls()())
             return super().__getitem__(index)
 
     trainer = levin.Trainer(

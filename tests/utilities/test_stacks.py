@@ -2,63 +2,108 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import levin
-from levin.utilities.stacks import Call, calls_in, calls_of
+from levin.utilities.stacks import Call, ThreadCalls, calls_in
 
 SOURCE = """
-def waits(started, go):
-    started.set()
-    go.wait()
+def waits(looked):
+    looked.wait(60)
 
-def deep(n, started, go):
-    deep(n - 1, started, go) if n else waits(started, go)
+def deep(n, looked):
+    deep(n - 1, looked) if n else waits(looked)
 """
 
 
-def calls_while_waiting(filename: str, run: Callable[[dict, threading.Event, threading.Event], None]) -> list[Call]:
+def calls_seen_by_another(filename: str, depth: int) -> list[Call]:
+    """Return what another thread sees of this one while it waits in functions of a file of that name."""
     functions: dict = {}
     exec(compile(SOURCE, filename, "exec"), functions)
-    started, go = threading.Event(), threading.Event()
-    thread = threading.Thread(target=run, args=(functions, started, go))
+    calls, seen, looked = ThreadCalls(), [], threading.Event()
+
+    def look() -> None:
+        while not seen or not any(call.name == "waits" for call in seen) or seen[0].name != "wait":
+            seen[:] = calls()
+        looked.set()
+
+    thread = threading.Thread(target=look)
     thread.start()
-    try:
-        assert started.wait(60)
-        while not (calls := calls_of(thread.ident)) or calls[0].name not in ("wait", "__enter__"):
-            pass
-        return calls
-    finally:
-        go.set()
-        thread.join()
-        assert calls_of(thread.ident) == []
+    functions["deep"](depth, looked)
+    thread.join()
+    return seen
 
 
 def test_calls_of_a_thread_that_waits_are_seen_from_another():
-    calls = calls_while_waiting("/h\xe4user/\u65e5 a.py", lambda functions, *args: functions["deep"](2, *args))
-    own = [call for call in calls if call.filename == "/h\xe4user/\u65e5 a.py"]
-    deep = Call("/h\xe4user/\u65e5 a.py", 7, "deep")
-    assert own == [Call("/h\xe4user/\u65e5 a.py", 4, "waits"), deep, deep, deep]
-    assert calls[-1].name == "_bootstrap"
+    filename = "/h\xe4user/\u65e5 a.py"
+    own = [call for call in calls_seen_by_another(filename, 2) if call.filename == filename]
+    assert own == [Call(filename, 3, "waits"), *[Call(filename, 6, "deep")] * 3]
 
 
 def test_of_a_deep_stack_the_innermost_calls_are_seen():
-    calls = calls_while_waiting("deep.py", lambda functions, *args: functions["deep"](300, *args))
-    assert [call.name for call in calls if call.filename == "deep.py"][:3] == ["waits", "deep", "deep"]
-    assert 90 < len(calls) <= 100
+    calls = calls_seen_by_another("deep.py", 300)
+    assert [call.name for call in calls if call.filename == "deep.py"][:90] == ["waits", *["deep"] * 89]
 
 
 def test_calls_of_the_present_thread_are_those_of_its_frames():
-    seen, found = calls_of(threading.get_ident()), calls_in(traceback.walk_stack(sys._getframe()))
-    assert seen[0].name == "calls_of"
-    assert [call.name for call in seen[1:20]] == [call.name for call in found[:19]]
-    assert seen[1].line == found[0].line
+    look = ThreadCalls()
+    seen, found = look(), calls_in(traceback.walk_stack(sys._getframe()))
+    seen = seen[[call.name for call in seen].index("test_calls_of_the_present_thread_are_those_of_its_frames") :]
+    assert [call.name for call in seen[:20]] == [call.name for call in found[:20]]
+    assert seen[0].line == found[0].line
 
 
-def test_no_file_holds_frames_of_another_thread():
+def test_of_a_thread_that_has_ended_no_calls_are_seen():
+    made: list[ThreadCalls] = []
+    thread = threading.Thread(target=lambda: made.append(ThreadCalls()))
+    thread.start()
+    thread.join()
+    assert made[0]() == []
+
+
+PROGRAM = """
+import gc, sys, threading, time
+from levin.utilities.stacks import ThreadCalls
+
+class Lets:
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        time.sleep(0)  # another thread goes on
+
+def look():
+    for n in range(40000):
+        gc.set_threshold(3 + n % 40)
+        Lets()
+        assert all(call.name in NAMES for call in calls()), calls()
+    print("looked")
+
+def deep(n):
+    return deep(n - 1) + len(str(n)) + deep(n - 1) if n else 1
+
+NAMES = {"<module>", "deep", "__del__", "start", "wait", "is_set", "is_alive", "__enter__", "__exit__", "_wait_for_tstate_lock"}
+sys.setswitchinterval(1e-5)
+calls = ThreadCalls()
+thread = threading.Thread(target=look)
+thread.start()
+while thread.is_alive():
+    deep(6)
+"""
+
+
+@pytest.mark.slow
+def test_looking_at_a_thread_while_garbage_is_collected_ends_no_process():
+    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=300, check=False)
+    assert (result.returncode, result.stdout) == (0, "looked\n"), result.stderr
+
+
+def test_frames_of_another_thread_are_walked_in_one_place():
     files = Path(levin.__file__).parent.rglob("*.py")
-    assert [file.name for file in files if "_current_frames" in file.read_text(encoding="utf-8")] == []
+    assert [file.name for file in files if "_current_frames" in file.read_text(encoding="utf-8")] == ["stacks.py"]

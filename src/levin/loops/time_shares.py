@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from levin.loops.run import Run
-from levin.utilities.stacks import Call, calls_of
+from levin.utilities.stacks import Call, ThreadCalls
 
 INTERVAL_S = 0.1
 MAX_POINTS = 400
@@ -56,7 +56,7 @@ class TimeShares:
         self.counts: Counter[str] = Counter()
         self.points: list[Point] = []
         self._run = weakref.ref(run)
-        self._thread_id = threading.get_ident()
+        self._calls = ThreadCalls()
         self._stopped = threading.Event()
         self._stride = 1
         self._since: Counter[str] = Counter()
@@ -87,7 +87,7 @@ class TimeShares:
         run = self._run()
         if run is None:
             return False
-        part = part_of(calls_of(self._thread_id))
+        part = part_of(self._calls())
         self.counts[part] += 1
         self._since[part] += 1
         if self._since.total() >= self._stride * 10:

@@ -30,7 +30,7 @@ from levin.ranks.hang_report import (
 from levin.strategies.parallel import ParallelStrategy
 from levin.strategies.strategy import Strategy
 from levin.utilities.rank_zero import log
-from levin.utilities.stacks import calls_in, calls_of
+from levin.utilities.stacks import ThreadCalls, calls_in
 from levin.utilities.user_frames import call_under_way
 
 # What another process has to answer within, in beats.
@@ -88,7 +88,7 @@ class Watchdog(threading.Thread):
         self._ends_the_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         # Under torchrun; a process that outlives its agent would go on writing into the folder of the job that replaces it.
         self._agent_pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        self._main = threading.main_thread().ident or 0
+        self._calls = ThreadCalls()
         # Where this process is, and how many batches it had done when it began.
         self._progress: tuple[Callable[[], RunLocation], int] = (_in_set_up, 0)
         self._is_short = False
@@ -291,7 +291,7 @@ class Watchdog(threading.Thread):
         return "nccl" in dist.get_backend_config() or self._is_in_collective()
 
     def _is_in_collective(self) -> bool:
-        innermost = [call.filename.replace(os.sep, "/") for call in calls_of(self._main)[:1]]
+        innermost = [call.filename.replace(os.sep, "/") for call in self._calls()[:1]]
         return any(part in name for name in innermost for part in _WAITING_IN)
 
     def _find_out(self) -> None:
@@ -345,7 +345,7 @@ class Watchdog(threading.Thread):
         place, counts = self._last
         if with_stack or more:
             place, counts = self._progress[0](), self._count_collectives()
-        calls = calls_of(self._main)
+        calls = self._calls()
         stuck_s = time.monotonic() - self._moved_at
         call, line = call_under_way(calls)
         more = {"call": call, "line": line, **more}

@@ -128,9 +128,5 @@ class StrategyParts:
     def take_devices(self, parallel_devices: list[torch.device]) -> None:
         """Prepare for the devices that the engine chose, for strategies that start processes; see :meth:`assemble`."""
 
-    def meet(self, what: str) -> None:
-        """Wait until all processes are about to do ``what``, beside the tensors of the model, with which nothing is mixed.
-
-        Raises:
-            RuntimeError: Others are about to do something else, in all of them.
-        """
+    def abandon_peers(self) -> None:
+        """Take note that the other processes cannot be counted on any more, because this one failed."""

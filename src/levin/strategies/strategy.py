@@ -401,12 +401,12 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
     def barrier(self, name: str | None = None) -> None:
         """Wait until all processes are here."""
 
+    def meet(self, what: str) -> None:
+        """Wait, over the CPU, until all processes are about to do ``what``; raise in all where some are about to do something else."""
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         """Return whether all processes (or any of them) say yes, the same answer everywhere."""
         return decision
-
-    def abandon_peers(self) -> None:
-        """Take note that the other processes cannot be counted on any more, because this one failed."""
 
     # State
 

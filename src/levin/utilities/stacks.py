@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import faulthandler
+import ctypes
 import os
 import re
+import sys
 import tempfile
+import threading
 from collections.abc import Iterable
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
+_IS_3_11 = sys.version_info[:2] == (3, 11)
 _CALL = re.compile(r'  File "(.*)", line (\d+|\?+) in (.*)')
 _ESCAPED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|U([0-9a-f]{8}))")
 
@@ -23,40 +26,52 @@ class Call(NamedTuple):
     name: str
 
 
-def calls_of(thread_id: int) -> list[Call]:
-    """Return the calls that a thread is in, the innermost first: a hundred at most, none of a thread that has ended.
+class ThreadCalls:
+    """Tells, when called, what the thread is doing that has made this.
 
-    The frames of a thread that is running are no objects to be held: CPython 3.11 lets ``f_back`` point to memory of other
-    things once the thread has gone on. ``faulthandler`` makes none, and looks while all threads stand still.
-
-    Args:
-        thread_id: Of ``threading.get_ident()``.
+    CPython 3.11 makes the object of a frame when it is asked for. That may begin a collection of garbage, which may let the thread go
+    on and leave the frame; the object then shows whatever came into its place, or the process ends. So there the calls are written as
+    text by what writes them when a process crashes: a hundred at most, and those of the main thread alone, which does not end before.
     """
-    with _scratch() as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode("ascii", "replace")
-    # "Thread 0x00007f (most recent call first):", then its calls
-    for block in re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[1:]:
-        header, *lines = block.splitlines()
-        if int(header.split()[0], 16) == thread_id:
-            return [
-                Call(_unescaped(found[1]), int(found[2]) if found[2].isdigit() else 0, _unescaped(found[3]))
-                for found in map(_CALL.fullmatch, lines)
-                if found is not None
-            ]
-    return []
+
+    def __init__(self) -> None:
+        self._thread_id: int = threading.get_ident()
+        self._state: Any = None
+        if _IS_3_11 and threading.current_thread() is threading.main_thread():
+            ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
+            self._state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
+
+    def __call__(self) -> list[Call]:
+        """Return the calls that the thread is in, the innermost first; none of a thread that has ended."""
+        if _IS_3_11:
+            return [] if self._state is None else _written(self._state)
+        frame, frames = sys._current_frames().get(self._thread_id), []
+        while frame is not None:
+            frames.append((frame, frame.f_lineno))
+            frame = frame.f_back
+        return calls_in(frames)
 
 
 def calls_in(frames: Iterable[tuple[FrameType, int | None]]) -> list[Call]:
-    """Return the calls of frames of the present thread, as ``traceback.walk_stack`` gives them."""
+    """Return the calls of frames, as ``traceback.walk_stack`` gives those of the present thread."""
     return [Call(frame.f_code.co_filename, line or 0, frame.f_code.co_name) for frame, line in frames]
 
 
-def _scratch() -> IO[bytes]:
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("levin-stacks"), "r+b", buffering=0)
-    return tempfile.TemporaryFile(buffering=0)
+def _written(state: Any) -> list[Call]:
+    with (
+        open(os.memfd_create("levin-stacks"), "r+b")
+        if hasattr(os, "memfd_create")
+        else tempfile.TemporaryFile() as file
+    ):
+        # No other thread runs while it writes.
+        ctypes.pythonapi._Py_DumpTraceback(file.fileno(), state)
+        file.seek(0)
+        lines = file.read().decode("ascii", "replace").splitlines()
+    return [
+        Call(_unescaped(found[1]), int(found[2]) if found[2].isdigit() else 0, _unescaped(found[3]))
+        for found in map(_CALL.fullmatch, lines)
+        if found is not None
+    ]
 
 
 def _unescaped(text: str) -> str:
