@@ -285,6 +285,20 @@ def test_nothing_is_said_without_a_reason():
     assert "log_every_n_steps" in held_up_by(shares)
 
 
+def test_where_nothing_is_seen_of_a_thread_nothing_is_said_of_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("levin.loops.time_shares.ThreadCalls", lambda: list)
+
+    class Slow(Net):
+        def training_step(self, batch, batch_idx):
+            time.sleep(0.15)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self):
+            assert self.trainer.run.time_shares.num_samples == 0
+
+    fit(tmp_path, CSVLogger(tmp_path), model=Slow())
+
+
 def test_looking_keeps_nothing_of_a_step_alive(tmp_path):
     class Large(Net):
         def __init__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -57,6 +58,12 @@ def test_calls_of_the_present_thread_are_those_of_its_frames():
     seen = seen[[call.name for call in seen].index("test_calls_of_the_present_thread_are_those_of_its_frames") :]
     assert [call.name for call in seen[:20]] == [call.name for call in found[:20]]
     assert seen[0].line == found[0].line
+
+
+def test_prototypes_of_the_program_stay_as_they_are():
+    before = ctypes.pythonapi.PyThreadState_Get.restype
+    assert ThreadCalls()()
+    assert ctypes.pythonapi.PyThreadState_Get.restype is before
 
 
 def test_of_a_thread_that_has_ended_no_calls_are_seen():

@@ -87,9 +87,10 @@ class TimeShares:
         run = self._run()
         if run is None:
             return False
-        part = part_of(self._calls())
-        self.counts[part] += 1
-        self._since[part] += 1
+        if calls := self._calls():
+            part = part_of(calls)
+            self.counts[part] += 1
+            self._since[part] += 1
         if self._since.total() >= self._stride * 10:
             self._keep(run)
         return True

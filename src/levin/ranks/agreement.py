@@ -29,6 +29,8 @@ PERIOD_S = 0.25
 def calls_until_sync(seconds_per_call: float, num_before: int) -> int:
     """Return how many calls of :meth:`Agreement.maybe_sync` go by until the next exchange.
 
+    Where calls are slow, each is an exchange that is waited for: of a stop nobody hears later than that.
+
     Args:
         seconds_per_call: How long it took from one call to the next, on the slowest rank.
         num_before: How many calls went by before the last exchange: the number at most doubles, so that a few quick
@@ -37,8 +39,6 @@ def calls_until_sync(seconds_per_call: float, num_before: int) -> int:
     Example:
         >>> calls_until_sync(0.01, 100), calls_until_sync(0.01, 4), calls_until_sync(3.0, 4)
         (25, 8, 1)
-
-    Where calls are slow, each is an exchange that is waited for: of a stop nobody hears later than that.
     """
     least = 1 if seconds_per_call > 2 * PERIOD_S else 2
     return max(least, min(int(PERIOD_S / max(seconds_per_call, 1e-6)), 2 * num_before))

@@ -19,7 +19,7 @@ from typing_extensions import override
 from levin.strategies import collectives
 from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy, check_start_method
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.types import Function, Kwargs
 
 if TYPE_CHECKING:
@@ -185,12 +185,12 @@ class DDPStrategy(ParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do about the commonest error of DistributedDataParallel."""
         super().on_exception(exception)
-        if exception.args and "Expected to have finished reduction in the prior iteration" in str(exception.args[0]):
-            hint = (
-                "Some parameters took no part in computing the loss. If that is intended, use "
-                "strategy='ddp_find_unused_parameters_true', or DDPStrategy(find_unused_parameters=True)."
-            )
-            exception.args = (f"{hint}\n{exception.args[0]}", *exception.args[1:])
+        add_hint(
+            exception,
+            "Expected to have finished reduction in the prior iteration",
+            "Some parameters took no part in computing the loss. If that is intended, use "
+            "strategy='ddp_find_unused_parameters_true', or DDPStrategy(find_unused_parameters=True).",
+        )
 
     def teardown(self) -> None:
         """Unwrap the module, put replaced layers back and free the device."""

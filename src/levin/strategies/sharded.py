@@ -22,7 +22,7 @@ from levin.strategies import collectives, state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.types import Function, StateDict
 
 
@@ -84,13 +84,13 @@ class ShardedStrategy(ParallelStrategy, ABC):
     def on_exception(self, exception: BaseException) -> None:
         """Say what to do where whole weights and parts of others met."""
         super().on_exception(exception)
-        if exception.args and "got mixed torch.Tensor and DTensor" in str(exception.args[0]):
-            hint = (
-                "In a step this process has whole weights of the blocks that run, and of no block until a backward pass; of all others "
-                "it has its part (a DTensor). For a penalty on all weights use the optimizer's weight_decay, put a weight that is "
-                "used after a backward pass into a submodule, or take `parameter.full_tensor()` of parts on all processes."
-            )
-            exception.args = (f"{hint}\n{exception.args[0]}", *exception.args[1:])
+        add_hint(
+            exception,
+            "got mixed torch.Tensor and DTensor",
+            "In a step this process has whole weights of the blocks that run, and of no block until a backward pass; of all others "
+            "it has its part (a DTensor). For a penalty on all weights use the optimizer's weight_decay, put a weight that is "
+            "used after a backward pass into a submodule, or take `parameter.full_tensor()` of parts on all processes.",
+        )
 
     def on_validation_end(self) -> None:
         """Let go of what is kept after a forward for its backward: what hooks find between epochs are the weights that learn."""

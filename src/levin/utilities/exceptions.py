@@ -91,3 +91,9 @@ def require_choice(argument: str, received: object, choices: Sequence[object]) -
     if received not in choices:
         *others, last = map(repr, choices)
         raise value_error(argument, received, f"must be {', '.join(others)} or {last}")
+
+
+def add_hint(exception: BaseException, sign: str, hint: str) -> None:
+    """Put a way out before the message of an error of torch's, if ``sign`` is in it."""
+    if exception.args and sign in str(exception.args[0]):
+        exception.args = (f"{hint}\n{exception.args[0]}", *exception.args[1:])

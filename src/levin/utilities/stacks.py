@@ -38,8 +38,8 @@ class ThreadCalls:
         self._thread_id: int = threading.get_ident()
         self._state: Any = None
         if _IS_3_11 and threading.current_thread() is threading.main_thread():
-            ctypes.pythonapi.PyThreadState_Get.restype = ctypes.c_void_p
-            self._state = ctypes.c_void_p(ctypes.pythonapi.PyThreadState_Get())
+            # A prototype of its own: what `ctypes.pythonapi` hands out is one for the whole program.
+            self._state = ctypes.PYFUNCTYPE(ctypes.c_void_p)(("PyThreadState_Get", ctypes.pythonapi))()
 
     def __call__(self) -> list[Call]:
         """Return the calls that the thread is in, the innermost first; none of a thread that has ended."""
@@ -64,7 +64,8 @@ def _written(state: Any) -> list[Call]:
         else tempfile.TemporaryFile() as file
     ):
         # No other thread runs while it writes.
-        ctypes.pythonapi._Py_DumpTraceback(file.fileno(), state)
+        write = ctypes.PYFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(("_Py_DumpTraceback", ctypes.pythonapi))
+        write(file.fileno(), state)
         file.seek(0)
         lines = file.read().decode("ascii", "replace").splitlines()
     return [
