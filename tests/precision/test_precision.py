@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
-from levin.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from levin.precision import DeepSpeedPrecision, DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from levin.precision.choose import check_precision_name
 from tests.strategies.small import QUIET, Small
 
@@ -66,6 +66,10 @@ def test_complex_numbers_keep_their_imaginary_parts():
     half = HalfPrecision("bf16-true").convert_module(copy.deepcopy(module))
     assert half.phase.item() == 1 + 2j
     assert (half.weight.dtype, half.real.dtype) == (torch.complex64, torch.bfloat16)
+    for name, dtype in (("32-true", torch.float32), ("bf16-true", torch.bfloat16)):
+        for_deepspeed = DeepSpeedPrecision(name).convert_module(copy.deepcopy(module))
+        assert for_deepspeed.phase.item() == 1 + 2j
+        assert (for_deepspeed.weight.dtype, for_deepspeed.real.dtype) == (torch.complex64, dtype)
 
 
 def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():

@@ -12,7 +12,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from levin.precision.precision import Precision, default_dtype
-from levin.precision.true import convert_floats
+from levin.precision.true import TruePrecision, convert_floats
 from levin.utilities.exceptions import MisconfigurationException
 
 _DTYPES = {
@@ -54,7 +54,8 @@ class DeepSpeedPrecision(Precision):
 
     def convert_module(self, module: Module) -> Module:
         """Return ``module`` with its parameters in 16 bits where all of the run is."""
-        return module.to(self.dtype) if self.precision.endswith("-true") else module
+        is_all = self.precision.endswith("-true")
+        return TruePrecision(self.precision, self.dtype).convert_module(module) if is_all else module
 
     def convert_input(self, data: Any) -> Any:
         """Return the batch with its floating tensors in the format of the weights."""

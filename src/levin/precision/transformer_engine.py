@@ -71,7 +71,7 @@ class TransformerEnginePrecision(TruePrecision):
                 replace_layers(module)
             elif self.replace_layers:
                 rank_zero_info("The module has layers of Transformer Engine already: none is replaced.")
-        return module.to(dtype=self.weights_dtype)
+        return super().convert_module(module)
 
     @contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -93,15 +93,15 @@ def replace_layers(module: Module) -> None:
         if isinstance(child, Linear) and child.in_features % 16 == 0 and child.out_features % 8 == 0:
             has_bias = child.bias is not None
             new = te.Linear(child.in_features, child.out_features, bias=has_bias, params_dtype=child.weight.dtype)
-        elif isinstance(child, LayerNorm) and len(child.normalized_shape) == 1 and child.elementwise_affine:
-            has_bias = child.bias is not None
+        elif isinstance(child, LayerNorm) and len(child.normalized_shape) == 1 and child.bias is not None:
             new = te.LayerNorm(child.normalized_shape[0], eps=child.eps)
         else:
             replace_layers(child)
             continue
-        new.weight.data = child.weight.data.to(new.weight.device)
-        if has_bias:
-            new.bias.data = child.bias.data.to(new.bias.device)
+        for key, tensor in child.named_parameters(recurse=False):
+            replacement = getattr(new, key)
+            replacement.data = tensor.data.to(replacement.device)
+            replacement.requires_grad_(tensor.requires_grad)
         setattr(module, name, new)
 
 
