@@ -16,9 +16,11 @@ from levin.__main__ import main
 from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import AsyncCheckpointIO, atomic_save, find_newest_intact, load
 from levin.checkpoint.verify import verify
+from levin.checkpoint.zero import ZeroCheckpointIO
 from levin.utilities import filesystem
 from tests.callbacks.small import TrainOnly, loader, names, trainer
 from tests.checkpoint import disks
+from tests.distributed import world_size
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -170,6 +172,49 @@ def test_the_name_comes_after_the_content_is_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", rename)
     atomic_save(state(1.0), tmp_path / "model.ckpt")
     assert calls == ["sync file", "rename", "sync folder"]
+
+
+class Engine:
+    """What a folder needs of DeepSpeed's engine: the weights are frozen or not, and three files are written."""
+
+    def zero_optimization(self) -> bool:
+        return True
+
+    def save_checkpoint(self, folder: str, tag: str, exclude_frozen_parameters: bool) -> None:
+        for name in ("latest", f"{tag}/weights.pt", f"{tag}/states.pt"):
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w") as file:
+                file.write(str(exclude_frozen_parameters))
+
+
+@world_size(1)
+def test_the_name_of_a_folder_of_deepspeed_comes_after_all_of_its_content_is_on_the_disk(tmp_path):
+    calls: list[str] = []
+    synced, rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        calls.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced(descriptor)
+
+    def renamed(source, target):
+        calls.append("rename")
+        rename(source, target)
+
+    os.fsync, os.rename = fsync, renamed
+    folder = tmp_path / "model.ckpt"
+    (tmp_path / "model.ckpt.part").mkdir()
+    (tmp_path / "model.ckpt.part" / "left").write_text("of a writer that was killed")
+    saver = ZeroCheckpointIO(exclude_frozen=True)
+    saver.engine = Engine()
+    saver.save_checkpoint({"global_step": 3, "state_dict": {}, "optimizer_states": []}, folder)
+    is_named = calls.index("rename")
+    for name in ("latest", "checkpoint/weights.pt", "checkpoint/states.pt", "checkpoint"):
+        assert f"{folder}.part/{name}" in calls[:is_named]
+    assert str(tmp_path) in calls[is_named:]
+    assert os.listdir(tmp_path) == ["model.ckpt"] and sorted(os.listdir(folder)) == ["checkpoint", "latest", "meta.pt"]
+    assert (folder / "latest").read_text() == "True"
+    assert load(folder / "meta.pt")["global_step"] == 3
 
 
 def test_what_killed_writers_left_goes_with_the_next_save(tmp_path):

@@ -84,6 +84,42 @@ def test_float8_trains_nearly_as_bfloat16_does(recipe, tmp_path):
 
 
 @pytest.mark.packages
+def test_float8_multiplies_as_the_user_says():
+    pytest.importorskip("torchao", reason=f"torchao is not installed; {WAY}")
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+
+    def layers(precision: Float8Precision) -> nn.Sequential:
+        net: nn.Sequential = precision.convert_module(Wide()).net
+        return net
+
+    for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
+        assert layers(Float8Precision(recipe))[0].config == Float8LinearConfig.from_recipe_name(recipe)
+    config = Float8LinearConfig(pad_inner_dim=True)
+    assert layers(Float8Precision(config))[2].config == config
+    assert layers(Float8Precision(emulate=True))[0].config.emulate
+    chosen = layers(Float8Precision(module_filter_fn=lambda layer, name: name == "net.2"))
+    assert [type(layer) for layer in (chosen[0], chosen[2])] == [nn.Linear, Float8Linear]
+    precision = Float8Precision(device="cpu")
+    with precision.forward_context():
+        output = nn.Linear(64, 3)(torch.zeros(2, 64))
+    assert output.dtype == torch.bfloat16 and precision.convert_output(output).dtype == torch.float32
+
+
+@pytest.mark.packages
+def test_float8_wants_a_gpu_that_has_it_or_is_emulated(monkeypatch):
+    pytest.importorskip("torchao", reason=f"torchao is not installed; {WAY}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(ValueError, match="capability 8.9 or more .*, received an A100"):
+        Float8Precision()
+    assert Float8Precision(emulate=True).device == "cuda" and Float8Precision(device="cpu").device == "cpu"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert Float8Precision().device == "cuda"
+
+
+@pytest.mark.packages
 def test_float8_is_refused_where_no_layer_fits():
     pytest.importorskip("torchao", reason=f"torchao is not installed; {WAY}")
     module = Wide()
@@ -121,6 +157,29 @@ def test_bitsandbytes_predicts_nearly_as_the_whole_weights_do(mode):
     assert module.head.weight.dtype == module.net[3].weight.dtype == torch.bfloat16
     error = (found.float() - expected).norm() / expected.norm()
     assert 0 < error < (0.03 if mode == "int8" else 0.25)
+
+
+@pytest.mark.packages
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4", "fp4-dq", "int8"])
+def test_bitsandbytes_quantizes_in_the_mode_and_the_type_of_the_user(mode):
+    pytest.importorskip("bitsandbytes", reason=f"bitsandbytes is not installed; {WAY}")
+    module = Wide()
+    module.head_of_another = nn.Linear(64, 3)
+    bias = module.net[0].bias.detach().clone()
+    module.net[0].bias.requires_grad_(False)
+    BitsandbytesPrecision(mode, torch.float16, ignore_modules={"head"}).convert_module(module)
+    layer = module.net[0]
+    assert torch.equal(layer.bias, bias.half()) and not layer.bias.requires_grad and module.net[2].bias.requires_grad
+    assert {tensor.dtype for tensor in (layer.bias, module.head.weight, module.net[3].weight)} == {torch.float16}
+    assert type(module.head) is nn.Linear and type(module.head_of_another) is type(layer)
+    if mode == "int8":
+        assert not layer.state.has_fp16_weights
+    else:
+        assert layer.compute_dtype == torch.float16
+        assert (layer.weight.quant_state.quant_type, layer.weight.quant_state.nested) == (
+            mode[:3],
+            mode.endswith("-dq"),
+        )
 
 
 @pytest.mark.packages

@@ -72,6 +72,19 @@ def test_complex_numbers_keep_their_imaginary_parts():
         assert (for_deepspeed.weight.dtype, for_deepspeed.real.dtype) == (torch.complex64, dtype)
 
 
+@pytest.mark.parametrize("name", ["32-true", "bf16-true", "bf16-mixed", "16-mixed"])
+def test_deepspeed_gets_batches_in_the_format_of_its_weights_and_gives_outputs_in_single_precision(name):
+    precision = DeepSpeedPrecision(name)
+    dtype = {"32-true": torch.float32, "16-mixed": torch.float16}.get(name, torch.bfloat16)
+    batch = precision.convert_input([torch.zeros(1), torch.zeros(1, dtype=torch.int64)])
+    assert [tensor.dtype for tensor in batch] == [dtype, torch.int64]
+    assert precision.convert_output(batch)[0].dtype == torch.float32
+    made = torch.float32 if name.endswith("mixed") else dtype
+    with precision.module_init_context():
+        assert nn.Linear(1, 1).weight.dtype == made
+    assert precision.convert_module(nn.Linear(1, 1)).weight.dtype == made
+
+
 def test_mixed_precision_computes_in_sixteen_bits_and_keeps_weights_in_32():
     precision = MixedPrecision("bf16-mixed", "cpu")
     module = precision.convert_module(nn.Linear(2, 2))

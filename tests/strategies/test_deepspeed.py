@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +17,9 @@ from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import consolidate
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import ZeroEntry, convert_zero_checkpoint_to_fp32_state_dict
+from levin.precision import DeepSpeedPrecision
 from levin.strategies import DeepSpeedStrategy
+from levin.strategies.zero_config import with_precision
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, dataset
 from tests.strategies.test_fsdp import Deep, alone
@@ -31,7 +36,7 @@ def sgd(batch_size: int) -> Deep:
 
 def in_rank(strategy="deepspeed", **settings):
     return Trainer(
-        strategy=strategy, devices=2, **{"max_epochs": 2, "enable_checkpointing": False, **QUIET, **settings}
+        strategy=strategy, **{"max_epochs": 2, "enable_checkpointing": False, "devices": 2, **QUIET, **settings}
     )
 
 
@@ -59,7 +64,9 @@ def test_two_processes_are_one_device(stage):
         size = 24 if "limit_train_batches" in settings else 16
         module, reference = sgd(4), sgd(8)
         module.size = reference.size = size
-        in_rank(DeepSpeedStrategy(zero_optimization=stage > 0, stage=stage or 2), **settings).fit(module)
+        trainer = in_rank(DeepSpeedStrategy(zero_optimization=stage > 0, stage=stage or 2), **settings)
+        trainer.fit(module)
+        assert trainer.strategy.engine.zero_optimization_stage() == stage
         alone(**settings).fit(reference)
         torch.testing.assert_close(module.losses, reference.losses)
         torch.testing.assert_close(full_weights(module, stage), weights(reference))
@@ -233,9 +240,67 @@ def test_layers_of_configure_model_are_cut_as_they_are_made():
 @world_size(2, connect=False, timeout_s=120)
 def test_offload(name):
     module, reference = sgd(4), sgd(8)
-    in_rank(name).fit(module)
+    trainer = in_rank(name)
+    trainer.fit(module)
+    engine = trainer.strategy.engine
+    assert engine.zero_cpu_offload()
+    assert (getattr(engine.zero_offload_param(), "device", None) == "cpu") == ("stage_3" in name)
     alone().fit(reference)
     torch.testing.assert_close(module.losses, reference.losses)
+
+
+def recomputing() -> Deep:
+    """Return a module whose blocks are computed again by DeepSpeed."""
+    module = sgd(4)
+    for block in module.net.blocks:
+        block.forward = partial(deepspeed.checkpointing.checkpoint, block.forward)
+    return module
+
+
+@world_size(1, connect=False, timeout_s=120)
+def test_activations_that_are_computed_again_are_kept_as_the_arguments_say():
+    module, reference = recomputing(), sgd(4)
+    strategy = DeepSpeedStrategy(synchronize_checkpoint_boundary=True)
+    in_rank(strategy, devices=1).fit(module)
+    kept = deepspeed.checkpointing
+    assert (kept.SYNCHRONIZE, kept.CPU_CHECKPOINT, kept.PARTITION_ACTIVATIONS) == (True, False, False)
+    alone().fit(reference)
+    torch.testing.assert_close(module.losses, reference.losses)
+
+
+class Frozen(Deep):
+    """Its first layer does not learn."""
+
+    def __init__(self, strict: bool = True) -> None:
+        super().__init__(4, optimizer=torch.optim.SGD)
+        self.net.embed.requires_grad_(False)
+        self.strict_loading = strict
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([weight for weight in self.parameters() if weight.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@world_size(1, connect=False, timeout_s=120)
+def test_frozen_weights_are_left_out_of_a_checkpoint_where_the_user_says_so(tmp_path, stage):
+    for leaves_out in (False, True):
+
+        def new(**settings):
+            strategy = DeepSpeedStrategy(stage=stage, exclude_frozen_parameters=leaves_out)
+            return in_rank(strategy, devices=1, **{"max_epochs": 1, **settings})
+
+        path = tmp_path / f"{leaves_out}.ckpt"
+        module = Frozen()
+        trainer = new()
+        trainer.fit(module)
+        trainer.save_checkpoint(path)
+        expected = [name for name, _ in module.named_parameters() if not (leaves_out and "embed" in name)]
+        assert sorted(consolidate(path)["state_dict"]) == sorted(expected)
+    with pytest.raises(RuntimeError, match="embed"):
+        new(max_epochs=2).fit(Frozen(), ckpt_path=path)
+    resumed = Frozen(strict=False)
+    new(max_epochs=2).fit(resumed, ckpt_path=path)
+    assert len(resumed.losses) == 4
 
 
 @world_size(2, connect=False, timeout_s=120)
@@ -317,6 +382,49 @@ def test_arguments_that_cannot_be_met(arguments, message):
 def test_number_formats_that_deepspeed_lacks_on_the_cpu(precision):
     with pytest.raises(ValueError, match=f"received '{precision}'|precision='{precision}'"):
         in_rank(precision=precision)
+
+
+def test_the_configuration_says_what_the_arguments_say():
+    strategy = DeepSpeedStrategy(
+        stage=3, offload_optimizer=True, offload_parameters=True, offload_optimizer_device="nvme", nvme_path="/fast",
+        offload_params_device="nvme", params_buffer_count=6, params_buffer_size=7, max_in_cpu=8, pin_memory=True,
+        optimizer_buffer_count=9, block_size=10, queue_depth=11, single_submit=True, overlap_events=False, thread_count=12,
+        sub_group_size=13, contiguous_gradients=False, overlap_comm=False, allgather_partitions=False, reduce_scatter=False,
+        allgather_bucket_size=14, reduce_bucket_size=15, zero_allow_untested_optimizer=False, logging_batch_size_per_gpu=16,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
+    disk = {"device": "nvme", "nvme_path": "/fast", "pin_memory": True}
+    assert strategy.config == {
+        "zero_allow_untested_optimizer": False,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 16,
+        "aio": {"block_size": 10, "queue_depth": 11, "single_submit": True, "overlap_events": False, "thread_count": 12},
+        "zero_optimization": {
+            "stage": 3, "sub_group_size": 13, "contiguous_gradients": False, "overlap_comm": False,
+            "allgather_partitions": False, "reduce_scatter": False, "allgather_bucket_size": 14, "reduce_bucket_size": 15,
+            "offload_optimizer": {"buffer_count": 9, **disk},
+            "offload_param": {"buffer_count": 6, "buffer_size": 7, "max_in_cpu": 8, **disk},
+        },
+    }  # fmt: skip
+
+
+def test_layers_are_made_where_and_as_the_run_says(monkeypatch):
+    asked = []
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(deepspeed.zero, "Init", lambda **settings: asked.append(settings) or nullcontext())
+    for settings in ({"offload_parameters": True}, {"offload_parameters": True, "remote_device": "nvme"}, {}):
+        strategy = DeepSpeedStrategy(stage=3, precision=DeepSpeedPrecision("bf16-true"), **settings)
+        with strategy.model_sharded_context():
+            pass
+    assert [settings["remote_device"] for settings in asked] == ["cpu", "nvme", None]
+    assert {settings["dtype"] for settings in asked} == {torch.bfloat16}
+    assert all(settings["config_dict_or_path"]["bf16"]["enabled"] for settings in asked)
+
+
+def test_the_loss_scale_is_that_of_the_arguments():
+    scaling = {"loss_scale": 2, "initial_scale_power": 3, "loss_scale_window": 4, "hysteresis": 5, "min_loss_scale": 6}
+    strategy = DeepSpeedStrategy(**scaling)
+    assert with_precision(strategy.config, "16-mixed", strategy._loss_scaling)["fp16"] == {**scaling, "enabled": True}
 
 
 def test_the_configuration_comes_from_a_file_that_a_variable_names(tmp_path, monkeypatch):

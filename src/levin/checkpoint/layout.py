@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 
-from levin.utilities.filesystem import exists, is_folder, is_local, local_path, remove
+from levin.utilities.filesystem import exists, is_folder, is_local, local_path, remove, sync_folder
 from levin.utilities.types import PathLike, StateDict
 
 COMPATIBLE_VERSION = "2.6.6"
@@ -82,4 +82,5 @@ def put_in_place(unfinished: str, folder: str) -> None:
     if os.path.lexists(folder):
         os.rename(folder, before)
     os.rename(unfinished, folder)
+    sync_folder(os.path.dirname(os.path.abspath(folder)))
     remove(before)

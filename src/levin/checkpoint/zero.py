@@ -18,7 +18,7 @@ from levin.checkpoint.layout import META_FILE, ZERO_FOLDER, is_zero, local_folde
 from levin.checkpoint.reading import load
 from levin.checkpoint.verify import verify
 from levin.utilities.exceptions import DamagedCheckpointError
-from levin.utilities.filesystem import remove
+from levin.utilities.filesystem import remove, sync_folder
 from levin.utilities.types import PathLike, StateDict
 
 _WORLD_KEY = "zero_world_size"
@@ -209,3 +209,4 @@ def _sync(folder: str) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+        sync_folder(parent)

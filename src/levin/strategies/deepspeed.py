@@ -278,6 +278,9 @@ class DeepSpeedStrategy(ParallelStrategy):
             config["zero_optimization"] = {**config["zero_optimization"], "overlap_comm": False}
         with environment_variables(LOCAL_RANK=str(self.local_rank)):
             engine, *_ = deepspeed.initialize(config=config, dist_init_required=False, **parts)
+        if "activation_checkpointing" in config:
+            # The engine leaves this part of its configuration to whoever made it.
+            deepspeed.checkpointing.configure(None, deepspeed_config=config)
         return engine
 
     def _set_engine(self, engine: Any) -> None:
