@@ -84,31 +84,32 @@ def who_comes_by(tests: tuple[str, ...], folder: Path) -> dict[tuple[str, int], 
     data = folder / "coverage"
     data.unlink(missing_ok=True)
     settings = folder / "settings"
-    settings.write_text(f"[run]\ndynamic_context = test_function\ndata_file = {data}\nsource = {ROOT / 'src'}\n")
+    settings.write_text(f"[run]\ndata_file = {data}\nsource = {ROOT / 'src'}\n")
     run = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m"]
-    run += _pytest(["-rpfE", *tests])
+    run += _pytest(["-rpfE", "-p", "tests.mutants", *tests])
     done = subprocess.run(run, cwd=ROOT, env=_environment(ROOT / "src"), stdout=subprocess.PIPE, text=True)
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR) ([^\s\[]+)", done.stdout, re.MULTILINE)
     failing = {test for outcome, test in outcomes if outcome != "PASSED"}
-    # Coverage also names other functions that begin with "test", such as a module's test_step.
     passing = {test for _, test in outcomes} - failing
     if failing or not passing:
         print(f"Not used, they fail on the code as it is: {sorted(failing)}\n{done.stdout[-300:]}", file=sys.stderr)
     found = CoverageData(str(data))
     found.read()
 
-    # A folder without an __init__.py gives its files no package.
-    by_context: dict[str, set[str]] = {}
-    for test in passing:
-        file, _, name = test.partition("::")
-        whole = file.removesuffix(".py").replace("/", ".")
-        for module in (whole, whole.rpartition(".")[2]):
-            by_context.setdefault(f"{module}.{name}", set()).add(test)
     return {
-        (file, line): sorted(set().union(*(by_context.get(name, set()) for name in names)))
+        (file, line): sorted(passing.intersection(names))
         for file in found.measured_files()
         for line, names in found.contexts_by_lineno(file).items()
     }
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """As a plugin of pytest's, under coverage: put down to the test what runs from here on, its fixtures counted too."""
+    from coverage import Coverage
+
+    running = Coverage.current()
+    assert running is not None
+    running.switch_context(nodeid.partition("[")[0])
 
 
 def tests_of(path: Path) -> list[str]:

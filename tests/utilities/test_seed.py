@@ -162,6 +162,16 @@ def test_each_worker_of_each_rank_draws_its_own_numbers():
     assert _worker_numbers(12, 2, 3) != numbers[4 * 2 + 3]
 
 
+def test_the_numbers_of_a_worker_are_the_same_in_every_version():
+    torch.manual_seed(13)
+    pl_worker_init_function(2, 3)
+    assert (torch.initial_seed(), random.getrandbits(32), np.random.randint(2**31)) == (
+        16774692172850418234,
+        153927960,
+        566949943,
+    )
+
+
 class Draws(Dataset):
     def __len__(self):
         return 8

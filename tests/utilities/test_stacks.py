@@ -60,6 +60,15 @@ def test_calls_of_the_present_thread_are_those_of_its_frames():
     assert seen[0].line == found[0].line
 
 
+def test_the_line_of_a_function_without_lines_is_0():
+    def look() -> list[Call]:
+        return calls()
+
+    calls = ThreadCalls()
+    look.__code__ = look.__code__.replace(co_linetable=b"")
+    assert [call.line for call in look() if call.name == "look"] == [0]
+
+
 def test_prototypes_of_the_program_stay_as_they_are():
     before = ctypes.pythonapi.PyThreadState_Get.restype
     assert ThreadCalls()()

@@ -59,6 +59,7 @@ class Rules:
         """Return a rule: whether a scheduler is stepped at a batch."""
 
         def rule(place: Place) -> bool:
+            self._move(place)
             if self.accumulates(place) if config.interval == "step" else not self.is_last(place):
                 return False
             due = due_schedulers(self.run, config.interval, config.reduce_on_plateau)
