@@ -83,6 +83,7 @@ def test_sources(case):
         "path = 'lightning.pytorch.callbacks.EarlyStopping'  # import lightning.pytorch as pl\n",
         '"""\nimport pytorch_lightning as pl\n"""\n',
         "from .lightning import pytorch\nfrom lightning_utilities.core.imports import RequirementCache\n",
+        "f().lightning.pytorch.Trainer\n",
         "import lightning_data\nlightning = 3\nlightning.bit_length()\n",
         "class pytorch_lightning: pass\npytorch_lightning.Trainer\n",
         "from litdata import lightning\nlightning.pytorch.Trainer\n",

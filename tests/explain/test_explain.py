@@ -388,9 +388,20 @@ def test_what_a_checkpoint_holds_is_what_is_saved(tmp_path):
     assert keys <= said
 
 
+class HalfOfData(Data):
+    def train_dataloader(self):
+        return DataLoader(RandomDataset(32, self.num_train // self.trainer.world_size), batch_size=1)
+
+
+class NetOfSeveral(Net):
+    def configure_optimizers(self):
+        assert self.trainer.world_size == 2
+        return super().configure_optimizers()
+
+
 def test_several_processes(tmp_path):
-    trainer = trainer_of(tmp_path, max_epochs=1, devices=2, strategy="ddp_fork")
-    text = trainer.explain(Net(), datamodule=Data(8, 2))
+    trainer = trainer_of(tmp_path, max_epochs=1, devices=2, strategy="ddp_spawn")
+    text = trainer.explain(NetOfSeveral(), datamodule=HalfOfData(16, 2))
     assert "on 2 processes" in text and "inside of DistributedDataParallel" in text
     assert "# 4 batches" in text and "averaged over the processes" in text
 

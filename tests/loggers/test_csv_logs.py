@@ -145,6 +145,17 @@ def test_a_resumed_run_keeps_the_rows_before_it(tmp_path, place):
         assert len(file.read().decode().splitlines()) == 3, "a run from the start replaces the file"
 
 
+def test_rows_that_were_logged_before_the_run_goes_on_stay_and_no_file_is_needed(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.continue_from(3)
+    logger.log_metrics({"new": 1}, step=5)
+    logger.save()
+    logger.continue_from(3)
+    logger.log_metrics({"new": 2}, step=6)
+    logger.save()
+    assert text(logger) == "new,step\r\n1,5\r\n2,6\r\n"
+
+
 def test_hyperparameters_are_merged_and_written_once(tmp_path):
     logger = CSVLogger(tmp_path)
     logger.log_hyperparams({"a": 1, "n": {"m": 2}})

@@ -111,8 +111,20 @@ def test_a_page_holds_all_fits_of_its_folder_and_how_they_ended(tmp_path):
     assert (
         first["ended_by"] == "RuntimeError: <script>alert(1)</script>".ljust(300, "x") and "<script>alert" not in text
     )
+    assert not first["is_signal"] and not second["is_signal"] and second["ended_by"] == ""
     assert second["resumed_from"].endswith("last.ckpt") and second["steps"] == [4, 12]
     assert in_page(text, "runs")[0]["series"]["train/loss"]["n"] == 12
+
+
+def test_a_fit_that_the_user_interrupts_ends_by_a_signal(tmp_path):
+    class Interrupted(Net):
+        def on_train_epoch_end(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, CSVLogger(tmp_path, "net", version=0), model=Interrupted())
+    (record,) = in_page((tmp_path / "net/version_0/report.html").read_text(), "records")
+    assert record["is_signal"] and record["ended_by"] == "KeyboardInterrupt"
 
 
 def test_runs_of_lightning_are_read(tmp_path):
@@ -212,6 +224,13 @@ def test_a_page_stays_small(tmp_path):
         [0.0] * 500 + [9.0] + [0.0] * 500, 50
     )
     assert short_names([Path("/a/b/v0"), Path("/a/b/v1")]) == ["v0", "v1"]
+
+
+def test_of_many_values_those_are_kept_that_show_in_a_plot():
+    peak = [0.0, *range(3, 603), 9999.0, *range(3, 400), math.nan, math.nan, *range(3, 500)]
+    kept = thinned(peak, 50)
+    assert {0, 601, 999, len(peak) - 1} <= set(kept) and kept == sorted(set(kept)) and len(kept) <= 100
+    assert thinned([math.nan] * 8, 4) == [0, 4, 7] and thinned([2.0, 1.0], 2) == [0, 1]
 
 
 def test_a_page_needs_no_network(tmp_path):

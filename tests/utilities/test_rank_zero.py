@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from levin.utilities.rank_zero import rank_zero_debug, rank_zero_deprecation, rank_zero_info, rank_zero_warn
+from levin.utilities.rank_zero import (
+    rank_zero_debug,
+    rank_zero_deprecation,
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+    set_rank,
+)
 
 CONFIGURE = (
     "import logging, sys; logging.basicConfig(level=logging.INFO, format='theirs: %(message)s', stream=sys.stderr)"
@@ -52,3 +59,14 @@ print(rank_zero_only(lambda: "rank 0")())
 def test_packages_that_ask_lightning_utilities_learn_the_rank():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", LIGHTNING_UTILITIES], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["rank 0"], done.stderr
+
+
+def test_the_rank_that_was_set_stays_until_another_is_set(monkeypatch):
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
+    on_first = rank_zero_only(lambda: "first", default="other")
+    assert on_first() == "first"
+    set_rank(2)
+    set_rank()
+    assert rank_zero_only.rank == 2 and on_first() == "other"
+    set_rank(0)
+    assert on_first() == "first"

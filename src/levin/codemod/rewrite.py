@@ -308,11 +308,11 @@ class _Rewriter:
 
 
 def _chain(node: ast.expr) -> Iterator[tuple[ast.expr, str]]:
-    """Yield the parts of ``a.b.c`` from the outside: (a.b.c, "c"), (a.b, "b"), (a, "a")."""
+    """Yield the parts of ``a.b.c`` from the outside: (a.b.c, "c"), (a.b, "b"), (a, "")."""
     while isinstance(node, ast.Attribute):
         yield node, node.attr
         node = node.value
-    yield node, node.id if isinstance(node, ast.Name) else ""
+    yield node, ""
 
 
 def _comments(segment: str) -> list[str]:

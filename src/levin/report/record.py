@@ -30,6 +30,9 @@ def record_of(run: Run, error: Optional[BaseException]) -> dict[str, object]:
         run: Whose fit has ended.
         error: What ended it; None where it came to its end.
     """
+    # After an interruption the program is left by way of SystemExit.
+    if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+        error = error.__context__
     shares = run.time_shares
     points: list[Point] = [] if shares is None else shares.points
     last = Point(time.time(), run.global_step, run.current_epoch, 0.0, math.nan)
