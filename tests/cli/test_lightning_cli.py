@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import levin
-from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_module
 from levin.cli.class_paths import to_levin, to_lightning
 from levin.cli.parser import OWN_ARGUMENTS, OWN_ARGUMENTS_OF, nearest
 
@@ -147,6 +147,20 @@ class Wider(Net):
     def __init__(self, depth: int = 1, **kwargs):
         super().__init__(**kwargs)
         self.save_hyperparameters()
+
+
+class Untyped(Net):
+    def __init__(self, sizes, lr: float = 0.1):
+        super().__init__(lr)
+        self.sizes = sizes
+
+
+@pytest.mark.parametrize(("kind", "more"), [(Untyped, {}), (Net, {"_class_path": f"{__name__}.Untyped"})])
+def test_arguments_without_a_type_are_those_of_the_checkpoint(kind, more):
+    built = instantiate_module(
+        kind, {"sizes": [1, 2], "lr": 0.5, "_instantiator": "levin.cli.instantiate_module", **more}
+    )
+    assert type(built) is Untyped and built.sizes == [1, 2] and built.hparams["lr"] == 0.5
 
 
 def test_saving_nothing_at_all_is_refused():

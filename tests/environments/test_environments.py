@@ -140,8 +140,12 @@ def test_slurm(monkeypatch):
     with pytest.raises(ValueError, match=r"must equal SLURM's --ntasks=4, received devices=4 and num_nodes=2"):
         environment.validate_settings(num_devices=4, num_nodes=2)
     monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_ID", "3")
+    assert environment.main_port == 17345
     monkeypatch.delenv("SLURM_STEP_ID")
-    with pytest.raises(RuntimeError, match=r"reserved 8 tasks, and nothing has started them.* Write `srun python"):
+    assert environment.main_port == 17342
+    monkeypatch.setattr(sys, "argv", ["runs/train.py", "--lr"])
+    with pytest.raises(RuntimeError, match=r"reserved 8 .* has started them.* Write `srun python train.py \.\.\.`"):
         environment.validate_settings(num_devices=4, num_nodes=2)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(RuntimeError, match=r"--ntasks=8 without .* Use --ntasks-per-node=4 instead"):
@@ -215,7 +219,8 @@ def test_forgotten_srun_is_pointed_out(monkeypatch, tmp_path):
     srun.write_text("#!/bin/sh\n")
     srun.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.warns(UserWarning, match=r"The command `srun` is on this machine but was not used"):
+    monkeypatch.setattr(sys, "argv", ["runs/train.py", "--lr"])
+    with pytest.warns(UserWarning, match=r"The command `srun` is on .* with `srun python train.py \.\.\.`"):
         SLURMEnvironment()
     assert not SLURMEnvironment.detect()
 
@@ -361,7 +366,7 @@ def test_torchruns_store_is_divided_by_attempts(monkeypatch):
     assert environment.store(None) is None  # not restarted, or no store of torchrun's
     server = dist.TCPStore("127.0.0.1", 0, is_master=True)
     for name, value in {
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port, "GROUP_WORLD_SIZE": 1,
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port,
     }.items():  # fmt: skip
         monkeypatch.setenv(name, str(value))
     assert environment.store(None) is None

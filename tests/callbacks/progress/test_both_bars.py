@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from levin.callbacks import RichProgressBar, TQDMProgressBar
+from levin.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from levin.callbacks.progress.tqdm_progress import Tqdm
 from tests.callbacks.progress.models import Logging, loader, trainer
 from tests.callbacks.progress.screen import Terminal
@@ -224,3 +224,41 @@ def test_a_subclass_may_count_by_itself(terminal: Terminal) -> None:
 def test_an_empty_value_in_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_MINITERS", "")
     assert TQDMProgressBar(refresh_rate=2).refresh_rate == 2
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "first", "second", "left"),
+    [
+        (4, {"max_epochs": 2}, {"max_epochs": 4}, ["01:10", "01:00", "00:50", "00:40", "00:30", "00:20", "00:10", None]),
+        (9, {"max_steps": 4, "max_epochs": -1}, {"max_steps": 8}, ["00:30", "00:20", "00:10", None]),
+        (9, {"max_steps": 4, "max_epochs": 8}, {"max_steps": 8}, ["00:30", "00:20", "00:10", None]),
+        (2, {"max_epochs": 1}, {"max_epochs": 2}, [None, None]),
+    ],
+)  # fmt: skip
+def test_the_time_left_is_that_of_what_this_call_trains(
+    num_batches: int,
+    first: dict[str, int],
+    second: dict[str, int],
+    left: list[str | None],
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a second call too, each of whose batches takes ten seconds as well."""
+    clock_s, shown = [0.0], []
+    monkeypatch.setattr("levin.callbacks.progress.drawn.monotonic", lambda: clock_s[0])
+
+    class Slow(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            clock_s[0] += 10
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+            shown.append(bar._notes(trainer, bar._train).get("run_left"))
+
+    bar = TQDMProgressBar()
+    run = trainer(bar, limit_val_batches=0, **first)
+    run.callbacks.append(Slow())
+    run.fit(Logging(), loader(num_batches))
+    for name, value in second.items():
+        setattr(run.fit_loop if name == "max_epochs" else run.fit_loop.epoch_loop, name, value)
+    run.fit(run.lightning_module, loader(num_batches))
+    assert shown == [*left, *left]
