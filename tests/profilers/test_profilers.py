@@ -6,7 +6,7 @@ import pickle
 import pstats
 import sys
 import time
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +92,18 @@ def test_simple_profiler_counts_calls_and_seconds():
     assert rows[2][2] == "3"
     assert 0 < float(rows[2][4]) <= 100
     assert len({len(line) for line in profiler.summary().splitlines()[2:]}) == 1
+
+
+def test_simple_profiler_says_means_and_shares(monkeypatch):
+    now_s = [0.0]
+    monkeypatch.setattr("levin.profilers.simple.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    profiler = SimpleProfiler()
+    for action, duration_s in (("quick", 1), ("slow", 1), ("slow", 2), ("slow", 3)):
+        with profiler.profile(action):
+            now_s[0] += duration_s
+    now_s[0] += 1
+    rows = [line.replace(" ", "") for line in profiler.summary().splitlines() if "|" in line]
+    assert rows[1:] == ["|Total|-|4|8.0|100%|", "|slow|2.0|3|6.0|75.0|", "|quick|1.0|1|1.0|12.5|"]
 
 
 def test_simple_profiler_without_extension_leaves_columns_out():
@@ -184,6 +196,7 @@ def test_pytorch_profiler_records_three_steps_of_each_function(tmp_path):
     profiler.setup("fit")
     model = make_model()
     profiler.attach(model)
+    assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
     for _ in range(8):
         with profiler.profile("run_training_batch"):
             step(profiler, "training_step", model)
@@ -225,6 +238,15 @@ def test_pytorch_profiler_without_schedule_records_everything():
     text = profiler.summary()
     assert len(ready) == 1
     assert "Input Shapes" in text and "[levin]work" in text
+
+
+def test_pytorch_profiler_names_the_layers_of_a_module_that_comes_while_it_records():
+    profiler, model = PyTorchProfiler(schedule=None, export_to_chrome=False), make_model()
+    with profiler.profile("setup"):
+        profiler.attach(model)
+        assert model[0]._forward_pre_hooks
+        model(torch.zeros(1, model[0].in_features))
+    assert "Linear" in profiler.summary() and not model[0]._forward_pre_hooks
 
 
 def test_pytorch_profiler_says_when_the_run_was_too_short(caplog):
