@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import levin
 from levin import Trainer
 from levin.checkpoint.verify import verify
 from levin.ranks.signals import FILE_NAME
 from tests.checkpoint.signalled_saving import train
 
 ROOT = Path(__file__).parents[2]
+SOURCE = Path(levin.__file__).parents[1]
 PROGRAM = Path(__file__).parent / "signalled_saving.py"
 DEADLINE_S = 60
 pytestmark = [
@@ -34,7 +36,7 @@ def start_writing(folder: Path, way: str, write_s: float) -> subprocess.Popen[st
     """Start, and wait until a file is half written."""
     process = subprocess.Popen(
         [sys.executable, str(PROGRAM), str(folder), way, str(write_s)], cwd=folder, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])},
+        stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), str(ROOT)])},
     )  # fmt: skip
     deadline = time.monotonic() + DEADLINE_S
     while not (folder / "writing").exists():

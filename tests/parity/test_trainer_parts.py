@@ -230,6 +230,14 @@ def test_a_table_of_results_that_does_not_fit_fills_the_terminal(capsys, monkeyp
     assert max(map(len, capsys.readouterr().out.splitlines())) == (width if width % 2 else width - 1)
 
 
+def test_brackets_in_names_of_results_are_printed(capsys, monkeypatch):
+    from levin.trainer.results_table import print_results
+
+    monkeypatch.setattr("rich._console", None)
+    print_results([{"accuracy [bold] of all": 0.5}], "test")
+    assert "accuracy [bold] of all" in capsys.readouterr().out
+
+
 ESTIMATES = [
     {"max_epochs": 3}, {"max_epochs": -1}, {"max_epochs": -1, "max_steps": 5}, {"max_epochs": 3, "max_steps": 5}, {"max_epochs": 0},
     {"max_epochs": 3, "accumulate_grad_batches": 3}, {"max_epochs": 2, "limit_train_batches": 0.5}, {"max_epochs": 2, "limit_train_batches": 1},

@@ -441,6 +441,7 @@ def test_before_the_processes_are_connected(monkeypatch):
     monkeypatch.setenv("NODE_RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     strategy = DDPStrategy()
+    assert (strategy.node_rank, strategy.local_rank, strategy.global_rank, strategy.world_size) == (0, 0, 0, 1)
     strategy.assemble(
         accelerator=CPUAccelerator(),
         precision=Precision(),
@@ -451,6 +452,19 @@ def test_before_the_processes_are_connected(monkeypatch):
     assert (strategy.node_rank, strategy.local_rank, strategy.global_rank, strategy.world_size) == (1, 1, 3, 6)
     assert strategy.broadcast("x") == "x"
     strategy.barrier()
+
+
+def test_the_environment_is_torn_down_with_the_strategy():
+    ended = []
+
+    class Noting(LightningEnvironment):
+        def teardown(self):
+            ended.append(self)
+
+    strategy = DDPStrategy(cluster_environment=Noting())
+    strategy.teardown()
+    assert ended == [strategy.environment]
+    DDPStrategy().teardown()
 
 
 @pytest.mark.parametrize(

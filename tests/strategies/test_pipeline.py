@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections import namedtuple
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -576,6 +578,14 @@ def test_weights_may_be_shared_within_a_stage():
     assert stages == [["net.0", "net.1", "net.2.0", "net.2.1", "net.2.2"], ["net.3"]]
 
 
+@pytest.mark.parametrize(("num_layers", "end"), [(20, "net.18, net.19."), (21, "net.18, net.19, ....")])
+def test_an_error_names_the_first_twenty_layers(num_layers, end):
+    layers = layers_of(nn.Sequential(*(nn.Linear(1, 1) for _ in range(num_layers))), "net")
+    with pytest.raises(ValueError) as told:
+        cut(layers, PipelinePlan(2, split=["net.0"]))
+    assert str(told.value).endswith(end)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -754,17 +764,30 @@ def test_what_parts_log_is_one_call():
         merge_logged([[{"name": "a", "value": 1.0, "reduce_fx": "medium"}]])
 
 
+@dataclass(frozen=True)
+class Graph:
+    nodes: torch.Tensor
+    kind: str
+
+
 def test_batches_are_cut_along_their_samples():
     Pair = namedtuple("Pair", "x y")
     batch = {
         "pair": Pair(torch.arange(4), torch.arange(8).reshape(4, 2)),
         "names": list("abcd"),
+        "classes": list("abc"),
         "scale": torch.tensor(2.0),
+        "graph": Graph(torch.arange(4), "ring"),
     }
     assert size_of(batch) == 4
     first, second = split(batch, 2, 4)
     assert first["pair"].x.tolist() == [0, 1] and second["pair"].y.tolist() == [[4, 5], [6, 7]]
     assert (first["names"], second["names"], second["scale"]) == (["a", "b"], ["c", "d"], 2.0)
+    assert first["classes"] == second["classes"] == ["a", "b", "c"]
+    assert (first["graph"].nodes.tolist(), second["graph"].nodes.tolist()) == ([0, 1], [2, 3])
+    assert second["graph"].kind == "ring" and len(batch["graph"].nodes) == 4
+    fixed = split(MappingProxyType({"x": torch.arange(2)}), 1, 2)
+    assert [part["x"].tolist() for part in fixed] == [[0], [1]]
     with pytest.raises(ValueError, match="received a batch without any: list"):
         size_of(["a", torch.tensor(1)])
 
@@ -800,4 +823,18 @@ def test_what_a_stage_was_called_with_goes_on_to_the_next(is_between):
     with pytest.raises(ReachedError) as reached:
         replay.run(1, lambda: module(x), sent, lacks[2])
     found = replay.run(2, lambda: module(x), reached.value.tensors, [])
+    torch.testing.assert_close(found, module(x), rtol=0, atol=0)
+
+
+def test_a_stage_may_begin_with_a_layer_without_parameters():
+    module = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    replay = Replay(module, dict(module.named_children()), [["0"], ["1", "2"]], torch.device("cpu"))
+    x = torch.randn(4, 2)
+    lacks = replay.lacks(1, lambda: module(x))
+    assert [shape for _, shape, _ in lacks] == [(4, 3)]
+    with pytest.raises(ReachedError) as reached:
+        replay.run(0, lambda: module(x), [], lacks)
+    has_begun = []
+    found = replay.run(1, lambda: module(x), reached.value.tensors, [], lambda: has_begun.append(replay.has_begun))
+    assert has_begun == [True]
     torch.testing.assert_close(found, module(x), rtol=0, atol=0)

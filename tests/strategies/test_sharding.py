@@ -30,6 +30,15 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
     assert 0 < attention.in_proj_weight.abs().max() <= (6 / 32) ** 0.5
 
 
+def test_a_module_with_nothing_of_its_own_needs_no_reset():
+    with torch.device("meta"):
+        module = nn.Sequential(nn.BatchNorm1d(2, affine=False))
+    make_weights = WeightMaker(torch.device("cpu"))
+    for part in module.modules():
+        make_weights(part)
+    assert module[0].running_var.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "mesh:dp=2", "mesh:cp=2"])
 def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(monkeypatch, strategy):
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import levin
 from levin import Fabric, Trainer, seed_everything
 from levin.callbacks import ModelCheckpoint
 from levin.precision import XLAPrecision
@@ -337,8 +338,8 @@ if __name__ == "__main__":
 def test_processes_are_started(tmp_path, strategy, num_lines):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    paths = [Path(levin.__file__).parents[1], Path(__file__).parents[2]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     done = subprocess.run(
         [sys.executable, str(script), strategy],
         env=environment,

@@ -56,7 +56,7 @@ def _part(data: Batch, place: slice, size: int) -> Batch:
         return data[place] if data.dim() and len(data) == size else data
     if isinstance(data, Mapping):
         parts = {key: _part(value, place, size) for key, value in data.items()}
-        if type(data) is dict or not isinstance(data, MutableMapping):
+        if not isinstance(data, MutableMapping):
             return parts
         mapping = copy.copy(data)  # with the methods that its kind has
         mapping.update(parts)
