@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.loaders import prepare_dataloader, set_epoch
+from levin.data.loaders import capture_init_args, prepare_dataloader, set_epoch
 from levin.data.samplers import DistributedSamplerWrapper, UnrepeatedDistributedSampler
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -109,6 +109,24 @@ def test_a_batch_sampler_of_the_user_is_made_again_of_its_class():
     loaders = on_ranks(make, "val")
     assert all(type(loader.batch_sampler) is Doubled for loader in loaders)
     assert drawn(loaders[1]) == [1.0, 3.0, 1.0, 3.0]
+
+
+class Trimmed(BatchSampler):
+    """Leaves out what is short by itself."""
+
+    def __init__(self, sampler, batch_size, drop_last):
+        super().__init__(sampler, batch_size, False)
+        self.is_trimmed = drop_last
+
+    def __iter__(self):
+        return (batch for batch in super().__iter__() if len(batch) == self.batch_size or not self.is_trimmed)
+
+
+@pytest.mark.parametrize(("stage", "expected"), [("val", [0.0, 2.0]), ("predict", [0.0, 2.0, 4.0])])
+def test_a_batch_sampler_is_made_again_with_the_drop_last_that_it_was_given(stage, expected):
+    with capture_init_args():
+        loader = DataLoader(DATA, batch_sampler=Trimmed(SequentialSampler(DATA), 2, drop_last=True))
+    assert drawn(prepare_dataloader(loader, stage=stage, sampler_kwargs=SPLIT[0])) == expected
 
 
 def test_a_batch_sampler_of_another_form_cannot_be_split_but_predicts_in_one_process():

@@ -266,7 +266,6 @@ def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) 
     if type(batch_sampler) is BatchSampler and not is_predict:
         size, drop_last = batch_sampler.batch_size, batch_sampler.drop_last
         return {**fixed, "sampler": sampler, "batch_size": size, "batch_sampler": None, "drop_last": drop_last}
-    drop_last = False if is_predict else getattr(batch_sampler, "drop_last", False)
     kind: Any = type(batch_sampler)
     arguments = _recorded_arguments(batch_sampler)
     if arguments is not None and kind is not BatchSampler:
@@ -276,11 +275,12 @@ def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) 
                 "or pass Trainer(use_distributed_sampler=False)."
             )
         arguments["sampler"] = sampler
-        if "drop_last" in arguments:
-            arguments["drop_last"] = drop_last
+        if is_predict and "drop_last" in arguments:
+            arguments["drop_last"] = False
         built = kind(**arguments)
     else:
         try:
+            drop_last = not is_predict and batch_sampler.drop_last
             built = kind(sampler, batch_size=batch_sampler.batch_size, drop_last=drop_last)
         except (TypeError, AttributeError) as error:
             if sampler is not loader.sampler:
