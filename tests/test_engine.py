@@ -364,7 +364,7 @@ def test_teardown_brings_states_to_the_cpu_and_parts_are_told():
     optimizer = torch.optim.Adam(model.parameters())
     strategy.optimizers = [strategy.setup_optimizer(optimizer)]
     loss = strategy.step_function(model, "training_step")(torch.ones(1, 2), 0)
-    strategy.backward(loss)
+    assert strategy.backward(loss) is loss
     strategy.optimizer_step(optimizer)
     strategy.teardown()
     assert told == ["io"]

@@ -231,9 +231,9 @@ def test_pipelines_and_shared_sequences_of_many_processes_are_planned_on_one():
         plan_run(make_staged, "mesh:pp=7")
     with pytest.raises(ValueError, match="must take .batch, sequence, features. whose sequence 3 processes can share"):
         plan_run(make_attending, "mesh:cp=3")
-    assert (
-        plan_run(make_attending, "mesh:dp=64,cp=4").parameters < plan_run(make_attending, "mesh:cp=2").parameters / 20
-    )
+    shared = plan_run(make_attending, "mesh:cp=2").parameters
+    assert shared == pytest.approx(plan_run(make_attending, "mesh:dp=1").parameters / 2, rel=0.01)
+    assert plan_run(make_attending, "mesh:dp=64,cp=4").parameters < shared / 20
 
 
 def test_weights_fall_with_the_number_of_processes():

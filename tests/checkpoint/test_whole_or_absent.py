@@ -264,6 +264,11 @@ DAMAGES = {
     "a page of zeros": lambda data: data[:8192] + bytes(4096) + data[12288:],
     "a bit in the weights": lambda data: flip(data, len(data) // 2),
     "a bit in the pickle": lambda data: flip(data, data.index(b"weights")),
+    # Places in the first entry of the directory.
+    "unknown flags": lambda data: flip(data, data.index(b"PK\1\2") + 8),
+    "a compressed record": lambda data: flip(data, data.index(b"PK\1\2") + 10),
+    "a record on another volume": lambda data: flip(data, data.index(b"PK\1\2") + 34),
+    "a record that is a folder": lambda data: flip(data, data.index(b"PK\1\2") + 38),
     "another kind of file": lambda data: b"once upon a time",
 }
 

@@ -39,6 +39,28 @@ def test_a_module_with_nothing_of_its_own_needs_no_reset():
     assert module[0].running_var.tolist() == [1.0, 1.0]
 
 
+class Filled(nn.Module):
+    def __init__(self, value: float, *parts: nn.Module) -> None:
+        super().__init__()
+        self.value = value
+        self.weight = nn.Parameter(torch.empty(2))
+        self.parts = nn.ModuleList(parts)
+
+    def reset_parameters(self):
+        nn.init.constant_(self.weight, self.value)
+
+
+def test_a_layer_inside_of_another_is_reset_too():
+    with torch.device("meta"):
+        module = Filled(1.0, Filled(2.0), Filled(3.0))
+    module.parts[1].weight = module.parts[0].weight
+    make_weights = WeightMaker(torch.device("cpu"))
+    for part in module.modules():
+        make_weights(part)
+    assert [part.weight.tolist() for part in (module, *module.parts)] == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    assert module.parts[0].weight is module.parts[1].weight
+
+
 @pytest.mark.parametrize("strategy", ["fsdp", "mesh:dp=2", "mesh:cp=2"])
 def test_fsdp_on_the_cpu_is_refused_before_a_process_starts_where_torch_cannot(monkeypatch, strategy):
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)

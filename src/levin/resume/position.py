@@ -196,7 +196,6 @@ class JointCursor(Cursor):
 
     def _begin(self, exhausted: list[bool]) -> Iterator[Batch]:
         self.exhausted = exhausted
-        self._givers.clear()
         self._num_opened = [0] * len(self.positions)
         openers = [self._opener(index) for index in range(len(self.positions))]
         return joint(openers, self.loader.mode, self.loader.rebuild, exhausted)
