@@ -37,8 +37,8 @@ test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 
 
 # In a folder of its own: Lightning, which tests run beside levin, starts MPI in every process that can import mpi4py.
 # The package mpich has an mpirun and libraries, which mpi4py finds in the environment of its own.
-test-mpi: $(STAMP) $(VENV)/integrations/mpich/.installed  ## Run the tests that need mpirun (Debian: openmpi-bin, and MPICH) and mpi4py
-	@command -v mpirun || { echo "mpirun is missing: apt-get install --no-install-recommends openmpi-bin"; exit 1; }
+test-mpi: $(STAMP) $(VENV)/integrations/mpich/.installed  ## Run the tests that need mpirun (Open MPI: Debian, needs root; and MPICH) and mpi4py
+	command -v mpirun || { apt-get update -qq && apt-get install -qq --no-install-recommends openmpi-bin; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade --target $(VENV)/mpi mpi4py
 	PYTHONPATH=$(CURDIR)/$(VENV)/mpi $(RUN) $(BIN)/python -m pytest -q tests/launchers/test_clusters.py -k mpi
 	PATH=$(CURDIR)/$(VENV)/integrations/mpich/bin:$$PATH $(RUN) python -m pytest -q tests/launchers/test_clusters.py -k mpi

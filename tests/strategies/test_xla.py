@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import levin
 from levin import Fabric, Trainer, seed_everything
+from levin.accelerators import XLAAccelerator
 from levin.callbacks import ModelCheckpoint
 from levin.precision import XLAPrecision
 from levin.strategies import SingleDeviceXLAStrategy, XLAFSDPStrategy, XLAStrategy
@@ -200,6 +201,45 @@ def test_sixteen_bits(precision, dtype):
     assert XLAPrecision("bf16-true").precision == "bf16-true"
 
 
+def test_true_sixteen_bits_are_those_of_the_name():
+    kinds = [XLAPrecision(name).convert_module(torch.nn.Linear(1, 1)).weight.dtype for name in ("bf16-true", "16-true")]
+    assert kinds == [torch.bfloat16, torch.float16]
+
+
+def test_one_device_tells_what_it_compiles_where_it_is_debugged(monkeypatch):
+    monkeypatch.setenv("PT_XLA_DEBUG_LEVEL", "0")
+    trainer(strategy=SingleDeviceXLAStrategy(debug=True)).validate(Deep(), verbose=False)
+    assert os.environ["PT_XLA_DEBUG_LEVEL"] == "2"
+
+
+def test_gradients_of_connected_devices_go_from_one_to_the_other(monkeypatch):
+    import torch_xla.core.xla_model as xm
+    from torch_xla import runtime
+
+    asked = []
+    monkeypatch.setattr(XLAStrategy, "world_size", 4)
+    monkeypatch.setattr(runtime, "world_size", lambda: 4)
+    monkeypatch.setattr(xm, "all_reduce", lambda *args, **kwargs: asked.append((*args, kwargs)))
+    layer, unused = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer = torch.optim.SGD([*layer.parameters(), *unused.parameters()], lr=0.1)
+    XLAStrategy()._average_gradients(optimizer)
+    ((operation, gradients, settings),) = asked
+    assert operation == xm.REDUCE_SUM and settings == {"scale": 0.25}
+    assert [id(gradient) for gradient in gradients] == [id(parameter.grad) for parameter in layer.parameters()]
+
+
+def test_memory_of_a_tpu_is_told_in_megabytes(monkeypatch):
+    import torch_xla.core.xla_model as xm
+
+    assert XLAAccelerator().get_device_stats(torch.device("xla", 0)) == {}
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    memory = {"bytes_limit": 8 * 2**20, "bytes_used": 3 * 2**20, "peak_bytes_used": 4 * 2**20}
+    monkeypatch.setattr(xm, "get_memory_info", lambda device: memory)
+    stats = XLAAccelerator().get_device_stats(torch.device("xla", 0))
+    assert stats == {"avg. free memory (MB)": 5.0, "avg. peak memory (MB)": 4.0}
+
+
 def test_what_cannot_be_is_refused(monkeypatch):
     for precision in ("16-mixed", "64-true", "float8"):
         with pytest.raises(
@@ -295,6 +335,9 @@ def test_two_processes_are_one_device():
         (Manual, {}),
     ):
         module, reference = kind(4), kind(8)
+        if os.environ["RANK"] != "0":
+            for parameter in module.parameters():
+                torch.nn.init.normal_(parameter)  # they start from the weights of rank 0
         found = trainer(devices=2, strategy="xla", **settings)
         found.fit(module)
         assert found.world_size == 2
@@ -360,7 +403,19 @@ def test_processes_are_started(tmp_path, strategy, num_lines):
 
 
 class Watched(Deep):
-    """Notes how its weights and the states of its optimizer lie on the devices."""
+    """Notes how its batches, its weights and the states of its optimizer lie on the devices, and the calls of a block."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.batches, self.calls = set(), 0
+        self.net.blocks[0].layer.register_forward_hook(lambda layer, *_: self.count(layer.training))
+
+    def count(self, is_training: bool) -> None:
+        self.calls += is_training
+
+    def training_step(self, batch, batch_idx):
+        self.batches.add(torch_xla._XLAC._get_xla_sharding_spec(batch[0]))
+        return super().training_step(batch, batch_idx)
 
     def on_train_end(self):
         spec = torch_xla._XLAC._get_xla_sharding_spec
@@ -379,6 +434,8 @@ def test_weights_are_cut_over_four_devices(tmp_path):
     found.fit(module)
     trainer("cpu", gradient_clip_val=0.05, accumulate_grad_batches=2).fit(reference)
     assert_same(module, reference)
+    assert all(spec.startswith("{devices=[4") for spec in module.batches), module.batches
+    assert module.calls == 2 * len(module.losses)  # once more in each backward pass
     for specs in module.specs:
         cut = [spec for spec in specs if spec.startswith("{devices=[4")]
         assert len(cut) == len(specs) - 2, specs  # the head has one output
