@@ -212,6 +212,7 @@ def test_slurm_without_a_job_number(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))  # This machine may have SLURM.
     assert SLURMEnvironment().main_port == 12910
     assert SLURMEnvironment.job_id() is None
+    SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
 
 
 def test_forgotten_srun_is_pointed_out(monkeypatch, tmp_path):

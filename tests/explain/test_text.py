@@ -91,7 +91,7 @@ FITS = {
     },
     Own: {
         "max_epochs": 2, "limit_val_batches": 0, "precision": "bf16-mixed", "accumulate_grad_batches": 2,
-        "enable_checkpointing": False,
+        "enable_checkpointing": False, "reload_dataloaders_every_n_epochs": 1,
     },
 }  # fmt: skip
 WORDS = {
@@ -206,6 +206,7 @@ set-up
     Own.configure_optimizers()  -> SGD, StepLR, ReduceLROnPlateau
 Data.train_dataloader()
 for epoch in range(2):  # ends early at trainer.should_stop
+    Data.train_dataloader()  # after the first
     for batch in train_dataloader:  # 6 batches
         batch.to('cpu')
         Own.optimizer_step(epoch, batch_idx, optimizer, closure)  # after every 2nd batch
@@ -237,6 +238,16 @@ def test_a_fit_in_words(model, tmp_path):
     more = {"callbacks": [EarlyStopping("val")], "logger": CSVLogger(tmp_path)} if model is Small else {}
     text = trainer_of(tmp_path, **FITS[model], **more).explain(model(), datamodule=Data(6, 2))
     assert lines_of(text) == WORDS[model].strip().splitlines()
+
+
+class StatefulData(Data):
+    def state_dict(self):
+        return {"place": 1}
+
+
+def test_a_data_module_with_a_state_is_in_the_checkpoint(tmp_path):
+    text = trainer_of(tmp_path, max_epochs=1).explain(Net(), datamodule=StatefulData(2, 1))
+    assert "\n    StatefulData: its state_dict  " in text.partition("a checkpoint holds:")[2]
 
 
 def said(tmp_path, due, num_batches=10, **options):
