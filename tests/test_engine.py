@@ -188,6 +188,11 @@ def test_at_a_prompt(two_gpus, prompt):
         ({"plugins": Precision(), "precision": "32-true"}, ValueError, r"precision='32-true' and the plugin Precision both"),
         ({"strategy": "single_device", "devices": 2}, ValueError, r"runs on one device, received devices=2 and num_nodes=1"),
         (
+            {"strategy": "single_device", "devices": 1, "num_nodes": 2},
+            ValueError,
+            r"runs on one device, received devices=1 and num_nodes=2",
+        ),
+        (
             {"strategy": SingleDeviceStrategy(accelerator=CPUAccelerator()), "accelerator": "cpu"},
             ValueError,
             r"accelerator is set twice: CPUAccelerator in SingleDeviceStrategy\(accelerator=\.\.\.\) and cpu beside",

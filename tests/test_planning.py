@@ -231,6 +231,8 @@ def test_pipelines_and_shared_sequences_of_many_processes_are_planned_on_one():
         plan_run(make_staged, "mesh:pp=7")
     with pytest.raises(ValueError, match="must take .batch, sequence, features. whose sequence 3 processes can share"):
         plan_run(make_attending, "mesh:cp=3")
+    with pytest.raises(ValueError, match="cp goes beside dp and tp alone, received 'mesh:ddp=2,cp=2'"):
+        plan_run(make_attending, "mesh:ddp=2,cp=2")
     shared = plan_run(make_attending, "mesh:cp=2").parameters
     assert shared == pytest.approx(plan_run(make_attending, "mesh:dp=1").parameters / 2, rel=0.01)
     assert plan_run(make_attending, "mesh:dp=64,cp=4").parameters < shared / 20

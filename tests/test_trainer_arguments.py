@@ -12,6 +12,7 @@ import torch
 from levin import Trainer
 from levin.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
 from levin.loggers import CSVLogger
+from levin.settings import num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
 
 QUIET = {
@@ -131,6 +132,15 @@ def test_a_bar_contradicts_enable_progress_bar_false_and_a_second_bar():
         quiet(callbacks=TQDMProgressBar())
     with pytest.raises(MisconfigurationException, match="one progress bar"):
         quiet(callbacks=[TQDMProgressBar(), TQDMProgressBar()], enable_progress_bar=True)
+
+
+def test_a_fraction_of_a_loader_must_leave_a_batch():
+    assert num_from_limit(0.25, 4, "limit_val_batches") == 1
+    assert num_from_limit(0.25, 0, "limit_val_batches") == 0
+    with pytest.raises(
+        ValueError, match=r"limit_val_batches must leave at least one of 4 batches, received 0.2\. Use at least 0.25"
+    ):
+        num_from_limit(0.2, 4, "limit_val_batches")
 
 
 def test_a_fraction_needs_epochs_to_be_a_fraction_of():

@@ -280,7 +280,7 @@ def num_from_limit(limit: Limit, length: Limit, name: str) -> Limit:
             f"{name} must be 1.0 or an int when the loader's length is unknown, received {limit}. Give a number of batches."
         )
     count = int(length * limit)
-    if count == 0 and length > 0 and limit > 0.0:
+    if count == 0 and length > 0:
         raise MisconfigurationException(
             f"{name} must leave at least one of {length} batches, received {limit}. Use at least {1 / length:.4g}."
         )

@@ -17,8 +17,9 @@ import levin
 from levin import Fabric
 from levin.fabric.command import count_processes, main
 from levin.fabric.throughput import ThroughputMonitor
-from levin.precision import MixedPrecision
+from levin.precision import MixedPrecision, Precision
 from levin.strategies import SingleDeviceCollective, TorchCollective
+from levin.utilities.collections import apply_to_collection
 from tests.distributed import world_size
 
 
@@ -283,3 +284,13 @@ def test_the_command_counts_processes_and_refuses_what_it_cannot_start(capsys):
         with pytest.raises(SystemExit):
             main(words)
     assert main(["consolidate", "nowhere"]) == 1
+
+
+@pytest.mark.parametrize("side", ["convert_input", "convert_output"])
+def test_a_precision_of_ones_own_may_convert_one_side_alone(side):
+    def doubled(self, data):
+        return apply_to_collection(data, torch.Tensor, lambda tensor: 2 * tensor)
+
+    kind = type("Doubling", (Precision,), {side: doubled})
+    module = Fabric(accelerator="cpu", devices=1, plugins=[kind()]).setup(nn.Linear(1, 1, bias=False))
+    assert torch.equal(module(torch.ones(1)), 2 * module.weight[0])
