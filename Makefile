@@ -29,7 +29,8 @@ test-slow: $(STAMP)  ## Run the long tests too (kills, faults)
 test-hosts: $(STAMP)  ## Run jobs on two hosts in network namespaces: a cut cable, a lost host (needs root)
 	LEVIN_TEST_HOSTS=1 $(RUN) $(BIN)/python -m pytest -q -m slow tests/launchers/test_hosts.py
 
-test-report: $(STAMP)  ## Look at reports of runs in a headless browser (Debian: chromium)
+test-report: $(STAMP)  ## Look at reports of runs in a headless browser (Chromium: Debian, needs root)
+	command -v chromium || { apt-get update -qq && apt-get install -qq --no-install-recommends chromium; }
 	$(RUN) $(BIN)/python -m pytest -q tests/report
 
 test-fuzz: $(STAMP)  ## Run a thousand random schedules of what may happen on 2 to 4 ranks

@@ -204,6 +204,7 @@ def fit_sharded(tmp_path, *arguments: object) -> None:
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
 
 
+@pytest.mark.timeout(820)  # four trainings, each with a limit of its own
 @pytest.mark.parametrize("is_async", [False, True], ids=["waits", "background"])
 def test_folders_of_several_processes_are_kept_in_the_store_and_any_number_goes_on(folder, tmp_path, is_async):
     fit_sharded(tmp_path, folder, 2, 3, is_async, "")
