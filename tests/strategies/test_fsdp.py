@@ -316,6 +316,37 @@ def test_what_is_thawed_and_changed_between_epochs_is_as_on_one_device():
     torch.testing.assert_close(whole(module), whole(reference))
 
 
+class Looking(Deep):
+    """Calls itself in hooks: between backward and the optimizer's step, and before it changes weights after a validation."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__(batch_size)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def look(self):
+        self.seen.append(self(dataset(4)[:][0]).detach())
+
+    def on_after_backward(self):
+        self.look()
+
+    def on_train_epoch_end(self):
+        with torch.no_grad():
+            self.look()
+            self.net.head.weight.mul_(0.9)
+
+
+@world_size(2, connect=False)
+def test_what_hooks_compute_with_the_module_is_that_of_one_device_and_leaves_nothing():
+    module, reference = Looking(4), Looking(8)
+    in_rank().fit(module)
+    alone().fit(reference)
+    torch.testing.assert_close(module.seen, reference.seen)
+    torch.testing.assert_close(whole(module), whole(reference))
+
+
 class Penalized(Deep):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) + sum(p.pow(2).sum() for p in self.parameters())

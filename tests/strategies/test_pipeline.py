@@ -122,6 +122,15 @@ def test_two_stages_are_one_device(arguments, settings):
     torch.testing.assert_close(found, expected)
 
 
+class Shrinking(Deep):
+    """Changes its weights after each validation."""
+
+    def on_train_epoch_end(self):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.9)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -136,7 +145,7 @@ def test_stages_with_data_parallel_processes_are_one_device(tmp_path, arguments)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     settings = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
     # The last batches are smaller, and of a validation one process has fewer.
-    module, reference = Deep(4, size=30), Deep(8, size=30)
+    module, reference = Shrinking(4, size=30), Shrinking(8, size=30)
     trainer = in_rank(pipelined(data=2, **arguments), 4, **settings)
     trainer.fit(module)
     assert trainer.strategy.data_parallel.size == 2 and any(isinstance(p, DTensor) for p in module.parameters())

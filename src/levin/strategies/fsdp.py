@@ -15,6 +15,7 @@ from torch.nn import Module
 from typing_extensions import override
 
 from levin.strategies import collectives
+from levin.strategies.gathered import let_go_outside_of_steps
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
@@ -191,6 +192,8 @@ class FSDPStrategy(ShardedStrategy):
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
         prepare(module, plan)
+        if module is self.lightning_module:
+            let_go_outside_of_steps(module, [module])
         return module
 
     # Contexts

@@ -6,13 +6,17 @@ parameters that a module shows have none. There is no public way to them, so thi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import Module
+
+from levin.utilities.types import Function
+
+_IN_STEP = "_is_in_step"
 
 
 def window_gradients(module: Module) -> list[Tensor | None]:
@@ -70,6 +74,49 @@ def let_go(module: Module) -> None:
     """Leave every process with its parts alone, also after a forward that has failed half-way."""
     for group in _groups(module):
         group._to_sharded()
+
+
+def let_go_outside_of_steps(owner: Module, wholes: Iterable[Module]) -> None:
+    """Let go after each forward that no step of a module makes, such as one in a hook.
+
+    Torch keeps what belongs to no block for a backward pass. Before the next one an optimizer would step the parts alone, and what
+    hooks write into the copies would be lost.
+
+    Args:
+        owner: The module with the steps; see :func:`as_step`.
+        wholes: The modules that hold what is cut: the owner, or its stages.
+    """
+
+    def after(root: Module, *_: object) -> None:
+        if _IN_STEP not in vars(owner):
+            let_go(root)
+
+    for whole in wholes:
+        for root in _roots(whole):
+            root.register_forward_hook(after)
+
+
+def as_step(owner: Module, step: Function) -> Function:
+    """Return ``step``, in which forwards keep what they have gathered."""
+    attributes = vars(owner)
+
+    def run(*args: object, **kwargs: object) -> object:
+        attributes[_IN_STEP] = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            attributes.pop(_IN_STEP, None)
+
+    return run
+
+
+def _roots(module: Module) -> Iterator[Module]:
+    """Yield the outermost parts that are cut."""
+    if isinstance(module, FSDPModule):
+        yield module
+    else:
+        for child in module.children():
+            yield from _roots(child)
 
 
 def _groups(module: Module) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -20,7 +20,7 @@ from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
 from levin.strategies import collectives, state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
-from levin.strategies.gathered import let_go, load_window_gradients, window_gradients
+from levin.strategies.gathered import as_step, let_go, load_window_gradients, window_gradients
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.types import Function, StateDict
@@ -94,12 +94,17 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     def on_validation_end(self) -> None:
         """Let go of what is kept after a forward for its backward: what hooks find between epochs are the weights that learn."""
-        let_go(self.lightning_module)
+        for whole in self.wholes():
+            let_go(whole)
+
+    def wholes(self) -> Sequence[Module]:
+        """Return the modules that hold what the Trainer's module consists of in this process."""
+        return [] if self.lightning_module is None else [self.lightning_module]
 
     def teardown(self) -> None:
         """Let go of what a forward that failed had gathered, and free the device."""
-        if self.lightning_module is not None:
-            let_go(self.lightning_module)
+        for whole in self.wholes():
+            let_go(whole)
         super().teardown()
 
     @override
@@ -135,8 +140,8 @@ class ShardedStrategy(ParallelStrategy, ABC):
     def compose_step(self, module: Module, name: str) -> Function:
         """Return the method, for the time of which the weights that belong to no block are gathered."""
         step = getattr(module, name)
-        if isinstance(module, FSDPModule) and name != "forward":
-            step = run_as_forward(module, module, step)
+        if name != "forward":
+            step = as_step(module, run_as_forward(module, module, step) if isinstance(module, FSDPModule) else step)
         return in_forward_context(step, self.precision, name)
 
     @override
