@@ -109,6 +109,8 @@ def test_a_strategy_of_the_users_may_replace_a_step():
         ("bf16-true", HalfPrecision, "bf16-true"),
         ("bf16-mixed", MixedPrecision, "bf16-mixed"),
         (64, DoublePrecision, "64-true"),
+        ("64", DoublePrecision, "64-true"),
+        (32, Precision, "32-true"),
         ("32", Precision, "32-true"),
     ],
 )
@@ -156,6 +158,14 @@ def test_gpus_are_taken_when_they_are_there(two_gpus):
     assert isinstance(one.strategy, SingleDeviceStrategy)
     assert one.strategy.root_device == torch.device("cuda", 1)
     assert one.device_ids == [1]
+    # What a strategy was given says more than what there is.
+    given = build_engine(strategy=SingleDeviceStrategy("cuda:1"), devices=1)
+    assert given.strategy.root_device == torch.device("cuda", 1) and given.device_ids == [1]
+    given = build_engine(strategy=DDPStrategy(parallel_devices=[torch.device("cpu")] * 2))
+    assert isinstance(given.accelerator, CPUAccelerator) and given.num_devices == 2
+    # A strategy by its name, in whatever letters, runs on the device that was chosen.
+    named = build_engine(accelerator="gpu", devices=[1], strategy="Single_Device")
+    assert named.strategy.root_device == torch.device("cuda", 1)
 
 
 def test_at_a_prompt(two_gpus, prompt):
@@ -253,7 +263,18 @@ def test_torchrun_is_found_and_its_numbers_are_checked(monkeypatch):
     assert engine.strategy.global_rank == engine.strategy.local_rank == 1
     with pytest.raises(ValueError, match=r"must be the 2 processes that torchrun started"):
         build_engine(accelerator="cpu", devices=1)
+    # Those that are meant for one of the processes alone.
+    for strategy in ("single_device", SingleDeviceStrategy("cpu")):
+        assert build_engine(accelerator="cpu", strategy=strategy).strategy.world_size == 1
     monkeypatch.setattr("levin.utilities.rank_zero.rank_zero_only.rank", 0)
+
+
+def test_a_machine_that_is_not_counted_is_told(monkeypatch):
+    monkeypatch.setenv("NODE_RANK", "1")
+    with pytest.raises(
+        ValueError, match=r"make 2 processes, and this one would be number 2: it is on machine 1, counted"
+    ):
+        build_engine(accelerator="cpu", devices=2)
 
 
 def test_an_engine_can_be_pickled_and_copied():

@@ -847,3 +847,34 @@ def test_a_stage_may_begin_with_a_layer_without_parameters():
     found = replay.run(1, lambda: module(x), reached.value.tensors, [], lambda: has_begun.append(replay.has_begun))
     assert has_begun == [True]
     torch.testing.assert_close(found, module(x), rtol=0, atol=0)
+
+
+class Both(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+class Repeating(nn.Module):
+    """A layer without parameters runs in both stages, another one begins the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.aside, self.act = nn.Linear(2, 2), nn.Linear(2, 2), nn.Tanh()
+        self.both, self.b = Both(), nn.Linear(2, 2)
+
+    def forward(self, x):
+        x = self.act(x)
+        return self.act(self.b(self.both(self.act(self.a(x)), self.aside(x))))
+
+
+def test_layers_without_parameters_run_wherever_they_are_called_and_may_begin_a_stage():
+    module = Repeating()
+    stages = [["a", "aside", "act"], ["both", "b"]]
+    replay = Replay(module, dict(module.named_children()), stages, torch.device("cpu"))
+    x = torch.randn(3, 2)
+    lacks = [replay.lacks(stage, lambda: module(x)) for stage in range(2)]
+    assert [len(announced) for announced in lacks] == [0, 2]
+    with pytest.raises(ReachedError) as reached:
+        replay.run(0, lambda: module(x), [], lacks[1])
+    found = replay.run(1, lambda: module(x), reached.value.tensors, [])
+    torch.testing.assert_close(found, module(x), rtol=0, atol=0)

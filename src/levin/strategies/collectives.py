@@ -149,7 +149,7 @@ def broadcast_object(obj: T, src: int = 0, device: torch.device | None = None) -
     return result
 
 
-def agree(decision: bool, all_must: bool, group: Group = None, device: torch.device | None = None) -> bool:
+def agree(decision: bool, all_must: bool, device: torch.device | None = None) -> bool:
     """Return whether all processes (or any of them) say yes, the same answer everywhere.
 
     Args:
