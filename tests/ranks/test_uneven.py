@@ -70,6 +70,7 @@ class Net(LightningModule):
         self.log("least", batch.min(), on_step=False, on_epoch=True, reduce_fx="min", sync_dist=True)
         self.mean(batch.mean(), weight=len(batch))
         self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.mean.compute()  # which it keeps
         if not self.automatic_optimization:
             optimizer = self.optimizers()
             optimizer.zero_grad()
@@ -83,15 +84,22 @@ class Net(LightningModule):
 
 
 def expected(
-    sizes: list[Sizes], optimizer: str, window: int = 1, has_weight: bool = False, num_steps: int | None = None
+    sizes: list[Sizes],
+    optimizer: str,
+    window: int = 1,
+    has_weight: bool = False,
+    num_steps: int | None = None,
+    num_epochs: int = 1,
 ):
-    """Return the weights and the mean loss that one process computes from the batches of all ranks."""
+    """Return the weights and the mean loss that one process computes from the batches of all ranks, and the last step's."""
     module = Net(optimizer)
     stepper = module.configure_optimizers()
     data = [batches_of(rank, own) for rank, own in enumerate(sizes)]
     num_steps = max(map(len, sizes)) if num_steps is None else num_steps
-    losses, counts = [], []
-    for start in range(0, num_steps, window):
+    for place in range(0, num_epochs * num_steps, window):
+        start = place % num_steps
+        if start == 0:
+            losses, counts = [], []
         stepper.zero_grad()
         held = [own[i] for i in range(start, min(start + window, num_steps)) for own in data if i < len(own)]
         weights = [len(batch) if has_weight else 1 for batch in held]
@@ -101,7 +109,7 @@ def expected(
             losses.append(loss.detach() * len(batch))
             counts.append(len(batch))
         stepper.step()
-    return module.net.state_dict(), torch.stack(losses).sum() / sum(counts)
+    return module.net.state_dict(), torch.stack(losses).sum() / sum(counts), losses[-1] / counts[-1]
 
 
 def ranked(**kwargs) -> Trainer:
@@ -130,6 +138,7 @@ CASES = [
     ([[2, 1, 2, 2, 2], [3]], {"accumulate_grad_batches": 2}, {}),
     ([[2, 1, 2, 2, 2], [3]], {"accumulate_grad_batches": 3}, {"has_weight": True}),
     ([[2, 2, 2], [1]], {}, {"is_manual": True}),
+    ([[2], [2, 1]], {"max_epochs": 2}, {}),
 ]
 
 
@@ -148,13 +157,18 @@ def test_all_batches_are_trained_on_and_each_counts_once(kind):
         trainer = ranked(callbacks=[Watch()], **options)
         with told_of_no_length():
             trainer.fit(module, loader_of(kind, sizes))
-        weights, loss = expected(
-            sizes, own.get("optimizer", "SGD"), options.get("accumulate_grad_batches", 1), "has_weight" in own
+        num_epochs = options.get("max_epochs", 1)
+        weights, loss, last_loss = expected(
+            sizes,
+            own.get("optimizer", "SGD"),
+            options.get("accumulate_grad_batches", 1),
+            "has_weight" in own,
+            num_epochs=num_epochs,
         )
         for ours, theirs in zip(module.net.state_dict().values(), weights.values(), strict=True):
             torch.testing.assert_close(ours, theirs, msg=lambda text: f"{sizes} {options} {own}\n{text}")
         num_steps = max(map(len, sizes))
-        assert ends == [(i, i == num_steps - 1) for i in range(num_steps)]
+        assert ends == [(i, i == num_steps - 1) for i in range(num_steps)] * num_epochs
         if kind == "known":
             assert trainer.num_training_batches == num_steps
         metrics = trainer.callback_metrics
@@ -164,9 +178,8 @@ def test_all_batches_are_trained_on_and_each_counts_once(kind):
         assert metrics["least"] == torch.cat(everything).min()
         torch.testing.assert_close(metrics["mean"], torch.cat(everything).mean())
         # The last step's value is that of the ranks which had a batch.
-        last = [batches_of(r, own_sizes)[-1] for r, own_sizes in enumerate(sizes) if len(own_sizes) == num_steps]
-        assert len(last) == 1
-        assert module.num_steps == num_steps
+        torch.testing.assert_close(metrics["loss_step"], last_loss)
+        assert module.num_steps == num_steps * num_epochs
         assert rank in (0, 1)
 
 
@@ -182,7 +195,7 @@ def test_the_shortest_rank_ends_the_epoch_where_that_is_asked_for():
         told = [str(warning.message) for warning in caught if "uneven='shortest'" in str(warning.message)]
         assert bool(told) == (os.environ["RANK"] == "0")
         assert trainer.global_step == 3
-        weights, _ = expected(sizes, "SGD", num_steps=3)
+        weights, *_ = expected(sizes, "SGD", num_steps=3)
         for ours, theirs in zip(module.net.state_dict().values(), weights.values(), strict=True):
             torch.testing.assert_close(ours, theirs)
 

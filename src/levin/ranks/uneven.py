@@ -66,10 +66,11 @@ class Uneven:
                 # Where nothing was ever seen, metrics would otherwise warn that they were not updated.
                 state["update_count"] = max(1, state["update_count"])
             load_metric_states(self._run.module, metrics)
-            children: Iterator[Batch] = self._run.module.modules()
-            for child in children:
-                if hasattr(child, "_update_count") and hasattr(child, "_computed"):
-                    child._computed = None
+        # On all ranks: what was computed in the step counts the fillers of others, too.
+        children: Iterator[Batch] = self._run.module.modules()
+        for child in children if self.num_lacking else ():
+            if hasattr(child, "_update_count") and hasattr(child, "_computed"):
+                child._computed = None
 
 
 def _copied(states: StateDict) -> dict[str, object]:
