@@ -15,7 +15,6 @@ from torch.nn import Module
 from typing_extensions import override
 
 from levin.strategies import collectives
-from levin.strategies.gathered import let_go_outside_of_steps
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
 from levin.strategies.recomputation import checked
@@ -192,8 +191,7 @@ class FSDPStrategy(ShardedStrategy):
             cuts_children=not getattr(module, "automatic_optimization", True),
         )
         prepare(module, plan)
-        if module is self.lightning_module:
-            let_go_outside_of_steps(module, [module])
+        self.let_go_in_hooks(module)
         return module
 
     # Contexts

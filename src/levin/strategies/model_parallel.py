@@ -27,7 +27,7 @@ from levin.strategies import collectives, stage_state, state_of
 from levin.strategies.context import share_sequences
 from levin.strategies.contexts import in_forward_context
 from levin.strategies.data_parallel import DataParallelGroup
-from levin.strategies.gathered import as_step, cut_as, let_go_outside_of_steps
+from levin.strategies.gathered import cut_as
 from levin.strategies.layer_plan import STYLES, apply_plan, first_names
 from levin.strategies.order import prepare
 from levin.strategies.parallel import DEFAULT_TIMEOUT
@@ -292,8 +292,7 @@ class ModelParallelStrategy(ShardedStrategy):
         )
         if not is_cut_here:
             _make_all(module, make_weights, self.root_device)
-        if module is self.lightning_module:
-            let_go_outside_of_steps(module, self.wholes())
+        self.let_go_in_hooks(module)
         return module
 
     @override
@@ -396,8 +395,7 @@ class ModelParallelStrategy(ShardedStrategy):
             return super().compose_step(module, name)
         if name != "training_step":
             return self._pipeline.evaluation_step(super().compose_step(module, name))
-        step = in_forward_context(getattr(module, name), self.precision, name)
-        return as_step(module, self._pipeline.training_step(step))
+        return self._pipeline.training_step(in_forward_context(getattr(module, name), self.precision, name))
 
     @override
     def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:

@@ -36,6 +36,7 @@ from torch.nn import Module, ModuleList
 from torch.utils._pytree import tree_leaves, tree_map
 
 from levin.strategies import collectives, microbatches
+from levin.strategies.gathered import as_step
 from levin.strategies.replay import Announced, ReachedError, Replay, has_no_values, needs_values
 from levin.strategies.stages import PipelinePlan
 from levin.utilities.exceptions import MisconfigurationException
@@ -171,7 +172,7 @@ class Pipeline:
             step: The user's.
         """
         self._run_user_step = step
-        return self._train
+        return as_step(self.module, self._train)
 
     def _train(self, batch: Batch, *arguments: object) -> object:
         size = microbatches.size_of(batch)

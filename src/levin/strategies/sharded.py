@@ -20,7 +20,13 @@ from levin.checkpoint.layout import is_sharded
 from levin.checkpoint.sharded import ShardedCheckpointIO, load_folder
 from levin.strategies import collectives, state_of
 from levin.strategies.contexts import in_forward_context, run_as_forward
-from levin.strategies.gathered import as_step, let_go, load_window_gradients, window_gradients
+from levin.strategies.gathered import (
+    as_step,
+    let_go,
+    let_go_outside_of_steps,
+    load_window_gradients,
+    window_gradients,
+)
 from levin.strategies.parallel import ParallelStrategy
 from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.types import Function, StateDict
@@ -100,6 +106,11 @@ class ShardedStrategy(ParallelStrategy, ABC):
     def wholes(self) -> Sequence[Module]:
         """Return the modules that hold what the Trainer's module consists of in this process."""
         return [] if self.lightning_module is None else [self.lightning_module]
+
+    def let_go_in_hooks(self, module: Module) -> None:
+        """Have forwards outside of steps keep nothing, once the Trainer's module is cut; others have no steps."""
+        if module is self.lightning_module:
+            let_go_outside_of_steps(module, self.wholes())
 
     def teardown(self) -> None:
         """Let go of what a forward that failed had gathered, and free the device."""
