@@ -119,7 +119,7 @@ def ranked(**kwargs) -> Trainer:
 
 def loader_of(kind: str, sizes: list[Sizes]):
     own = batches_of(int(os.environ["RANK"]), sizes[int(os.environ["RANK"])])
-    return Known(own) if kind == "known" else DataLoader(Stream(own), batch_size=None)
+    return Known(own) if kind == "known" else DataLoader(own if kind == "data" else Stream(own), batch_size=None)
 
 
 @contextlib.contextmanager
@@ -186,16 +186,18 @@ def test_all_batches_are_trained_on_and_each_counts_once(kind):
 @world_size(2, timeout_s=120, connect=False)
 def test_the_shortest_rank_ends_the_epoch_where_that_is_asked_for():
     sizes = [[2] * 5, [2] * 3]
-    for kind in ("known", "stream"):
-        module = Net()
+    for kind in ("data", "known", "stream"):
+        module, ends = Net(), []
+        module.on_train_batch_end = lambda *_: ends.append(trainer.is_last_batch)  # noqa: B023  # called in this round
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trainer = ranked(uneven="shortest")
+            trainer = ranked(uneven="shortest", max_epochs=2, use_distributed_sampler=False)
             trainer.fit(module, loader_of(kind, sizes))
         told = [str(warning.message) for warning in caught if "uneven='shortest'" in str(warning.message)]
-        assert bool(told) == (os.environ["RANK"] == "0")
-        assert trainer.global_step == 3
-        weights, *_ = expected(sizes, "SGD", num_steps=3)
+        assert len(told) == (os.environ["RANK"] == "0")
+        assert trainer.num_training_batches == (float("inf") if kind == "stream" else 3)
+        assert ends == [False, False, True] * 2
+        weights, *_ = expected(sizes, "SGD", num_steps=3, num_epochs=2)
         for ours, theirs in zip(module.net.state_dict().values(), weights.values(), strict=True):
             torch.testing.assert_close(ours, theirs)
 
