@@ -71,6 +71,17 @@ def test_what_checkpoints_commonly_hold_is_loaded_whatever_the_program_allows(tm
     assert array.tolist() == [0.0, 1.0, 2.0]
 
 
+def test_what_a_program_allows_of_numpy_stays_its_own(tmp_path):
+    torch.save(numpy.arange(3.0), tmp_path / "array.ckpt")
+    with (
+        torch.serialization.safe_globals([numpy.dtype, numpy.dtypes.Float64DType]),
+        pytest.raises(
+            pickle.UnpicklingError, match=r"refers to numpy\.\w+\.multiarray\._reconstruct, which is not loaded"
+        ),
+    ):
+        load(tmp_path / "array.ckpt")
+
+
 def test_plain_weights_are_told_by_the_name_of_their_file(tmp_path):
     torch.save(TrainOnly().state_dict(), tmp_path / "weights.pt")
     run = trainer(tmp_path, [], enable_checkpointing=False)

@@ -49,6 +49,17 @@ def test_a_copy_of_a_wrapped_module_runs_its_own_weights():
     assert torch.equal(model(x), before)
 
 
+def test_attributes_that_are_set_on_a_wrapped_module_are_those_of_the_module():
+    net = Net()
+    model = Fabric(accelerator="cpu", devices=1).setup(net)
+    model.scale = 2.0
+    model.head = nn.Linear(1, 1)
+    assert net.scale == model.scale == 2.0
+    assert net.head is model.head
+    assert sorted(model.state_dict()) == sorted(net.state_dict())
+    assert sorted(net.state_dict()) == ["head.bias", "head.weight", "layer.bias", "layer.weight"]
+
+
 def test_gradients_are_unscaled_once_whoever_clips_them():
     fabric = Fabric(
         accelerator="cpu", devices=1, plugins=MixedPrecision("16-mixed", "cpu", GradScaler("cpu", init_scale=1024.0))

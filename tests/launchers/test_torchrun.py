@@ -109,6 +109,10 @@ def test_defaults_are_set_only_where_the_user_left_them_open(monkeypatch):
     )
     assert (given.nproc_per_node, given.standalone, given.log_dir, given.redirects) == ("4", False, "x", "0")
     assert given.training_script_args == ["module", "t"]
+    # What is no script of Python's own way of starting stays what it is.
+    for way in ("--no-python", "--run-path"):
+        given = settings(way, "train.py", "x")
+        assert (given.training_script, given.training_script_args) == ("train.py", ["x"])
     monkeypatch.setenv("PET_NPROC_PER_NODE", "3")
     assert settings("train.py").redirects == "1:3,2:3"
     monkeypatch.setattr("levin.launchers.torchrun._num_gpus", lambda: 8)

@@ -103,6 +103,30 @@ def test_a_length_that_is_too_long_changes_nothing_of_an_epoch(accumulate, overr
     assert trainer.callback_metrics["val"] == pytest.approx(expected_trainer.callback_metrics["val"].item())
 
 
+def test_schedulers_of_a_window_that_the_end_of_the_data_closes_are_stepped_once_each():
+    class Scheduled(Recording):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            self.stepped = []
+            configs = []
+            for scheduler in (torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5), plateau):
+
+                def step(*args, original=scheduler.step, name=type(scheduler).__name__, **kwargs):
+                    self.stepped.append((self.trainer.current_epoch, self.global_step, name))
+                    original(*args, **kwargs)
+
+                scheduler.step = step
+                configs.append({"scheduler": scheduler, "interval": "step", "monitor": "loss"})
+            return [optimizer], configs
+
+    expected, found = Scheduled(), Scheduled()
+    fit(Honest(3), expected, accumulate_grad_batches=2)
+    fit(Lying([5], [3]), found, accumulate_grad_batches=2)
+    assert found.stepped == expected.stepped
+    assert len(found.stepped) == 3 * 2 * 2
+
+
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_validation_data_whose_length_changes_is_seen_whole_in_each_epoch(sanity):
     class Growing:

@@ -102,6 +102,17 @@ def module_of(framework: SimpleNamespace, is_manual: bool) -> Any:
             torch.manual_seed(1)
             self.layer = torch.nn.Linear(4, 1)
             self.automatic_optimization = not is_manual
+            self.calls: list[str] = []
+
+        def on_before_backward(self, loss):
+            self.calls.append("on_before_backward")
+
+        def backward(self, loss, *args, **kwargs):
+            self.calls.append("backward")
+            super().backward(loss, *args, **kwargs)
+
+        def on_after_backward(self):
+            self.calls.append("on_after_backward")
 
         def training_step(self, batch, batch_idx):
             loss = self.layer(batch).pow(2).mean()
@@ -127,12 +138,18 @@ def module_of(framework: SimpleNamespace, is_manual: bool) -> Any:
     return Model()
 
 
-def calls_of(framework: SimpleNamespace, folder: Any, case: str) -> list[str]:
+def calls_of(framework: SimpleNamespace, folder: Any, case: str, alone: tuple[str, str] | None = None) -> list[str]:
+    """Return the calls that subclasses see which override all methods, or the one of ``alone`` (class, method)."""
+
+    def names_of(kind: str, names: list[str]) -> list[str]:
+        return names if alone is None else [name for name in names if (kind, name) == alone]
+
     recorder = Recorder()
-    precision_class = framework.Mixed if case == "mixed" else framework.Precision
-    precision = recorder.subclass(precision_class, documented("Mixed" if case == "mixed" else "Precision"), "Precision")
-    accelerator = recorder.subclass(framework.Accelerator, ["setup_device", "setup", "teardown"], "Accelerator")()
-    strategy = recorder.subclass(framework.Strategy, documented("Strategy"), "Strategy")(
+    kind = "Mixed" if case == "mixed" else "Precision"
+    precision = recorder.subclass(getattr(framework, kind), names_of("Precision", documented(kind)), "Precision")
+    hooks = names_of("Accelerator", ["setup_device", "setup", "teardown"])
+    accelerator = recorder.subclass(framework.Accelerator, hooks, "Accelerator")()
+    strategy = recorder.subclass(framework.Strategy, names_of("Strategy", documented("Strategy")), "Strategy")(
         device="cpu",
         accelerator=accelerator,
         precision_plugin=precision("bf16-mixed", "cpu") if case == "mixed" else precision(),
@@ -154,7 +171,8 @@ def calls_of(framework: SimpleNamespace, folder: Any, case: str) -> list[str]:
         trainer.save_checkpoint(path)
         trainer.fit_loop.max_epochs = 2
         trainer.fit(module, data, data, ckpt_path=path)
-    return recorder.calls
+    assert module.calls
+    return recorder.calls + module.calls
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,6 +183,53 @@ def calls_of(framework: SimpleNamespace, folder: Any, case: str) -> list[str]:
 def test_every_overridden_method_is_called_as_lightning_calls_it(tmp_path, case):
     theirs, ours = (calls_of(framework, tmp_path, case) for framework in frameworks())
     assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Strategy", "Precision"])
+@pytest.mark.parametrize("case", ["automatic", "manual"])
+def test_a_method_that_alone_is_overridden_is_called_as_lightning_calls_it(tmp_path, case, kind):
+    names = [name for name in documented(kind) if name not in OWN_AFFAIR]
+    theirs, ours = (
+        {name: calls_of(framework, tmp_path, case, (kind, name)) for name in names} for framework in frameworks()
+    )
+    assert ours == theirs
+    assert len([name for name in names if any(call.startswith(kind) for call in ours[name])]) >= 8
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_what_a_precision_puts_around_the_module_is_what_runs(tmp_path, stage):
+    def run(framework: SimpleNamespace) -> list[Any]:
+        seen: list[Any] = []
+
+        class Around(torch.nn.Module):
+            def __init__(self, inner: torch.nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, *args: Any, **kwargs: Any) -> Any:
+                seen.append((type(trainer.model).__name__, len(args)))
+                return self.inner(*args, **kwargs)
+
+        class Precision(framework.Precision):
+            def connect(self, model, optimizers, lr_schedulers):
+                return Around(model), [torch.optim.SGD(model.parameters(), lr=0.5) for _ in optimizers], lr_schedulers
+
+        module = module_of(framework, is_manual=False)
+        trainer = framework.Trainer(
+            accelerator="cpu", plugins=[Precision()], max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+        )  # fmt: skip
+        data = DataLoader(torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), batch_size=4)
+        getattr(trainer, stage)(module, data)
+        seen += [trainer.lightning_module is module]
+        seen += [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+        return [*seen, module.layer.weight.tolist()]
+
+    theirs, ours = (run(framework) for framework in frameworks())
+    assert ours == theirs
+    assert ("Around", 2) in ours
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -336,6 +336,14 @@ def test_looking_keeps_nothing_of_a_step_alive(tmp_path):
     fit(tmp_path, CSVLogger(tmp_path), model=Large())
 
 
+def test_the_curve_over_time_ends_with_the_fit(tmp_path):
+    trainer = fit(tmp_path, CSVLogger(tmp_path))
+    points = list(trainer.run.time_shares.points)
+    assert [points[0].step, points[-1].step] == [0, trainer.global_step]
+    trainer.run.time_shares.stop()
+    assert trainer.run.time_shares.points == points
+
+
 def test_two_loggers_of_one_folder_make_one_page(tmp_path):
     csv = CSVLogger(tmp_path, "net", version=0)
     trainer = fit(tmp_path, [csv, TensorBoardLogger(tmp_path, "net", version="version_0")])

@@ -16,7 +16,7 @@ from levin.checkpoint.io import save_tree
 from levin.checkpoint.layout import is_sharded
 from levin.precision.choose import choose_precision
 from levin.precision.precision import Precision
-from levin.strategies.contexts import in_forward_context
+from levin.strategies.contexts import in_forward_context, run_as_forward
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.extension_points import ExtensionPoints
 from levin.strategies.parts import StrategyParts
@@ -220,7 +220,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         Raises:
             ValueError: The module has no such method.
         """
-        user_module = self.unwrap(module)
+        user_module = self.lightning_module if module is self.model else self.unwrap(module)
         if not callable(getattr(user_module, name, None)):
             raise MisconfigurationException(
                 f"name must be a method of {type(user_module).__name__}, received {name!r}. Define it, or correct the name."
@@ -233,7 +233,10 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
 
     def compose_step(self, module: Module, name: str) -> Function:
         """Return the module's method in what the strategy puts around it; see :meth:`step_function`."""
-        return in_forward_context(getattr(module, name), self.precision, name)
+        step = getattr(module, name, None)
+        if step is None:  # of what a precision put around the Trainer's module
+            step = run_as_forward(module, self.lightning_module, getattr(self.lightning_module, name))
+        return in_forward_context(step, self.precision, name)
 
     def _followed(self, step: Callable[..., object]) -> Callable[..., object]:
         def followed(*args: object, **kwargs: object) -> object:
@@ -250,11 +253,8 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
             optimizer: Shown to overrides; None where the user steps optimizers.
             inner: Runs the Trainer's hooks and the backward pass itself.
         """
-        precision = type(self.precision)
-        is_plain = (
-            precision.pre_backward is Precision.pre_backward and precision.post_backward is Precision.post_backward
-        )
         names = ("pre_backward", "post_backward")
+        is_plain = all(getattr(type(self.precision), name) is getattr(Precision, name) for name in names)
         if is_plain and type(self).backward is Strategy.backward and not any(map(self.is_overridden, names)):
             return inner
         self._run_backward = inner
