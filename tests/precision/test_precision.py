@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
 from levin.precision import DeepSpeedPrecision, DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from levin.precision.choose import check_precision_name
+from levin.precision.choose import check_precision_name, choose_precision
 from tests.strategies.small import QUIET, Small
 
 # torch's loss scale is off on machines without CUDA unless it is made for the CPU.
@@ -349,3 +349,32 @@ def test_channels_last_and_fused_optimizers_stay_what_they_are(tmp_path, precisi
     assert module.layouts == {True} and trainer.optimizers[0].param_groups[0]["fused"]
     tolerance = 0.01 if precision == "bf16-true" else 1e-3
     torch.testing.assert_close(dict(module.named_parameters()), dict(plain.named_parameters()), atol=tolerance, rtol=0)
+
+
+def test_formats_are_chosen_for_the_kind_of_device(monkeypatch):
+    def chosen(name, device_type):
+        precision = choose_precision(name, device_type)
+        return type(precision), precision.precision, getattr(precision, "device", None)
+
+    assert chosen("16-mixed", "mps") == (MixedPrecision, "16-mixed", "mps")
+    assert chosen("bf16-mixed", "mps") == (MixedPrecision, "bf16-mixed", "mps")
+    assert chosen("64-true", "cpu")[:2] == (DoublePrecision, "64-true")
+    with pytest.raises(ValueError, match="precision='64-true' cannot be used with accelerator='mps'"):
+        choose_precision("64-true", "mps")
+
+    class StandIn(Precision):
+        def __init__(self, weights_dtype):
+            self.weights_dtype = weights_dtype
+
+    monkeypatch.setattr("levin.precision.transformer_engine.TransformerEnginePrecision", StandIn)
+    assert choose_precision("transformer-engine", "cuda").weights_dtype == torch.bfloat16
+    assert choose_precision("transformer-engine-float16", "cuda").weights_dtype == torch.float16
+
+
+def test_mixed_precision_keeps_no_copy_of_a_weight_that_changes():
+    layer, x = nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+    with MixedPrecision("bf16-mixed", "cpu").forward_context():
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert torch.equal(layer(x), before * 2)

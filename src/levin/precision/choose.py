@@ -37,8 +37,8 @@ def check_precision_name(precision: object) -> None:
     Raises:
         ValueError: There is none.
     """
-    is_known = isinstance(precision, (str, int)) and not isinstance(precision, bool)
-    if not is_known or (precision not in PRECISIONS and precision not in _SHORT_FORMS):
+    is_known = isinstance(precision, (str, int)) and (precision in PRECISIONS or precision in _SHORT_FORMS)
+    if not is_known:
         allowed = ", ".join(repr(name) for name in (*PRECISIONS, *_SHORT_FORMS))
         raise MisconfigurationException(
             f"precision must be one of {allowed}, received {precision!r}."
