@@ -345,6 +345,8 @@ def test_nothing_is_left_of_it(tmp_path):
             assert trainer.run is None and trainer.max_epochs == 2 and trainer.global_step == 0
             assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
             assert not list(tmp_path.joinpath("True").rglob("*"))
+            with pytest.raises(levin.utilities.exceptions.MisconfigurationException, match="no loop that logs"):
+                model.log("loss", 1.0)
         trainer.fit(model, loader)
         assert trainer.current_epoch == 2
         return [parameter.detach().clone() for parameter in model.parameters()]
@@ -358,6 +360,13 @@ def test_a_trainer_that_has_trained_keeps_its_run(tmp_path):
     run, step = trainer.run, trainer.global_step
     trainer.explain(BoringModel())
     assert trainer.run is run and trainer.global_step == step and trainer.state.finished
+
+
+def test_a_hook_of_which_there_is_no_source_is_named(tmp_path):
+    model = BoringModel()
+    model.on_train_start = [].clear
+    text = trainer_of(tmp_path, max_epochs=1, enable_checkpointing=False).explain(model)
+    assert "on_train_start" in str(text)
 
 
 def test_a_mistake_of_the_user_is_said_as_fit_says_it(tmp_path):
