@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import textwrap
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -407,10 +410,35 @@ def test_the_strategy_speaks_for_all_ranks():
     assert strategy.broadcast(rank, src=1) == 1
     assert strategy.reduce_boolean_decision(rank == 0, all=False)
     assert not strategy.reduce_boolean_decision(rank == 0)
+    own = [dist.new_group([each]) for each in range(2)][rank]
+    assert strategy.reduce(torch.tensor(float(rank)), group=own).item() == rank
+    assert strategy.all_gather(torch.zeros(rank + 1), group=own).shape == (1, rank + 1)
+    flag = Path(strategy.broadcast(tempfile.mkdtemp()), "flag")
+    if rank == 1:
+        time.sleep(0.5)
+        flag.touch()
     strategy.barrier("test")
+    assert flag.exists()
     from levin.utilities.rank_zero import rank_zero_only
 
     assert rank_zero_only.rank == rank
+
+
+@world_size(2)
+def test_a_process_that_has_given_up_the_others_speaks_for_itself():
+    rank = dist.get_rank()
+    strategy = assembled()
+    strategy.barrier("before")
+    if rank == 0:  # the other one takes no part any more
+        strategy.abandon_peers()
+        strategy.barrier("test")
+        assert strategy.broadcast("own", src=1) == "own"
+        assert strategy.reduce(torch.tensor(3.0)).item() == 3.0
+        assert strategy.reduce_boolean_decision(True) and not strategy.reduce_boolean_decision(False, all=False)
+        assert strategy.all_gather({"a": torch.tensor(3.0), "b": 2}) == {
+            "a": torch.tensor([3.0]),
+            "b": torch.tensor([2]),
+        }
 
 
 @world_size(2, connect=False)

@@ -87,7 +87,13 @@ def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
     )
 
 
-def all_gather(data: object, group: Group = None, sync_grads: bool = False, device: torch.device | None = None) -> Tree:
+def all_gather(
+    data: object,
+    group: Group = None,
+    sync_grads: bool = False,
+    device: torch.device | None = None,
+    is_alone: bool = False,
+) -> Tree:
     """Return the tensors of all processes of ``group``, stacked along a new first dimension.
 
     Args:
@@ -95,10 +101,13 @@ def all_gather(data: object, group: Group = None, sync_grads: bool = False, devi
         group: The processes that take part; all when None.
         sync_grads: Whether gradients flow back to the process that a part came from.
         device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
+        is_alone: Whether this process has given up the others; its tensors are the only ones then.
     """
 
     def gather_one(leaf: object) -> Tensor:
         tensor = _as_tensor(leaf, device)
+        if is_alone:
+            return tensor[None] if sync_grads else tensor.detach()[None]
         if sync_grads:
             gathered: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]  # torch has no type for it
             return gathered

@@ -243,8 +243,10 @@ class ParallelStrategy(Strategy, ABC):
         Raises:
             ValueError: They have different shapes or types.
         """
-        collectives.check_same_shapes(tensor, group)
-        return collectives.all_gather(tensor, group=group, sync_grads=sync_grads, device=self._transport_device)
+        is_alone = self.control.is_closed
+        if not is_alone:
+            collectives.check_same_shapes(tensor, group)
+        return collectives.all_gather(tensor, group, sync_grads, self._transport_device, is_alone)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
         """Return the object of rank ``src`` in every process; before the processes are connected, ``obj``."""
