@@ -246,6 +246,9 @@ def test_a_full_checkpoint_goes_on_under_any_strategy(tmp_path, writer, reader):
     rank = os.environ["RANK"]
     make, settings = ways[writer]
     _, path = saved(tmp_path, "one.ckpt" if writer == "fsdp" else f"{rank}.ckpt", make, **settings)
+    if writer == "fsdp":  # as on one device
+        (state,) = torch.load(path, weights_only=False)["optimizer_states"]
+        assert sorted(state["state"]) == state["param_groups"][0]["params"] == list(range(len([*unbroken.parameters()])))
     make, settings = ways[reader]
     with warnings.catch_warnings():
         # One device and two processes do not draw the same random numbers, which levin says.
