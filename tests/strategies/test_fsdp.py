@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from levin import Trainer
 from levin.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from levin.checkpoint import consolidate
+from levin.checkpoint import TorchCheckpointIO, consolidate
 from levin.strategies import DDPStrategy, ModelParallelStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
@@ -478,6 +478,8 @@ def test_a_budget_for_a_module_without_blocks_is_an_error():
         ({"use_orig_params": False}, "Leave it out"),
         ({"ignored_modules": []}, "ignored_states"),
         ({"nonsense": 1}, "cannot do nonsense=1"),
+        ({"mp_policy": MixedPrecisionPolicy()}, "cannot do mp_policy=.* Give it as mixed_precision"),
+        ({"reshard_after_forward": False}, "'SHARD_GRAD_OP' is False"),
         ({"mixed_precision": "bf16"}, "MixedPrecisionPolicy"),
         ({"activation_checkpointing": nn.Linear, "activation_checkpointing_policy": {nn.Linear}}, "same argument"),
         ({"activation_checkpointing": 1.5}, r"from 0 to 1.* received 1\.5"),
@@ -528,6 +530,15 @@ def test_a_folder_goes_on_under_any_strategy(tmp_path, reader):
     torch.testing.assert_close(whole(module), whole(unbroken))
 
 
+@world_size(2, connect=False)
+def test_what_writes_files_of_one_process_writes_no_folders():
+    trainer = in_rank(FSDPStrategy(state_dict_type="sharded"), plugins=[TorchCheckpointIO()])
+    with pytest.raises(
+        ValueError, match="TorchCheckpointIO writes checkpoints of one process, and FSDPStrategy is to save"
+    ):
+        trainer.fit(Deep(4))
+
+
 @pytest.mark.parametrize("async_save", [False, True])
 @world_size(2, connect=False)
 def test_model_checkpoint_keeps_the_best_folders(tmp_path, async_save):
@@ -543,8 +554,13 @@ def test_model_checkpoint_keeps_the_best_folders(tmp_path, async_save):
     assert set(weights) == set(whole(Deep(4)))
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [None, MixedPrecisionPolicy(torch.bfloat16, torch.float32), MixedPrecisionPolicy(torch.bfloat16)],
+    ids=["single", "added up in 32 bits", "in 16"],
+)
 @world_size(2, connect=False)
-def test_an_open_window_goes_on_exactly(tmp_path):
+def test_an_open_window_goes_on_exactly(tmp_path, policy):
     class Stopping(Deep):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             if self.trainer.current_epoch == 0 and batch_idx == 0 and self.path:
@@ -553,7 +569,8 @@ def test_an_open_window_goes_on_exactly(tmp_path):
     def run(path, ckpt_path=None):
         module = Stopping(2)
         module.path = path
-        in_rank(accumulate_grad_batches=2, max_epochs=1).fit(module, ckpt_path=ckpt_path)
+        strategy = FSDPStrategy(mixed_precision=policy)
+        in_rank(strategy, accumulate_grad_batches=2, max_epochs=1).fit(module, ckpt_path=ckpt_path)
         return whole(module)
 
     path = str(tmp_path / "open.ckpt")

@@ -35,6 +35,12 @@ _REFUSED = {
     "process_group": "Give device_mesh, for example device_mesh=(2, 4).",
     "param_init_fn": "Make the layers in `configure_model`: their weights are made by `reset_parameters`, block by block.",
     "ignored_modules": "Give ignored_states, the parameters themselves.",
+    # The names of fully_shard itself.
+    "mp_policy": "Give it as mixed_precision.",
+    "offload_policy": "Give it as cpu_offload.",
+    "mesh": "Give it as device_mesh.",
+    "ignored_params": "Give them as ignored_states.",
+    "reshard_after_forward": "Give sharding_strategy: 'FULL_SHARD' is True, 'SHARD_GRAD_OP' is False.",
 }
 
 
