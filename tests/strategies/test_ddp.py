@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
@@ -396,7 +394,7 @@ def test_zero_redundancy_optimizer_state_is_gathered_on_rank_zero():
 
 
 @world_size(2)
-def test_the_strategy_speaks_for_all_ranks():
+def test_the_strategy_speaks_for_all_ranks(tmp_path):
     rank = dist.get_rank()
     strategy = assembled()
     assert (strategy.global_rank, strategy.local_rank, strategy.node_rank, strategy.world_size) == (rank, rank, 0, 2)
@@ -413,7 +411,7 @@ def test_the_strategy_speaks_for_all_ranks():
     own = [dist.new_group([each]) for each in range(2)][rank]
     assert strategy.reduce(torch.tensor(float(rank)), group=own).item() == rank
     assert strategy.all_gather(torch.zeros(rank + 1), group=own).shape == (1, rank + 1)
-    flag = Path(strategy.broadcast(tempfile.mkdtemp()), "flag")
+    flag = tmp_path / "flag"
     if rank == 1:
         time.sleep(0.5)
         flag.touch()
