@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import levin
-from levin.launchers.torchrun import complete, named_options
+from levin.launchers.torchrun import complete, first_failure, named_options
 from levin.utilities.processors import count_processors
 
 SOURCE = Path(levin.__file__).parents[1]
@@ -96,6 +97,42 @@ time.sleep(100)
     told = done.stderr[done.stderr.index("Rank 1 failed first") :]
     assert "ended by SIGKILL" in told
     assert "last words" in told
+
+
+def test_a_killed_process_is_named_before_those_that_failed_for_want_of_it(tmp_path):
+    # Both are found dead at one look; only the one that failed in consequence has left a time.
+    done = launch(
+        tmp_path, "--nproc-per-node=2", "--monitor-interval=4", "program.py",
+        program="""
+import os, pathlib, signal, threading
+if os.environ["RANK"] == "1":
+    pathlib.Path("pid").write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGKILL)
+while not pathlib.Path("pid").exists():
+    threading.Event().wait(0.01)
+raise RuntimeError("nobody answers")
+""",
+    )  # fmt: skip
+    assert done.returncode == 128 + 9
+    told = done.stderr[done.stderr.index("Rank 1 failed first") :]
+    assert "After it: rank 0 (exit status 1)." in told
+
+
+@pytest.mark.parametrize(
+    ("found", "first"),
+    [
+        ({0: (-15, 21), 1: (-9, 22)}, 1),  # rank 0 had written its error when torchrun ended it
+        ({0: (-15, 22), 1: (-9, 22)}, 1),
+        ({0: (143, 21), 1: (1, 22)}, 1),  # ended in good order when torchrun asked it to
+        ({0: (-9, 52), 1: (1, 21)}, 1),  # torchrun's own SIGKILL, to a process that hung
+        ({0: (-6, 22), 1: (1, 21)}, 1),  # given up by its communication after the error of another
+        ({0: (1, 22), 1: (1, 21), 2: (-15, 20)}, 1),
+        ({0: (-15, 22), 1: (-15, 21)}, 1),
+    ],
+)
+def test_who_failed_first_is_found_within_one_second(found, first):
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=time) for rank, (code, time) in found.items()}
+    assert first_failure(failures) == first
 
 
 def test_defaults_are_set_only_where_the_user_left_them_open(monkeypatch):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from levin.launchers.launcher import SIGTERM_STATUS
 from levin.utilities.processors import count_processors
 
 LOG_DIR = "levin_logs"
 _LINES_OF_LOG = 20
+_LOOKED_LATE_S = (
+    10  # more than the time between torchrun's looks, less than the half minute that it gives processes to end
+)
 _RENDEZVOUS = ("rdzv_endpoint", "node_rank", "master_addr", "master_port", "standalone")
 
 
@@ -46,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         sys.stdout.flush()
         print(describe(error, given.log_dir), file=sys.stderr, flush=True)
-        code: int = error.get_first_failure()[1].exitcode
+        code: int = error.failures[first_failure(error.failures)].exitcode
         # As a shell says it: 128 and the number of the signal.
         return code if code > 0 else 128 - code
     except SignalException as error:
@@ -101,7 +106,8 @@ def describe(error: Any, log_dir: str) -> str:
         error: torchrun's ``ChildFailedError``.
         log_dir: Below which torchrun wrote what the processes printed.
     """
-    rank, first = error.get_first_failure()
+    rank = first_failure(error.failures)
+    first = error.failures[rank]
     lines = [f"Rank {rank} failed first: process {first.pid}, {_how(first)}."]
     data = first.error_file_data.get("message") if isinstance(first.error_file_data, dict) else None
     printed = max(Path(log_dir).glob(f"*/attempt_*/{first.local_rank}/stderr.log"), key=os.path.getmtime, default=None)
@@ -115,6 +121,26 @@ def describe(error: Any, log_dir: str) -> str:
         listed = ", ".join(f"{other} ({_how(error.failures[other])})" for other in others[:8])
         lines.append(f"After it: rank {listed}{', ...' if len(others) > 8 else ''}.")
     return "\n".join(lines)
+
+
+def first_failure(failures: Mapping[int, Any]) -> int:
+    """Return the rank that failed first.
+
+    torchrun has a time in whole seconds for each: of its traceback, or, without one, of the look that found it dead. A
+    process killed from outside would so come after those that failed for want of it, and among the processes of one second
+    the lowest rank would be first. So what torchrun itself ended comes last, and a killed process before what followed.
+
+    Args:
+        failures: torchrun's ``ProcessFailure`` of each rank that failed, in the order in which they were found.
+    """
+
+    def order(rank: int) -> tuple[bool, int]:
+        failure = failures[rank]
+        # torchrun's own SIGKILL comes half a minute after the first failure.
+        time: int = failure.timestamp - (_LOOKED_LATE_S if failure.exitcode == -signal.SIGKILL else 0)
+        return failure.exitcode in (-signal.SIGTERM, SIGTERM_STATUS), time
+
+    return min(failures, key=order)
 
 
 def _how(failure: Any) -> str:
