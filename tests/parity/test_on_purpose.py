@@ -541,3 +541,44 @@ def test_weights_after_an_average_with_statistics(tmp_path):
         ends[framework.name] = weights[-1], module.layer.weight.item()
     assert ends["levin"][0] == ends["lightning"][0] == ends["levin"][1]
     assert ends["lightning"][1] != ends["lightning"][0]
+
+
+@pytest.mark.parametrize(
+    ("fails", "theirs", "ours"),
+    [("training_step", 5.0, 6.0), ("validation_step", 2.5, 6.5), ("on_train_epoch_end", 2.5, 6.5)],
+)
+def test_the_metrics_after_an_error(tmp_path, fails, theirs, ours):
+    found = []
+    for framework in pair():
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer, self.num_steps = torch.nn.Linear(4, 1), 0
+
+            def fail(self, hook, num_steps):
+                if (hook, num_steps) == (fails, self.num_steps):
+                    raise RuntimeError("broken")
+
+            def training_step(self, batch, batch_idx):
+                self.num_steps += 1
+                self.log("step", float(self.num_steps), on_step=True)
+                self.log("epoch", float(self.num_steps), on_step=False, on_epoch=True)
+                self.fail("training_step", 6)
+                return self.layer(batch).sum()
+
+            def validation_step(self, batch, batch_idx):
+                self.fail("validation_step", 8)
+
+            def on_train_epoch_end(self):
+                self.fail("on_train_epoch_end", 8)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        trainer = both.quiet(framework, tmp_path, max_epochs=3)
+        loader = DataLoader(torch.ones(8, 4), batch_size=2)
+        with pytest.raises(RuntimeError, match="broken"):
+            trainer.fit(Model(), loader, loader)
+        found.append(float(trainer.callback_metrics["step" if fails == "training_step" else "epoch"]))
+    assert found == [theirs, ours]
