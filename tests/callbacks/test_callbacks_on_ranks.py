@@ -127,8 +127,11 @@ class OnOneRank(Small):
 
 @world_size(2, connect=False)
 def test_a_value_that_one_rank_alone_logs_hangs_nobody(tmp_path):
+    """Nor does it stop training before its time, and then it stops all."""
+    stopping = EarlyStopping("val", stopping_threshold=0.95)
     callback = ModelCheckpoint(tmp_path / "files", monitor="val")
     warnings.filterwarnings("ignore", message=".*the value differs from rank to rank")
-    run = run_on_ranks(tmp_path, [callback], OnOneRank(), max_epochs=2)
+    run = run_on_ranks(tmp_path, [callback, stopping], OnOneRank(), max_epochs=3)
     run.strategy.barrier()
     assert names(tmp_path / "files") == ["epoch=1-step=8.ckpt"]
+    assert (run.current_epoch, stopping.stopped_epoch) == (2, 1)

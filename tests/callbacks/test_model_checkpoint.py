@@ -99,12 +99,17 @@ def test_a_save_waits_for_a_metric_that_is_not_there_yet(tmp_path):
     assert callback.best_model_score == 5.0
 
 
-def test_a_save_on_the_last_batch_waits_for_fresh_metrics(tmp_path):
+@pytest.mark.parametrize(
+    ("every_n", "expected"),
+    [(1, {4: 0.0, 8: 1.0, 12: 2.0, 16: 3.0, 20: 4.0, 24: 5.0}), (3, {12: 2.0, 16: 2.0, 20: 2.0, 24: 5.0})],
+)
+def test_a_save_on_the_last_batch_waits_for_fresh_metrics(tmp_path, every_n, expected):
     callback = ModelCheckpoint(
-        tmp_path, monitor="val", save_top_k=-1, every_n_train_steps=4, save_on_train_epoch_end=False
+        tmp_path, "{step}", monitor="val", save_top_k=-1, every_n_train_steps=4, save_on_train_epoch_end=False
     )
-    fit(tmp_path, callback, Small((5.0, 4.0)), max_epochs=2)
-    assert sorted(map(float, callback.best_k_models.values())) == [4.0, 5.0]
+    fit(tmp_path, callback, Small(range(6)), max_epochs=6, check_val_every_n_epoch=every_n)
+    found = {os.path.basename(path): float(score) for path, score in callback.best_k_models.items()}
+    assert found == {f"step={step}.ckpt": score for step, score in expected.items()}
 
 
 def test_a_metric_that_never_comes_is_an_error_after_validation(tmp_path):

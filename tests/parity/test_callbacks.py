@@ -404,3 +404,32 @@ def test_the_same_rates_are_logged(tmp_path, arguments, configure, flags):
 
     theirs, ours = fit_both(tmp_path, run)
     assert ours == theirs
+
+
+# Classes of one's own -------------------------------------------------------------------------------------------------
+
+ARGUMENTS = {
+    "EarlyStopping": ("val",),
+    "GradientAccumulationScheduler": ({0: 1},),
+    "ModelCheckpoint": (),
+    "OnExceptionCheckpoint": ("folder",),
+    "SpikeDetection": (),
+    "ThroughputMonitor": (len,),
+    "Timer": (),
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_class_that_comes_after_the_callback_is_initialized_too(name):
+    import lightning.pytorch.callbacks.spike as spike
+
+    for module in (spike if name == "SpikeDetection" else callbacks_of(both.lightning()), callbacks_of(both.levin())):
+
+        class After:
+            def __init__(self):
+                self.is_ready = True
+
+        class Both(getattr(module, name), After):
+            pass
+
+        assert Both(*ARGUMENTS[name]).is_ready

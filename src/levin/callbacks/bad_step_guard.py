@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,13 +30,15 @@ class BadStepError(RuntimeError):
 
     Args:
         step: Optimizer steps that were taken before it.
-        path: Where its evidence is.
+        path: Where its evidence is; empty where none was kept.
     """
 
     def __init__(self, step: int, path: str) -> None:
+        way_out = (
+            f"Repeat it with replay_bad_step({path!r}, module, trainer)." if path else "Raise max_files to keep it."
+        )
         super().__init__(
-            f"The loss or the gradient of step {step} was not finite. The weights are those before that step. Repeat it "
-            f"with replay_bad_step({path!r}, module, trainer)."
+            f"The loss or the gradient of step {step} was not finite. The weights are those before that step. {way_out}"
         )
         self.step: int = step
         self.path: str = path
@@ -69,7 +72,6 @@ class BadStepGuard(Callback):
     def __init__(
         self, action: Literal["stop", "skip"] = "stop", dirpath: PathLike | None = None, max_files: int = 10
     ) -> None:
-        super().__init__()
         require_choice("action", action, ("stop", "skip"))
         if max_files < 0:
             raise value_error("max_files", max_files, "must be >= 0")
@@ -121,8 +123,9 @@ class BadStepGuard(Callback):
         if self._loss_is_bad is not None:
             is_bad = self._loss_is_bad if is_bad is None else is_bad | self._loss_is_bad
         self._loss_is_bad = None
-        if is_bad is None or self._mask is None:
+        if is_bad is None:
             return
+        assert self._mask is not None, "it exists from on_train_start on"
         if trainer.world_size > 1:
             is_bad = trainer.strategy.reduce(is_bad.float(), reduce_op="sum") > 0
         self._mask.prepare(is_bad)
@@ -134,10 +137,8 @@ class BadStepGuard(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._pending is not None and not isinstance(exception, BadStepError):
-            pending, self._pending = self._pending, None
-            if pending.flag.is_set():
-                self._keep(trainer, pl_module, pending)
+        if self._pending is not None and self._pending.flag.is_set():
+            self._keep(trainer, pl_module, self._pending)
         self._end()
 
     @override
@@ -163,8 +164,9 @@ class BadStepGuard(Callback):
 
     def _keep(self, trainer: Trainer, module: LightningModule, pending: _Pending) -> str:
         self.num_bad_steps += 1
-        if len(self.paths) >= self.max_files or self._mask is None:
+        if len(self.paths) >= self.max_files:
             return ""
+        assert self._mask is not None, "it exists until training ends"
         rank = f"-rank={trainer.global_rank}" if trainer.world_size > 1 else ""
         path = os.path.join(str(self.dirpath), f"epoch={pending.epoch}-step={pending.step}{rank}.pt")
         weights = {name: value.detach() for name, value in module.state_dict().items()}
@@ -186,7 +188,7 @@ class BadStepGuard(Callback):
     def _end(self) -> None:
         if self._mask is not None:
             self._mask.remove()
-        self._mask = None
+        self._mask = self._pending = None
 
 
 @dataclass
@@ -264,7 +266,7 @@ class _MaskedUpdate:
     def weights_before(self, module: LightningModule) -> dict[str, Tensor]:
         """Return the parameters as they were before the last step, by their names in ``module``."""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        pairs = zip(self._parameters, self._before, strict=True)
+        pairs = zip(self._parameters, self._before)
         return {names[id(parameter)]: before for parameter, before in pairs if id(parameter) in names}
 
     def remove(self) -> None:
@@ -276,7 +278,7 @@ class _MaskedUpdate:
         if is_bad is None:
             return
         with torch.no_grad():
-            for parameter, before in zip(self._parameters, self._before, strict=True):
+            for parameter, before in zip(self._parameters, self._before):
                 _take_back(parameter, before, is_bad)
             known = {(id(parameter), name): before for parameter, name, before in self._states}
             for parameter, state in optimizer.state.items():
@@ -336,7 +338,7 @@ class _Replay(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.found.losses.append(float(outputs["loss"]) if outputs and "loss" in outputs else float("nan"))
+        self.found.losses.append(float((outputs or {}).get("loss", math.nan)))
 
 
 def replay_bad_step(path: PathLike, module: LightningModule, trainer: Trainer, weights_only: bool = True) -> Replayed:

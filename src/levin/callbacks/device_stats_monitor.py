@@ -42,7 +42,6 @@ class DeviceStatsMonitor(Callback):
     """
 
     def __init__(self, cpu_stats: bool | None = None, filter_keys: Iterable[str] | None = None) -> None:
-        super().__init__()
         self._cpu_stats: bool | None = cpu_stats
         self._filter_keys: frozenset[str] | None = None if filter_keys is None else frozenset(filter_keys)
 

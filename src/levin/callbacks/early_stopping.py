@@ -144,7 +144,8 @@ class EarlyStopping(Callback):
         is_here = self.monitor in metrics
         # A rank that had no batch has no value, and goes by those of the others.
         is_there = trainer.strategy.reduce_boolean_decision(is_here, all=False)
-        if not is_there and not self._validate_condition_metric(metrics):
+        if not is_there:
+            self._report_missing(metrics)
             return
         should_stop, reason = False, None
         if is_here:
@@ -156,14 +157,12 @@ class EarlyStopping(Callback):
         if reason and self.verbose:
             self._log_info(trainer, reason, self.log_rank_zero_only)
 
-    def _validate_condition_metric(self, metrics: dict[str, object]) -> bool:
-        """Return whether the metric is there; report it if not.
+    def _report_missing(self, metrics: dict[str, object]) -> None:
+        """Say that no rank has the metric.
 
         Raises:
-            RuntimeError: It is not there and ``strict`` is True.
+            RuntimeError: ``strict`` is True.
         """
-        if self.monitor in metrics:
-            return True
         message = (
             f"Early stopping conditioned on metric `{self.monitor}` which is not available. "
             f"Pass in or modify your `EarlyStopping` callback to use any of the following: `{'`, `'.join(metrics)}`."
@@ -173,7 +172,6 @@ class EarlyStopping(Callback):
             raise RuntimeError(message)
         if self.verbose:
             rank_zero_warn(message, category=RuntimeWarning)
-        return False
 
     def _evaluate_stopping_criteria(self, current: Tensor) -> tuple[bool, str | None]:
         """Return whether ``current`` is a reason to stop, and what there is to say about it."""

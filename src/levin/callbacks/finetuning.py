@@ -37,7 +37,6 @@ class BaseFinetuning(Callback):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._internal_optimizer_metadata: dict[int, list[dict[str, object]]] = {}
         self._trainable: list[str] | None = None
         self._restarting: bool = False

@@ -55,7 +55,6 @@ class LambdaCallback(Callback):
         on_predict_epoch_start: Function | None = None,
         on_predict_epoch_end: Function | None = None,
     ) -> None:
-        super().__init__()
         functions = {name: value for name, value in locals().items() if name.startswith("on_")}
         functions.update(setup=setup, teardown=teardown)
         for name, function in functions.items():

@@ -101,7 +101,6 @@ class LearningRateMonitor(Callback):
         log_weight_decay: bool = False,
         log_key_prefix: str | None = None,
     ) -> None:
-        super().__init__()
         require_choice("logging_interval", logging_interval, ("step", "epoch", None))
         self.logging_interval: Literal["step", "epoch"] | None = logging_interval
         self.log_momentum: bool = log_momentum

@@ -60,7 +60,6 @@ class BasePredictionWriter(Callback):
     """
 
     def __init__(self, write_interval: Literal["batch", "epoch", "batch_and_epoch"] = "batch") -> None:
-        super().__init__()
         require_choice("write_interval", write_interval, ("batch", "epoch", "batch_and_epoch"))
         self.interval = WriteInterval(write_interval)
         self._predictions: list[list[object]] = []

@@ -49,6 +49,7 @@ class SpikeDetector:
         exclude_batches_path: str | os.PathLike[str] | None = None,
         finite_only: bool = True,
     ) -> None:
+        super().__init__()
         require_choice("mode", mode, ("min", "max"))
         if window < 1:
             raise value_error("window", window, "must be >= 1")

@@ -55,7 +55,6 @@ class StochasticWeightAveraging(Callback):
         avg_fn: AverageFunction | None = None,
         device: torch.device | str | None = torch.device("cpu"),  # noqa: B008  (a constant)
     ) -> None:
-        super().__init__()
         lrs = swa_lrs if isinstance(swa_lrs, list) else [swa_lrs]
         if not lrs or not all(isinstance(lr, (int, float)) and lr > 0 for lr in lrs):
             raise value_error("swa_lrs", swa_lrs, "must be a number > 0, or a list of them")

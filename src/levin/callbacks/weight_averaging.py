@@ -53,7 +53,6 @@ class WeightAveraging(Callback):
     def __init__(
         self, device: torch.device | str | int | None = None, use_buffers: bool = True, **kwargs: object
     ) -> None:
-        super().__init__()
         self._device: torch.device | str | int | None = device
         self._use_buffers: bool = use_buffers
         self._kwargs: Kwargs = kwargs

@@ -344,7 +344,7 @@ class DrawnProgressBar(ProgressBar):
     def _finish_dataloader(self) -> None:
         """Show the end of a loader; where it is a part of fit, only if there is time, and never in a log."""
         loop = self._eval
-        if loop is None or loop.done == 0 or self.is_disabled:
+        if loop is None or loop.done == loop.drawn or self.is_disabled:
             return
         is_fit = loop.stage == SANITY or self._train is not None
         if not is_fit or self._clock.may_draw_change():
