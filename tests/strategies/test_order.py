@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from levin.strategies import FSDPStrategy, ModelParallelStrategy, layer_plan, model_parallel, sharding
+from levin.strategies import FSDPStrategy, ModelParallelStrategy, layer_plan, model_parallel, order, sharding
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.test_fsdp import alone
 from tests.strategies.test_pipeline import Deep, in_rank, own, pipelines
@@ -62,7 +62,7 @@ class Attending(Deep):
 
 def done(strategy, batch_size: int = 8, **settings) -> tuple[Attending, list[str]]:
     """Train a module on this rank, and return what was done to it, each step once."""
-    order: list[str] = []
+    found: list[str] = []
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # of torch.compile
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
     with ExitStack() as stack:
@@ -70,13 +70,29 @@ def done(strategy, batch_size: int = 8, **settings) -> tuple[Attending, list[str
             function = getattr(owner, attribute)
 
             def noted(*args, function=function, name=name, **kwargs):
-                order.extend([name] if order[-1:] != [name] else [])
+                found.extend([name] if found[-1:] != [name] else [])
                 return function(*args, **kwargs)
 
             stack.enter_context(mock.patch.object(owner, attribute, noted))
         module = Attending(batch_size)
         in_rank(strategy, 4, max_epochs=1, **settings).fit(module)
-    return module, order
+    return module, found
+
+
+def test_each_step_is_done_once_with_what_the_step_before_left(monkeypatch):
+    module, stages, calls = nn.Module(), [nn.Module(), nn.Module()], []
+    monkeypatch.setattr(order, "apply_sharding", lambda part, plan: calls.append((part, plan)))
+
+    def step(name, result=None):
+        return lambda given: calls.append((given, name)) or result
+
+    plan = sharding.ShardingPlan()
+    order.prepare(module, plan, step("layers"), step("stages", stages), step("sequences"))
+    steps = [(module, name) for name in ("layers", "stages", "sequences")]
+    assert calls == [*steps, (stages[0], plan), (stages[1], plan)]
+    calls.clear()
+    order.prepare(module, plan)
+    assert calls == [(module, plan)]
 
 
 SLOW, COMPILED = pytest.mark.slow, {"compile": {"backend": "eager"}}
@@ -108,8 +124,8 @@ SLOW, COMPILED = pytest.mark.slow, {"compile": {"backend": "eager"}}
 @world_size(4, connect=False, timeout_s=240)
 def test_a_module_is_prepared_in_one_order_and_trains_as_on_one_device(sizes, arguments, settings, expected):
     strategy = FSDPStrategy(**arguments) if sizes is None else ModelParallelStrategy(*sizes, **arguments)
-    module, order = done(strategy, 2 if sizes is None else 8 // sizes[0], **settings)
-    assert order == expected.split(), order
+    module, steps = done(strategy, 2 if sizes is None else 8 // sizes[0], **settings)
+    assert steps == expected.split(), steps
     reference = Attending()
     alone(max_epochs=1).fit(reference)
     torch.testing.assert_close(torch.tensor(module.losses), torch.tensor(reference.losses), rtol=1e-4, atol=1e-5)

@@ -294,11 +294,14 @@ def test_a_forward_of_its_own_is_one_device(tmp_path, kind, arguments, settings)
 
 
 class Tied(General):
-    """Its head is its embedding, as in most language models."""
+    """Its head is its embedding, as in most language models; every other batch leaves the head out."""
 
     def __init__(self, batch_size: int = 8, size: int = 32) -> None:
         super().__init__(batch_size, size)
         self.net.head.weight = self.net.embed.weight
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch)["total"].mean() if batch_idx % 2 else super().training_step(batch, batch_idx)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1, eps=1e-3)
@@ -767,6 +770,14 @@ def test_what_parts_log_is_one_call():
     assert [call["name"] for call in merged] == ["a", "b"]
     assert merged[0]["value"] == 3.25 and merged[0]["batch_size"] == 4
     assert merged[1] == {"name": "b", "value": 5.0, "reduce_fx": "sum"}
+    for kind, sizes, value, size in (
+        ("mean", [3, None], 2.0, 3),
+        ("mean", [None, None], 2.0, None),
+        ("sum", [3, 1], 4.0, 4),
+    ):
+        calls = [[{"name": "a", "value": x, "reduce_fx": kind, "batch_size": n}] for x, n in zip((1.0, 3.0), sizes)]
+        (call,) = merge_logged(calls)
+        assert (call["value"], call.get("batch_size")) == (value, size)
     with pytest.raises(ValueError, match="received Linear, which is updated in the last stage alone"):
         merge_logged([[{"name": "a", "value": nn.Linear(1, 1)}]])
     with pytest.raises(ValueError, match="'mean', 'sum', 'min' or 'max'"):
@@ -797,6 +808,7 @@ def test_batches_are_cut_along_their_samples():
     assert second["graph"].kind == "ring" and len(batch["graph"].nodes) == 4
     fixed = split(MappingProxyType({"x": torch.arange(2)}), 1, 2)
     assert [part["x"].tolist() for part in fixed] == [[0], [1]]
+    assert size_of([torch.zeros(()), torch.zeros(4, 2), torch.zeros(3)]) == 4
     with pytest.raises(ValueError, match="received a batch without any: list"):
         size_of(["a", torch.tensor(1)])
 

@@ -54,6 +54,7 @@ class _Window(NamedTuple):
     counts: list[int]
     num_steps: int
     is_end: bool
+    is_own_end: bool
     lender: Optional[int]
 
 
@@ -82,7 +83,6 @@ class SharedFeed(Feed):
         self.peers = peers
         self.rule = rule
         self.uneven = uneven
-        self._talks: bool = False
         self._num_heard: int = 0
         self._has_told_loss: bool = False
         self._num_own: int = 0
@@ -144,9 +144,9 @@ class SharedFeed(Feed):
         # In training there are fillers whether steps talk or not.
         listens = self.rule is None
         kept: object = None
-        self._talks = False
+        talks = False
         self._num_own = 0
-        for counts, num_steps, is_end, lender in windows:
+        for counts, num_steps, is_end, is_own_end, lender in windows:
             own, fewest = counts[self.peers.rank], min(counts)
             self._num_own += own
             for number in range(num_steps):
@@ -162,8 +162,8 @@ class SharedFeed(Feed):
                         kept = self.place(lent, dataloader_idx)
                 num_active = size if number < fewest else sum(number < count for count in counts)
                 self.is_shared = num_active == size
-                is_last_own = self.rule is None and number == own - 1
-                self.is_last = is_end and is_final and (number == num_steps - 1 or is_last_own)
+                is_last_own = listens and is_own_end and number == own - 1
+                self.is_last = is_final and (is_last_own or (is_end and number == num_steps - 1))
                 if not is_filler:
                     batch = self.place(batch, dataloader_idx)
                     if listens:
@@ -174,11 +174,11 @@ class SharedFeed(Feed):
                         with self.uneven(False, num_active):
                             yield batch, index, dataloader_idx
                     if listens and num_collectives() != self._num_heard:
-                        self._talks = True
+                        talks = True
                     if number == own - 1:
                         # Kept for the case that others go on.
                         kept = batch
-                elif not listens or self._talks or (index == 0 and lender is not None):
+                elif not listens or talks or (index == 0 and lender is not None):
                     self.is_filler = True
                     try:
                         if listens:
@@ -186,7 +186,7 @@ class SharedFeed(Feed):
                         with self.uneven(True, num_active):
                             yield kept, index, dataloader_idx
                         if listens and num_collectives() != self._num_heard:
-                            self._talks = True
+                            talks = True
                     finally:
                         self.is_filler = False
                 index += 1
@@ -211,7 +211,8 @@ class SharedFeed(Feed):
         if self.rule is not None and min(counts) != max(counts):
             self._tell(counts)
         num_steps = min(counts) if self.rule == "shortest" else max(counts)
-        return _Window(counts, num_steps, True, _lender(counts, [False] * len(counts)) if num_steps else None)
+        lender = _lender(counts, [False] * len(counts)) if num_steps else None
+        return _Window(counts, num_steps, is_end=True, is_own_end=True, lender=lender)
 
     def _agree_by_windows(self, iterator: Iterator[object], ahead: deque[object]) -> Iterator[_Window]:
         width, has_had = 1, False
@@ -231,7 +232,8 @@ class SharedFeed(Feed):
                 num_steps, is_end = max(counts), not any(goes_on)
             if num_steps == 0:
                 return
-            yield _Window(counts, num_steps, is_end, _lender(counts, [bool(row[2]) for row in table]))
+            lender = _lender(counts, [bool(row[2]) for row in table])
+            yield _Window(counts, num_steps, is_end, not goes_on[self.peers.rank], lender)
             if is_end:
                 return
             has_had = True

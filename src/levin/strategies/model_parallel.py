@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -396,11 +395,6 @@ class ModelParallelStrategy(ShardedStrategy):
         if name != "training_step":
             return self._pipeline.evaluation_step(super().compose_step(module, name))
         return self._pipeline.training_step(in_forward_context(getattr(module, name), self.precision, name))
-
-    @override
-    def no_sync(self, module: Module, enabled: bool = True) -> AbstractContextManager[object]:
-        # torch's schedules reduce gradients once, after the last part of a batch.
-        return super().no_sync(module, enabled) if self._pipeline is None else nullcontext()
 
     def _join_norms(self, norm: Tensor) -> Tensor:
         norms: Tensor = collectives.all_gather(norm, group=self._stage_group, device=self.root_device)
