@@ -109,15 +109,15 @@ def thinned(values: Sequence[float], limit: int) -> list[int]:
     """
     if len(values) <= limit:
         return list(range(len(values)))
-    size = math.ceil(2 * len(values) / max(2, limit))
+    size = math.ceil(2 * len(values) / limit)
     kept = {0, len(values) - 1}
     for start in range(0, len(values), size):
         group = range(start, min(start + size, len(values)))
         finite = [index for index in group if math.isfinite(values[index])]
-        kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)} if finite else {start}
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
         kept.update(itertools.islice((index for index in group if not math.isfinite(values[index])), 1))
-    chosen = sorted(kept)
-    return chosen if len(chosen) <= 2 * limit else chosen[:: len(chosen) // limit]
+    return sorted(kept)
 
 
 def _epoch_starts(epochs: Series) -> list[list[float]]:
@@ -138,7 +138,7 @@ def _file(name: str) -> str:
 
 def _json(value: object) -> str:
     """JSON that may stand in a script element, whatever names are in it."""
-    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=str)
+    text = json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":"), default=str)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

@@ -161,11 +161,12 @@ _Loader.add_multi_constructor("", lambda loader, suffix, node: _text(loader, suf
 
 
 def _text(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> object:
+    name = suffix.rpartition(":")[2]
     if isinstance(node, yaml.MappingNode):
-        return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()} or suffix
+        return loader.construct_mapping(node, deep=True) or name
     if isinstance(node, yaml.SequenceNode):
         return loader.construct_sequence(node, deep=True)
-    return loader.construct_scalar(node) or suffix.rpartition(":")[2]  # type: ignore[arg-type]  # a scalar is left
+    return loader.construct_scalar(node) or name  # type: ignore[arg-type]  # a scalar is left
 
 
 def _read_hparams(path: Path) -> Iterator[tuple[str, object]]:
