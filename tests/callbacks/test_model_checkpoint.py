@@ -31,6 +31,7 @@ def fit(folder, callback, module=None, ckpt_path=None, **kwargs):
         {"every_n_epochs": -1},
         {"save_top_k": -2},
         {"save_top_k": 2},
+        {"monitor": "val", "save_top_k": -2},
         {"mode": "best"},
         {"save_last": "always"},
     ],
@@ -112,6 +113,38 @@ def test_a_save_on_the_last_batch_waits_for_fresh_metrics(tmp_path, every_n, exp
     assert found == {f"step={step}.ckpt": score for step, score in expected.items()}
 
 
+def test_last_is_renewed_by_a_save_that_waited_also_if_it_is_not_among_the_best(tmp_path):
+    callback = ModelCheckpoint(
+        tmp_path, monitor="val", every_n_train_steps=4, save_on_train_epoch_end=False, save_last=True
+    )
+    fit(tmp_path, callback, Small((1.0, 2.0, 3.0)))
+    assert names(tmp_path) == ["epoch=0-step=4.ckpt", "last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 12
+
+
+class LogsLate(Small):
+    """Logs a value at the end of each training epoch, better each time."""
+
+    def on_train_epoch_end(self):
+        self.log("late", 2.0 - self.current_epoch)
+
+
+def test_a_save_does_not_wait_for_a_validation_that_does_not_log_its_metric(tmp_path):
+    callback = ModelCheckpoint(tmp_path, monitor="late", save_top_k=-1, every_n_train_steps=3)
+    fit(tmp_path, callback, LogsLate(), max_epochs=2)
+    assert names(tmp_path) == ["epoch=1-step=6.ckpt"]
+
+
+def test_the_link_follows_a_save_that_waited_until_the_end(tmp_path):
+    class NotValidated(LogsLate, TrainOnly):
+        pass
+
+    callback = ModelCheckpoint(tmp_path, monitor="late", every_n_train_steps=3, save_last="link")
+    fit(tmp_path, callback, NotValidated(), max_epochs=2)
+    assert names(tmp_path) == ["epoch=2-step=8.ckpt", "last.ckpt"]
+    assert str((tmp_path / "last.ckpt").readlink()) == "epoch=2-step=8.ckpt"
+
+
 def test_a_metric_that_never_comes_is_an_error_after_validation(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"monitor='typo'.*'val'"):
         fit(tmp_path, ModelCheckpoint(tmp_path, monitor="typo"))
@@ -124,9 +157,21 @@ def test_a_metric_that_never_comes_is_a_warning_without_validation(tmp_path, tri
     assert names(tmp_path) == []
 
 
-def test_time_is_a_trigger(tmp_path):
-    fit(tmp_path, ModelCheckpoint(tmp_path, save_top_k=-1, train_time_interval=timedelta(0)), max_epochs=1)
-    assert names(tmp_path) == [f"epoch=0-step={step}.ckpt" for step in (1, 2, 3, 4)]
+@pytest.mark.parametrize(("seconds", "steps"), [(0, [1, 2, 3, 4]), (2, [2, 4]), (3, [3]), (9, [])])
+def test_time_is_a_trigger(tmp_path, monkeypatch, seconds, steps):
+    from types import SimpleNamespace
+
+    now = [0.0]
+    monkeypatch.setattr("levin.ranks.clock.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("levin.loops.run.Run.now_s", property(lambda run: now[0]), raising=True)
+
+    class Second(Small):
+        def on_train_batch_start(self, batch, batch_idx):
+            now[0] += 1.0
+
+    callback = ModelCheckpoint(tmp_path, save_top_k=-1, train_time_interval=timedelta(seconds=seconds))
+    fit(tmp_path, callback, Second(), max_epochs=1)
+    assert names(tmp_path) == [f"epoch=0-step={step}.ckpt" for step in steps]
 
 
 def test_last_is_written_when_anything_is_saved(tmp_path):
@@ -193,6 +238,23 @@ def test_a_file_that_was_there_gets_a_version(tmp_path):
     assert (tmp_path / "model.ckpt").read_text() == "precious"
 
 
+def test_files_that_are_there_are_not_spoken_of_where_no_ranking_is_kept(tmp_path):
+    (tmp_path / "model.ckpt").write_text("precious")
+    fit(tmp_path, ModelCheckpoint(tmp_path, save_top_k=0), max_epochs=1)  # warnings are errors
+    trainer(tmp_path, [ModelCheckpoint(tmp_path)]).validate(Small(), loader(2), verbose=False)
+    assert names(tmp_path) == ["model.ckpt"]
+
+
+def test_the_name_of_a_file_that_went_is_free_again(tmp_path):
+    class Turns(Small):
+        def on_train_epoch_end(self):
+            self.log("turn", self.current_epoch % 2)
+
+    callback = ModelCheckpoint(tmp_path, "{turn:.0f}", monitor="val")
+    fit(tmp_path, callback, Turns((3.0, 2.0, 1.0)))
+    assert names(tmp_path) == ["turn=0.ckpt"]
+
+
 def test_versions_can_be_switched_off(tmp_path):
     callback = ModelCheckpoint(tmp_path, filename="model", monitor="val", save_top_k=2, enable_version_counter=False)
     fit(tmp_path, callback, Small((3.0, 2.0, 1.0)))
@@ -224,11 +286,41 @@ def test_the_new_file_is_there_before_the_old_one_goes(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), SystemExit(3)])
-def test_an_exception_saves_what_there_is(tmp_path, error):
-    with pytest.raises(type(error)):
+def test_an_exception_saves_what_there_is(tmp_path, error, caplog):
+    with pytest.raises(type(error)), caplog.at_level("INFO", "levin"):
         fit(tmp_path, ModelCheckpoint(tmp_path, save_on_exception=True, save_last=True), Small(fail_at=(1, 2, error)))
     assert names(tmp_path) == ["epoch=0-step=4.ckpt", "epoch=1-step=6.ckpt", "last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 6
+    name, path = type(error).__name__, tmp_path / "epoch=1-step=6.ckpt"
+    assert f"{name} was raised ({error}); saved a checkpoint to {path}" in caplog.messages
+
+
+def test_an_exception_before_the_first_step_saves_nothing(tmp_path):
+    class Fails(Small):
+        def on_fit_start(self):
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(tmp_path, ModelCheckpoint(tmp_path, save_on_exception=True), Fails())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_decisions_are_told_when_asked_for(tmp_path, caplog, verbose):
+    with caplog.at_level("INFO", "levin"):
+        fit(tmp_path, ModelCheckpoint(tmp_path, monitor="val", verbose=verbose), Small((2.0, 3.0, 1.0)))
+    told = [text for text in caplog.messages if "'val'" in text]
+    assert (
+        told
+        == [
+            "Epoch 0, global step 4: 'val' reached 2.00000 (best 2.00000), saving model to "
+            f"{str(tmp_path / 'epoch=0-step=4.ckpt')!r} as top 1",
+            "Epoch 1, global step 8: 'val' was not in top 1",
+            "Epoch 2, global step 12: 'val' reached 1.00000 (best 1.00000), saving model to "
+            f"{str(tmp_path / 'epoch=2-step=12.ckpt')!r} as top 1",
+        ]
+        * verbose
+    )
 
 
 def test_an_exception_saves_nothing_twice(tmp_path):
@@ -267,11 +359,12 @@ def test_a_resumed_run_goes_on_with_its_ranking(tmp_path):
 
 
 def test_a_callback_saves_again_in_another_run(tmp_path):
-    callback = ModelCheckpoint(tmp_path)
-    fit(tmp_path, callback, max_epochs=1)
-    (tmp_path / "epoch=0-step=4.ckpt").unlink()
-    fit(tmp_path, callback, max_epochs=1)
-    assert names(tmp_path) == ["epoch=0-step=4.ckpt"]
+    callback = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    for _ in range(2):
+        fit(tmp_path, callback, max_epochs=1)
+        assert names(tmp_path) == [f"step={step}.ckpt" for step in (1, 2, 3, 4)]
+        for path in tmp_path.iterdir():
+            path.unlink()
 
 
 def test_nothing_is_saved_in_a_fast_dev_run_or_outside_fit(tmp_path):
@@ -312,8 +405,8 @@ def test_manual_optimization_by_steps_is_warned_about(tmp_path):
             optimizer.step()
 
     with pytest.warns(UserWarning, match="manual optimization"):
-        fit(tmp_path, ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1), Manual(), max_epochs=1)
-    assert names(tmp_path) == ["epoch=0-step=2.ckpt", "epoch=0-step=4.ckpt"]
+        fit(tmp_path, ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1), Manual(), max_epochs=1)
+    assert names(tmp_path) == [f"step={step}.ckpt" for step in (1, 2, 3, 4)]
 
 
 def test_loggers_hear_of_each_file_when_it_is_there(tmp_path):

@@ -113,7 +113,7 @@ CHECKPOINTS: list[dict[str, Any]] = [
     {"every_n_train_steps": 4, "save_top_k": -1},
     {"every_n_train_steps": 100, "save_last": True},
     {"every_n_train_steps": 2, "monitor": "val", "save_top_k": -1, "save_on_train_epoch_end": False},
-    {"every_n_epochs": 2, "save_top_k": -1},
+    {"every_n_epochs": 3, "save_top_k": -1},
     {"every_n_epochs": 2, "save_top_k": -1, "save_on_train_epoch_end": False, "save_last": True},
     {"every_n_epochs": 0},
     {"train_time_interval": timedelta(0), "save_top_k": -1},
@@ -272,6 +272,30 @@ def test_names_are_the_same(arguments, auto_insert):
         .format_checkpoint_name(METRICS, **arguments)
         for framework in (both.lightning(), both.levin())
     )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        ({"save_top_k": 0, "every_n_epochs": 2}, {}),
+        ({"save_top_k": 0, "save_on_train_epoch_end": False}, {"max_steps": 6}),
+        ({"save_top_k": 0, "every_n_train_steps": 5}, {}),
+        ({"every_n_epochs": 2}, {}),
+        ({"every_n_train_steps": 5}, {}),
+    ],
+    ids=str,
+)
+def test_last_is_of_the_same_step(tmp_path, arguments, flags):
+    def run(framework, folder):
+        callback = callbacks_of(framework).ModelCheckpoint(folder, save_last=True, **arguments)
+        flags_of_run = {"max_epochs": 3, "num_sanity_val_steps": 0, "enable_checkpointing": True, **flags}
+        trainer = both.quiet(framework, folder, callbacks=[callback], **flags_of_run)
+        trainer.fit(model(framework, VALUES), loader(), loader(2))
+        last = torch.load(folder / "last.ckpt", weights_only=False)
+        return last["global_step"], callback.check_monitor_top_k(trainer)
+
+    theirs, ours = fit_both(tmp_path, run)
     assert ours == theirs
 
 

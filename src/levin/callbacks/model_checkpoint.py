@@ -124,10 +124,7 @@ class ModelCheckpoint(Checkpoint):
         # Files that go as soon as no link points to them any more.
         self._obsolete: list[str] = []
         self._unconfirmed = files.UnconfirmedSave(self)
-        self._has_validated: bool = False
-        self._has_saved_last: bool = False
-        self._defer_save_until_validation: bool = False
-        self._has_warned: bool = False
+        self._has_validated = self._has_saved_last = self._defer_save_until_validation = self._has_warned = False
 
     @property
     def state_key(self) -> str:
@@ -213,14 +210,11 @@ class ModelCheckpoint(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``last`` if nothing else has kept the end of training, and wait for what is in the background."""
         if not self._should_skip_saving_checkpoint(trainer):
-            self._wait_for_save(trainer)
-            candidates = self._monitor_candidates(trainer)
             if self._defer_save_until_validation:
                 self._defer_save_until_validation = False
-                self._save_topk_checkpoint(trainer, candidates)
-            if self.save_last and (not self._has_saved_last or (self.save_top_k == 0 and self._every_n_epochs >= 1)):
-                self._save_last_checkpoint(trainer, candidates)
-            self._remove_obsolete(trainer)
+                self._save(trainer, is_always_last=True)
+            elif self.save_last and (not self._has_saved_last or (self.save_top_k == 0 and self._every_n_epochs >= 1)):
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         trainer.strategy.finish_saves()
         self._note_written(trainer)
 
@@ -335,7 +329,6 @@ class ModelCheckpoint(Checkpoint):
         can_link = self._last_checkpoint_saved not in ("", previous)
         if self.save_last == "link" and can_link and self.save_top_k != 0:
             self._link_checkpoint(trainer, self._last_checkpoint_saved, path)
-            self._written.add(path)
             self.last_model_path = path
         else:
             self._wait_for_save(trainer)
@@ -411,7 +404,7 @@ class ModelCheckpoint(Checkpoint):
     def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
         """Return the logged metrics with ``epoch`` and ``step``; the monitored one is the same on all ranks."""
         candidates = files.logged_metrics(trainer)
-        if self.monitor is not None and trainer.world_size > 1:
+        if self.monitor is not None:
             disagreement = files.take_from_first_rank(trainer, candidates, self.monitor)
             if disagreement and not self._has_warned:
                 self._has_warned = True
