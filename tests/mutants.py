@@ -4,8 +4,9 @@
     python tests/mutants.py --number 60 --paths src/levin/module.py -- tests/parity/test_module_state.py
 
 The tests of a room run once under coverage, when the first mutant of the room is drawn; coverage knows who came by each
-line, and each mutant then meets those tests alone. What no test notices is printed with its place, and the share of those
-that were noticed. Lines that no test of the room runs in its own process give no mutants.
+line, and each mutant then meets those tests alone, of many the ones that run the fewest lines. What no test notices is
+printed with its place, and the share of those that were noticed. Lines that no test of the room runs in its own process
+give no mutants.
 """
 
 from __future__ import annotations
@@ -96,11 +97,13 @@ def who_comes_by(tests: tuple[str, ...], folder: Path) -> dict[tuple[str, int], 
     found = CoverageData(str(data))
     found.read()
 
-    return {
-        (file, line): sorted(passing.intersection(names))
+    lines = {
+        (file, line): passing.intersection(names)
         for file in found.measured_files()
         for line, names in found.contexts_by_lineno(file).items()
     }
+    breadth = Counter(test for tests in lines.values() for test in tests)
+    return {place: sorted(tests, key=lambda test: (breadth[test], test)) for place, tests in lines.items()}
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -174,7 +177,7 @@ def main() -> int:
             tests = comes_by(tuple(arguments.tests or tests_of(mutant.path))).get((str(mutant.path), mutant.line))
             if not tests:
                 continue
-            outcome = outcome_of(mutant, draw.sample(tests, min(len(tests), arguments.tests_each)), copy)
+            outcome = outcome_of(mutant, tests[: arguments.tests_each], copy)
             outcomes[outcome] += 1
             if outcome != "noticed":
                 old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
