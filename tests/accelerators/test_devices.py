@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -20,8 +22,10 @@ from levin.accelerators import (
     XLAAccelerator,
     find_usable_cuda_devices,
 )
+from levin.accelerators.cuda import _hint_matmul_precision
 from levin.accelerators.devices import parse_device_indices
 from levin.accelerators.registry import AcceleratorRegistryType
+from levin.utilities.xla_generator import XlaGenerator
 
 
 @pytest.mark.parametrize(
@@ -99,7 +103,12 @@ def test_cuda_and_mps_devices(monkeypatch):
         CUDAAccelerator.parse_devices([2])
     monkeypatch.setattr("levin.accelerators.cuda.is_interactive", lambda: True)
     assert CUDAAccelerator.auto_device_count() == 1
+    for count in (0, 1):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)  # noqa: B023
+        assert CUDAAccelerator.auto_device_count() == count
+        assert CUDAAccelerator.is_available() is bool(count)
 
+    assert MPSAccelerator.auto_device_count() == 1
     assert MPSAccelerator.parse_devices(1) == [0]
     assert MPSAccelerator.parse_devices("-1") == [0]
     assert MPSAccelerator.get_parallel_devices([0]) == [torch.device("mps", 0)]
@@ -108,7 +117,48 @@ def test_cuda_and_mps_devices(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert MPSAccelerator.is_available()
     monkeypatch.setenv("DISABLE_MPS", "1")
-    assert not MPSAccelerator.is_available()
+    assert MPSAccelerator.is_available() is False
+
+
+def test_memory_of_an_apple_is_measured_and_given_back(monkeypatch):
+    emptied = []
+    for name, function in {
+        "current_allocated_memory": lambda: 3, "driver_allocated_memory": lambda: 5, "empty_cache": lambda: emptied.append(1),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.mps, name, function)
+    measured = MPSAccelerator().get_device_stats("mps")
+    assert measured == {"mps.current_allocated_bytes": 3, "mps.driver_allocated_bytes": 5}
+    MPSAccelerator().teardown()
+    assert emptied == [1]
+
+
+def test_the_cuda_device_of_a_process_is_made_its_own_and_fast_products_are_pointed_out_once(monkeypatch, caplog):
+    used: list[object] = []
+    capability = [8, 0]
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: used.append("emptied"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"bytes": 7})
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    accelerator, device, told = CUDAAccelerator(), torch.device("cuda", 1), []
+    for capability[0], precision in ((8, "highest"), (7, "highest"), (8, "high")):
+        _hint_matmul_precision.cache_clear()
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="levin"):
+            accelerator.setup_device(device)
+            accelerator.setup_device(device)
+        told.append(caplog.messages)
+    _hint_matmul_precision.cache_clear()
+    assert told == [
+        ["'Card' has Tensor Cores. To use them for float32 matrix products, call "
+         "`torch.set_float32_matmul_precision('medium' | 'high')`: faster, with fewer digits."], [], [],
+    ]  # fmt: skip
+    assert used == [device] * 6
+    accelerator.setup(None)
+    accelerator.teardown()
+    assert used[6:] == ["emptied"] * 2
+    assert accelerator.get_device_stats(device) == {"bytes": 7}
 
 
 def test_a_device_of_another_kind_is_refused():
@@ -121,25 +171,52 @@ def test_a_device_of_another_kind_is_refused():
 
 
 def test_tpu_without_its_package():
-    assert not XLAAccelerator.is_available()
+    assert XLAAccelerator.is_available() is False
     assert XLAAccelerator.auto_device_count() == 0
     with pytest.raises(ModuleNotFoundError, match=r"needs the package torch_xla, which is not installed"):
         XLAAccelerator()
+
+
+def pretend_torch_xla(monkeypatch, count_tpus, **runtime) -> None:
+    """Let torch_xla seem to be installed, with a way of counting TPUs and what else it may be asked for."""
+    monkeypatch.delenv("PJRT_DEVICE", raising=False)
+    modules = {name: types.ModuleType(name) for name in ("torch_xla", "torch_xla._internal", "torch_xla.core")}
+    modules["torch_xla"].__spec__ = importlib.machinery.ModuleSpec("torch_xla", None)
+    modules["torch_xla._internal"].tpu = types.SimpleNamespace(num_available_devices=count_tpus)
+    modules["torch_xla.core.xla_model"] = types.SimpleNamespace(**runtime)
+    modules["torch_xla.core"].xla_model = modules["torch_xla.core.xla_model"]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
 
 
 def test_no_tpu_is_found_where_the_cloud_does_not_answer(monkeypatch):
     def asks_the_metadata_server():
         raise ConnectionError("metadata.google.internal")
 
-    tpu = types.ModuleType("torch_xla._internal.tpu")
-    tpu.num_available_devices = asks_the_metadata_server
-    internal = types.ModuleType("torch_xla._internal")
-    internal.tpu = tpu
-    monkeypatch.setitem(sys.modules, "torch_xla", types.ModuleType("torch_xla"))
-    sys.modules["torch_xla"].__spec__ = importlib.machinery.ModuleSpec("torch_xla", None)
-    monkeypatch.setitem(sys.modules, "torch_xla._internal", internal)
+    pretend_torch_xla(monkeypatch, asks_the_metadata_server)
     assert XLAAccelerator.auto_device_count() == 0
-    assert not XLAAccelerator.is_available()
+    assert XLAAccelerator.is_available() is False
+    # Another device stands in: as many of it as there are processes.
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    assert XLAAccelerator.auto_device_count() == 1
+    assert XLAAccelerator.parse_devices(3) == 3
+    assert XLAAccelerator().get_device_stats("xla:0") == {}
+
+
+def test_a_tpu_is_taken_into_use_and_measured(monkeypatch):
+    memory = {"bytes_limit": 9 * 2**20, "bytes_used": 2 * 2**20, "peak_bytes_used": 4 * 2**20}
+    pretend_torch_xla(monkeypatch, lambda: 1, get_memory_info=lambda device: memory)
+    assert XLAAccelerator.is_available() is True
+    started = []
+    sys.modules["torch_xla"].device = lambda: started.append(True)
+    generator = XlaGenerator()
+    monkeypatch.setattr("levin.accelerators.xla.XLA_GENERATOR", generator)
+    XLAAccelerator().setup_device(torch.device("xla", 0))
+    assert started == [True] and generator.state == torch.initial_seed() % 2**63
+    with pytest.raises(ValueError, match="The tpu accelerator needs an xla device, received cpu"):
+        XLAAccelerator().setup_device(torch.device("cpu"))
+    measured = XLAAccelerator().get_device_stats("xla:0")
+    assert measured == {"avg. free memory (MB)": 7.0, "avg. peak memory (MB)": 4.0}
 
 
 def test_tpu_cores(monkeypatch):
@@ -149,7 +226,8 @@ def test_tpu_cores(monkeypatch):
     assert XLAAccelerator.parse_devices([3]) == [3]
     assert XLAAccelerator.parse_devices("3,") == [3]
     assert XLAAccelerator.get_parallel_devices([3]) == [torch.device("xla", 3)]
-    for devices in (2, "5", [8], [0, 1], "x", None):
+    assert XLAAccelerator.get_parallel_devices(2) == [torch.device("xla", 0), torch.device("xla", 1)]
+    for devices in (2, "5", [8], [0, 1], "x", None, True, 0):
         with pytest.raises(ValueError, match=r"devices must be 1, 8 or \[index\] with accelerator='tpu'"):
             XLAAccelerator.parse_devices(devices)
 
@@ -158,6 +236,12 @@ def test_cpu_statistics():
     stats = CPUAccelerator().get_device_stats("cpu")
     assert set(stats) == {"cpu_vm_percent", "cpu_percent", "cpu_swap_percent"}
     assert all(isinstance(value, float) for value in stats.values())
+
+
+def test_cpu_statistics_need_a_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="CPU statistics needs the package psutil"):
+        CPUAccelerator().get_device_stats("cpu")
 
 
 def test_usable_cuda_devices(monkeypatch):

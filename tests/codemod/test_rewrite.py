@@ -145,7 +145,10 @@ def project(tmp_path):
         "# -*- coding: latin-1 -*-\r\nimport lightning as L\r\nx = 'ä'\r\n".encode("latin-1")
     )
     (tmp_path / "pkg" / "config.yaml").write_text("class_path: lightning.pytorch.callbacks.Timer\n")
+    (tmp_path / "pkg" / "a.py").chmod(0o640)
     (tmp_path / "pkg" / "broken.py").write_text("import lightning as (\n")
+    (tmp_path / "pkg" / "left.yml").write_text("class_path: lightning.pytorch.loggers.NeptuneLogger\n")
+    (tmp_path / "pkg" / "notes.txt").write_text("import lightning\n")
     (tmp_path / "pkg" / ".venv").mkdir()
     (tmp_path / "pkg" / ".venv" / "b.py").write_text("import lightning\n")
     return tmp_path / "pkg"
@@ -153,32 +156,60 @@ def project(tmp_path):
 
 def test_the_command_shows_first_and_asks(project, monkeypatch, capsys):
     before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
-    monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert main(["migrate", str(project)]) == 1
-    shown = capsys.readouterr()
+    source, config = project / "a.py", project / "config.yaml"
+    difference = f"""--- {source}
++++ {source}
+@@ -1,3 +1,3 @@
+ # -*- coding: latin-1 -*-
+-import lightning as L
++import levin as L
+ x = 'ä'
+--- {config}
++++ {config}
+@@ -1 +1 @@
+-class_path: lightning.pytorch.callbacks.Timer
++class_path: levin.callbacks.Timer
+"""
+
+    def end_of_input(question):
+        raise EOFError
+
+    for answer, told in ((lambda question: "n", "Nothing written.\n"), (end_of_input, "\nNothing written.\n")):
+        monkeypatch.setattr("builtins.input", answer)
+        assert main(["migrate", str(project)]) == 1
+        shown = capsys.readouterr()
+        assert shown.out == difference + told
+    broken, left = shown.err.splitlines()
+    assert broken.startswith(f"{project / 'broken.py'}: left as it is: ")
     assert (
-        "-import lightning as L" in shown.out and "+import levin as L" in shown.out and "Nothing written." in shown.out
+        left
+        == f"{project / 'left.yml'}:1: levin has nothing for `lightning.pytorch.loggers.NeptuneLogger`; left as it is."
     )
-    assert "broken.py: left as it is" in shown.err
     assert {path: path.read_bytes() for path in before} == before
 
     asked = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
     assert main(["migrate", str(project)]) == 0
     assert asked == ["Write 2 files? [y/N] "]
+    assert capsys.readouterr().out == f"{difference}2 files written.\n"
+    assert source.stat().st_mode & 0o777 == 0o640
     assert (project / "a.py").read_bytes() == "# -*- coding: latin-1 -*-\r\nimport levin as L\r\nx = 'ä'\r\n".encode(
         "latin-1"
     )
     assert (project / "config.yaml").read_text() == "class_path: levin.callbacks.Timer\n"
     assert (project / ".venv" / "b.py").read_text() == "import lightning\n"
-    assert main(["migrate", str(project / "a.py")]) == 0
-    assert "Nothing to change." in capsys.readouterr().out
+    assert main(["migrate", str(project / "a.py"), str(project / "notes.txt")]) == 0
+    assert capsys.readouterr().out == "Nothing to change.\n"
 
 
-def test_yes_writes_without_asking(project, monkeypatch):
+def test_yes_writes_without_asking(project, monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail("asked"))
+    before = sorted(path.name for path in project.iterdir())
+    assert main(["migrate", "--yes", str(project / "config.yaml")]) == 0
+    assert capsys.readouterr().out.endswith("\n1 file written.\n")
     assert main(["migrate", "--yes", str(project)]) == 0
-    assert sorted(path.name for path in project.iterdir()) == [".venv", "a.py", "broken.py", "config.yaml"]
+    assert capsys.readouterr().out.endswith("\n1 file written.\n")
+    assert sorted(path.name for path in project.iterdir()) == before
 
 
 def test_a_path_that_is_not_there_is_an_error(capsys):

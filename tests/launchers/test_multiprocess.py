@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
 import threading
@@ -14,7 +16,8 @@ import pytest
 import torch
 
 from levin.environments import LightningEnvironment
-from levin.launchers import MultiProcessingLauncher
+from levin.launchers import MultiProcessingLauncher, multiprocess
+from levin.utilities.exceptions import SIGTERMException
 
 METHODS = ["spawn", "fork", "forkserver"]
 
@@ -38,7 +41,7 @@ def describe(entered: Entered, module: torch.nn.Module, shared: torch.Tensor, fa
         module.weight.add_(10.0 * (entered.rank + 1))
     shared[entered.rank] += 1
     return {
-        "rank": entered.rank,
+        "entered": entered,
         "weight": module.weight.detach(),
         "pid": os.getpid(),
         "factor": factor,
@@ -49,7 +52,9 @@ def describe(entered: Entered, module: torch.nn.Module, shared: torch.Tensor, fa
 
 
 @pytest.mark.parametrize("start_method", METHODS)
-def test_the_result_of_rank_zero_comes_back(start_method):
+def test_the_result_of_rank_zero_comes_back(start_method, monkeypatch):
+    if start_method != "fork":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     entered = Entered()
     module = torch.nn.Linear(1, 1)
     with torch.no_grad():
@@ -57,9 +62,10 @@ def test_the_result_of_rank_zero_comes_back(start_method):
     shared = torch.zeros(2).share_memory_()
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    result = launcher_for(start_method, entered).launch(describe, entered, module, shared, factor=4)
+    launcher = launcher_for(start_method, entered)
+    result = launcher.launch(describe, entered, module, shared, factor=4)
     torch.set_rng_state(state)
-    assert result["rank"] == 0
+    assert result["entered"].rank == 0
     assert result["pid"] != os.getpid()
     assert result["factor"] == 4
     # The other rank has weights of its own, and this process too; what was shared by intention stays shared.
@@ -71,6 +77,17 @@ def test_the_result_of_rank_zero_comes_back(start_method):
     assert result["threads"] == torch.get_num_threads()
     assert not result["deterministic"]
     assert torch.equal(result["random"], torch.rand(1))
+    # They have ended, and nothing of them goes along with the launcher.
+    launcher.kill(signal.SIGTERM)
+    assert [process.exitcode for process in launcher._processes] == [0, 0]
+    copied = pickle.loads(pickle.dumps(launcher))
+    assert copied._processes == [] and copied.start_method == start_method
+
+
+def test_processes_are_not_forked_once_cuda_is_in_use(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match=r"cannot be forked after CUDA was used .* in scripts use strategy='ddp'\."):
+        launcher_for("fork", Entered()).launch(int)
 
 
 def load_with_a_worker(entered: Entered) -> list[int]:
@@ -88,34 +105,107 @@ def fail_on(entered: Entered, rank: int, others_wait_s: float) -> None:
     raise RuntimeError("Connection closed by peer")
 
 
-@pytest.mark.parametrize("start_method", ["spawn", "fork"])
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("others_wait_s", [2.0, 100.0])
+@pytest.mark.parametrize(
+    ("start_method", "rank", "others_wait_s"),
+    [("spawn", 1, 100.0), *(("fork", rank, wait_s) for rank in (0, 1) for wait_s in (1.0, 100.0))],
+)
 def test_the_first_failure_ends_all_and_is_raised_with_its_traceback(start_method, rank, others_wait_s):
     entered = Entered()
     launcher = launcher_for(start_method, entered)
-    start = time.monotonic()
     with pytest.raises(KeyError, match=f"broken on {rank}") as caught:
         launcher.launch(fail_on, entered, rank, others_wait_s)
-    assert time.monotonic() - start < 30
     assert f"The process with local rank {rank} failed" in str(caught.value.__cause__)
     assert "in fail_on" in str(caught.value.__cause__)
-    assert not any(process.is_alive() for process in launcher._processes)
+    assert launcher._processes[rank].exitcode == 1
+    if others_wait_s == 100.0:  # they are asked to end
+        assert launcher._processes[1 - rank].exitcode == -signal.SIGTERM
 
 
-def kill_one(entered: Entered, rank: int) -> None:
-    if entered.rank == rank:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.1)
+def end_one(entered: Entered, delays_s: list[float], end) -> None:
+    time.sleep(delays_s[entered.rank])
+    if entered.rank == 1:
+        end()
     raise RuntimeError("Connection closed by peer")
 
 
-def test_a_killed_process_is_named():
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "it was ended by signal SIGKILL"),
+        (lambda: os._exit(3), "its exit status was 3"),
+    ],
+    ids=["killed", "left"],
+)
+@pytest.mark.parametrize("delays_s", [[0.1, 0.0], [0.0, 0.1]], ids=["first", "told last"])
+def test_a_process_that_leaves_no_traceback_is_named(end, how, delays_s):
     entered = Entered()
-    with pytest.raises(
-        RuntimeError, match=r"local rank 1 failed:\s+It left no traceback: it was ended by signal SIGKILL"
-    ):
-        launcher_for("fork", entered).launch(kill_one, entered, 1)
+    with pytest.raises(RuntimeError) as caught:
+        launcher_for("fork", entered).launch(end_one, entered, delays_s, end)
+    assert str(caught.value) == f"The process with local rank 1 failed:\n\nIt left no traceback: {how}."
+
+
+class Late:
+    """A process whose report comes in between its end and the look at its exit status."""
+
+    def __init__(self, context, local_rank: int, failure: multiprocess._Failure | None) -> None:
+        self.reader, self.writer = context.Pipe(duplex=False)
+        ended, end = os.pipe()
+        os.close(end)
+        self.sentinel, self.exitcode = ended, 1 if failure else 0
+        self.failure = failure
+
+    def join(self) -> None:
+        if self.failure is not None:
+            self.writer.send(self.failure)
+        self.writer.close()
+        os.close(self.sentinel)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_report_that_comes_in_late_stands_in_the_place_of_the_exit_status(failing):
+    report = multiprocess._Failure(failing, time.time(), "told")
+    context = multiprocessing.get_context("fork")
+    processes = [Late(context, rank, report if rank == failing else None) for rank in range(2)]
+    readers = {process.reader: rank for rank, process in enumerate(processes)}
+    assert multiprocess._wait_for_all(processes, readers) == report
+
+
+def test_an_interrupt_leaves_no_process_behind(tmp_path, monkeypatch):
+    def interrupt(processes, readers):
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocess, "_wait_for_all", interrupt)
+    launcher = launcher_for("fork", Entered())
+    with pytest.raises(KeyboardInterrupt):
+        launcher.launch(sleep_long, str(tmp_path / "up"))
+    assert [process.exitcode for process in launcher._processes] == [-signal.SIGTERM] * 2
+
+
+def leave_together(entered: Entered, path: str) -> None:
+    if entered.rank == 1:
+        time.sleep(0.7)
+        with open(path, "w"):
+            raise SIGTERMException
+    if entered.rank == 2:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
+    time.sleep(0.2)
+    raise SIGTERMException
+
+
+def test_ranks_that_leave_together_may_end_what_they_do_and_others_are_made_to_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocess, "GRACE_S", 0.5)
+    monkeypatch.setattr(multiprocess, "_LEAVE_TOGETHER_S", 1.5)
+    entered = Entered()
+    launcher = launcher_for("fork", entered, size=3)
+    start = time.monotonic()
+    with pytest.raises(SIGTERMException):
+        launcher.launch(leave_together, entered, str(tmp_path / "saved"))
+    assert (tmp_path / "saved").exists()
+    assert time.monotonic() - start < 15
+    assert [process.exitcode for process in launcher._processes][2] == -signal.SIGKILL
 
 
 class Unpicklable(Exception):
@@ -123,13 +213,31 @@ class Unpicklable(Exception):
         super().__init__("one text")
 
 
-def raise_unpicklable() -> None:
-    raise Unpicklable(1, 2)
+class Disguised(Unpicklable):
+    def __reduce__(self):
+        return str, ("no exception",)
 
 
-def test_an_exception_that_pickle_cannot_carry_still_tells_its_text():
-    with pytest.raises(RuntimeError, match=r"Unpicklable: one text"):
-        launcher_for("fork", Entered(), size=1).launch(raise_unpicklable)
+class Bound(Unpicklable):
+    def __reduce__(self):
+        return load_only_in, (os.getpid(),)
+
+
+def load_only_in(pid: int) -> Exception:
+    assert os.getpid() == pid
+    return Bound(1, 2)
+
+
+def throw(error: type[Exception]) -> None:
+    raise error(1, 2)
+
+
+@pytest.mark.parametrize("error", [Unpicklable, Disguised, Bound])
+def test_an_exception_that_pickle_cannot_carry_still_tells_its_text(error):
+    with pytest.raises(
+        RuntimeError, match=rf"(?s)^The process with local rank 0 failed:\n\n.*{error.__name__}: one text"
+    ):
+        launcher_for("fork", Entered(), size=1).launch(lambda: throw(error))
 
 
 def leave(code: int) -> None:
@@ -155,6 +263,16 @@ def test_what_cannot_be_pickled_is_explained():
     with pytest.raises(ValueError, match=r"start_method='spawn' sends the function .* use start_method='fork'"):
         launcher_for("spawn", Entered()).launch(lambda: None)
     assert launcher_for("fork", Entered()).launch(lambda: 5) == 5
+
+
+class Refusing:
+    def __reduce__(self):
+        raise TypeError("a fault of its own")
+
+
+def test_an_error_of_an_argument_that_is_sent_stays_what_it_is():
+    with pytest.raises(TypeError, match="^a fault of its own$"):
+        launcher_for("spawn", Entered()).launch(print, Refusing())
 
 
 def count_queue(queue) -> None:
@@ -257,11 +375,16 @@ def multiply() -> float:
     return float((torch.ones(400, 400) @ torch.ones(400, 400)).sum())
 
 
-def test_forked_processes_may_use_threads_after_this_one_did():
+def test_forked_processes_may_use_threads_after_this_one_did(caplog):
     before = torch.get_num_threads()
+    told = "Forked processes compute with one thread each. Use strategy='ddp' or 'ddp_spawn' for more."
     try:
-        torch.set_num_threads(2)
-        expected = multiply()
-        assert launcher_for("fork", Entered()).launch(multiply) == expected
+        for num_threads, messages in ((2, [told]), (1, [])):
+            torch.set_num_threads(num_threads)
+            expected = multiply()
+            caplog.clear()
+            with caplog.at_level(logging.INFO, logger="levin"):
+                assert launcher_for("fork", Entered()).launch(multiply) == expected
+            assert caplog.messages == messages
     finally:
         torch.set_num_threads(before)

@@ -319,6 +319,12 @@ def test_processes_that_do_not_end_are_made_to():
     [
         (["a=1", "-cn", "small", "b=2"], "RUN", ["--config-name=small", "a=1", "b=2"]),
         (
+            ["--run", "a=1", "-cd", "d", "--config-na", "small", "-p", "x"],
+            "RUN",
+            ["--config-name=small", "--config-dir=d", "--package=x", "a=1"],
+        ),
+        (["a=1,2", "--multi"], "MULTIRUN", ["a=2", "b=3", "hydra.job.chdir=True"]),
+        (
             ["-m", "a=1,2", "-cp", "conf", "b=3"],
             "MULTIRUN",
             ["--config-path=conf", "a=2", "b=3", "hydra.job.chdir=True"],

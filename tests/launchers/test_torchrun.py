@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 
 import levin
+from levin.launchers import torchrun
 from levin.launchers.torchrun import complete, first_failure, named_options
 from levin.utilities.processors import count_processors
 
@@ -128,11 +131,101 @@ raise RuntimeError("nobody answers")
         ({0: (-6, 22), 1: (1, 21)}, 1),  # given up by its communication after the error of another
         ({0: (1, 22), 1: (1, 21), 2: (-15, 20)}, 1),
         ({0: (-15, 22), 1: (-15, 21)}, 1),
+        ({0: (1, 22), 1: (-9, 25)}, 1),  # found dead at a later look
     ],
 )
 def test_who_failed_first_is_found_within_one_second(found, first):
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=time) for rank, (code, time) in found.items()}
     assert first_failure(failures) == first
+
+
+def failure(folder: Path, rank: int, code: int, traceback: str | None = None, timestamp: int = 21):
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    written = folder / f"error-{rank}.json"
+    if traceback is not None:
+        extra = {"timestamp": str(timestamp), "py_callstack": traceback}
+        written.write_text(json.dumps({"message": {"message": "Short", "extraInfo": extra}}))
+    return ProcessFailure(rank, 100 + rank, code, str(written))
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch, capsys):
+    """Run a command whose processes end so, and return its status and what it says."""
+
+    def run(error: BaseException) -> tuple[int, str]:
+        def end(given):
+            assert given.nproc_per_node == "2"
+            raise error
+
+        monkeypatch.setattr("torch.distributed.run.run", end)
+        (tmp_path / "train.py").write_text("")
+        words = ["--nproc-per-node", "2", "--log-dir", str(tmp_path / "logs"), str(tmp_path / "train.py")]
+        with mock.patch.dict(os.environ):
+            return torchrun.main(words), capsys.readouterr().err
+
+    return run
+
+
+def test_what_is_said_of_a_failure_with_a_traceback(tmp_path, failing):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    others = {rank: failure(tmp_path, rank, -15 if rank % 2 else 3, "Late", 30) for rank in (0, *range(2, 10))}
+    found = {1: failure(tmp_path, 1, 7, "Traceback of rank 1\nKeyError: 'here'\n"), **others}
+    listed = ", ".join(f"{rank} ({'ended by SIGTERM' if rank % 2 else 'exit status 3'})" for rank in (0, *range(2, 9)))
+    assert failing(ChildFailedError("train.py", found)) == (
+        7,
+        "Rank 1 failed first: process 101, exit status 7.\nTraceback of rank 1\nKeyError: 'here'\n"
+        f"After it: rank {listed}, ....\n",
+    )
+    found.pop(9)
+    assert failing(ChildFailedError("train.py", found))[1].endswith(f"After it: rank {listed}.\n")
+
+
+def test_what_is_said_of_a_failure_without_a_traceback(tmp_path, failing):
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    error = ChildFailedError("train.py", {1: failure(tmp_path, 1, -9)})
+    assert failing(error) == (137, "Rank 1 failed first: process 101, ended by SIGKILL.\n")
+    for attempt, lines in enumerate((["an earlier attempt"], [f"line {number}" for number in range(30)])):
+        log = tmp_path / f"logs/none_x/attempt_{attempt}/1/stderr.log"
+        log.parent.mkdir(parents=True)
+        log.write_text("\n".join(lines))
+        os.utime(log, (attempt, attempt))
+    last = "\n".join(f"    line {number}" for number in range(10, 30))
+    told = f"Rank 1 failed first: process 101, ended by SIGKILL.\nIt left no traceback. The end of {log}:\n{last}\n"
+    assert failing(error) == (137, told)
+    # What another program wrote in the place of the error.
+    (tmp_path / "error-1.json").write_text(json.dumps({"message": "Short"}))
+    assert failing(ChildFailedError("train.py", {1: failure(tmp_path, 1, -9)})) == (137, told)
+
+
+def test_what_is_said_of_a_signal(failing):
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    told = "Ended by SIGTERM, which was passed on to the processes.\n"
+    assert failing(SignalException("got it", signal.SIGTERM)) == (143, told)
+
+
+def test_processes_that_end_well_and_what_is_told_to_torchrun(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("torch.distributed.run.run", seen.append)
+    monkeypatch.setattr(torchrun, "count_processors", lambda: 7)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+        # A module, a program and a function are not looked for as files.
+        for words in (["-m", "absent"], ["--no-python", "absent"], ["--run-path", "absent"]):
+            assert torchrun.main(["--nproc-per-node=3", *words]) == 0
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]) == ("2", "1")
+        torchrun.main(["--nproc-per-node=auto", "-m", "absent"])
+        os.environ.update(OMP_NUM_THREADS="5", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
+        torchrun.main(["--nproc-per-node=9", "-m", "absent"])
+        assert (os.environ["OMP_NUM_THREADS"], os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]) == ("5", "0")
+        del os.environ["OMP_NUM_THREADS"]
+        torchrun.main(["--nproc-per-node=9", "-m", "absent"])
+        assert os.environ["OMP_NUM_THREADS"] == "1"
+    assert [given.redirects for given in seen[2:5]] == ["1:3,2:3", "0", ",".join(f"{rank}:3" for rank in range(1, 9))]
 
 
 def test_defaults_are_set_only_where_the_user_left_them_open(monkeypatch):

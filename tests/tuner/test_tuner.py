@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from levin.precision import MixedPrecision
 from levin.tuner import BatchSizeFinder, LearningRateFinder, LRFinder, Tuner
 from levin.tuner.batch_size import largest
 from levin.tuner.learning_rate import rate, steepest
+from levin.tuner.search import unchanged
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.memory import is_oom_error
 
@@ -149,15 +152,189 @@ def test_a_fit_with_validation_is_searched_once(tmp_path):
     assert finder.searches == 1
 
 
+def test_each_size_is_told_and_memory_is_freed_after_it(tmp_path, caplog, monkeypatch):
+    class Full(Net):
+        def training_step(self, batch, batch_idx):
+            if len(batch) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(batch, batch_idx)
+
+    freed = []
+    monkeypatch.setattr("levin.tuner.batch_size.free_memory", lambda: freed.append(True))
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="levin"):
+        assert tuner.scale_batch_size(Full()) == 4
+    assert [message for message in caplog.messages if "atch size" in message] == [
+        "Batch size 2 succeeded", "Batch size 4 succeeded", "Batch size 8 failed, trying a smaller one",
+        "Finished batch size finder, will continue with full run using batch size 4",
+    ]  # fmt: skip
+    assert len(freed) == 3
+
+
+def test_no_size_beyond_the_smallest_data_set_is_tried(tmp_path):
+    class Several(Net):
+        def train_dataloader(self):
+            sizes = (64, 40, None)
+            stream = torch.utils.data.DataLoader(Stream(), batch_size=self.hparams.batch_size)
+            return [stream] + [
+                torch.utils.data.DataLoader(torch.zeros(size, 4), batch_size=self.hparams.batch_size)
+                for size in sizes if size
+            ]  # fmt: skip
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[1], batch_idx)
+
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert tuner.scale_batch_size(Several(), steps_per_trial=1) == 64
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(torch.zeros(100, 4))
+
+
+def test_a_search_for_a_size_leaves_schedulers_where_they_are(tmp_path):
+    class Scheduled(Net):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
+            scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    seen = []
+
+    class Finder(BatchSizeFinder):
+        def on_fit_start(self, trainer, pl_module):
+            before = copy.deepcopy(trainer.lr_scheduler_configs[0].scheduler.state_dict())
+            super().on_fit_start(trainer, pl_module)
+            assert trainer.lr_scheduler_configs[0].scheduler.state_dict() == before
+            seen.append(self.optimal_batch_size)
+
+    levin.Trainer(**QUIET, max_steps=1, default_root_dir=tmp_path, callbacks=[Finder(max_trials=2)]).fit(Scheduled())
+    assert seen == [4]
+
+
+def test_what_a_module_holds_is_put_back_into_the_same_containers():
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("count", torch.zeros(1))
+    held = {"list": [1, 2], "dict": {"a": 1}, "set": {3}}
+    vars(module).update(**{f"own_{name}": value for name, value in held.items()}, plain=1)
+    module.weight.grad = torch.ones(2, 2)
+    weights, grad = module.weight.detach().clone(), module.weight.grad
+    with pytest.raises(ZeroDivisionError), unchanged(module):
+        module.own_list.append(3)
+        module.own_dict["b"] = 2
+        module.own_set.add(4)
+        module.plain, module.new = 2, 3
+        module.other = torch.nn.Linear(1, 1)
+        with torch.no_grad():
+            module.weight.zero_()
+            module.count.add_(1)
+        module.weight.grad = None
+        1 / 0  # noqa: B018
+    assert held == {"list": [1, 2], "dict": {"a": 1}, "set": {3}}
+    assert all(getattr(module, f"own_{name}") is value for name, value in held.items())
+    assert module.plain == 1 and not hasattr(module, "new") and not hasattr(module, "other")
+    assert torch.equal(module.weight, weights) and module.weight.grad is grad and module.count.item() == 0
+    assert module.weight.requires_grad
+
+
+@pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
+def test_nothing_is_searched_in_a_fast_run(tmp_path, finder):
+    what = "learning rate" if finder is LearningRateFinder else "batch size"
+    model, made = Net(), finder()
+    settings = {**QUIET, "fast_dev_run": True, "default_root_dir": tmp_path}
+    with pytest.warns(UserWarning, match=f"^The {what} is not searched with fast_dev_run.$"):
+        levin.Trainer(**settings, callbacks=[made]).fit(model)
+    assert (model.steps, model.hparams.lr, model.hparams.batch_size) == (1, 0.1, 2)
+    assert getattr(made, "optimal_lr", None) is None and getattr(made, "optimal_batch_size", 2) == 2
+
+
+def test_too_few_rates_are_told_and_leave_the_rate_as_it_is(tmp_path):
+    model, finder = Net(batch_size=8), LearningRateFinder(num_training_steps=5)
+    told = "^No learning rate is suggested: 5 rates were tried, .* training goes on with the rate that it has.$"
+    with pytest.warns(UserWarning, match=told):
+        levin.Trainer(**QUIET, max_steps=1, default_root_dir=tmp_path, callbacks=[finder]).fit(model)
+    assert model.hparams.lr == 0.1
+
+
+def test_a_rate_that_was_found_is_told(tmp_path, caplog):
+    finder = LearningRateFinder(num_training_steps=20)
+    with caplog.at_level(logging.INFO, logger="levin"):
+        levin.Trainer(**QUIET, max_steps=1, default_root_dir=tmp_path, callbacks=[finder]).fit(Net(batch_size=8))
+    assert f"Learning rate set to {finder.optimal_lr.suggestion()}" in caplog.messages
+
+
+class Manual(Net):
+    number = 1
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(self.number)]
+
+
+def test_a_rate_is_searched_for_one_optimizer_alone(tmp_path):
+    model = Manual()
+    model.number = 2
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    with pytest.raises(MisconfigurationException, match=r"one optimizer, received 2\. Set the learning rates"):
+        tuner.lr_find(model)
+
+
+def test_a_search_ends_where_the_module_makes_no_steps(tmp_path):
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    with pytest.raises(MisconfigurationException, match="made no optimizer step in a whole epoch"):
+        tuner.lr_find(Manual())
+    assert tuner.scale_batch_size(Manual(), max_trials=2) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "told"),
+    [
+        ("lr_find", {"method": "test"}, "method must be 'fit' to search for a learning rate, received 'test'"),
+        ("lr_find", {"dataloaders": [1]}, "With method='fit', pass train_dataloaders, received dataloaders"),
+        ("scale_batch_size", {"method": "nonsense"}, r"one of \['fit', 'validate', 'test', 'predict'\], received 'nonsense'"),
+        ("scale_batch_size", {"method": "test", "train_dataloaders": [1]}, "With method='test', pass dataloaders"),
+        ("scale_batch_size", {"method": "test", "val_dataloaders": [1]}, "With method='test', pass dataloaders"),
+        ("scale_batch_size", {"method": "test", "dataloaders": [1]}, "passed directly to the Trainer"),
+        ("scale_batch_size", {"batch_arg_name": "size"}, "Field size not found in `model`"),
+        ("lr_find", {"attr_name": "rate"}, "received attr_name='rate'"),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_is_refused(tmp_path, method, arguments, told):
+    model = Net()
+    model.test_step = model.validation_step
+    tuner = Tuner(levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path))
+    with pytest.raises((ValueError, AttributeError), match=told):
+        getattr(tuner, method)(model, **arguments)
+
+
+def test_a_search_of_a_test_prints_no_results_and_limits_nothing_afterwards(tmp_path, capsys):
+    class Tested(Net):
+        test_step = Net.validation_step
+        test_dataloader = Net.val_dataloader
+
+    trainer = levin.Trainer(**QUIET, default_root_dir=tmp_path)
+    assert Tuner(trainer).scale_batch_size(Tested(), method="test", max_trials=1) == 2
+    assert capsys.readouterr().out == ""
+    assert trainer.limit_test_batches == 1.0 and trainer.test(Tested(), verbose=False) == [{"size": 2.0}]
+
+
 def test_a_tuner_leaves_the_trainer_as_it_was(tmp_path):
     model, trainer = Net(), levin.Trainer(**QUIET, max_epochs=3, default_root_dir=tmp_path)
-    before = trainer.settings, trainer.callbacks, trainer.max_epochs, trainer.global_step
+    before = trainer.settings, trainer.callbacks, trainer.max_epochs, trainer.min_epochs, trainer.global_step
     tuner = Tuner(trainer)
     assert (
         tuner.lr_find(model, num_training=20, update_attr=False).suggestion()
         and tuner.scale_batch_size(model, max_trials=2) == 4
     )
-    assert (trainer.settings, trainer.callbacks, trainer.max_epochs, trainer.global_step) == before
+    after = trainer.settings, trainer.callbacks, trainer.max_epochs, trainer.min_epochs, trainer.global_step
+    assert after == before
     assert model.hparams.lr == 0.1 and model.hparams.batch_size == 4
     trainer.fit(model)
     assert trainer.global_step == 3 * 16
@@ -273,20 +450,42 @@ def test_memory_that_is_really_full_ends_the_search(mode):
     assert "failed, trying a smaller one" in done.stderr
 
 
-def test_sizes_are_searched_from_above_too():
+@pytest.mark.parametrize(
+    ("limit", "arguments", "expected", "found"),
+    [
+        (5, (64, 25, 1000), [64, 32, 16, 8, 4], 4),
+        (5, (64, 25, 1000, "binsearch", 0.0), [64, 32, 16, 8, 4, 6, 5], 5),
+        (50, (2, 25, 1000), [2, 4, 8, 16, 32, 64], 32),
+        (50, (2, 25, 1000, "binsearch", 0.0), [2, 4, 8, 16, 32, 64, 48, 56, 52, 50, 51], 50),
+        (50, (2, 25, 1000, "binsearch", 0.1), [2, 4, 8, 16, 32, 64, 48, 56, 52, 50, 51], 45),
+        (1, (2, 25, 1000, "binsearch", 0.5), [2, 1], 1),
+        (2, (2, 25, 3, "binsearch", 0.0), [2, 3], 2),
+        (2, (4, 25, 1000), [4, 2], 2),
+        (3, (3, 25, 1000), [3, 6], 3),
+        (1000, (2, 3, 1000), [2, 4, 8], 8),
+        (5, (64, 2, 1000), [64, 32], 16),  # the next one that would have been tried
+        (1000, (2, 25, 20), [2, 4, 8, 16, 20], 20),
+        (1000, (2, 25, 20, "binsearch", 0.0), [2, 4, 8, 16, 20], 20),
+        (1000, (200, 25, 100), [100], 100),
+        (99, (200, 25, 100), [100, 50], 50),
+        (0, (8, 25, 1000), [8, 4, 2, 1], None),
+    ],
+)
+def test_which_sizes_are_tried(limit, arguments, expected, found):
     tried = []
 
     def fits(size):
         tried.append(size)
-        return size <= 5
+        return size <= limit
 
-    assert largest(fits, 64, 25, 1000) == 4
-    assert tried == [64, 32, 16, 8, 4]
-    assert largest(fits, 64, 25, 1000, "binsearch", 0.0) == 5
-    with pytest.raises(RuntimeError, match="batch size of 1 does not fit"):
-        largest(lambda size: False, 8, 25, 1000)
-    assert largest(lambda size: True, 2, 25, 100) == 100
-    assert largest(lambda size: True, 2, 25, 100, is_enough=lambda size: size >= 20) == 32
+    if found is None:
+        with pytest.raises(RuntimeError, match="batch size of 1 does not fit"):
+            largest(fits, *arguments)
+    else:
+        assert largest(fits, *arguments) == found
+    assert tried == expected
+    if limit == 1000 and arguments == (2, 25, 20):
+        assert largest(fits, *arguments, is_enough=lambda size: size >= 7) == 8
 
 
 def test_what_an_error_of_full_memory_is():
@@ -300,11 +499,16 @@ def test_values_that_are_not_finite_are_left_out_of_the_suggestion():
     nan = float("nan")
     assert steepest([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [5.0, nan, 5.0, 3.0, 1.0, nan], 0, 0) == 3
     assert steepest([1.0, 2.0], [nan, nan], 0, 0) is None
+    assert steepest([1.0, 2.0, 3.0], [5.0, nan, nan], 0, 0) is None
+    assert steepest([1.0, 2.0, 3.0], [5.0, 3.0, nan], 0, 0) == 0  # both fall alike
+    falling = [9.0] * 10 + [9.0, 8.0, 1.0, 0.0]
+    assert steepest([float(i) for i in range(14)], falling) == 12
     assert [rate(i, 0.1, 1.0, 10, "linear") for i in (0, 9)] == [0.1, pytest.approx(1.0)]
 
 
-def test_the_plot_shows_losses_over_rates_and_the_suggestion():
+def test_the_plot_shows_losses_over_rates_and_the_suggestion(monkeypatch):
     import matplotlib
+    import matplotlib.pyplot as plt
 
     matplotlib.use("agg")
     found = LRFinder("exponential", 1e-4, 1.0, 20)
@@ -314,6 +518,15 @@ def test_the_plot_shows_losses_over_rates_and_the_suggestion():
     }
     figure = found.plot(suggest=True)
     axes = figure.axes[0]
-    assert axes.get_xscale() == "log" and len(axes.lines) == 2
-    assert list(axes.lines[1].get_xdata()) == [found.suggestion()]
-    assert found.plot(ax=axes) is figure
+    assert axes.get_xscale() == "log" and (axes.get_xlabel(), axes.get_ylabel()) == ("Learning rate", "Loss")
+    curve, suggestion = axes.lines
+    assert (list(curve.get_xdata()), list(curve.get_ydata())) == (found.results["lr"], found.results["loss"])
+    assert list(suggestion.get_xdata()) == [found.suggestion()]
+    assert (list(suggestion.get_ydata()), suggestion.get_markersize()) == ([0.5], 10)
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.append(True))
+    assert found.plot(ax=axes) is figure and len(axes.lines) == 3 and not shown
+    linear = LRFinder("linear", 1e-4, 1.0, 20)
+    assert linear.plot(suggest=True, show=True).axes[0].get_xscale() == "linear" and shown == [True]
+    assert linear.suggestion() is None
+    plt.close("all")

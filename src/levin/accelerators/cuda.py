@@ -120,7 +120,7 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
     return usable
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _hint_matmul_precision(device: torch.device) -> None:
     # From compute capability 8 on there are units for TF32; torch leaves them off unless told.
     major, _ = torch.cuda.get_device_capability(device)

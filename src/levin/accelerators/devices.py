@@ -78,7 +78,7 @@ def _by_count(count: int, devices: object, available: Sequence[int]) -> list[int
     if count < 0:
         raise MisconfigurationException(f"devices must be > 0 or -1 for all devices, received {devices!r}.")
     # Indices beyond those that exist are kept: the caller reports them.
-    return [available[i] if i < len(available) else i for i in range(count)]
+    return list(range(count))
 
 
 def _wrong_form(devices: object) -> TypeError:

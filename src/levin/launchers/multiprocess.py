@@ -6,7 +6,6 @@ import io
 import multiprocessing
 import os
 import pickle
-import shutil
 import signal
 import sys
 import tempfile
@@ -91,8 +90,7 @@ class MultiProcessingLauncher(Launcher):
         context: Any = multiprocessing.get_context(self.start_method)
         # A free port is chosen here, once, so that all processes agree.
         _ = self._environment.main_port
-        folder = tempfile.mkdtemp(prefix="levin-results-")
-        try:
+        with tempfile.TemporaryDirectory(prefix="levin-results-") as folder:
             call = _Call(
                 function=function,
                 args=args,
@@ -105,8 +103,6 @@ class MultiProcessingLauncher(Launcher):
             )
             self._run(context, call)
             result, trainer_results = torch.load(call.result_path, weights_only=False, map_location="cpu")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         if trainer is not None:
             trainer.restore_results(trainer_results)
             self._has_fitted = self._has_fitted or _is_fit(trainer)
@@ -367,13 +363,11 @@ def _silent_failure(process: BaseProcess, local_rank: int) -> _Failure:
 
 def _end(processes: list[BaseProcess], grace_s: float) -> None:
     for process in processes:
-        if process.is_alive():
-            process.terminate()
+        process.terminate()
     _join(processes, grace_s)
     for process in processes:
-        if process.is_alive():
-            process.kill()
-            process.join()
+        process.kill()
+        process.join()
 
 
 def _join(processes: list[BaseProcess], timeout_s: float) -> None:

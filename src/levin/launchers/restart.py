@@ -95,7 +95,7 @@ def hydra_arguments(arguments: Sequence[str], job: Any, local_rank: int) -> list
         job: Hydra's own settings in this job.
         local_rank: The other process.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False)
     for names in (("-cp", "--config-path"), ("-cn", "--config-name"), ("-cd", "--config-dir"), ("-p", "--package")):
         parser.add_argument(*names)
     for names in (("-m", "--multirun"), ("-r", "--run")):

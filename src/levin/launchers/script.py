@@ -111,8 +111,7 @@ class SubprocessLauncher(Launcher):
     def kill(self, signum: int) -> None:
         """Send a signal to the processes that were started."""
         for process in self._processes:
-            if process.poll() is None:
-                process.send_signal(signum)
+            process.send_signal(signum)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the running processes here: they belong to this process alone."""
@@ -217,13 +216,11 @@ def end_processes(processes: list[subprocess.Popen[bytes]], grace_s: float = GRA
         grace_s: How long they get.
     """
     for process in processes:
-        if process.poll() is None:
-            process.terminate()
+        process.terminate()
     wait_for_processes(processes, grace_s)
     for process in processes:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 def wait_for_processes(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:

@@ -98,7 +98,6 @@ def scale_batch_size(
     def fits(size: int) -> bool:
         nonlocal num_samples
         _set(owners, batch_arg_name, size)
-        free_memory()
         try:
             tried = try_run(run, [], max_steps=steps_per_trial, **limits)
             num_samples = _num_samples(getattr(tried.loaders, stage).combined)

@@ -157,7 +157,7 @@ def lr_find(
         early_stop_threshold: Stop when the loss is so many times the best one; None for never.
 
     Raises:
-        MisconfigurationException: A module with several optimizers or with none.
+        MisconfigurationException: A module with several optimizers, with none, or without steps.
     """
     if len(run.optimizers) != 1:
         raise MisconfigurationException(
@@ -167,7 +167,12 @@ def lr_find(
     recorder = _Recorder(finder, run.optimizers[0], run.settings.accumulate_grad_batches, early_stop_threshold)
     schedulers, run.strategy.lr_scheduler_configs = run.strategy.lr_scheduler_configs, []
     try:
-        try_run(run, [recorder], max_steps=num_training, limit_val_batches=0)
+        search = try_run(run, [recorder], max_steps=num_training, limit_val_batches=0)
     finally:
         run.strategy.lr_scheduler_configs = schedulers
+    if search.global_step == 0:
+        raise MisconfigurationException(
+            "lr_find needs a module that trains, received one that made no optimizer step in a whole epoch. Return the loss "
+            "from training_step, or step the optimizer there."
+        )
     return finder

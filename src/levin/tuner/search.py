@@ -29,18 +29,20 @@ def try_run(run: Run, callbacks: list[Callback], max_steps: int = -1, **settings
     Args:
         run: A run that is set up: one in which the hooks are called.
         callbacks: What watches the search.
-        max_steps: Optimizer steps, where the method is ``fit``; epochs follow each other until they are done.
+        max_steps: Optimizer steps, where the method is ``fit``; epochs follow each other until they are done, or until
+            one makes no step.
         settings: Settings that are others in the search.
 
     Returns:
         The search, as it ended.
     """
     trainer: Any = run.trainer
+    callbacks = [*callbacks, _EndsWithoutSteps()]
     shown = {name: getattr(trainer, name) for name in ("loops", "settings", "callbacks", "loggers")}
     stage, should_stop = run.state.stage, run.told.should_stop
     search = Run(
         run.trainer, replace(run.settings, num_sanity_val_steps=0, **settings), run.engine, run.profiler, callbacks, [],
-        Loops(FitLoop(0, -1, None, max_steps)), run.state, run.told, run.module, run.datamodule, _unloaded(run.loaders),
+        Loops(FitLoop(None, -1, None, max_steps)), run.state, run.told, run.module, run.datamodule, _unloaded(run.loaders),
         keeps_predictions=False,
     )  # fmt: skip
     with isolate_rng(), unchanged(run.module), _unchanged_optimizers(run):
@@ -57,6 +59,17 @@ def try_run(run: Run, callbacks: list[Callback], max_steps: int = -1, **settings
             run.state.stage, run.told.should_stop = stage, should_stop
             run.take_logs()
     return search
+
+
+class _EndsWithoutSteps(Callback):
+    """Ends a search after an epoch without a step: a module may skip all batches, or leave its optimizer alone."""
+
+    _num_steps: int = 0
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: object) -> None:
+        if trainer.global_step == self._num_steps:
+            trainer.should_stop = True
+        self._num_steps = trainer.global_step
 
 
 @contextmanager
