@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,41 +22,83 @@ def fit(folder, callback, module, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "values", "epochs", "reason"),
+    ("arguments", "values", "epochs", "reason", "told"),
     [
-        ({}, (3.0, 1.0, 2.0, 2.0, 2.0), 5, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({"patience": 0}, (1.0, 1.0), 2, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({"min_delta": 0.5}, (5.0, 4.6, 4.3, 4.0), 6, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({"mode": "max"}, (1.0, 2.0, 1.5), 5, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({}, (3.0, nan), 2, EarlyStoppingReason.NON_FINITE_METRIC),
-        ({"check_finite": False}, (3.0, nan), 4, EarlyStoppingReason.PATIENCE_EXHAUSTED),
-        ({"stopping_threshold": 1.5}, (3.0, 1.5, 1.4), 3, EarlyStoppingReason.STOPPING_THRESHOLD),
-        ({"divergence_threshold": 5.0}, (3.0, 5.0, 5.1), 3, EarlyStoppingReason.DIVERGENCE_THRESHOLD),
-        ({"mode": "max", "divergence_threshold": 2.0}, (3.0, 1.9), 2, EarlyStoppingReason.DIVERGENCE_THRESHOLD),
-        ({}, (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0), 8, EarlyStoppingReason.NOT_STOPPED),
+        (
+            {},
+            (3.0, 1.0, 2.0, 2.0, 2.0),
+            5,
+            "PATIENCE_EXHAUSTED",
+            "not improve in the last 3 records. Best score: 1.000.",
+        ),
+        ({"patience": 0}, (1.0, 1.0), 2, "PATIENCE_EXHAUSTED", "not improve in the last 1 records. Best score: 1.000."),
+        ({"min_delta": 0.5}, (5.0, 4.6, 4.3, 4.0), 6, "PATIENCE_EXHAUSTED", "the last 3 records. Best score: 4.300."),
+        ({"mode": "max"}, (1.0, 2.0, 1.5), 5, "PATIENCE_EXHAUSTED", "the last 3 records. Best score: 2.000."),
+        ({}, (3.0, nan), 2, "NON_FINITE_METRIC", "val = nan is not finite. Previous best value was 3.000."),
+        ({"check_finite": False}, (3.0, nan), 4, "PATIENCE_EXHAUSTED", "the last 3 records. Best score: 3.000."),
+        ({"stopping_threshold": 1.5}, (3.0, 1.5, 1.25), 3, "STOPPING_THRESHOLD", "reached: val = 1.25 < 1.5."),
+        ({"divergence_threshold": 5.0}, (3.0, 5.0, 5.5), 3, "DIVERGENCE_THRESHOLD", "reached: val = 5.5 > 5.0."),
+        ({"mode": "max", "stopping_threshold": 2.0}, (1.0, 2.5), 2, "STOPPING_THRESHOLD", "reached: val = 2.5 > 2.0."),
+        ({"mode": "max", "divergence_threshold": 2.0}, (3.0, 1.5), 2, "DIVERGENCE_THRESHOLD", "val = 1.5 < 2.0."),
+        ({}, (8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0), 8, "NOT_STOPPED", None),
     ],
 )
-def test_training_stops_for_a_reason(tmp_path, arguments, values, epochs, reason):
+def test_training_stops_for_a_reason(tmp_path, caplog, arguments, values, epochs, reason, told):
+    reason = EarlyStoppingReason[reason]
     callback = EarlyStopping("val", **arguments)
-    run = fit(tmp_path, callback, Small(values))
+    with caplog.at_level(logging.INFO, logger="levin"):
+        run = fit(tmp_path, callback, Small(values))
+    assert not [text for text in caplog.messages if "val" in text], "it was not asked to say anything"
     assert run.current_epoch == epochs
     assert callback.stopping_reason == reason
     assert callback.stopped_epoch == (epochs - 1 if reason != EarlyStoppingReason.NOT_STOPPED else 0)
-    assert (callback.stopping_reason_message is None) == (reason == EarlyStoppingReason.NOT_STOPPED)
+    if told is None:
+        assert callback.stopping_reason_message is None
+    else:
+        assert callback.stopping_reason_message.endswith(f"{told} Signaling Trainer to stop.")
 
 
 @pytest.mark.parametrize(
-    ("flags", "epochs"),
+    ("at_epoch_end", "flags", "epochs"),
     [
-        ({"val_check_interval": 1}, 4),
-        ({"check_val_every_n_epoch": 2}, 8),
-        ({"num_sanity_val_steps": 2}, 4),
-        ({"min_epochs": 6}, 6),
-        ({"fast_dev_run": 2}, 1),
+        (None, {"val_check_interval": 0.5}, 2),
+        (True, {"val_check_interval": 0.5}, 4),
+        (None, {"check_val_every_n_epoch": 2}, 8),
+        (None, {"num_sanity_val_steps": 2}, 4),
+        (None, {"min_epochs": 6}, 6),
+        (None, {"fast_dev_run": 2}, 1),
     ],
 )
-def test_looks_are_counted_not_epochs(tmp_path, flags, epochs):
-    assert fit(tmp_path, EarlyStopping("val"), Small((1.0,)), **flags).current_epoch == epochs
+def test_looks_are_counted_not_epochs(tmp_path, at_epoch_end, flags, epochs):
+    callback = EarlyStopping("val", check_on_train_epoch_end=at_epoch_end)
+    assert fit(tmp_path, callback, Small((1.0,)), **flags).current_epoch == epochs
+
+
+def test_nothing_is_watched_outside_of_fit(tmp_path):
+    callback = EarlyStopping("typo")
+    trainer(tmp_path, [callback]).validate(Small(), loader(2), verbose=False)
+    assert callback.wait_count == 0
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "rank_zero_only", "told"),
+    [
+        (0, 1, False, ["Metric val improved. New best score: 1.000"]),
+        (1, 2, False, ["[rank: 1] Metric val improved. New best score: 1.000"]),
+        (0, 2, True, ["[rank: 0] Metric val improved. New best score: 1.000"]),
+        (1, 2, True, []),
+    ],
+)
+def test_ranks_say_what_they_see(caplog, rank, world_size, rank_zero_only, told):
+    run = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), sanity_checking=False, fast_dev_run=0, enable_validation=False,
+        callback_metrics={"val": torch.tensor(1.0)}, global_rank=rank, world_size=world_size, is_global_zero=rank == 0,
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision),
+    )  # fmt: skip
+    callback = EarlyStopping("val", verbose=True, log_rank_zero_only=rank_zero_only)
+    with caplog.at_level(logging.INFO, logger="levin"):
+        callback.on_train_epoch_end(run, None)
+    assert caplog.messages == told
 
 
 def test_several_validations_in_an_epoch_count_each(tmp_path):

@@ -432,10 +432,13 @@ def test_two_callbacks_keep_their_states_apart(tmp_path):
 
 
 def test_the_scores_can_be_written_as_yaml(tmp_path):
-    callback = ModelCheckpoint(tmp_path)
+    callback = ModelCheckpoint(tmp_path / "files")
     callback.best_k_models = {"/a": torch.tensor(1.0), "/b": torch.tensor(2.0)}
-    callback.to_yaml()
-    assert (tmp_path / "best_k_models.yaml").read_text() == "/a: 1.0\n/b: 2.0\n"
+    (tmp_path / "files").mkdir()
+    for path in (None, tmp_path / "other.yaml"):
+        callback.to_yaml(path)
+        assert (path or tmp_path / "files" / "best_k_models.yaml").read_text() == "/a: 1.0\n/b: 2.0\n"
+    assert sorted(names(tmp_path)) == ["files/best_k_models.yaml", "other.yaml"]
 
 
 def test_it_runs_after_the_other_callbacks(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -40,8 +41,10 @@ def outcome(framework, tmp_path, options, method="l1_unstructured"):
     if callable(method) and not isinstance(method, type):
         method = method()
     try:
-        callback = framework.module.callbacks.ModelPruning(method, **options)
         model = small(framework.module)
+        if "parameters_to_prune" in options:
+            options = {**options, "parameters_to_prune": options["parameters_to_prune"](model)}
+        callback = framework.module.callbacks.ModelPruning(method, **options)
         trainer = both.quiet(
             framework, tmp_path / framework.name, max_epochs=3, callbacks=[callback], enable_checkpointing=True,
             num_sanity_val_steps=1, logger=False,
@@ -77,6 +80,7 @@ OPTIONS = {
     "bad name": {"parameter_names": ["weights"]},
     "bad verbose": {"verbose": 3},
     "never": {"apply_pruning": False},
+    "chosen": {"parameters_to_prune": lambda model: [(model.net[0], "weight"), (model.net[2], "bias")], "amount": 0.3},
 }
 
 
@@ -123,11 +127,20 @@ def fit(callback, tmp_path, model=None, **options):
 def test_what_is_pruned_is_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "levin"):
         model, _ = fit([ModelPruning("l1_unstructured", verbose=2)], tmp_path)
-    assert "Applied `L1Unstructured`. Pruned: 0/66 (0.00%) -> 33/66 (50.00%)" in caplog.text
-    assert (
-        "Applied `L1Unstructured` to `Linear(in_features=32, out_features=2, bias=True).weight` with amount=0.5."
-        in caplog.text
-    )
+    counts = [int((value == 0).sum()) for value in model.state_dict().values()]
+    of_first = [text for text in caplog.messages if text.startswith("Applied")][:3]
+    layer = "`Linear(in_features=32, out_features=2, bias=True)"
+    assert of_first[0] == "Applied `L1Unstructured`. Pruned: 0/66 (0.00%) -> 33/66 (50.00%)"
+    told = [re.fullmatch(r"(.*Pruned: 0 \(0.00%\) -> )(\d+) \((\d+\.\d\d)%\)", text) for text in of_first[1:]]
+    names = [
+        f"Applied `L1Unstructured` to {layer}.{name}` with amount=0.5. Pruned: 0 (0.00%) -> "
+        for name in ("weight", "bias")
+    ]
+    assert [match[1] for match in told] == names
+    assert sum(int(match[2]) for match in told) == 33
+    assert [match[3] for match in told] == [f"{100 * int(match[2]) / size:.2f}" for match, size in zip(told, (64, 2))]
+    last = [text for text in caplog.messages if text.startswith("Applied")][4:]
+    assert [f" -> {count} (" in text for count, text in zip(counts, last, strict=True)] == [True, True]
     zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
     assert zeros == 49 and [name for name, _ in model.named_parameters()] == ["layer.weight", "layer.bias"]
 
@@ -188,6 +201,7 @@ def test_parameters_that_are_not_there(tmp_path):
         ([(model.layer, "nope")], "missing parameters: \\['nope'\\]"),
         ([(torch.nn.Linear(1, 1), "weight")], "missing modules"),
         ([model.layer], "pairs of a module"),
+        ([(model.layer, "weight", 1)], "pairs of a module"),
     ):
         with pytest.raises(ValueError, match=said):
             fit([ModelPruning("l1_unstructured", parameters_to_prune=given)], tmp_path, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import warnings
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
+import levin.callbacks as levin_callbacks
 from tests.parity import both
 
 nan = math.nan
@@ -457,3 +459,24 @@ def test_a_class_that_comes_after_the_callback_is_initialized_too(name):
             pass
 
         assert Both(*ARGUMENTS[name]).is_ready
+
+
+def defaults(kind: type, name: str) -> dict[str, Any]:
+    parameters = inspect.signature(getattr(kind, name)).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
+@pytest.mark.parametrize("name", sorted({name for name in levin_callbacks.__all__ if name[0].isupper()}))
+def test_defaults_are_the_same(name):
+    import lightning.pytorch.callbacks.spike as spike
+
+    ours, theirs = getattr(levin_callbacks, name), callbacks_of(both.lightning())
+    theirs = getattr(theirs, name, getattr(spike, name, None))
+    if theirs is None:
+        pytest.skip(f"Lightning has no {name} among its callbacks")
+    for method in sorted(vars(theirs).keys() & set(dir(ours))):
+        if method != "__init__" and (method.startswith("_") or not callable(getattr(theirs, method))):
+            continue
+        mine, other = defaults(ours, method), defaults(theirs, method)
+        shared = [key for key in mine if key in other and key not in ("theme", "lambda_func")]
+        assert [(method, key, mine[key]) for key in shared] == [(method, key, other[key]) for key in shared]

@@ -304,7 +304,7 @@ FINETUNING: dict[str, Any] = {
     "base": thawing,
     "backbone": lambda f: callbacks_of(f).BackboneFinetuning(1),
     "backbone, slow": lambda f: callbacks_of(f).BackboneFinetuning(
-        1, lambda epoch: 1.2, 0.5, should_align=False, verbose=True
+        1, lambda epoch: 1.0 + 0.1 * epoch, 0.5, should_align=False, verbose=True
     ),
     "backbone, fast": lambda f: callbacks_of(f).BackboneFinetuning(1, lambda epoch: 20.0),
     "backbone, own rate": lambda f: callbacks_of(f).BackboneFinetuning(2, backbone_initial_lr=0.03, rounding=3),
@@ -348,16 +348,30 @@ def test_finetuning_goes_on_after_a_resume(tmp_path, kind, at):
 def test_the_tools_of_finetuning(tmp_path):
     def run(framework, folder):
         tools = callbacks_of(framework).BaseFinetuning
+
+        class Scaled(torch.nn.Module):
+            """Has a parameter of its own beside its children."""
+
+            def __init__(self, *children):
+                super().__init__()
+                self.inner = torch.nn.ModuleList(children)
+                self.scale = torch.nn.Parameter(torch.ones(()))
+
         model = torch.nn.Sequential(
-            torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+            torch.nn.Linear(2, 2), Scaled(torch.nn.BatchNorm1d(2), torch.nn.ReLU(), torch.nn.Linear(2, 1))
         )
         found = [[type(part).__name__ for part in tools.flatten_modules(model)]]
-        tools.freeze(model, train_bn=True)
+        found.append([(p.requires_grad) for p in model.parameters()])
+        tools.freeze(model)
+        found.append(len(list(tools.filter_params(model))))
+        found.append(len(list(tools.filter_params(model, train_bn=False))))
         found.append([(p.requires_grad) for p in model.parameters()])
         tools.freeze([model[0], model[1]], train_bn=False)
         found.append([(p.requires_grad) for p in model.parameters()])
         found.append([m.track_running_stats for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)])
         tools.make_trainable(model[1])
+        found.append([m.track_running_stats for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)])
+        found.append(len(list(tools.filter_params(model))))
         found.append([(p.requires_grad) for p in model.parameters()])
         found.append(len(list(tools.filter_params(model, train_bn=False, requires_grad=True))))
         found.append(len(list(tools.filter_params(model, train_bn=True, requires_grad=False))))
@@ -366,6 +380,9 @@ def test_the_tools_of_finetuning(tmp_path):
         optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.5)
         tools.unfreeze_and_add_param_group(model[0], optimizer)
         tools.unfreeze_and_add_param_group(model[1], optimizer, lr=0.3, initial_denom_lr=3, train_bn=False)
+        found.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
+        optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.5)
+        tools.unfreeze_and_add_param_group([[model[0]], model[1]], optimizer)
         found.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
         return found
 

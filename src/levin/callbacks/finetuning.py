@@ -104,7 +104,7 @@ class BaseFinetuning(Callback):
         for module in BaseFinetuning.flatten_modules(modules):
             if isinstance(module, _BatchNorm):
                 module.track_running_stats = True
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():
                 parameter.requires_grad = True
 
     @staticmethod
