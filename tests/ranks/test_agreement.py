@@ -14,7 +14,10 @@ from levin import Callback, Trainer
 from levin.callbacks import ModelCheckpoint, Timer
 from levin.checkpoint import AsyncCheckpointIO, TorchCheckpointIO
 from levin.ranks import agreement
-from levin.ranks.agreement import Agreement
+from levin.ranks.agreement import Agreement, agreed_value
+from levin.ranks.clock import AgreedClock
+from levin.ranks.location import locate
+from levin.strategies import DDPStrategy
 from levin.strategies.collectives import num_collectives
 from levin.utilities.exceptions import SIGTERMException
 from tests.distributed import world_size
@@ -195,6 +198,99 @@ def test_no_step_waits_for_an_exchange_that_has_just_begun(monkeypatch):
     assert not failures
     with pytest.raises(OSError, match="no space left"):
         own.maybe_sync()
+
+
+def test_what_another_rank_was_told_is_heard_and_kept():
+    told = SimpleNamespace(should_stop=False, received_sigterm=False)
+    others, compared = [0.0, 0.0, 0.0, 0.0, 3.0, 4.0], []
+    alike = SimpleNamespace(numbers=lambda: [1.0, 2.0], compare=lambda *shown: compared.append(shown))
+    own = Agreement(told, lambda numbers: lambda: [numbers, others], lambda: None, alike)
+    own.sync()
+    assert (own.should_stop, own.received_sigterm, told.should_stop) == (False, False, False)
+    assert compared == [((1.0, 3.0), (2.0, 4.0))]
+    others[:2] = 1.0, 1.0
+    own.sync()
+    # A signal is that of one process: the others do what it asks for without having received it.
+    assert (own.should_stop, own.received_sigterm) == (True, True)
+    assert (told.should_stop, told.received_sigterm) == (True, False)
+    others[:3], told.should_stop = (0.0, 0.0, 1.0), False
+    with pytest.raises(RuntimeError, match="Saving in the background failed on rank 1, which tells why"):
+        own.sync()
+    assert (own.should_stop, own.received_sigterm) == (False, True)
+    assert len(compared) == 2
+
+
+@pytest.mark.parametrize(("seconds", "before", "calls"), [(0.5, 9, 2), (0.501, 9, 1), (0.0, 100, 200), (0.25, 1, 2)])
+def test_the_distance_of_exchanges_follows_the_time_of_a_call_and_doubles_at_most(seconds, before, calls):
+    assert agreement.calls_until_sync(seconds, before) == calls
+
+
+def test_a_value_that_steers_all_ranks_is_their_mean_where_they_differ():
+    rows, strategy = [], DDPStrategy()
+    strategy.control = SimpleNamespace(exchange=lambda own, what: asked.append((own, what)) or rows)
+    run, asked = SimpleNamespace(agreement=object(), strategy=strategy, unequal_values=set()), []
+    value, nan = torch.tensor(2.0, dtype=torch.float64), float("nan")
+    for rows[:], own in (([[1, 2.0], [1, 2.0]], value), ([[1, nan], [1, nan]], nan), ([[0, 0.0], [0, 0.0]], None)):
+        assert agreed_value(run, "loss", own) is own
+    assert asked == [([1.0, 2.0], "loss"), ([1.0, pytest.approx(nan, nan_ok=True)], "loss"), ([0.0, 0.0], "loss")]
+    rows[:] = [1, 2.0], [1, 5.0], [1, 5.0]
+    with pytest.warns(UserWarning) as caught:
+        found = [agreed_value(run, "loss", value), agreed_value(run, "loss", value)]
+    assert found == [4.0, 4.0] and found[0].dtype == torch.float64
+    assert [str(warning.message) for warning in caught] == [
+        "'loss' is not the same on all ranks, received [2.0, 5.0, 5.0]. Their mean 4.0 is used, so that all ranks do the same. "
+        "Log it with self.log('loss', ..., sync_dist=True)."
+    ]
+    # One that has none takes that of the others.
+    rows[:] = [0, 0.0], [1, 3.0]
+    with pytest.warns(UserWarning, match=r"'other' is not the same on all ranks, received \[3.0\]"):
+        assert agreed_value(run, "other", None) == 3.0
+    assert run.unequal_values == {"loss", "other"}
+    run.agreement = None
+    assert agreed_value(run, "loss", value) is value
+
+
+def test_a_clock_goes_off_by_the_time_that_ranks_agreed_on(monkeypatch):
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    trainer = SimpleNamespace(run=None)
+    clock = AgreedClock(5.0, trainer)
+    assert not clock.is_due(trainer)
+    trainer.run = SimpleNamespace(now_s=104.9)
+    assert not clock.is_due(trainer)
+    trainer.run.now_s = 105.0
+    assert clock.is_due(trainer)
+    clock.restart(trainer)
+    trainer.run.now_s = 109.0
+    assert not clock.is_due(trainer)
+
+
+@pytest.mark.parametrize(
+    ("fn", "stage", "hook", "expected"),
+    [
+        ("fit", None, "training_step", (0, "the end of the run")),
+        ("fit", "train", None, (7, "training batch 3, epoch 2, step 9")),
+        ("fit", "train", "training_step", (7, "training_step of training batch 3, epoch 2, step 9")),
+        ("fit", "validate", None, (7, "validate batch 4, step 9")),
+        ("validate", "validate", None, (11, "validate batch 0")),
+        ("test", "test", "test_step", (12, "test_step of test batch 1")),
+        ("predict", "predict", None, (13, "predict batch 2")),
+    ],
+)
+def test_where_a_run_is_is_told_in_words(fn, stage, hook, expected):
+    def loop(completed, ready):
+        progress = SimpleNamespace(total=SimpleNamespace(completed=completed), current=SimpleNamespace(ready=ready))
+        return SimpleNamespace(batch_progress=progress)
+
+    training = loop(7, 4)
+    training.val_loop, training.global_step, training.batch_idx = loop(20, 5), 9, 3
+    loops = {"validate": loop(11, 0), "test": loop(12, 2), "predict": loop(13, 3)}
+    run = SimpleNamespace(
+        fn=fn, state=SimpleNamespace(stage=stage), store=SimpleNamespace(hook=hook), current_epoch=2,
+        loops=SimpleNamespace(fit=SimpleNamespace(epoch_loop=training), **loops),
+    )  # fmt: skip
+    assert locate(run) == expected
+    training.batch_idx = -1
+    assert fn != "fit" or stage != "train" or "training batch 0, epoch 2" in locate(run).text
 
 
 class Broken(TorchCheckpointIO):

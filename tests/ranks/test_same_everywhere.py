@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from levin import Trainer
-from levin.ranks.same_everywhere import fingerprint
-from levin.strategies import DDPStrategy
+from levin.ranks.same_everywhere import AlikeCheck, check_logged_name, check_logged_names, fingerprint
+from levin.strategies import DDPStrategy, SingleDeviceStrategy
 from levin.utilities.warnings import PossibleUserWarning
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, Small
@@ -130,3 +131,107 @@ def test_the_smallest_difference_shows(dtype):
     bits.view(-1)[3] += 1
     assert fingerprint([value, value]) != fingerprint([value, other])
     assert fingerprint([other, value]) != fingerprint([value, other])
+
+
+def test_what_must_be_alike_is_shown_as_numbers_and_told_once():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    copies = [parameter]
+    run = SimpleNamespace(
+        fn="fit", global_step=0, module=None, optimizers=[optimizer], agreement=None,
+        store=SimpleNamespace(order=SimpleNamespace(number=5)),
+        strategy=SimpleNamespace(copied_parameters=lambda module: copies),
+    )  # fmt: skip
+    alike = AlikeCheck(run)
+    before = alike.numbers()
+    assert before[0] == 0.0 and before[2] == 5
+    run.global_step = 1
+    shown = alike.numbers()
+    assert shown[0] == fingerprint(copies) != 0.0
+    # The number of parameters is compared where each process has all of them.
+    assert shown[1] != before[1]
+    assert alike.numbers() == [0.0, shown[1], 5]
+    optimizer.param_groups[0]["lr"] = 0.2
+    changed = alike.numbers()[1]
+    assert changed != shown[1]
+    for lr in (0.3, 0.4):
+        optimizer.param_groups[0]["lr"] = torch.tensor(lr)
+        assert alike.numbers()[1] != changed
+    tensors = alike.numbers()[1]
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
+    assert alike.numbers()[1] == tensors
+    copies.clear()
+    assert AlikeCheck(run).numbers()[0] == fingerprint([]) == 0.0
+    run.fn, copies[:] = "validate", [parameter]
+    assert AlikeCheck(run).numbers()[0] == 0.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        alike.compare([1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [3.0, 3.0, 3.0])
+        for _ in range(2):
+            alike.compare([1.0, 2.0, 1.0], [2.0, 2.0, 4.0], [3.0, 4.0, 3.0])
+    drift = (
+        "After the first step the weights differ: those of ranks 0, 2, those of rank 1. The gradients were not averaged over the "
+        "ranks, or something steps or draws differently on each. If this is intended, leave it so; otherwise look for no_sync, for "
+        "backward passes outside of manual_backward, and for weights that are made anew during training."
+    )
+    rates = (
+        "The optimizers differ in learning rates or parameters: those of ranks 0, 1, those of rank 2. With these the weights drift "
+        "apart. Decide by what is the same on all ranks, as values that were logged with sync_dist=True."
+    )
+    # Weights are shown once, and so they are told.
+    assert [(str(each.message), each.category) for each in caught] == [
+        (text, PossibleUserWarning) for text in (drift, rates, drift)
+    ]
+
+
+def logged(*ways, numbers=None, steps=()):
+    """Compare what ranks have logged, the ways of each as a dict, and return the message, or what was put first."""
+    strategy = DDPStrategy()
+    numbers = numbers or [0] * len(ways)
+    steps = steps or [[]] * len(ways)
+    strategy.control = SimpleNamespace(exchange_objects=lambda own, what: list(zip(ways, numbers, steps, strict=True)))
+    first = []
+    store = SimpleNamespace(
+        collective_keys=dict, order=SimpleNamespace(number=0), names_in_steps=list, put_first=first.append
+    )
+    try:
+        check_logged_names(SimpleNamespace(agreement=object(), strategy=strategy, store=store))
+    except RuntimeError as error:
+        return str(error)
+    return first
+
+
+def test_logged_names_that_differ_are_told_by_hook_and_rank():
+    loss, other = ("training_step", "loss", 0), ("on_train_epoch_end", "a", None)
+    assert logged({loss: "mean"}, {loss: "mean"}) == [{loss: "mean"}]
+    assert logged({loss: "mean"}, {loss: "mean", other: "sum"}, {}) == (
+        "self.log('a', ...), which is reduced over all ranks, was called in on_train_epoch_end on rank 1 and not on ranks 0, 2. "
+        "Call it on all ranks in every epoch, or with sync_dist=False."
+    )
+    assert logged({loss: "mean"}, {loss: "sum"}, {loss: "mean"}) == (
+        "self.log('loss', ...), which is reduced over all ranks, was called in training_step on all ranks, with mean on ranks 0, 2 "
+        "and sum on rank 1. Log the same on all ranks."
+    )
+    assert logged({}, {}, {}, numbers=[1, 2, 1], steps=[["a", "b", "a"], ["b", "a"], []]) == (
+        "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which was not the same on all ranks, "
+        "so that values of several names were mixed. Logged were 'a', 'b' on rank 0 and 'b', 'a' on rank 1 and nothing on rank 2. "
+        "Log the same names in the same order on all ranks, or with on_step=False."
+    )
+
+
+def test_a_name_that_is_logged_in_a_step_is_compared_before_it_is_reduced():
+    asked, strategy = [], DDPStrategy()
+    found = ["'a' in training_step"] * 2
+    strategy.control = SimpleNamespace(exchange_objects=lambda own, what: asked.append((own, what)) or found)
+    check_logged_name(strategy, "training_step", "a")
+    assert asked == [("'a' in training_step", "values of steps")]
+    found[1] = "'b' in training_step"
+    with pytest.raises(RuntimeError) as told:
+        check_logged_name(strategy, "training_step", "a")
+    assert str(told.value) == (
+        "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which is not the same on all ranks, "
+        "received 'a' in training_step on rank 0 and 'b' in training_step on rank 1. Log the same names in the same order on all "
+        "ranks, or with on_step=False."
+    )
+    check_logged_name(SingleDeviceStrategy("cpu"), "training_step", "a")
+    assert len(asked) == 2

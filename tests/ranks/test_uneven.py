@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from levin import Callback, LightningModule, Trainer
+from levin.ranks.uneven import Uneven
 from levin.strategies import DDPStrategy
 from tests.distributed import world_size
 from tests.strategies.small import QUIET
@@ -215,6 +217,38 @@ def test_different_numbers_are_an_error_on_all_ranks_where_that_is_asked_for():
 def test_an_unknown_rule_fails_in_the_constructor():
     with pytest.raises(ValueError, match="uneven must be one of 'longest', 'shortest', 'error', received 'stop'"):
         DDPStrategy(uneven="stop")
+
+
+def test_a_filler_counts_for_nothing_and_leaves_metrics_as_they_were():
+    module = Net()
+    store = SimpleNamespace(is_filler=None)
+    uneven = Uneven(SimpleNamespace(store=store, module=module), size=4)
+    module.mean.update(2.0)
+    module.seen.update(torch.ones(1))
+    assert module.mean.compute() == 2.0
+    assert uneven.share == 1.0
+    with uneven(True, 3):
+        assert (uneven.share, uneven.is_filler, store.is_filler, uneven.num_lacking) == (0.0, True, True, 1)
+        module.mean.update(100.0)
+        module.seen.update(torch.zeros(5))
+        uneven.forget_filler()
+        assert module.mean.compute() == 2.0 and module.seen.compute() == 1.0
+        # What follows in the same step counts.
+        module.mean.update(4.0)
+    assert (uneven.is_filler, store.is_filler, uneven.num_lacking) == (False, None, 0)
+    assert module.mean.compute() == 3.0
+    with uneven(False, 1):
+        assert (uneven.share, store.is_filler) == (4.0, False)
+        module.mean.update(6.0)
+        assert module.mean.compute() == 4.0
+        # What the others put in is forgotten with the step.
+        module.mean._computed = torch.tensor(99.0)
+    assert module.mean.compute() == 4.0
+    # Without batches nothing was ever seen, which is no reason to warn.
+    module.mean.reset()
+    with uneven(True, 3):
+        module.mean.update(100.0)
+    assert module.mean.update_called and module.mean.weight == 0
 
 
 class Judge(LightningModule):
