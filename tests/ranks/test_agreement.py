@@ -205,6 +205,7 @@ def test_what_another_rank_was_told_is_heard_and_kept():
     others, compared = [0.0, 0.0, 0.0, 0.0, 3.0, 4.0], []
     alike = SimpleNamespace(numbers=lambda: [1.0, 2.0], compare=lambda *shown: compared.append(shown))
     own = Agreement(told, lambda numbers: lambda: [numbers, others], lambda: None, alike)
+    assert (own.should_stop, own.received_sigterm, own.time_s) == (False, False, 0.0)
     own.sync()
     assert (own.should_stop, own.received_sigterm, told.should_stop) == (False, False, False)
     assert compared == [((1.0, 3.0), (2.0, 4.0))]
