@@ -240,10 +240,20 @@ def test_the_lines_are_what_an_evaluation_calls(fn, data, tmp_path):
         compare(trainer, model, fn=fn, **({"dataloaders": several} if is_given else {"datamodule": datamodule}))
 
 
-@pytest.mark.parametrize("fn", ["fit", "validate", "test", "predict"])
-def test_the_lines_where_everybody_has_all_hooks(fn, tmp_path):
+@pytest.mark.parametrize(
+    ("fn", "options"),
+    [
+        ("fit", {"max_steps": 5, "val_check_interval": 2, "reload_dataloaders_every_n_epochs": 2}),
+        ("fit", {"num_sanity_val_steps": 0}), ("fit", {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}),
+        ("validate", {}), ("test", {}), ("predict", {}),
+    ],
+)  # fmt: skip
+def test_the_lines_where_everybody_has_all_hooks(fn, options, tmp_path):
     callbacks = [written(Callback, CALLBACK_HOOKS)(), written(Callback, CALLBACK_HOOKS)()]
-    trainer = trainer_of(tmp_path, max_epochs=2, callbacks=callbacks, logger=Log(tmp_path), enable_checkpointing=False)
+    trainer = trainer_of(
+        tmp_path, max_epochs=3, callbacks=callbacks, logger=Log(tmp_path), enable_checkpointing=False,
+        accumulate_grad_batches=2, log_every_n_steps=2, **options,
+    )  # fmt: skip
     schedulers = [(interval, 1, is_plateau) for interval in ("step", "epoch") for is_plateau in (False, True)]
     with mock.patch("warnings.warn"):
         compare(trainer, written(Net, MODULE_HOOKS, schedulers=schedulers)(), written(Data, DATA_HOOKS)(3, 2), fn)
@@ -352,6 +362,25 @@ def test_nothing_is_left_of_it(tmp_path):
         return [parameter.detach().clone() for parameter in model.parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True)))
+
+
+@pytest.mark.parametrize(("fn", "loaders"), [("fit", ["train", "val"]), ("validate", ["val"])])
+def test_the_hooks_of_set_up_run_and_no_others(fn, loaders, tmp_path):
+    owners = [written(Net, MODULE_HOOKS)(), written(Data, DATA_HOOKS)(3, 2), written(Callback, CALLBACK_HOOKS)()]
+    codes = {
+        method.__code__
+        for owner in owners
+        for kind in type(owner).__mro__ if not kind.__module__.startswith(("levin", "torch"))
+        for name, method in vars(kind).items() if inspect.isfunction(method) and not name.startswith("__")
+    }  # fmt: skip
+    trainer = trainer_of(tmp_path, max_epochs=1, callbacks=owners[2:], enable_checkpointing=False)
+    with mock.patch("warnings.warn"):
+        seen = traced(lambda: trainer.explain(owners[0], owners[1], fn=fn), codes)
+    assert [code.co_name for code in seen] == [
+        "prepare_data", "prepare_data", "setup", "setup", "setup", "configure_model",
+        *(["configure_optimizers"] if fn == "fit" else []), *(f"{name}_dataloader" for name in loaders),
+        "teardown", "teardown",
+    ]  # fmt: skip
 
 
 def test_a_trainer_that_has_trained_keeps_its_run(tmp_path):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
+from torch.utils.data import DataLoader
 
-from levin.callbacks import EarlyStopping
-from levin.demos.boring_classes import BoringModel
+from levin.callbacks import Callback, EarlyStopping
+from levin.demos.boring_classes import BoringModel, RandomDataset
 from levin.explain import explained_run, rules
 from levin.loggers import CSVLogger
+from levin.strategies import SingleDeviceStrategy
 from tests.explain.test_explain import Data, Net, trainer_of
 
 
@@ -74,9 +77,35 @@ class Own(Net):
         scheduler.step()
 
 
+class Plain(Small):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def on_fit_end(self):
+        """Overridden."""
+
+
+class StatefulData(Data):
+    def state_dict(self):
+        return {"place": 1}
+
+
+class Adds(Callback):
+    def state_dict(self):
+        return {"some": 1}
+
+    def on_save_checkpoint(self, trainer, module, checkpoint):
+        """Overridden."""
+
+
+class Stepping(SingleDeviceStrategy):
+    def optimizer_step(self, *args, **kwargs):
+        return super().optimizer_step(*args, **kwargs)
+
+
 def lines_of(text):
-    """The lines before those that are not called, without the places and what a callback was made with."""
-    return re.sub(r"  +\S+:\d+$|\{'.*?\}", "", text.partition("\n\nnot called")[0], flags=re.MULTILINE).splitlines()
+    """The lines without the places and what a callback was made with."""
+    return re.sub(r"  +\S+:\d+$|\{'.*?\}", "", text, flags=re.MULTILINE).splitlines()
 
 
 FITS = {
@@ -160,6 +189,13 @@ a checkpoint holds:
     levin: random states of every rank, the place in the data, sums of self.log, an open accumulation window
     what Small.on_save_checkpoint adds
     written by ModelCheckpoint
+
+not called, since nobody overrides them:
+    on_fit_start, on_fit_end, on_sanity_check_start, on_sanity_check_end, on_train_epoch_start,
+    on_train_batch_start, on_validation_start, on_validation_epoch_start, on_validation_epoch_end,
+    on_validation_batch_start, on_validation_batch_end, on_before_zero_grad, on_before_backward,
+    on_after_backward, on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer,
+    optimizer_step, optimizer_zero_grad, configure_gradient_clipping, backward, lr_scheduler_step
 """,
     Manual: """
 fit of Manual
@@ -197,6 +233,14 @@ a checkpoint holds:
     loops, epoch, global_step: the counters
     levin: random states of every rank, the place in the data, sums of self.log, an open accumulation window
     written by nobody: no callback saves checkpoints
+
+not called, since nobody overrides them:
+    on_fit_start, on_fit_end, on_sanity_check_start, on_sanity_check_end, on_train_start,
+    on_train_end, on_train_epoch_start, on_train_epoch_end, on_train_batch_start,
+    on_validation_start, on_validation_end, on_validation_epoch_start, on_validation_epoch_end,
+    on_validation_batch_start, on_validation_batch_end, on_before_zero_grad, on_before_backward,
+    on_after_backward, on_before_optimizer_step, on_before_batch_transfer, on_after_batch_transfer,
+    optimizer_step, optimizer_zero_grad, configure_gradient_clipping, backward, lr_scheduler_step
 """,
     Own: """
 fit of Own
@@ -229,6 +273,12 @@ a checkpoint holds:
     loops, epoch, global_step: the counters
     levin: random states of every rank, the place in the data, sums of self.log, an open accumulation window
     written by nobody: no callback saves checkpoints
+
+not called, since nobody overrides them:
+    on_fit_start, on_fit_end, on_train_start, on_train_end, on_train_epoch_start,
+    on_train_epoch_end, on_train_batch_start, on_train_batch_end, on_before_zero_grad,
+    on_before_backward, on_after_backward, on_before_optimizer_step, on_before_batch_transfer,
+    transfer_batch_to_device, on_after_batch_transfer
 """,
 }
 
@@ -240,14 +290,159 @@ def test_a_fit_in_words(model, tmp_path):
     assert lines_of(text) == WORDS[model].strip().splitlines()
 
 
-class StatefulData(Data):
-    def state_dict(self):
-        return {"place": 1}
+WITH_PLACES = """
+fit of Plain  test_text.py:N
+on 1 process, cpu, Stepping, precision 32-true
+callbacks: Adds, ModelCheckpoint
+loggers: CSVLogger, CSVLogger, every 50 steps
+it begins with the checkpoint 'some.ckpt', which is not read here
+
+set-up
+    ModelCheckpoint.setup(stage)                                          levin/callbacks/model_checkpoint.py:N
+    Plain.configure_optimizers()  -> SGD                                  test_text.py:N
+StatefulData.val_dataloader()                                             test_explain.py:N
+sanity check: nothing of it is logged or counted
+    Plain.on_validation_model_eval()                                      levin/hooks.py:N
+    for batch in val_dataloaders:  # 2 batches, in torch.no_grad()
+        batch.to('cpu')
+        Plain.validation_step(batch, batch_idx)                           test_text.py:N
+            # logs 'val' of the step and over the epoch
+    ModelCheckpoint.on_validation_end()                                   levin/callbacks/model_checkpoint.py:N
+    each submodule back into its own train or eval mode
+StatefulData.train_dataloader()                                           test_explain.py:N
+ModelCheckpoint.on_train_start()                                          levin/callbacks/model_checkpoint.py:N
+for epoch in range(1):  # ends early at trainer.should_stop
+    for batch in train_dataloader:  # 600 batches
+        batch.to('cpu')
+        optimizer.step(closure):  # SGD, through Stepping.optimizer_step
+            loss = Plain.training_step(batch)                             test_text.py:N
+                # logs 'loss' of the step and over the epoch, on the progress bar
+            optimizer.zero_grad()
+            loss.backward()
+            Plain.on_before_optimizer_step(optimizer)                     test_text.py:N
+            clip_grad_norm_(parameters, 0.5)
+            the update of the parameters
+        ModelCheckpoint.on_train_batch_end(outputs, batch, batch_idx)     levin/callbacks/model_checkpoint.py:N
+        CSVLogger.log_metrics(values of the step)  # after every 50th batch  levin/loggers/csv_logs.py:N
+        CSVLogger.log_metrics(values of the step)  # after every 50th batch  levin/loggers/csv_logs.py:N
+    ModelCheckpoint.on_train_epoch_end()                                  levin/callbacks/model_checkpoint.py:N
+    CSVLogger.log_metrics(values of the epoch)                            levin/loggers/csv_logs.py:N
+    CSVLogger.log_metrics(values of the epoch)                            levin/loggers/csv_logs.py:N
+ModelCheckpoint.on_train_end()                                            levin/callbacks/model_checkpoint.py:N
+Plain.on_fit_end()                                                        test_text.py:N
+
+a checkpoint holds:
+    state_dict: 2 tensors, 0.00 MB
+    optimizer_states: SGD
+    lr_schedulers: none
+    callbacks: Adds, ModelCheckpoint
+    hyper_parameters: size
+    datamodule_hyper_parameters: num, other
+    loops, epoch, global_step: the counters
+    levin: random states of every rank, the place in the data, sums of self.log, an open accumulation window
+    StatefulData: its state_dict  test_text.py:N
+    what Adds.on_save_checkpoint adds  test_text.py:N
+    what Plain.on_save_checkpoint adds  test_text.py:N
+    written by ModelCheckpoint
+
+not called, since nobody overrides them:
+    on_fit_start, on_sanity_check_start, on_sanity_check_end, on_train_epoch_start,
+    on_train_batch_start, on_validation_start, on_validation_epoch_start, on_validation_epoch_end,
+    on_validation_batch_start, on_validation_batch_end, on_before_zero_grad, on_before_backward,
+    on_after_backward, on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer,
+    optimizer_step, optimizer_zero_grad, configure_gradient_clipping, backward, lr_scheduler_step
+"""
 
 
-def test_a_data_module_with_a_state_is_in_the_checkpoint(tmp_path):
-    text = trainer_of(tmp_path, max_epochs=1).explain(Net(), datamodule=StatefulData(2, 1))
-    assert "\n    StatefulData: its state_dict  " in text.partition("a checkpoint holds:")[2]
+def test_a_fit_with_the_places_of_what_it_calls(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent)
+    data = StatefulData(600, 2)
+    data.save_hyperparameters({"num": 1, "other": 2})
+    trainer = trainer_of(
+        tmp_path, max_epochs=1, callbacks=[Adds()], logger=[CSVLogger(tmp_path), CSVLogger(tmp_path)],
+        strategy=Stepping(), gradient_clip_val=0.5, num_sanity_val_steps=-1, check_val_every_n_epoch=2,
+    )  # fmt: skip
+    text = trainer.explain(Plain(), data, ckpt_path="some.ckpt")
+    text = re.sub(r"\{'.*?\}", "", re.sub(r":\d+$", ":N", text, flags=re.MULTILINE))
+    assert text == WITH_PLACES.removeprefix("\n")
+
+
+EVALUATIONS = {
+    "test": """
+test of Own
+on 1 process, cpu, SingleDeviceStrategy, precision 32-true
+loggers: CSVLogger
+
+set-up
+Own.on_test_model_eval()
+for batch in test_dataloaders:  # 4 batches, in torch.inference_mode()
+    batch.to('cpu')
+    Own.on_test_batch_start(batch, batch_idx, dataloader_idx)
+    Own.test_step(batch, batch_idx, dataloader_idx)
+        # logs 'test' over the epoch
+CSVLogger.log_metrics(values of the test)
+each submodule back into its own train or eval mode
+
+not called, since nobody overrides them:
+    on_test_start, on_test_end, on_test_epoch_start, on_test_epoch_end, on_test_batch_end,
+    on_before_batch_transfer, transfer_batch_to_device, on_after_batch_transfer
+""",
+    "validate": """
+validate of Own
+on 1 process, cpu, SingleDeviceStrategy, precision 32-true
+loggers: CSVLogger
+it begins with the checkpoint 'some.ckpt', which is not read here
+
+set-up
+Data.val_dataloader()
+Own.on_validation_model_eval()
+for batch in val_dataloaders:  # 3 batches, in torch.inference_mode()
+    batch.to('cpu')
+    Own.validation_step(batch, batch_idx)
+        # logs 'val' over the epoch
+CSVLogger.log_metrics(values of the validation)
+each submodule back into its own train or eval mode
+
+not called, since nobody overrides them:
+    on_validation_start, on_validation_end, on_validation_epoch_start, on_validation_epoch_end,
+    on_validation_batch_start, on_validation_batch_end, on_before_batch_transfer,
+    transfer_batch_to_device, on_after_batch_transfer
+""",
+    "predict": """
+predict of Own
+on 1 process, cpu, SingleDeviceStrategy, precision 32-true
+loggers: CSVLogger
+
+set-up
+Data.predict_dataloader()
+Own.on_predict_model_eval()
+for batch in predict_dataloaders:  # 3 batches, in torch.inference_mode()
+    batch.to('cpu')
+    Own.predict_step(batch, batch_idx)
+each submodule back into its own train or eval mode
+
+not called, since nobody overrides them:
+    on_predict_start, on_predict_end, on_predict_epoch_start, on_predict_epoch_end,
+    on_predict_batch_start, on_predict_batch_end, on_before_batch_transfer,
+    transfer_batch_to_device, on_after_batch_transfer
+""",
+}
+
+
+@pytest.mark.parametrize("fn", EVALUATIONS)
+def test_an_evaluation_in_words(fn, tmp_path):
+    class OwnOfTwo(Own):
+        def on_test_batch_start(self, batch, batch_idx, dataloader_idx):
+            """Overridden."""
+
+    OwnOfTwo.__name__ = "Own"
+    given = {
+        "test": {"dataloaders": [DataLoader(RandomDataset(32, 5))] * 2},
+        "validate": {"datamodule": Data(1, 3), "ckpt_path": "some.ckpt"},
+        "predict": {"datamodule": Data(1, 3)},
+    }
+    trainer = trainer_of(tmp_path, limit_test_batches=2, logger=CSVLogger(tmp_path), enable_checkpointing=False)
+    assert lines_of(trainer.explain(OwnOfTwo(), fn=fn, **given[fn])) == EVALUATIONS[fn].strip().splitlines()
 
 
 def said(tmp_path, due, num_batches=10, **options):

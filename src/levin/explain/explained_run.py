@@ -36,7 +36,6 @@ def explain_sequence(run: Run, weights_only: object = None) -> Explanation:
                     load_validation(run)
             return explain(run)
         finally:
-            run.is_setting_up = False
             run.refuse_logs()
             run.strategy.teardown()
             run.stop_watchdog()

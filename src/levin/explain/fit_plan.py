@@ -126,7 +126,7 @@ class FitPlan:
         note = f"  # {', '.join(around)}" if around else ""
         parts = Node("where memory is full: in parts of half the size, each with its own forward and backward")
         yield Node(text + note, module.training_step, body=[parts] if self.run.settings.splits_batches else [])
-        if isinstance(self.step, AutomaticStep) and self.run.settings.accumulate_grad_batches != 1:
+        if self.run.settings.accumulate_grad_batches != 1:
             yield Node("loss /= batches of the window")
 
     def _zero_grad(self, when: When) -> Iterator[Node]:

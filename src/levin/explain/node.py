@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, NamedTuple, Optional
@@ -48,12 +48,6 @@ class Node:
     when: str = ""
     counts: Optional[tuple[str, Callable[[int], int]]] = None
     body: list[Node] = field(default_factory=list)
-
-    def walk(self) -> Iterator[Node]:
-        """Yield this line and all under it."""
-        yield self
-        for node in self.body:
-            yield from node.walk()
 
 
 def code_of(function: Function) -> Optional[CodeType]:
