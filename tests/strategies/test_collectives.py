@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from levin import Trainer
-from levin.strategies import collectives
+from levin.strategies import SingleDeviceCollective, TorchCollective, collectives, group_collectives
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, Small
 
@@ -133,3 +135,118 @@ def test_a_module_that_gathers_different_shapes_hears_of_it():
     Trainer(**QUIET, devices=2, strategy="ddp", max_steps=1, enable_checkpointing=False, limit_val_batches=0).fit(
         Gathering()
     )
+
+
+def noting(calls, name, result=None):
+    def call(*args, **kwargs):
+        calls.append((name, args, kwargs))
+        return result
+
+    return call
+
+
+def test_each_collective_is_torchs_over_the_group(monkeypatch):
+    calls = []
+    results = {"new_group": "group", "get_rank": 1, "get_world_size": 4, "is_initialized": True}
+    names = (
+        "broadcast all_reduce reduce all_gather gather scatter reduce_scatter all_to_all send recv barrier monitored_barrier "
+        "all_gather_object broadcast_object_list gather_object scatter_object_list"
+    )
+    for name in (*results, *names.split()):
+        monkeypatch.setattr(dist, name, noting(calls, name, results.get(name)))
+    collective = TorchCollective()
+    # Without a group of its own it speaks to all that are connected.
+    assert collective.group is dist.group.WORLD and collective.is_initialized() and collective.setup() is collective
+    assert collective.create_group(ranks=[0, 1]) is collective and collective.group == "group"
+    assert ("new_group", (), {"ranks": [0, 1]}) in calls
+    assert (collective.rank, collective.world_size) == (1, 4)
+    with pytest.raises(RuntimeError, match=r"TorchCollective has a group already. Call teardown\(\) before"):
+        collective.create_group()
+    tensor, tensors, objects, op = torch.ones(2), [torch.ones(2)], ["x"], dist.ReduceOp
+    of_group = {"group": "group"}
+    for got, returned, name, args, kwargs in (
+        (lambda: collective.broadcast(tensor, 3), tensor, "broadcast", (tensor, 3), {}),
+        (lambda: collective.all_reduce(tensor), tensor, "all_reduce", (tensor,), {"op": op.SUM}),
+        (lambda: collective.all_reduce(tensor, "max"), tensor, "all_reduce", (tensor,), {"op": op.MAX}),
+        (lambda: collective.reduce(tensor, 2, "min"), tensor, "reduce", (tensor, 2), {"op": op.MIN}),
+        (lambda: collective.all_gather(tensors, tensor), tensors, "all_gather", (tensors, tensor), {}),
+        (lambda: collective.gather(tensor, tensors), tensors, "gather", (tensor, tensors, 0), {}),
+        (lambda: collective.gather(tensor, [], dst=2), [], "gather", (tensor, None, 2), {}),
+        (lambda: collective.scatter(tensor, tensors), tensor, "scatter", (tensor, tensors, 0), {}),
+        (lambda: collective.scatter(tensor, [], src=2), tensor, "scatter", (tensor, None, 2), {}),
+        (lambda: collective.reduce_scatter(tensor, tensors), tensor, "reduce_scatter", (tensor, tensors), {"op": op.SUM}),
+        (lambda: collective.all_to_all(tensors, objects), tensors, "all_to_all", (tensors, objects), {}),
+        (lambda: collective.send(tensor, 2), None, "send", (tensor, 2), {"tag": 0}),
+        (lambda: collective.send(tensor, 2, tag=7), None, "send", (tensor, 2), {"tag": 7}),
+        (lambda: collective.recv(tensor), tensor, "recv", (tensor, None), {"tag": 0}),
+        (lambda: collective.recv(tensor, 2, tag=7), tensor, "recv", (tensor, 2), {"tag": 7}),
+        (lambda: collective.barrier([1]), None, "barrier", (), {"device_ids": [1]}),
+        (lambda: collective.monitored_barrier(), None, "monitored_barrier", (), {"timeout": None, "wait_all_ranks": False}),
+        (lambda: collective.all_gather_object(objects, 1), objects, "all_gather_object", (objects, 1), {}),
+        (
+            lambda: collective.broadcast_object_list(objects, 2), objects, "broadcast_object_list", (objects, 2), {"device": None},
+        ),
+        (lambda: collective.gather_object(1, objects), objects, "gather_object", (1, objects, 0), {}),
+        (lambda: collective.gather_object(1, [], 2), [], "gather_object", (1, None, 2), {}),
+        (lambda: collective.scatter_object_list(objects, [1]), objects, "scatter_object_list", (objects, [1], 0), {}),
+    ):  # fmt: skip
+        calls.clear()
+        found = got()
+        assert found == [] if returned == [] else found is returned, name
+        assert calls[0] == (name, args, {**of_group, **kwargs})
+    assert tensor.tolist() == [1.0, 1.0]
+    # torch's transports do not all know a mean.
+    assert collective.all_reduce(torch.ones(2), "mean").tolist() == [0.25, 0.25]
+    assert collective.reduce_scatter(torch.ones(2), tensors, "mean").tolist() == [0.25, 0.25]
+    assert collective.reduce(torch.ones(2), 1, "mean").tolist() == [0.25, 0.25]
+    assert collective.reduce(torch.ones(2), 0, "mean").tolist() == [1.0, 1.0]
+    destroyed = []
+    monkeypatch.setattr(dist, "destroy_process_group", destroyed.append)
+    assert collective.teardown() is collective and destroyed == []
+    monkeypatch.setitem(dist.distributed_c10d._world.pg_map, "group", ("gloo", None))
+    collective.create_group().teardown()
+    assert destroyed == ["group"]
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    assert not TorchCollective.is_available()
+    with pytest.raises(RuntimeError, match="built without torch.distributed"):
+        TorchCollective()
+
+
+def test_who_connected_a_process_disconnects_it(monkeypatch):
+    calls = []
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr(group_collectives, "disconnect_processes", noting(calls, "disconnect"))
+    monkeypatch.setattr(dist, "new_group", lambda: "group")
+    monkeypatch.setattr(
+        dist,
+        "init_process_group",
+        lambda **how: calls.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], how)),
+    )
+    collective = TorchCollective()
+    with pytest.raises(RuntimeError, match=r"TorchCollective has no group yet. Call create_group\(\) before"):
+        collective.teardown()
+    assert not collective.is_initialized()
+    assert collective.setup("here", "2", backend="gloo") is collective
+    assert calls == [("here", "2", {"backend": "gloo"})] and os.environ["MASTER_PORT"] == "1"
+    for _ in range(2):
+        collective.create_group().teardown()
+    assert [call[0] for call in calls] == ["here", "disconnect"]
+    monkeypatch.setenv("MASTER_ADDR", "there")
+    TorchCollective.init_group(rank=0)
+    assert calls[-1] == ("there", "1", {"rank": 0})
+
+
+def test_one_process_gets_back_what_it_gives():
+    alone = SingleDeviceCollective()
+    assert (alone.rank, alone.world_size, alone.is_available(), alone.is_initialized()) == (0, 1, True, True)
+    assert alone.setup(anything=1) is alone and alone.create_group() is alone and alone.group is not None
+    tensor, other = torch.ones(1), torch.zeros(1)
+    for same in (alone.broadcast, alone.all_reduce, alone.reduce, alone.recv):
+        assert same(tensor, 0) is tensor
+    assert alone.all_gather([other], tensor) == alone.gather(tensor, [other], 0) == [tensor]
+    assert alone.scatter(other, [tensor], 0) is alone.reduce_scatter(other, [tensor]) is tensor
+    assert alone.all_to_all([other], [tensor]) == [tensor]
+    assert alone.send(tensor, 0) is alone.barrier() is alone.init_group() is None
+    assert alone.teardown() is alone
+    with pytest.raises(RuntimeError, match="SingleDeviceCollective has no group yet"):
+        assert alone.group

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from levin.accelerators import CPUAccelerator
 from levin.checkpoint import TorchCheckpointIO
 from levin.environments import LightningEnvironment
+from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.precision import DoublePrecision, Precision
 from levin.strategies import (
     DDPStrategy,
@@ -26,6 +27,7 @@ from levin.strategies import (
     collectives,
     ddp,
     fsdp,
+    parallel,
 )
 from levin.strategies.contexts import SkipInit, environment_variables, in_forward_context, run_as_forward
 from levin.strategies.data_parallel import DataParallelGroup
@@ -552,3 +554,127 @@ def test_a_second_optimizer_that_joins_parameters_of_one_kind_is_taken():
     ):
         assert told(strategy.setup_optimizer, optimizer).startswith(words)
     assert strategy.setup_optimizer(torch.optim.SGD([*weights, cut])) is not None
+
+
+def test_each_process_takes_its_part_of_the_processors(monkeypatch):
+    taken = []
+    monkeypatch.setattr(parallel, "count_processors", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    parallel.share_processors(2)
+    assert taken == [] and os.environ["OMP_NUM_THREADS"] == "5"
+    for num, expected in ((2, 3), (9, 1)):
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        parallel.share_processors(num)
+        assert taken[-1] == expected and os.environ["OMP_NUM_THREADS"] == str(expected)
+
+
+def test_transports_by_device():
+    strategy = DDPStrategy()
+    for device, backend, can_infer in (("cpu", "gloo", False), ("cuda:0", "nccl", True), ("meta", "gloo", False)):
+        strategy.parallel_devices = [torch.device(device)]
+        assert (strategy.process_group_backend, strategy.supports_inference_mode) == (backend, can_infer)
+        assert strategy._transport_device == (None if backend == "gloo" else torch.device(device))
+    assert DDPStrategy(process_group_backend="mpi").process_group_backend == "mpi"
+    cut = FSDPStrategy()
+    cut.parallel_devices = [torch.device("cuda:0")]
+    assert cut.process_group_backend == "cpu:gloo,cuda:nccl"
+    cut.parallel_devices = [CPU]
+    assert cut.process_group_backend == "gloo"
+    assert FSDPStrategy(process_group_backend="nccl").process_group_backend == "nccl"
+
+
+def test_processes_are_started_as_asked_for_and_know_their_number():
+    strategy = assembled(DDPStrategy())
+    assert type(strategy.launcher) is SubprocessLauncher and strategy.local_rank == 0
+    strategy = assembled(DDPStrategy(start_method="spawn"))
+    assert type(strategy.launcher) is MultiProcessingLauncher
+    strategy.enter_process(1)
+    assert (strategy.local_rank, strategy.global_rank, strategy.world_size, strategy.is_global_zero) == (1, 1, 2, False)
+    assert strategy.distributed_sampler_kwargs == {"num_replicas": 2, "rank": 1}
+    assert strategy.data_parallel == DataParallelGroup(1, 2) and strategy.data_control is strategy.control
+    assert told(parallel.check_start_method, "thread") == (
+        "start_method must be one of popen, spawn, fork, forkserver, received 'thread'. Use 'popen' for scripts and 'fork' for "
+        "notebooks."
+    )
+
+
+def test_a_machine_that_cannot_fork_says_so(monkeypatch):
+    monkeypatch.setattr(parallel, "get_all_start_methods", lambda: ["spawn"])
+    parallel.check_start_method("popen")
+    parallel.check_start_method("spawn")
+    assert told(parallel.check_start_method, "fork") == (
+        "start_method='fork' is not supported on this machine, which has ['spawn']. Use 'spawn', or strategy='ddp_spawn'."
+    )
+
+
+def test_all_processes_hear_of_a_save_that_failed_in_one(tmp_path):
+    strategy = assembled(DDPStrategy())
+    asked, rows = [], [[0.0], [0.0]]
+    strategy.control = SimpleNamespace(exchange=lambda own, what: asked.append((own, what)) or rows, is_closed=False)
+    strategy.save_checkpoint({"a": 1}, tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt") == {"a": 1} and asked == [([0.0], "a save")]
+    rows[1] = [1.0]
+    with pytest.raises(RuntimeError) as caught:
+        strategy.save_checkpoint({}, tmp_path / "b.ckpt")
+    assert str(caught.value) == f"Saving {str(tmp_path / 'b.ckpt')!r} failed on rank 1, which tells why."
+    with pytest.raises(RuntimeError, match="Saving in the background failed on rank 1, which tells why"):
+        strategy.finish_saves()
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    strategy.checkpoint_io.check = fail
+    with pytest.raises(OSError, match="no space left"):
+        strategy.finish_saves()
+    assert asked[-1] == ([1.0], "a save")
+
+
+def test_a_control_group_that_is_closed_asks_nobody():
+    strategy = assembled(DDPStrategy())
+    strategy.abandon_peers()
+    assert strategy.control.is_closed and strategy.control.exchange([1.0, 2.0], "x") == [[1.0, 2.0]]
+    assert strategy.reduce(3) == 3 and strategy.broadcast("x", 1) == "x" and strategy.barrier() is None
+    assert strategy.reduce_boolean_decision(False) is False
+    assert strategy.all_gather(torch.ones(2)).tolist() == [[1.0, 1.0]]
+
+
+class Paired(DDPStrategy):
+    data_parallel = DataParallelGroup(0, 2, None, (0, 2))
+
+
+def test_those_with_other_data_have_a_control_group_of_their_own():
+    strategy = assembled(Paired())
+    own = strategy.data_control
+    assert own is not strategy.control and own is strategy.data_control
+    assert (own._ranks, own._timeout, own.is_closed) == ([0, 2], strategy.timeout, False)
+    strategy.abandon_peers()
+    assert own.is_closed
+    strategy._data_control = None
+    assert strategy.data_control.is_closed
+
+
+def test_the_parts_of_an_optimizers_state_are_gathered_where_it_spreads_them():
+    strategy = assembled(DDPStrategy())
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1)
+    assert strategy.optimizer_state(optimizer) == optimizer.state_dict()
+    calls = []
+    optimizer.consolidate_state_dict = lambda: calls.append("gather")
+    assert strategy.optimizer_state(optimizer) == optimizer.state_dict()
+    strategy.environment.set_global_rank(1)
+    assert strategy.optimizer_state(optimizer) == {} and calls == ["gather", "gather"]
+
+
+def test_the_commonest_error_of_ddp_and_that_of_parts_come_with_the_way_out():
+    for strategy, text, hint in (
+        (
+            DDPStrategy(),
+            "Expected to have finished reduction in the prior iteration",
+            "strategy='ddp_find_unused_parameters_true'",
+        ),
+        (FSDPStrategy(), "aten.add got mixed torch.Tensor and DTensor", "use the optimizer's weight_decay"),
+    ):
+        error, other = RuntimeError(text), RuntimeError("another")
+        strategy.on_exception(error)
+        strategy.on_exception(other)
+        assert str(error).endswith(text) and hint in str(error) and str(other) == "another"
