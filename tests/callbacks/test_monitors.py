@@ -50,7 +50,7 @@ def test_rates_are_counts_over_the_time_that_passed(monkeypatch):
     assert last["train/device/mfu"] == pytest.approx(100 * rate / 1000)
 
 
-def test_operations_are_counted_once_and_the_bar_shows_the_rates():
+def test_operations_are_counted_once_and_the_bar_shows_the_rates(capsys):
     shown = {}
 
     class Net(BoringModel):
@@ -60,12 +60,73 @@ def test_operations_are_counted_once_and_the_bar_shows_the_rates():
     monitor = ThroughputMonitor(
         len, lambda batch: batch.numel(), count_flops=True, prog_bar=True, window_size=3, available_flops=1e9
     )
-    last = [values for _, values in fit(monitor, Net()) if "train/time" in values][-1]
+    lines = [values for _, values in fit(monitor, Net())]
+    assert not any("items_per_sec" in values or "mfu" in values for values in lines), "that is for the bar alone"
+    assert capsys.readouterr().out == ""
+    last = [values for values in lines if "train/time" in values][-1]
     rate = last["train/device/batches_per_sec"]
     # Of a layer of 32 x 2 weights on 2 samples: forward, and the gradients of the weights.
     assert last["train/device/flops_per_sec"] == pytest.approx(2 * (2 * 32 * 2 * 2) * rate)
     assert shown["items_per_sec"] == pytest.approx(last["train/device/items_per_sec"])
     assert shown["mfu"] == pytest.approx(last["train/device/mfu"])
+
+
+def test_without_lengths_the_bar_shows_samples():
+    shown = {}
+
+    class Net(BoringModel):
+        def flops_per_batch(self, batch):
+            return 50 * len(batch)
+
+        def on_train_end(self):
+            shown.update(self.trainer.progress_bar_metrics)
+
+    lines = [values for _, values in fit(ThroughputMonitor(len, prog_bar=True, window_size=3), Net())]
+    last = [values for values in lines if "train/time" in values][-1]
+    assert last["train/device/flops_per_sec"] == pytest.approx(50 * last["train/device/samples_per_sec"])
+    assert shown.pop("samples_per_sec") == pytest.approx(last["train/device/samples_per_sec"])
+    assert not {"items_per_sec", "mfu"} & shown.keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "attribute", "told"), [({}, None, 1), ({"count_flops": True}, None, 0), ({}, 5, 0)]
+)
+def test_that_no_operations_are_known_is_said_once(caplog, arguments, attribute, told):
+    class Net(BoringModel):
+        def on_train_end(self):
+            shown.update(self.trainer.progress_bar_metrics)
+
+    shown, model = {}, Net()
+    if attribute is not None:
+        model.flops_per_batch = attribute
+    monitor = ThroughputMonitor(len, window_size=2, **arguments)
+    with caplog.at_level("INFO", "levin"):
+        lines = [values for _, values in fit(monitor, model)]
+        monitor.setup(model.trainer, model, "test")
+    texts = [text for text in caplog.messages if "flops" in text]
+    assert texts == ["Net has no `flops_per_batch`, so no FLOPs are logged."] * told
+    assert any("train/device/flops_per_sec" in values for values in lines) == (not told)
+    assert not {"samples_per_sec", "mfu"} & shown.keys()
+
+
+def test_the_share_of_the_device_is_that_of_its_rate_with_the_precision(monkeypatch):
+    monkeypatch.setattr(throughput_monitor, "get_available_flops", lambda device, dtype: {torch.bfloat16: 1e9}[dtype])
+    model = BoringModel()
+    model.flops_per_batch = 100
+    data = DataLoader(RandomDataset(32, 6))
+    logger = ListLogger()
+    Trainer(
+        accelerator="cpu", max_epochs=1, logger=logger, callbacks=[ThroughputMonitor(len, window_size=2)], precision="bf16-true",
+        log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(model, data)  # fmt: skip
+    last = [line[1] for line in logger.lines if isinstance(line, tuple) and "train/device/mfu" in line[1]][-1]
+    assert last["train/device/mfu"] == pytest.approx(last["train/device/flops_per_sec"] / 1e9)
+
+
+def test_a_clock_that_stands_still_ends_no_run(monkeypatch):
+    monkeypatch.setattr(throughput_monitor, "time", SimpleNamespace(perf_counter=lambda: 5.0))
+    times = [values["train/time"] for _, values in fit(ThroughputMonitor(len)) if "train/time" in values]
+    assert times == sorted(set(times)) and 0 < times[0] < times[-1] < 1e-6
 
 
 def test_counting_ends_with_a_step_that_fails():
@@ -108,16 +169,18 @@ def test_only_the_stats_that_are_asked_for():
     assert "DeviceStatsMonitor.on_train_batch_end/cpu_vm_percent" in more
 
 
-def test_a_clock_per_stage_counts_evaluation_batches():
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_a_clock_per_stage_counts_evaluation_batches(stage):
     logger = ListLogger()
     trainer = Trainer(
         accelerator="cpu", devices=1, logger=logger, callbacks=[ThroughputMonitor(len, window_size=2)],
         log_every_n_steps=2, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
     )  # fmt: skip
-    trainer.test(BoringModel(), DataLoader(torch.zeros(6, 32), batch_size=1), verbose=False)
-    lines = [line for line in logger.lines if isinstance(line, tuple) and "test/samples" in line[1]]
-    assert [(step, values["test/samples"]) for step, values in lines] == [(2, 2), (4, 4), (6, 6)]
-    assert all(values["test/device/batches_per_sec"] > 0 for _, values in lines)
+    more = {} if stage == "predict" else {"verbose": False}
+    getattr(trainer, stage)(BoringModel(), DataLoader(torch.zeros(6, 32), batch_size=1), **more)
+    lines = [line for line in logger.lines if isinstance(line, tuple) and f"{stage}/samples" in line[1]]
+    assert [(step, values[f"{stage}/samples"]) for step, values in lines] == [(2, 2), (4, 4), (6, 6)]
+    assert all(values[f"{stage}/device/batches_per_sec"] > 0 and "epoch" not in values for _, values in lines)
 
 
 def test_rates_of_all_processes_are_those_of_one_times_their_number(monkeypatch):

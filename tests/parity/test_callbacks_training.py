@@ -167,6 +167,7 @@ def test_accumulation_schedules_that_do_not_fit_the_run(tmp_path, flags):
 
 SWA: list[dict[str, Any]] = [
     {"swa_lrs": 0.05}, {"swa_lrs": 0.05, "swa_epoch_start": 1}, {"swa_lrs": [0.05], "swa_epoch_start": 0.25, "annealing_epochs": 2},
+    {"swa_lrs": 0.05, "swa_epoch_start": 4}, {"swa_lrs": 0.05, "swa_epoch_start": 1, "annealing_epochs": 0},
     {"swa_lrs": 0.05, "swa_epoch_start": 2, "annealing_strategy": "linear"}, {"swa_lrs": 0.05, "swa_epoch_start": 2, "device": None},
     {"swa_lrs": 0.05, "swa_epoch_start": 1, "avg_fn": lambda old, new, n: old * 0.5 + new * 0.5},
 ]  # fmt: skip

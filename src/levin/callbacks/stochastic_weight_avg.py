@@ -75,6 +75,12 @@ class StochasticWeightAveraging(Callback):
         self._avg_fn: AverageFunction = avg_fn or self.avg_fn
         self._device: torch.device | str | None = device
 
+        self._begin()
+        self._max_epochs: int = 0
+        self._undo: list[Callable[[], None]] = []
+        self._momenta: list[tuple[_BatchNorm, float | None]] = []
+
+    def _begin(self) -> None:
         self.n_averaged: Tensor = torch.tensor(0)
         self._latest_update_epoch: int = -1
         self._average_model: LightningModule | None = None
@@ -82,9 +88,6 @@ class StochasticWeightAveraging(Callback):
         # What was loaded, until there is something to take it.
         self._scheduler_state: dict[str, object] | None = None
         self._average_model_state: dict[str, object] | None = None
-        self._max_epochs: int = 0
-        self._undo: list[Callable[[], None]] = []
-        self._momenta: list[tuple[_BatchNorm, float | None]] = []
 
     @property
     def swa_start(self) -> int:
@@ -112,10 +115,7 @@ class StochasticWeightAveraging(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.n_averaged = torch.tensor(0)
-            self._latest_update_epoch = -1
-            self._average_model = self._swa_scheduler = None
-            self._scheduler_state = self._average_model_state = None
+            self._begin()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -56,12 +56,13 @@ class WeightAveraging(Callback):
         self._device: torch.device | str | int | None = device
         self._use_buffers: bool = use_buffers
         self._kwargs: Kwargs = kwargs
+        self._begin()
+
+    def _begin(self) -> None:
         self._average_model: AveragedModel | None = None
         # A state that was loaded before there was an average to take it: weights, and the rest of the average.
         self._restored: tuple[StateDict, StateDict] | None = None
-        self._is_swapped: bool = False
-        self._has_ended: bool = False
-        self._latest_step: int = 0
+        self._is_swapped = self._has_ended = False
         self._latest_update_step: int = 0
         self._latest_update_epoch: int = -1
 
@@ -77,10 +78,7 @@ class WeightAveraging(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._average_model = self._restored = None
-            self._is_swapped = self._has_ended = False
-            self._latest_update_step = 0
-            self._latest_update_epoch = -1
+            self._begin()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,7 +89,7 @@ class WeightAveraging(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._latest_step = trainer.global_step
+        self._latest_step: int = trainer.global_step
 
     @override
     def on_train_batch_end(

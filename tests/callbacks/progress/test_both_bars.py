@@ -112,6 +112,17 @@ def test_printed_and_logged_lines_appear_above_the_bar(bar_class: Any, terminal:
 
 
 @bars
+def test_the_begin_of_a_line_is_not_lost_at_the_end_of_a_run(bar_class: Any, terminal: Terminal) -> None:
+    class Talks(Logging):
+        def on_train_end(self) -> None:
+            print("begun", end="")
+
+    trainer(bar_class()).fit(Talks(), loader(3))
+    print(" and ended")
+    assert terminal.screen[-1] == "begun and ended"
+
+
+@bars
 def test_a_prompt_has_a_line_of_its_own(bar_class: Any, terminal: Terminal) -> None:
     class Asks(Logging):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

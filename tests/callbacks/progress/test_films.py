@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,44 @@ def test_a_log_says_nothing_twice(terminal: Terminal, now: list[float], monkeypa
     run.callbacks.append(Camera(terminal, now))
     run.test(Net(), loader(2), verbose=False)
     assert terminal.screen == ["Testing DataLoader 0: 100% 2/2 [00:05<00:00, 0.40it/s]"]
+
+
+def test_changes_may_come_in_a_burst_that_fills_again(now: list[float]) -> None:
+    clock = drawn.DrawClock(interval_s=1.0)
+
+    def number() -> int:
+        return next(count for count in range(100) if not clock.may_draw_change())
+
+    numbers = [number()]
+    for pause_s in (0.05, 0.3, 60.0):
+        now[0] += pause_s
+        numbers.append(number())
+    assert numbers == [8, 0, 3, 8]
+
+
+def test_a_slow_drawing_makes_drawings_rarer(now: list[float]) -> None:
+    clock = drawn.DrawClock(interval_s=0.1)
+    assert clock.next == math.inf
+    clock.start()
+    waits = []
+    for cost_s in (0.5, 0.001, 0.01, 0.01, 0.5, 0.5, 0.0):
+        start = now[0]
+        now[0] += cost_s
+        clock.set_next(start)
+        waits.append(clock.next - now[0])
+        clock.start()
+    # The first is let pass: it may have imported and set up.
+    assert waits == pytest.approx([0.1, 0.1, 0.1, 0.5, 0.5, 1.0, 0.1])
+    clock.stop()
+    assert clock.next == math.inf
+
+
+def test_a_log_waits_for_its_interval_and_between_two_epochs(now: list[float]) -> None:
+    clock = drawn.DrawClock(60.0, 10.0, burst=0)
+    clock.start()
+    assert clock.next == now[0] + 60.0 and not clock.may_draw_change()
+    seen = []
+    for pause_s in (0.0, 9.0, 1.0, 9.0):
+        now[0] += pause_s
+        seen.append(clock.may_draw_end())
+    assert seen == [True, False, True, False]

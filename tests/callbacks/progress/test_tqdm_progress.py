@@ -99,8 +99,9 @@ def test_bars_are_there_in_the_hooks_of_a_subclass(terminal: Terminal) -> None:
 
 
 def test_process_position_leaves_lines_free(terminal: Terminal) -> None:
-    trainer(TQDMProgressBar(process_position=1)).fit(Logging(), loader(3))
+    trainer(TQDMProgressBar(process_position=1), num_sanity_val_steps=0).fit(Logging(), loader(3), loader(1))
     assert terminal.getvalue().startswith("\n\n\rEpoch 0")
+    assert "\n\n\n\rValidation" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(
