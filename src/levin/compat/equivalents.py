@@ -64,9 +64,6 @@ class Interval(LightningEnum):
     step = "step"
     epoch = "epoch"
 
-    def __str__(self) -> str:
-        return str(self.value)
-
 
 @runtime_checkable
 class Steppable(Protocol):
@@ -105,7 +102,7 @@ class _AcceleratorConnector:
         if isinstance(accelerator, Accelerator):
             self._accelerator_flag = accelerator
         self._parallel_devices: list[torch.device] = list(self._engine.parallel_devices)
-        on_cpu = self._accelerator_flag == "cpu"
+        on_cpu = isinstance(self._engine.accelerator, CPUAccelerator)
         self._devices_flag: int | list[int | None] = (
             len(self._parallel_devices) if on_cpu else [device.index for device in self._parallel_devices]
         )

@@ -89,7 +89,8 @@ class Transformer(nn.Module):
         if mask is None:
             mask = self.generate_square_subsequent_mask(inputs.size(1)).to(inputs.device)
         source = self.pos_encoder(self.embedding(inputs) * math.sqrt(self.ninp))
-        output = self.transformer(source, self.pos_encoder(self.embedding(target)), tgt_mask=mask)
+        wanted = self.pos_encoder(self.embedding(target) * math.sqrt(self.ninp))
+        output = self.transformer(source, wanted, tgt_mask=mask)
         return torch.log_softmax(self.decoder(output), dim=-1).view(-1, self.vocab_size)
 
 
