@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -207,6 +208,25 @@ def test_ranks_that_exchange_different_things_all_hear_of_it():
         with pytest.raises(RuntimeError, match=r"same calls, received `.*exchange.* on ranks 0, 1. Make them"):
             control.exchange(own, what)
     assert control.exchange([7.0]) == [[7.0], [7.0]]
+    for num in (13, 14, 15):
+        assert control.exchange([rank] * num) == [[0.0] * num, [1.0] * num]
+    # Several may be under way, and are waited for in any order.
+    first, second = control.begin([rank + 1.0]), control.begin([rank + 3.0])
+    assert (second(), first()) == ([[3.0], [4.0]], [[1.0], [2.0]])
+    assert control.exchange_objects({"rank": rank}, "objects") == [{"rank": 0}, {"rank": 1}]
+    assert (control.share(rank), control.share(rank, src=1)) == (0, 1)
+    collected = control.collect(torch.arange(3 * rank, dtype=torch.uint8))
+    assert collected is None if rank else [part.tolist() for part in collected] == [[0, 1, 2]]
+    # One of this process alone, and what another process would get of it.
+    own = ControlGroup(timedelta(seconds=30), [rank])
+    assert own.exchange([rank, 2.0]) == [[rank, 2.0]] and own.collect(torch.zeros(1, dtype=torch.uint8)) == []
+    own.is_closed = True
+    sent = pickle.loads(pickle.dumps(own))
+    assert (sent._group, sent.is_closed, sent._ranks) == (None, False, [rank])
+    # An exchange that is under way when the others are given up has the numbers of this process alone.
+    ends = control.begin([rank])
+    control.is_closed = True
+    assert ends() == control.exchange([rank]) == [[rank]]
 
 
 @world_size(2, connect=False, timeout_s=200.0)

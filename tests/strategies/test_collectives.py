@@ -99,6 +99,13 @@ def test_sync_tensors_overwrites_also_strided_ones():
     collectives.sync_tensors([base, strided], src=1)
     assert base.eq(2).all()
     assert strided.tolist() == (torch.arange(6.0).view(2, 3).t() * 2).tolist()
+    tensors = [torch.tensor(10.0 * rank + number, requires_grad=True) for number in range(20)]
+    collectives.sync_tensors(iter(tensors), device=torch.device("cpu"))
+    assert [float(tensor.detach()) for tensor in tensors] == list(range(20))
+    own = [dist.new_group([index]) for index in range(2)][rank]
+    alone = torch.tensor(float(rank))
+    collectives.sync_tensors([alone], group=own)
+    assert alone == rank
 
 
 def test_unknown_operation():

@@ -20,6 +20,7 @@ from levin.accelerators import CPUAccelerator
 from levin.environments import LightningEnvironment
 from levin.precision import DoublePrecision, MixedPrecision, Precision
 from levin.strategies import DDPStrategy, StrategyRegistry, TorchSyncBatchNorm
+from levin.strategies.layer_sync import CPUSyncBatchNorm
 from tests.distributed import world_size
 
 
@@ -122,10 +123,15 @@ def test_evaluation_syncs_the_module_once_and_needs_nobody_afterwards():
     model = Model()
     with torch.no_grad():
         model.layer.weight.fill_(float(rank))
+        model.layer.bias.fill_(float(rank))
         model.norm.running_mean.fill_(float(rank))
+        model.norm.running_var.fill_(float(rank))
+    model._ddp_params_and_buffers_to_ignore = ["layer.bias", "norm.running_var"]
     assert set_up(strategy, model, for_training=False) is model
     assert model.layer.weight.eq(0).all()
     assert model.norm.running_mean.eq(0).all()
+    assert model.layer.bias.eq(rank).all() and model.norm.running_var.eq(rank).all(), "left to each process"
+    del model._ddp_params_and_buffers_to_ignore
     step = strategy.step_function(strategy.model, "validation_step")
     assert step == model.validation_step
     # Ranks with different numbers of batches do not wait for each other.
@@ -142,8 +148,14 @@ def test_validation_in_fit_starts_from_the_buffers_of_rank_zero():
     strategy.step_function(strategy.model, "training_step")(batch_of(rank), 0)
     means = strategy.all_gather(model.norm.running_mean)
     assert not torch.equal(means[0], means[1])
+    model._ddp_params_and_buffers_to_ignore = ["norm.running_var"]
+    variance = model.norm.running_var.clone()
+    strategy.model.broadcast_buffers = False
     strategy.on_validation_start()
-    assert torch.equal(model.norm.running_mean, means[0])
+    assert torch.equal(model.norm.running_mean, means[rank])
+    strategy.model.broadcast_buffers = True
+    strategy.on_validation_start()
+    assert torch.equal(model.norm.running_mean, means[0]) and torch.equal(model.norm.running_var, variance)
     assert strategy.step_function(strategy.model, "validation_step") == model.validation_step
 
 
@@ -344,6 +356,14 @@ def test_gradients_flow_through_the_statistics_of_all_ranks():
     alone.training_step(torch.cat([batch_of(0), batch_of(1)]), 0).backward()
     for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    parts = [torch.randn(4 + each, 4, 3, generator=torch.Generator().manual_seed(each)) for each in range(2)]
+    for settings in ({"momentum": None, "eps": 0.3}, {"affine": False}, {"track_running_stats": False}):
+        sync, plain = CPUSyncBatchNorm(4, **settings), nn.BatchNorm1d(4, **settings)
+        for _ in range(2):
+            found, expected = sync(parts[rank]), plain(torch.cat(parts))
+            torch.testing.assert_close(found, expected[:4] if rank == 0 else expected[4:])
+        torch.testing.assert_close(sync.state_dict(), plain.state_dict())
+        torch.testing.assert_close(sync.eval()(parts[rank]), plain.eval()(parts[rank]))
 
 
 @world_size(2)
