@@ -8,13 +8,17 @@ from torch import nn
 
 from levin import Fabric, Trainer
 from levin.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from levin.strategies.mesh import strategy_of_mesh
+from levin.strategies.mesh import parse_mesh, strategy_of_mesh
 from tests.distributed import cuts_on_cpu, world_size
 
 
 def test_degrees_choose_the_strategy():
     assert type(strategy_of_mesh("mesh:ddp=4")) is DDPStrategy
+    assert parse_mesh("mesh:dp=1, tp=2") == {"dp": 1, "tp": 2}
     assert type(strategy_of_mesh("mesh:dp=4")) is FSDPStrategy
+    assert (
+        strategy_of_mesh("mesh:ddp=1,dp=4")._given_mesh is None and type(strategy_of_mesh("mesh:dp=1")) is DDPStrategy
+    )
     assert strategy_of_mesh("mesh: ddp=2, fsdp=3")._given_mesh == (2, 3)
     tensor = strategy_of_mesh("mesh:tp=2,dp=3")
     assert type(tensor) is ModelParallelStrategy

@@ -27,8 +27,10 @@ from levin.strategies import (
     collectives,
     ddp,
     fsdp,
+    layer_plan,
     parallel,
 )
+from levin.strategies import strategy as strategy_file
 from levin.strategies.contexts import SkipInit, environment_variables, in_forward_context, run_as_forward
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.layer_sync import CPUSyncBatchNorm
@@ -678,3 +680,113 @@ def test_the_commonest_error_of_ddp_and_that_of_parts_come_with_the_way_out():
         strategy.on_exception(error)
         strategy.on_exception(other)
         assert str(error).endswith(text) and hint in str(error) and str(other) == "another"
+
+
+def test_layers_that_cannot_be_shared_evenly_are_told():
+    layer = nn.Linear(3, 5)
+    for style, text in (
+        (
+            "column",
+            "a.b has 5 output features, which 2 processes cannot share evenly. Choose a tensor_parallel_size that divides 5,",
+        ),
+        (
+            "row",
+            "a.b has 3 input features, which 2 processes cannot share evenly. Choose a tensor_parallel_size that divides 3,",
+        ),
+    ):
+        assert told(layer_plan._check_divisible, "a.b", layer, style, 2) == f"{text} or another width."
+    layer_plan._check_divisible("a", layer, "row", 3)
+    layer_plan._check_divisible("a", layer, "column", 5)
+    # What torch cuts unevenly is left to it.
+    layer_plan._check_divisible("a", layer, layer_plan.STYLES["row"](), 2)
+    layer_plan._check_divisible("a", nn.Embedding(3, 5), "row", 2)
+    layer_plan._check_divisible("a", layer, "sequence", 2)
+    assert told(
+        layer_plan.apply_plan, nn.Sequential(*[nn.ReLU()] * 1), SimpleNamespace(size=lambda: 2), {"b*": "row"}
+    ) == ("plan['b*'] fits no submodule of Sequential. Its submodules are 0.")
+    module = nn.Sequential(*(nn.ReLU() for _ in range(21)))
+    text = told(layer_plan.apply_plan, module, SimpleNamespace(size=lambda: 2), {"b*": "row"})
+    assert text.endswith(f"Its submodules are {', '.join(map(str, range(20)))}, ....")
+    assert told(layer_plan.apply_plan, module[:20], None, {"b*": "row"}).endswith("18, 19.")
+
+
+def model_parallel(*sizes, **arguments) -> ModelParallelStrategy:
+    strategy = ModelParallelStrategy(*sizes, **arguments)
+    strategy.parallel_devices = [CPU] * 2
+    return strategy
+
+
+def test_what_a_pipeline_cannot_run_is_told_before_a_process_starts():
+    plain, piped = model_parallel(), model_parallel(1, 1, pipeline_parallel_size=2)
+    module = nn.Sequential(nn.Linear(2, 2))
+    module.automatic_optimization = False
+    plain.check_module(module)
+    assert told(piped.check_module, module) == (
+        "A pipeline runs forward and backward of a batch at once, in parts, and Sequential has automatic_optimization=False. Use "
+        "automatic optimization, or another strategy."
+    )
+    module.automatic_optimization = True
+    assert "2 stages need as many layers with parameters, received 1 in 0" in told(piped.check_module, module)
+    piped.check_module(nn.Sequential())  # whose layers are made later
+    piped._pipeline = SimpleNamespace(module=module)
+    piped.check_module(module)
+    assert told(piped._check_trains_by_itself, module) == (
+        "A pipeline runs forward and backward of a batch at once, in parts, which a loop of one's own does not, received a Sequential "
+        "in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
+    )
+    piped.lightning_module = module
+    piped._check_trains_by_itself(module)
+    assert told(piped.precision_for, "16-mixed", torch.device("cuda")) == (
+        "precision='16-mixed' scales the loss before its backward pass, and a pipeline runs both in one. Use 'bf16-mixed'."
+    )
+    assert piped.precision_for("bf16-mixed", CPU).precision == "bf16-mixed"
+
+
+def test_a_module_moves_as_a_whole_unless_it_is_cut_or_made_first(monkeypatch):
+    moved = []
+    monkeypatch.setattr(strategy_file, "move_module", lambda module, device: moved.append((module, device)))
+    module, unmade = nn.Linear(1, 1), nn.Linear(1, 1, device="meta")
+    model_parallel(1, 1, pipeline_parallel_size=2).module_to_device(module)
+    model_parallel().module_to_device(unmade)
+    assert moved == []
+    model_parallel().module_to_device(module)
+    assert moved == [(module, CPU)]
+
+
+def test_modules_whose_layers_or_sequences_cannot_be_shared_are_told():
+    strategy = model_parallel(1, 2, context_parallel_size=2)
+    for module, is_by_hand, what in (
+        (nn.Sequential(nn.Linear(1, 1)), False, "Sequential has no repeated blocks"),
+        (
+            nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)),
+            True,
+            "Sequential is cut by `fully_shard` in `configure_model`",
+        ),
+    ):
+        assert told(strategy._share_sequences, module, is_by_hand) == (
+            "context_parallel_size=2 shares sequences in the repeated blocks of a module (of a ModuleList, ModuleDict or Sequential), "
+            f"which it cuts itself, and {what}. Change that, or use context_parallel_size=1."
+        )
+    for size in (1, 2):
+        strategy.device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda size=size: size)}
+        if size == 1:
+            strategy._cut_layers(module)
+    assert told(strategy._cut_layers, module) == (
+        "2 processes are to share each layer, and no layer of Sequential is cut. Cut it in `configure_model` with "
+        "self.device_mesh['tensor_parallel'], or pass ModelParallelStrategy(plan={'blocks.*.up': 'column', 'blocks.*.down': 'row'})."
+    )
+
+
+def test_a_pipeline_needs_a_torch_whose_stages_find_each_other(monkeypatch):
+    from levin.strategies import pipeline
+
+    monkeypatch.delattr(pipeline.PipelineStage, "_warmup_forward_vote", raising=False)
+    assert told(pipeline.check_cpu) == (
+        f"A pipeline on the CPU needs a newer torch (2.13 does it), received torch {torch.__version__}. Install one, or use an "
+        "accelerator."
+    )
+    piped = model_parallel(1, 1, pipeline_parallel_size=2)
+    assert "needs a newer torch" in told(piped.check_mesh, 2)
+    piped.parallel_devices = [torch.device("cuda:0")] * 2
+    piped.check_mesh(2)
+    model_parallel(1, 2).check_mesh(2)

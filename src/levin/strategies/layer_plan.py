@@ -53,10 +53,9 @@ def apply_plan(module: Module, mesh: DeviceMesh, plan: Mapping[str, str | Parall
 
 
 def _check_divisible(name: str, part: Module, style: str | ParallelStyle, size: int) -> None:
-    weight = getattr(part, "weight", None)
-    if not isinstance(part, torch.nn.Linear) or weight is None or style not in ("column", "row"):
+    if not isinstance(part, torch.nn.Linear) or style not in ("column", "row"):
         return
-    features = weight.shape[0] if style == "column" else weight.shape[1]
+    features = part.out_features if style == "column" else part.in_features
     if features % size:
         raise MisconfigurationException(
             f"{name} has {features} {'output' if style == 'column' else 'input'} features, which {size} processes cannot "
