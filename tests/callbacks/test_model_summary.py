@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -67,10 +68,30 @@ def test_rich_prints_the_table_and_the_totals(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     fit(RichModelSummary(max_depth=2))
     printed = capsys.readouterr().out
-    assert "body.0" in printed and "Linear" in printed
-    for line in ("Trainable params: 23", "Non-trainable params: 3", "Total params: 26", "Modules in train mode: 3",
-                 "Modules in eval mode: 1", "Total FLOPs: 200"):  # fmt: skip
-        assert line in printed, line
+    cells = [
+        [cell.strip() for cell in re.split("[┃│]", line)[1:-1]]
+        for line in printed.splitlines()
+        if re.match("[┃│]", line)
+    ]
+    assert cells == [
+        ["", "Name", "Type", "Params", "Mode", "FLOPs", "In sizes", "Out sizes"],
+        ["0", "body", "Sequential", "23", "train", "180", "[5, 4]", "[5, 2]"],
+        ["1", "body.0", "Linear", "15", "eval", "120", "[5, 4]", "[5, 3]"],
+        ["2", "body.1", "Linear", "8", "train", "60", "[5, 3]", "[5, 2]"],
+        ["3", "head", "Linear", "3", "train", "20", "[5, 2]", "[5, 1]"],
+    ]
+    right = [line for line in printed.splitlines() if "body.0" in line][0]
+    assert "     15 │" in right and "│   120 │" in right
+    assert printed.splitlines()[-7:] == [
+        "Trainable params: 23", "Non-trainable params: 3", "Total params: 26", "Total estimated model params size (MB): 0.000",
+        "Modules in train mode: 3", "Modules in eval mode: 1", "Total FLOPs: 200",
+    ]  # fmt: skip
+
+
+def test_brackets_in_names_of_layers_are_printed(capsys):
+    RichModelSummary.summarize([("Name", ["[bold]"]), ("Type", ["[red]Net"])], 1, 1, 1.0, {"train": 1, "eval": 0}, 0)
+    printed = capsys.readouterr().out
+    assert "[bold]" in printed and "[red]Net" in printed and "FLOPs" not in printed
 
 
 def test_no_depth_prints_nothing(capsys):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,18 +24,18 @@ needs_server = pytest.mark.skipif(
 
 class Served(BoringModel, ServableModule):
     def configure_payload(self):
-        return {"body": {"x": [float(n) for n in range(32)]}}
+        return {"body": {"x": [float(n) for n in range(32)], "n": 2}}
 
     def configure_serialization(self):
         return {"x": torch.tensor}, {"y": torch.Tensor.tolist}
 
-    def serve_step(self, x):
+    def serve_step(self, x, n=5):
         assert not torch.is_grad_enabled() and not self.training
-        return {"y": self.layer(x)}
+        return {"y": self.layer(x), "n": n + 1}
 
     def configure_response(self):
         with torch.no_grad():
-            return {"y": self.layer(torch.arange(32.0)).tolist()}
+            return {"y": self.layer(torch.arange(32.0)).tolist(), "n": 3}
 
 
 class Wrong(Served):
@@ -42,8 +44,13 @@ class Wrong(Served):
 
 
 class Fails(Served):
-    def serve_step(self, x):
-        raise ValueError("no")
+    def serve_step(self, x, n):
+        return [x]
+
+
+class NoBody(Served):
+    def configure_payload(self):
+        return {"x": 1}
 
 
 def validate(model, **options):
@@ -64,21 +71,28 @@ def validate(model, **options):
 
 
 @needs_server
-def test_a_module_that_can_be_served():
+def test_a_module_that_can_be_served(caplog):
     model = Served()
-    validator = validate(model)
+    with caplog.at_level("INFO", "levin"):
+        validator = validate(model)
+    assert "The module Served can be served." in caplog.messages
     assert validator.successful and validator.resp.status_code == 200
     assert validator.state_dict() == {"successful": True, "optimization": None, "server": "fastapi"}
     assert model.training and model.trainer is not None
 
 
 @needs_server
-def test_what_is_wrong_ends_the_run():
+def test_what_is_wrong_ends_the_run(caplog):
     with pytest.raises(RuntimeError, match=r"expected \{'y': \[1.0\]\}"):
         validate(Wrong())
-    with pytest.raises(RuntimeError, match="500"):
+    failure = 'The served module answered with an error: 500 {"detail":"serve_step must return a dict, received list."}'
+    with pytest.raises(RuntimeError, match=re.escape(failure)):
         validate(Fails())
-    assert validate(Fails(), exit_on_failure=False).successful is False
+    with caplog.at_level("INFO", "levin"):
+        assert validate(Fails(), exit_on_failure=False).successful is False
+    assert failure in caplog.messages
+    with pytest.raises(RuntimeError, match="with an error: 422 .*received keys ..x.."):
+        validate(NoBody())
     with pytest.raises(TypeError, match="ServableModule"):
         validate(BoringModel())
 
@@ -107,6 +121,17 @@ def test_a_server_that_says_nothing_is_waited_for_as_long_as_was_said(monkeypatc
     monkeypatch.setattr(serve, "_serve", lambda *_: time.sleep(60))
     with pytest.raises(RuntimeError, match="did not answer in 1 s"):
         validate(Served(), timeout=1)
+
+
+@needs_server
+def test_it_runs_in_one_process():
+    with pytest.raises(RuntimeError, match="runs in one process, received 2. Check the module with devices=1"):
+        ServableModuleValidator().on_train_start(SimpleNamespace(world_size=2), Served())
+
+
+@needs_server
+def test_before_it_is_tried_nothing_is_known():
+    assert ServableModuleValidator().state_dict() == {"successful": None, "optimization": None, "server": "fastapi"}
 
 
 def test_what_is_not_there_is_said():

@@ -469,9 +469,10 @@ def defaults(kind: type, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted({name for name in levin_callbacks.__all__ if name[0].isupper()}))
 def test_defaults_are_the_same(name):
     import lightning.pytorch.callbacks.spike as spike
+    import lightning.pytorch.serve as serve
 
     ours, theirs = getattr(levin_callbacks, name), callbacks_of(both.lightning())
-    theirs = getattr(theirs, name, getattr(spike, name, None))
+    theirs = getattr(theirs, name, getattr(spike, name, getattr(serve, name, None)))
     if theirs is None:
         pytest.skip(f"Lightning has no {name} among its callbacks")
     for method in sorted(vars(theirs).keys() & set(dir(ours))):
