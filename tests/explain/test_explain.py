@@ -244,7 +244,8 @@ def test_the_lines_are_what_an_evaluation_calls(fn, data, tmp_path):
     ("fn", "options"),
     [
         ("fit", {"max_steps": 5, "val_check_interval": 2, "reload_dataloaders_every_n_epochs": 2}),
-        ("fit", {"num_sanity_val_steps": 0}), ("fit", {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}),
+        ("fit", {"num_sanity_val_steps": 0}), ("fit", {"check_val_every_n_epoch": None, "val_check_interval": 4}),
+        ("fit", {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 2}),
         ("validate", {}), ("test", {}), ("predict", {}),
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from levin.accelerators import AcceleratorRegistry, CPUAccelerator
@@ -40,5 +42,14 @@ def test_names_are_added_once_replaced_on_request_and_removed():
 
 def test_arguments_reach_the_class():
     registry = Registry("pair")
-    registry.add("pair", dict, a=1)
-    assert registry.get("pair") == {"a": 1}
+    assert registry.add("pair", dict, a=1) is None and registry.get("pair") == {"a": 1}
+    assert registry == {"pair": {"pair": dict, "pair_name": "pair", "description": "", "init_params": {"a": 1}}}
+    registry.add("counter", "collections:Counter", "counts", a=2)
+    assert (
+        registry.get_class("counter") is Counter is registry["counter"]["pair"] and registry.get("counter", 1)["a"] == 2
+    )
+    with pytest.raises(KeyError) as caught:
+        registry.get("other")
+    assert caught.value.args == ("No pair is named 'other'. Available names: counter, pair.",)
+    with pytest.raises(ValueError, match="The pair name 'pair' is taken. Pass override=True to replace it."):
+        registry.add("pair", None)
