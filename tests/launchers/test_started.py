@@ -245,6 +245,19 @@ def test_processes_of_another_job_that_do_not_end_are_not_waited_for_without_end
     assert "LEVIN_HYDRA_JOB" not in os.environ
 
 
+def test_processes_that_are_asked_to_end_get_the_time_for_it():
+    handling = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(5)))\n"
+        "print(1, flush=True)\n" + HANGING
+    )
+    command = [sys.executable, "-I", "-S", "-c", handling]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        script.end_processes([process])
+        assert process.returncode == 5
+
+
 def test_waiting_for_processes_ends_in_time():
     process = subprocess.Popen([sys.executable, "-I", "-S", "-c", HANGING])
     try:

@@ -20,6 +20,8 @@ from levin.profilers import (
     SimpleProfiler,
     XLAProfiler,
 )
+from levin.profilers.choose import resolve_profiler
+from levin.profilers.profiler import is_profiling, timer
 from levin.utilities.exceptions import MisconfigurationException
 
 
@@ -48,6 +50,8 @@ def test_profile_stops_even_when_the_body_fails():
         raise RuntimeError("meant")
     assert profiler.calls == [("start", "a"), ("stop", "a")]
     assert profiler.local_rank == 0
+    profiler.setup("fit", local_rank=3)
+    assert profiler.local_rank == 3
     assert profiler.summary() == ""
     with pytest.raises(TypeError):
         Profiler()
@@ -102,16 +106,39 @@ def test_simple_profiler_says_means_and_shares(monkeypatch):
         with profiler.profile(action):
             now_s[0] += duration_s
     now_s[0] += 1
-    rows = [line.replace(" ", "") for line in profiler.summary().splitlines() if "|" in line]
-    assert rows[1:] == ["|Total|-|4|8.0|100%|", "|slow|2.0|3|6.0|75.0|", "|quick|1.0|1|1.0|12.5|"]
+    assert (
+        profiler.summary()
+        == """Profiler Report
+
+------------------------------------------------------------------------------------
+|  Action  |  Mean duration (s)  |  Num calls  |  Total time (s)  |  Percentage %  |
+------------------------------------------------------------------------------------
+|  Total   |  -                  |  4          |  8.0             |  100 %         |
+|  slow    |  2.0                |  3          |  6.0             |  75.0          |
+|  quick   |  1.0                |  1          |  1.0             |  12.5          |
+------------------------------------------------------------------------------------
+"""
+    )
+    profiler.setup("fit")
+    profiler.extended = False
+    assert (
+        profiler.summary()
+        == """FIT Profiler Report
+
+-----------------------------------------------------
+|  Action  |  Mean duration (s)  |  Total time (s)  |
+-----------------------------------------------------
+|  slow    |  2.0                |  6.0             |
+|  quick   |  1.0                |  1.0             |
+-----------------------------------------------------
+"""
+    )
 
 
-def test_simple_profiler_without_extension_leaves_columns_out():
-    profiler = SimpleProfiler(extended=False)
-    with profiler.profile("a"):
-        pass
-    assert "Num calls" not in profiler.summary()
+def test_reports_without_any_action():
+    assert SimpleProfiler().extended
     assert SimpleProfiler().summary() and SimpleProfiler(extended=False).summary()
+    assert AdvancedProfiler().summary() == "Profiler Report"
 
 
 def test_the_report_goes_to_a_file_named_after_stage_and_rank(tmp_path):
@@ -124,6 +151,8 @@ def test_the_report_goes_to_a_file_named_after_stage_and_rank(tmp_path):
     profiler.describe()
     assert sorted(os.listdir(tmp_path / "logs")) == ["fit-a_b.txt", "test-a_b-1.txt"]
     assert (tmp_path / "logs" / "fit-a_b.txt").read_text().startswith("FIT Profiler Report")
+    profiler.describe()  # a file of this machine gets one report after the other
+    assert (tmp_path / "logs" / "test-a_b-1.txt").read_text().count("TEST Profiler Report") == 2
     own = SimpleProfiler(dirpath=tmp_path / "own", filename="p")
     own.setup("fit", log_dir=str(tmp_path / "logs"))
     own.describe()
@@ -135,15 +164,19 @@ def test_the_report_goes_to_a_remote_file():
 
     profiler = SimpleProfiler(dirpath="memory://reports", filename="p")
     profiler.setup("fit")
-    profiler.describe()
-    assert "Profiler Report" in fsspec.filesystem("memory").cat_file("/reports/fit-p.txt").decode()
-
-
-def test_without_a_filename_the_report_is_printed(caplog):
-    profiler = SimpleProfiler()
-    with caplog.at_level(logging.INFO, logger="levin"):
+    for _ in range(2):
         profiler.describe()
-    assert "Profiler Report" in caplog.text
+    written = fsspec.filesystem("memory").cat_file("/reports/fit-p.txt").decode()
+    assert written.count("FIT Profiler Report") == 1
+
+
+@pytest.mark.parametrize("arguments", [{}, {"filename": "p"}, {"dirpath": "d"}])
+def test_without_a_filename_or_a_directory_the_report_is_printed(arguments, caplog, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level(logging.INFO, logger="levin"):
+        SimpleProfiler(**arguments).describe()
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("Profiler Report\n\n---")
+    assert list(tmp_path.iterdir()) == []
 
 
 def busy() -> list[int]:
@@ -159,7 +192,22 @@ def test_advanced_profiler_lists_functions_under_their_own_action():
     outer = profiler.summary().split("Profile stats for: inner")[0]
     inner = profiler.summary().split("Profile stats for: inner")[1]
     assert "(busy)" in inner and "(busy)" not in outer
-    assert "built-in method builtins.sum" in outer
+    assert "built-in method builtins.sum" in outer and "built-in method builtins.sum" not in inner
+    assert sys.getprofile() is None
+    profiler.start("outer")
+    profiler.teardown("fit")
+    assert sys.getprofile() is None and profiler.summary() == "Profiler Report"
+
+
+def test_advanced_profiler_sorts_by_the_time_with_all_that_is_called():
+    profiler = AdvancedProfiler()
+    profiler.setup("fit", local_rank=2)
+    with profiler.profile("work"):
+        busy()
+    text = profiler.summary()
+    assert text.startswith("FIT Profiler Report\nProfile stats for: work rank: 2\n")
+    assert "Ordered by: cumulative time" in text and os.path.dirname(__file__) not in text
+    assert "restriction" not in text
 
 
 def test_advanced_profiler_shortens_lists_and_dumps_stats(tmp_path):
@@ -215,6 +263,13 @@ def test_pytorch_profiler_records_three_steps_of_each_function(tmp_path):
     assert "Linear" in (tmp_path / traces[0]).read_text()
     profiler.teardown("fit")
     assert profiler.summary() == ""
+    step(profiler, "training_step", model)  # nothing is recorded between runs
+    assert profiler._num_steps == {}
+    profiler.setup("fit")
+    for _ in range(6):
+        step(profiler, "training_step", model)
+    rows = [line.split() for line in profiler.summary().splitlines() if line.strip().startswith("aten::addmm")]
+    assert [row[-1] for row in rows] == ["3"]
 
 
 def test_pytorch_profiler_keeps_what_another_function_interrupts():
@@ -237,7 +292,53 @@ def test_pytorch_profiler_without_schedule_records_everything():
             torch.zeros(size).sum()
     text = profiler.summary()
     assert len(ready) == 1
-    assert "Input Shapes" in text and "[levin]work" in text
+    assert "Input Shapes" in text and "[levin]work" in text and "[[2]" in text
+    names = [line.split()[0] for line in text.splitlines() if line.strip().startswith(("aten::", "[levin]"))]
+    assert len(names) == 5 and names[0] == "[levin]work"  # the longest first
+
+
+def test_pytorch_profiler_sorts_by_the_column_that_is_wished(tmp_path, caplog):
+    profiler = PyTorchProfiler(
+        dirpath=tmp_path, schedule=None, export_to_chrome=False, sort_by_key="count", row_limit=-1,
+        table_kwargs={"max_name_column_width": 12},
+    )  # fmt: skip
+    with profiler.profile("work"):
+        for _ in range(7):
+            torch.zeros(2).sum()
+        torch.ones(2)
+    table = [line.split() for line in profiler.summary().splitlines() if line.split() and line.split()[-1].isdigit()]
+    calls = [int(row[-1]) for row in table]
+    assert calls == sorted(calls, reverse=True) and calls[0] >= 7
+    assert max(len(row[0]) for row in table) <= 12
+    assert list(tmp_path.iterdir()) == []
+    profiler = PyTorchProfiler(schedule=None)
+    with profiler.profile("work"):
+        torch.zeros(2).sum()
+    with caplog.at_level(logging.INFO, logger="levin"):
+        profiler.summary()
+    assert caplog.messages == ["PyTorchProfiler writes no trace, since it has no directory. Give it a dirpath."]
+
+
+def test_pytorch_profiler_names_layers_after_one_of_them_has_failed():
+    class Failing(torch.nn.Module):
+        def forward(self, x):
+            raise RuntimeError("meant")
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), Failing())
+    profiler = PyTorchProfiler(schedule=None, export_to_chrome=False)
+    with profiler.profile("work"):
+        profiler.attach(model)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="meant"):
+                model(torch.zeros(1, 2))
+        model[0](torch.zeros(1, 2))
+    text = profiler.summary()
+    named = {
+        line.split()[-1]
+        for line in text.splitlines()
+        if "module]torch.nn.modules.linear.Linear" in line or "[levin][module]torch" in line
+    }
+    assert named == {"3"} and text.count("[levin][module]") == 2
 
 
 def test_pytorch_profiler_names_the_layers_of_a_module_that_comes_while_it_records():
@@ -254,7 +355,14 @@ def test_pytorch_profiler_says_when_the_run_was_too_short(caplog):
     step(profiler, "training_step", make_model())
     with caplog.at_level(logging.INFO, logger="levin"):
         assert profiler.summary() == ""
-    assert "training_step ran 1 times" in caplog.text and "schedule=None" in caplog.text
+    told = (
+        "PyTorchProfiler recorded nothing: {}, and its schedule starts later. Use schedule=None to record everything."
+    )
+    assert caplog.messages == [told.format("[Strategy]S.training_step ran 1 times")]
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="levin"):
+        assert PyTorchProfiler().summary() == ""
+    assert caplog.messages == [told.format("no step ran")]
 
 
 def test_pytorch_profiler_survives_a_failing_step(tmp_path):
@@ -271,7 +379,9 @@ def test_pytorch_profiler_survives_a_failing_step(tmp_path):
 def test_pytorch_profiler_can_be_pickled_while_it_runs():
     profiler = PyTorchProfiler(schedule=None, export_to_chrome=False)
     profiler.start("work")
+    profiler.attach(make_model())
     copy = pickle.loads(pickle.dumps(profiler))
+    assert (copy._profile, copy._owner, copy._running, copy._module, copy._module_names) == (None, None, {}, None, None)
     profiler.stop("work")
     profiler.teardown("fit")
     assert copy.summary() == ""
@@ -340,7 +450,7 @@ def test_xla_profiler_marks_steps_and_backward(monkeypatch):
         pass
 
     module = ModuleType("torch_xla.debug.profiler")
-    module.set_tracer_marked_step = lambda value: None
+    module.set_tracer_marked_step = lambda value: calls.append(("marked", value))
     module.Trace, module.StepTrace = Trace, StepTrace
     module.start_server = lambda port: calls.append(("server", port)) or object()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
@@ -354,7 +464,27 @@ def test_xla_profiler_marks_steps_and_backward(monkeypatch):
     for action in ("M.setup", "S.training_step", "S.backward", "S.training_step"):
         with profiler.profile(action):
             pass
-    assert [call for call in calls if call[0] not in ("enter", "exit")] == [
-        ("server", 1), ("StepTrace", "S.training_step", 0), ("Trace", "S.backward"), ("StepTrace", "S.training_step", 1),
+    end = [("enter",), ("exit",), ("marked", False)]
+    assert calls == [
+        ("server", 1), ("StepTrace", "S.training_step", 0), *end, ("Trace", "S.backward"), *end,
+        ("StepTrace", "S.training_step", 1), *end,
     ]  # fmt: skip
-    assert calls.count(("enter",)) == calls.count(("exit",)) == 3
+    assert XLAProfiler().port == 9012
+
+
+def test_a_function_that_is_timed_returns_what_it_returned():
+    profiler = Recorder()
+    assert timer(profiler)("a", lambda *args, **kwargs: (args, kwargs))(1, b=2) == ((1,), {"b": 2})
+    assert profiler.calls == [("start", "a"), ("stop", "a")]
+    assert is_profiling(profiler) is True and is_profiling(PassThroughProfiler()) is False
+
+
+def test_profilers_by_their_names():
+    for name, kind in (("Simple", SimpleProfiler), ("advanced", AdvancedProfiler), ("pytorch", PyTorchProfiler)):
+        assert type(resolve_profiler(name)) is kind
+    own = Recorder()
+    assert resolve_profiler(own) is own and type(resolve_profiler(None)) is PassThroughProfiler
+    with pytest.raises(ValueError, match="must be one of simple, advanced, pytorch, xla, a Profiler or None.*simple"):
+        resolve_profiler("simpel")
+    with pytest.raises(ValueError, match="must be a name, a Profiler or None"):
+        resolve_profiler(3)
