@@ -18,11 +18,12 @@ def test_members_are_those_of_lightning(name):
 
     def told(module):
         return {
-            (member.name, member.value, str(member)): [getattr(member, what) for what in NAMES[name]]
+            (member.name, member.value): [getattr(member, what) for what in NAMES[name]]
             for member in getattr(module, name)
         }
 
     assert told(states) == told(theirs)
+    assert all(f"{member}" == str(member) == member.value for member in getattr(states, name))
 
 
 def test_a_state_begins_before_the_first_call():
