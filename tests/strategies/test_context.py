@@ -12,7 +12,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from levin import LightningModule, Trainer
-from levin.strategies import ModelParallelStrategy
+from levin.strategies import ModelParallelStrategy, collectives
+from levin.strategies.context import share_sequences
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET
 from tests.strategies.test_fsdp import alone, whole
@@ -233,6 +234,92 @@ def test_a_module_without_blocks_is_refused():
     module.blocks = nn.ModuleList()
     with pytest.raises(ValueError, match="and Language has no repeated blocks"):
         in_rank(shared()).fit(module)
+
+
+class Wide(nn.Module):
+    """Attends under a mask that the caller gives, and takes further inputs of every form."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.kind, self.num_calls = kind, 0
+        self.inner = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x, mask=None, rows=None, scales=None, weight=1.0):
+        self.num_calls += 1
+        heads = self.inner(x).unflatten(-1, (3 * HEADS, -1)).transpose(1, 2).chunk(3, 1)
+        attended = functional.scaled_dot_product_attention(*heads, mask, dropout_p=0.0)
+        x = x + attended.transpose(1, 2).flatten(2) * weight
+        x = x + (0 if rows is None else rows) + (0 if scales is None else scales)
+        return {"tuple": (x,), "two": (x, x), "dict": {"x": x}}.get(self.kind, x)
+
+
+class Another(Wide):
+    """Of a class of its own, which is tried out."""
+
+
+@world_size(2)
+def test_blocks_with_further_inputs_masks_and_tuples_give_what_they_give_alone():
+    generator = torch.Generator().manual_seed(6)
+
+    def drawn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    attention, is_fast = functional.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()
+    inputs = {"rows": drawn(LENGTH, WIDTH), "scales": drawn(2, LENGTH, WIDTH), "weight": torch.tensor(2.0)}
+    for kind, masks in (
+        ("plain", (None, drawn(2, HEADS, LENGTH, LENGTH), drawn(2, 1, LENGTH, LENGTH), drawn(LENGTH, LENGTH))),
+        ("tuple", (None,)),
+    ):
+        kinds = Wide if kind == "plain" else Another
+        reference, blocks = kinds(kind), [kinds(kind), kinds(kind)]
+        share_sequences(blocks, None)
+        for block in blocks:
+            for mask in masks:
+                x = drawn(2, LENGTH, WIDTH)
+                ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+                found, expected = block(ours, mask, **inputs), reference(theirs, mask, **inputs)
+                torch.testing.assert_close(found, expected)
+                weight = drawn(2, LENGTH, WIDTH)
+                for module, output in ((block, found), (reference, expected)):
+                    module.zero_grad()
+                    ((output[0] if kind == "tuple" else output) * weight).sum().backward()
+                torch.testing.assert_close(ours.grad, theirs.grad)
+                # The gradients of the processes are averaged, as those of other data are.
+                gradients = [collectives.reduce(parameter.grad) for parameter in block.parameters()]
+                torch.testing.assert_close(gradients, [parameter.grad for parameter in reference.parameters()])
+        # The first of a class is tried out: once with the whole and once with its part.
+        assert [block.num_calls for block in blocks] == [len(masks) + 2, len(masks)]
+    known = Wide("plain")
+    share_sequences([known], None, is_tried=True)
+    known(drawn(2, LENGTH, WIDTH))
+    assert known.num_calls == 1
+    # Formats of autocast are coarse; what is the same in them is the same.
+    coarse = Wide("plain")
+    share_sequences([coarse], None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert coarse(drawn(2, LENGTH, WIDTH) * 3).shape == (2, LENGTH, WIDTH)
+    for kind, given, message in (
+        ("dict", drawn(2, LENGTH, WIDTH), "Wide must return (batch, sequence, features) to share its sequence, received dict."),
+        ("two", drawn(2, LENGTH, WIDTH), "Wide must return (batch, sequence, features) to share its sequence, received tuple."),
+        (
+            "plain", drawn(LENGTH, WIDTH),
+            "Wide must take (batch, sequence, features) whose sequence 2 processes can share evenly, received (8, 16). Pad sequences to "
+            "a multiple of 2, or choose another context_parallel_size.",
+        ),
+        (
+            "plain", "text",
+            "Wide must take (batch, sequence, features) whose sequence 2 processes can share evenly, received str. Pad sequences to a "
+            "multiple of 2, or choose another context_parallel_size.",
+        ),
+    ):  # fmt: skip
+        wrong = Wide(kind)
+        share_sequences([wrong], None, is_tried=True)
+        with pytest.raises(ValueError) as told:
+            wrong(given)
+        assert str(told.value) == message
+    assert functional.scaled_dot_product_attention is attention
+    assert torch.backends.mha.get_fastpath_enabled() == is_fast is True
 
 
 @pytest.mark.parametrize(
