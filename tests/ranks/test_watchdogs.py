@@ -94,6 +94,21 @@ def test_a_rank_that_never_said_a_word_is_named(ended):
     )
 
 
+def test_a_failure_is_told_before_the_process_that_has_it_ends(ended):
+    first, second = watchdogs()
+    second.beat_s = 60.0
+    second.start()
+    second.annotate_error(KeyError("broken"))
+    report = first._read("report")[1]
+    assert (report.failure, report.is_secondary_failure, report.order) == ("KeyError: 'broken'\n", False, 1)
+    # With rank 0 the store goes, so it stays until all can have read who failed first.
+    first.start()
+    error = ValueError("here too")
+    first.annotate_error(error)
+    assert first.verdict.startswith("Rank 1 failed first.\n") and error.args == ("here too",)
+    assert second._read("report")[0].order == 2
+
+
 def test_a_store_that_does_not_answer_is_the_reason(ended):
     _, second = watchdogs()
 

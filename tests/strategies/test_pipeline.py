@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import namedtuple
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from types import MappingProxyType
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor, Replicate
@@ -19,8 +21,10 @@ from levin import Fabric, Trainer
 from levin.checkpoint import consolidate
 from levin.strategies import ModelParallelStrategy
 from levin.strategies.microbatches import merge_logged, size_of, split
+from levin.strategies.pipeline import Pipeline, _Step
 from levin.strategies.replay import ReachedError, Replay
 from levin.strategies.stages import PipelinePlan, cut, layers_of
+from levin.utilities.exceptions import MisconfigurationException
 from tests.distributed import run_ranks, world_size
 from tests.strategies.small import QUIET, WithLosses, dataset
 from tests.strategies.test_fsdp import Block, alone
@@ -890,3 +894,89 @@ def test_layers_without_parameters_run_wherever_they_are_called_and_may_begin_a_
         replay.run(0, lambda: module(x), [], lacks[1])
     found = replay.run(1, lambda: module(x), reached.value.tensors, [])
     torch.testing.assert_close(found, module(x), rtol=0, atol=0)
+
+
+def bare(is_last: bool = True, body: str = "net", **plan) -> Pipeline:
+    """Return a pipeline that is connected with nobody."""
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.plan, pipeline.module, pipeline.body = PipelinePlan(2, **plan), Deep(), body
+    pipeline.is_last, pipeline.data_group, pipeline.device = is_last, None, torch.device("cpu")
+    pipeline._ways, pipeline._evaluates_whole = {}, False
+    pipeline._log_signature = inspect.signature(Deep.log)
+    children = dict(pipeline.module.net.named_children())
+    pipeline.replay = Replay(pipeline.module, children, [["0", "1"], ["2", "3"]], pipeline.device)
+    return pipeline
+
+
+def told(function, *args) -> str:
+    with pytest.raises(MisconfigurationException) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_a_step_that_calls_layers_by_themselves_is_told_what_to_call():
+    for error in (RuntimeError("of a FakeTensor"), AssertionError("tensor subclasses must")):
+        for body, called in (("net", "self.net(x)"), ("", "self(x)")):
+
+            def step(batch, error=error):
+                raise error
+
+            assert told(bare(body=body).evaluation_step(step), 1) == (
+                f"A step of Deep calls layers of a pipeline by themselves, and this process has a part of them. Call {called}, which runs "
+                "all of them, in all steps but `training_step`."
+            )
+    with pytest.raises(RuntimeError, match="another"):
+        bare().evaluation_step(lambda: (_ for _ in ()).throw(RuntimeError("another")))()
+    assert bare().evaluation_step(lambda *args: args)(1, 2) == (1, 2)
+
+
+def test_the_loss_of_a_part_is_kept_and_counts_by_its_weight():
+    pipeline = bare()
+    step = _Step([1, 2], (), seed=0)
+    loss = torch.tensor(3.0, requires_grad=True)
+    assert pipeline._loss_of(step, 0, loss) is loss and pipeline._loss_of(step, 1, {"loss": loss}) is loss
+    assert step.losses == {0: 3.0, 1: 3.0} and step.weights == {} and not step.losses[0].requires_grad
+    assert pipeline._loss_of(step, 1, {"loss": loss, "weight": 4}) == 12.0
+    assert (step.losses[1], step.weights) == (12.0, {1: 4})
+    for result in (None, {"x": loss}, {"loss": 1.0}):
+        assert told(pipeline._loss_of, step, 0, result) == (
+            f"`training_step` in a pipeline must return the loss, or a dict with it under 'loss', received {result!r}."
+        )
+
+
+def test_batches_go_through_in_as_many_parts_as_fit_and_a_schedule_is_made_for_each_shape():
+    pipeline = bare(num_microbatches=4)
+    assert [pipeline._num_parts("a", size, True) for size in (8, 6, 7)] == [(4, True), (2, True), (1, True)]
+    pipeline._ways[True] = ("a", 4, [], None)
+    assert [pipeline._num_parts("a", size, True) for size in (8, 6)] == [(4, False), (2, True)]
+    assert pipeline._num_parts("b", 8, True) == (4, True) and pipeline._num_parts("a", 8, False) == (4, True)
+    pipeline._evaluates_whole = True
+    assert pipeline._num_parts("a", 8, False) == (1, True) and pipeline._num_parts("a", 8, True) == (4, False)
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_what_a_part_logs_is_kept_as_keywords(is_last):
+    pipeline = bare(is_last)
+    calls = []
+
+    def training_step(batch, *more):
+        pipeline.module.log("loss", 1.0, True, on_step=True)
+        calls.append((batch, more))
+        return "result"
+
+    pipeline._run_user_step = training_step
+    step = _Step(["first", "second"], (5,), seed=0)
+    assert pipeline._run_part(step, 1) == "result" and calls == [("second", (5,))]
+    assert step.calls == {1: [{"name": "loss", "value": 1.0, "prog_bar": True, "on_step": True}]}
+    assert "log" not in vars(pipeline.module)
+
+
+def test_a_shared_weight_that_a_stage_does_not_use_counts_as_zero_there(monkeypatch):
+    pipeline, reduced = bare(), []
+    first, second, frozen = (nn.Parameter(torch.ones(2)) for _ in range(3))
+    pipeline.module = nn.ParameterDict({"first": first, "second": second, "frozen": frozen.requires_grad_(False)})
+    first.grad = torch.full((2,), 3.0)
+    pipeline.shared = {"first": "a", "second": "b", "frozen": "c"}
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: reduced.append((tensor.tolist(), group)))
+    pipeline._add_up_shared()
+    assert reduced == [([3.0, 3.0], "a"), ([0.0, 0.0], "b")] and frozen.grad is None
