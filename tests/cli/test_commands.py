@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import levin
 from levin.__main__ import COMMANDS, main
+from levin.cli import env
+from levin.environments import LightningEnvironment
 
 PROJECT = """
 import torch
@@ -48,6 +53,9 @@ QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.enable_p
 @pytest.mark.filterwarnings("ignore:The checkpoint holds states of callbacks")  # the test has no ModelCheckpoint
 def test_a_module_is_trained_and_tested_without_a_program(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    # As for a program of its own, which has its folder there and not the present one.
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    before = sys.argv, sys.path[:]
     (tmp_path / "commanded_project.py").write_text(PROJECT)
     words = ["--model=commanded_project.Net", "--data=commanded_project.Data", "--data.batch_size=2", *QUIET]
     assert (
@@ -73,7 +81,7 @@ def test_a_module_is_trained_and_tested_without_a_program(tmp_path, monkeypatch,
         == 0
     )
     assert "0.25" in capsys.readouterr().out
-    assert os.getcwd() not in sys.path or "" in sys.path
+    assert (sys.argv, sys.path) == before
     sys.modules.pop("commanded_project")
 
 
@@ -98,11 +106,53 @@ def test_each_command_has_an_example(capsys, name):
     assert re.search(f"Examples?: levin {name} ", " ".join(capsys.readouterr().out.split()))
 
 
-def test_the_machine_is_described(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without CUDA")
+def test_the_machine_is_described(capsys, monkeypatch):
+    for name in list(os.environ):  # a scheduler may have started the tests
+        if name.startswith(("SLURM_", "LSB_", "TORCHELASTIC_", "OMPI_", "PMI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(env, "count_processors", lambda: 3)
+    monkeypatch.setattr(env, "PACKAGES", ["torch", "no-such-package"])
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert main(["env"]) == 0
-    text = capsys.readouterr().out
-    for part in (levin.__version__, torch.__version__, "accelerator", "environment", "one process"):
-        assert part in text
+    assert (
+        capsys.readouterr().out
+        == f"""versions
+  levin              {levin.__version__}
+  python             {platform.python_version()}
+  torch              {version("torch")}
+  no-such-package    -
+machine
+  system             {platform.platform()}
+  processors         3 of {os.cpu_count()}, torch uses {torch.get_num_threads()} threads
+  cuda               no
+  mps                no
+  distributed        yes
+selected by Trainer()
+  accelerator        CPUAccelerator: the first of tpu, mps, cuda and cpu that is there
+  devices            1: all of them; one process on the CPU
+  strategy           SingleDeviceStrategy: ddp for several devices, else one device
+  precision          32-true: unless precision= says otherwise
+  environment        none, which one process does not need
+"""
+    )
+
+
+def test_gpus_and_the_environment_are_described(monkeypatch):
+    card = SimpleNamespace(name="Card", total_memory=3 * 2**30, major=9, minor=1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    cards = [(f"cuda:{index}", "Card, 3.0 GiB, capability 9.1") for index in range(2)]
+    assert list(env._devices()) == [*cards, ("mps", "yes"), ("distributed", "no")]
+    strategy = SimpleNamespace(environment=LightningEnvironment(), precision=SimpleNamespace(precision="32-true"))
+    chosen = SimpleNamespace(strategy=strategy, accelerator=None, num_devices=2)
+    monkeypatch.setattr("levin.engine.build_engine", lambda: chosen)
+    assert (
+        dict(dict(env.describe())["selected by Trainer()"])["environment"] == "LightningEnvironment, by its variables"
+    )
 
 
 class Evil:

@@ -18,6 +18,7 @@ import yaml
 import levin
 from levin.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_module
 from levin.cli.class_paths import to_levin, to_lightning
+from levin.cli.instantiate import instantiate_class
 from levin.cli.parser import OWN_ARGUMENTS, OWN_ARGUMENTS_OF, nearest
 
 QUIET = ["--seed_everything=1", "--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false",
@@ -76,6 +77,11 @@ def test_class_paths_are_translated_whole_and_alone():
     given = "see lightning.pytorch.callbacks.EarlyStopping.thing, /lightning.pytorch.callbacks.EarlyStopping/x"
     assert to_levin(given) == given
     assert to_levin(["pytorch_lightning.loggers.CSVLogger", 3]) == ["levin.loggers.CSVLogger", 3]
+    assert to_levin(("lightning.pytorch.Trainer", {"a": "levin"})) == ("levin.Trainer", {"a": "levin"})
+    # Where Lightning has a name in several places, the shortest of its path of today.
+    assert to_lightning("levin.Trainer levin.callbacks.Timer levin.strategies.DDPStrategy levin.fabric.Fabric") == (
+        "lightning.pytorch.Trainer lightning.pytorch.callbacks.Timer lightning.pytorch.strategies.DDPStrategy lightning.fabric.Fabric"
+    )
     assert to_levin("lightning.pytorch.loggers.NoSuchLogger") == "lightning.pytorch.loggers.NoSuchLogger"
     assert to_lightning("a: levin.callbacks.BadStepGuard") == "a: levin.callbacks.BadStepGuard"
     assert to_levin(to_lightning("- levin.cli.ReduceLROnPlateau")) == "- levin.cli.ReduceLROnPlateau"
@@ -167,6 +173,13 @@ def test_saving_nothing_at_all_is_refused():
     parser = LightningArgumentParser()
     with pytest.raises(ValueError, match="save_config"):
         SaveConfigCallback(parser, parser.parse_args([]), save_to_log_dir=False)
+
+
+def test_objects_are_made_by_their_class_path():
+    made = instantiate_class((3, 4), {"class_path": "torch.nn.Linear"})
+    assert (made.in_features, made.out_features) == (3, 4)
+    with pytest.raises(ValueError, match="class_path must be an import path, received 'Adam'"):
+        instantiate_class(3, {"class_path": "Adam"})
 
 
 PROGRAM = """

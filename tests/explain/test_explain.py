@@ -490,18 +490,3 @@ def test_the_command_explains_the_call_that_is_named(tmp_path):
     assert "Trainer.fit, Trainer.test were passed over" in done.stderr
     done = command("explain", "predict", "--model", "train.Net", cwd=tmp_path)
     assert done.returncode == 0 and "predict of Net" in done.stdout, done.stderr
-
-
-def test_the_command_says_where_nothing_trains(tmp_path):
-    (tmp_path / "nothing.py").write_text("print(1)")
-    done = command("explain", "nothing.py", cwd=tmp_path)
-    assert done.returncode == 1 and "never called a method of the Trainer" in done.stderr
-    done = command("explain", "--call", "fit", "nothing.py", cwd=tmp_path)
-    assert done.returncode == 1 and "never called `Trainer.fit`" in done.stderr
-    done = command("explain", "--call=train", "nothing.py", cwd=tmp_path)
-    assert done.returncode == 2 and "invalid choice: 'train'" in done.stderr
-    done = command("explain", "absent.py", cwd=tmp_path)
-    assert done.returncode != 0 and "absent.py" in done.stderr and "Traceback" not in done.stderr
-    done = command("explain", "-m", "absent.module", cwd=tmp_path)
-    assert done.returncode == 1 and "no module 'absent.module'" in done.stderr and "Traceback" not in done.stderr
-    assert "levin explain train.py" in command("explain", "--help", cwd=tmp_path).stdout
