@@ -159,7 +159,11 @@ def test_a_run_that_has_ended_well_is_told_to_the_others(ended):
 def test_what_ends_a_program_is_told_and_shown_as_before(ended, monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "excepthook", lambda *given: shown.append(given))
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call, **how: at_exit.append((*call, how)))
     first, second = started()
+    # A script that ends well leaves the others.
+    assert at_exit == [(watchdog.stop, {"has_left": True}) for watchdog in (first, second)]
     error = KeyError("x")
     sys.excepthook(KeyError, error, None)
     assert shown == [(KeyError, error, None)]
