@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import socket
 import sys
@@ -109,7 +110,7 @@ def test_a_failure_is_told_before_the_process_that_has_it_ends(ended):
     assert second._read("report")[0].order == 2
 
 
-def test_a_store_that_does_not_answer_is_the_reason(ended):
+def test_a_store_that_does_not_answer_is_the_reason(ended, caplog):
     _, second = watchdogs()
 
     def fail(*_):
@@ -122,7 +123,10 @@ def test_a_store_that_does_not_answer_is_the_reason(ended):
     second.run = lambda: (time.sleep(0.2), Watchdog.run(second))
     second.start()
     echo = RuntimeError("Socket timed out")
-    second.annotate_error(echo)
+    with caplog.at_level(logging.DEBUG, "levin"):
+        second.annotate_error(echo)
+        second.join(10)
+    assert caplog.messages == ["rank 1 watches no more: the store is gone"]
     assert echo.args == (
         "The store that connects the processes does not answer: the process or machine of rank 0, or the network to it, is gone.\n"
         "Socket timed out",
