@@ -7,6 +7,7 @@ import pickle
 import sys
 import textwrap
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,19 @@ class Image:
     def __init__(self, item, **kwargs):
         self.item, self.kwargs = item, kwargs
 
+class Audio(Image): ...
+class Video(Image): ...
+
 class Table(Image):
     def __init__(self, **kwargs):
         self.kwargs = kwargs
+
+def Api():
+    return Recorder("api")
+""",
+    "wandb/errors.py": """
+class CommError(Exception): ...
+class AuthenticationError(CommError): ...
 """,
     "comet_ml/__init__.py": RECORDER
     + """
@@ -208,6 +219,112 @@ def test_wandb(calls_of, tmp_path):
     assert pickle.loads(pickle.dumps(logger)).version == "v"
 
 
+def test_wandb_gets_media_and_tables(calls_of, tmp_path):
+    from levin.loggers.wandb import WandbLogger
+
+    logger = WandbLogger(save_dir=tmp_path, prefix="x")
+    logger.log_audio("a", ["a.wav"], 3, sample_rate=[8])
+    logger.log_video("v", ["v.mp4"], fps=[4], format=["gif"])
+    logger.log_table("t", ["c"], [[1]], step=5)
+    logger.log_text("w", dataframe="frame")
+    calls = calls_of("wandb")
+    (audio, video, table, text) = [args[0] for args, _ in named(calls, "run.log")]
+    assert [list(each) for each in (audio, video, table, text)] == [
+        ["x-a", "trainer/global_step"], ["x-v"], ["x-t", "trainer/global_step"], ["x-w"],
+    ]  # fmt: skip
+    assert (audio["trainer/global_step"], table["trainer/global_step"]) == (3, 5)
+    for (made,), kind, item, kwargs in (
+        (audio["x-a"], "Audio", "a.wav", {"sample_rate": 8}),
+        (video["x-v"], "Video", "v.mp4", {"fps": 4, "format": "gif"}),
+    ):
+        assert (type(made).__name__, made.item, made.kwargs) == (kind, item, kwargs)
+    assert table["x-t"].kwargs == {"columns": ["c"], "data": [[1]], "dataframe": None}
+    assert text["x-w"].kwargs == {"columns": None, "data": None, "dataframe": "frame"}
+    with pytest.raises(TypeError) as caught:
+        logger.log_audio("a", "a.wav")
+    assert str(caught.value) == "audios must be a list, received str. Put a single one into a list."
+    with pytest.raises(ValueError, match=r"^fps must have one value for each of 1 videos, received 2\.$"):
+        logger.log_video("v", ["v.mp4"], fps=[1, 2])
+
+
+def test_wandb_takes_a_run_that_is_under_way_and_its_artifacts(calls_of, tmp_path, monkeypatch):
+    from levin.loggers.wandb import WandbLogger
+
+    calls, wandb = calls_of("wandb"), sys.modules["wandb"]
+    WandbLogger.download_artifact("a:v0", tmp_path, "model")
+    monkeypatch.setattr(wandb, "run", wandb.Recorder("mine", id="m"))
+    WandbLogger.download_artifact("a:v0")
+    WandbLogger.download_artifact("a:v0", artifact_type="model", use_artifact=False)
+    with pytest.warns(UserWarning, match="There is a wandb run already in progress") as warned:
+        logger = WandbLogger(save_dir=tmp_path / "unused")
+        assert logger.experiment is wandb.run is logger.experiment
+    logger.use_artifact("b:v1", "model")
+    logger.log_metrics({"image": torch.ones(2), "loss": 1})
+    assert logger.version == "m" and len(warned) == 1 and not list(tmp_path.glob("unused"))
+    assert [call for call in calls if call[0] not in ("mine.define_metric", "mine.log")] == [
+        ("api.artifact", ("a:v0",), {"type": "model"}), ("artifact.download", (), {"root": str(tmp_path)}),
+        ("mine.use_artifact", ("a:v0",), {}), ("use_artifact.download", (), {"root": None}),
+        ("api.artifact", ("a:v0",), {"type": "model"}), ("artifact.download", (), {"root": None}),
+        ("mine.use_artifact", ("b:v1",), {"type": "model"}),
+    ]  # fmt: skip
+    ((values,), _) = named(calls, "mine.log")[0]
+    assert values.keys() == {"image", "loss"} and torch.equal(values["image"], torch.ones(2))
+    given = WandbLogger(experiment=wandb.Recorder("given", id="g"))
+    given.log_metrics({"a": 1})
+    assert given.version == "g" and named(calls, "given.log") == [(({"a": 1},), {})]
+
+
+@pytest.mark.parametrize(
+    ("given", "folder", "init"),
+    [
+        ({}, ".", {"name": None, "project": "lightning_logs", "id": None}),
+        ({"dir": "d", "id": "i"}, "d", {"name": None, "project": "lightning_logs", "id": "i"}),
+        ({"dir": "d", "save_dir": "s", "id": "i", "version": "v", "anonymous": False}, "s",
+         {"name": None, "project": "lightning_logs", "id": "v"}),
+        ({"offline": True, "mode": "disabled"}, ".", {"name": None, "project": "lightning_logs", "id": None, "mode": "disabled"}),
+    ],
+)  # fmt: skip
+def test_wandb_is_started_with_what_was_given(calls_of, tmp_path, monkeypatch, given, folder, init):
+    from levin.loggers.wandb import WandbLogger
+
+    monkeypatch.chdir(tmp_path)
+    logger = WandbLogger(**given)
+    assert logger.version == init["id"] and logger.save_dir == folder and logger.name == init["project"]
+    _ = logger.experiment, logger.experiment
+    assert named(calls_of("wandb"), "init") == [((), {"dir": folder, "resume": "allow", **init})]
+    assert Path(folder).is_dir()
+    monkeypatch.setenv("WANDB_PROJECT", "by variable")
+    assert (WandbLogger().name, WandbLogger(project="p").name) == ("by variable", "p")
+
+
+@pytest.mark.parametrize(("error", "is_away"), [("CommError", True), ("AuthenticationError", False)])
+def test_wandb_that_cannot_be_reached_keeps_the_run_in_files(calls_of, tmp_path, monkeypatch, error, is_away):
+    from levin.loggers.wandb import WandbLogger
+
+    calls, wandb, init = calls_of("wandb"), sys.modules["wandb"], sys.modules["wandb"].init
+    errors = importlib.import_module("wandb.errors")
+
+    def fails(**kwargs):
+        if kwargs.get("mode") != "offline":
+            raise getattr(errors, error)("No answer.")
+        run = init(**kwargs)
+        run.dir = "/w/offline-run/files"
+        return run
+
+    monkeypatch.setattr(wandb, "init", fails)
+    if not is_away:
+        with pytest.raises(errors.AuthenticationError):
+            WandbLogger(save_dir=tmp_path).log_metrics({"a": 1})
+        return
+    with pytest.warns(UserWarning) as warned:
+        WandbLogger(save_dir=tmp_path).log_metrics({"a": 1})
+    assert str(warned[0].message) == (
+        "Weights & Biases cannot be reached: No answer. The run is kept in /w/offline-run/files. Upload it later with:"
+        " wandb sync /w/offline-run"
+    )
+    assert named(calls, "init")[0][1]["mode"] == "offline" and named(calls, "run.log") == [(({"a": 1},), {})]
+
+
 def test_another_process_attaches_to_the_run_of_wandb(calls_of, tmp_path, monkeypatch):
     from levin.loggers.wandb import WandbLogger
 
@@ -291,8 +408,34 @@ def test_checkpoints_go_to_wandb(calls_of, tmp_path, log_model, top_k, epochs):
     fit(WandbLogger(save_dir=tmp_path, version="v", log_model=log_model), tmp_path, save_top_k=top_k)
     calls = calls_of("wandb")
     assert [Path(args[0]).name for args, _ in named(calls, "artifact.add_file")] == [f"epoch={n}.ckpt" for n in epochs]
-    assert all(kwargs["name"] == "model-v" for _, kwargs in named(calls, "Artifact"))
-    assert all("latest" in kwargs["aliases"] for _, kwargs in named(calls, "run.log_artifact"))
+    assert all(kwargs == {"name": "model.ckpt", "policy": "mutable"} for _, kwargs in named(calls, "artifact.add_file"))
+    settings = {
+        "monitor": None, "mode": "min", "save_last": None, "save_top_k": top_k, "save_weights_only": False,
+        "_every_n_train_steps": 0,
+    }  # fmt: skip
+    assert [kwargs for _, kwargs in named(calls, "Artifact")] == [
+        {"name": "model-v", "type": "model", "metadata": {"score": None, "original_filename": f"epoch={n}.ckpt",
+                                                          "ModelCheckpoint": settings}}
+        for n in epochs
+    ]  # fmt: skip
+    assert [kwargs for _, kwargs in named(calls, "run.log_artifact")] == [{"aliases": ["latest", "best"]}] * len(epochs)
+
+
+def test_only_a_run_of_wandb_that_went_well_uploads_what_is_left(calls_of, tmp_path):
+    from levin.loggers.wandb import WandbLogger
+
+    callback = fit(False, tmp_path)
+    logger = WandbLogger(save_dir=tmp_path, log_model=True, checkpoint_name="c", add_file_policy="immutable")
+    logger.after_save_checkpoint(callback)
+    logger.finalize("success")
+    _ = logger.experiment
+    logger.finalize("failed")
+    calls = calls_of("wandb")
+    assert named(calls, "Artifact") == []
+    logger.finalize("success")
+    logger.finalize("success")
+    assert [kwargs["name"] for _, kwargs in named(calls, "Artifact")] == ["c"]
+    assert named(calls, "artifact.add_file")[0][1]["policy"] == "immutable"
 
 
 def test_comet(calls_of, tmp_path):
@@ -323,8 +466,74 @@ def test_comet(calls_of, tmp_path):
     assert named(calls, "experiment.set_model_graph") == [((model,), {})]
     logger.finalize("success")
     assert len(named(calls, "experiment.flush")) == 1
-    with pytest.warns(DeprecationWarning, match="project_name"):
-        assert CometLogger(project_name="old", online=False).name == "old"
+    assert [name for name, _, _ in calls] == [
+        "start", "experiment.log_other", "experiment.log_metrics", "experiment.log_parameters",
+        "experiment.set_model_graph", "experiment.flush",
+    ]  # fmt: skip
+    assert named(calls, "experiment.log_other") == [(("Created from", "levin"), {})]
+    again = pickle.loads(pickle.dumps(logger))
+    again.finalize("success")
+    assert len(named(calls, "experiment.flush")) == 1
+    again.log_metrics({"loss": 1.0})
+    assert named(calls, "start")[1][1]["experiment_key"] == "key"
+    assert named(calls, "experiment.log_metrics")[1] == (({"loss": 1.0},), {"prefix": "x", "step": None, "epoch": None})
+    for log_graph in (False, True):
+        CometLogger(online=False, log_graph=log_graph).log_graph(model)
+        assert len(named(calls, "experiment.set_model_graph")) == 1 + log_graph
+
+
+def test_comet_takes_the_old_names_of_its_arguments(calls_of):
+    from levin.loggers.comet import CometLogger
+
+    old = {"project_name": "old", "offline": True, "experiment_name": "n", "save_dir": "s"}
+    with pytest.warns(DeprecationWarning) as warned:
+        assert CometLogger(**old).name == "old"
+        assert CometLogger(project="new", **old).name == "new"
+    assert [str(warning.message) for warning in warned] == 2 * [
+        f"The parameter `{name}` is deprecated, please use `{new}` instead."
+        for name, new in zip(old, ("project", "online", "name", "offline_directory"))
+    ]
+    for _, options in named(calls_of("comet_ml"), "start"):
+        config = options["experiment_config"]
+        assert options["online"] is False
+        assert (config.offline_directory, config.kwargs) == ("s", {"disabled": False, "name": "n"})
+
+
+@pytest.mark.parametrize("is_reachable", [True, False])
+@pytest.mark.parametrize("alive", [True, False])
+def test_where_comet_cannot_be_reached_the_experiment_is_kept_in_files(calls_of, monkeypatch, is_reachable, alive):
+    import requests
+
+    from levin.loggers.comet import CometLogger
+
+    calls = calls_of("comet_ml")
+    package, asked = sys.modules["comet_ml"], []
+
+    def head(address, timeout):
+        asked.append((address, timeout))
+        if not is_reachable:
+            raise requests.ConnectionError("away")
+
+    def start(**kwargs):
+        calls.append(("start", (), kwargs))
+        is_alive = alive or kwargs["online"] is False
+        return package.Recorder("experiment", get_key=lambda: "key", project_name=None, alive=is_alive)
+
+    config = {"get_config": lambda: "config", "get_api_key": lambda key, config: asked.append((key, config))}
+    config["get_backend_address"] = lambda: "http://comet"
+    monkeypatch.setattr(package, "start", start)
+    monkeypatch.setattr(package, "config", types.SimpleNamespace(**config), raising=False)
+    monkeypatch.setitem(sys.modules, "comet_ml.config", package.config)
+    monkeypatch.setattr(requests, "head", head)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        logger = CometLogger(api_key="k", project="p")
+    assert asked == [("k", "config"), ("http://comet", 5)] and (logger.name, logger.version) == ("p", "key")
+    is_kept = not (is_reachable and alive)
+    assert [options["online"] for _, options in named(calls, "start")] == [None] * is_reachable + [False] * is_kept
+    assert [str(warning.message) for warning in warned] == is_kept * [
+        "Comet cannot be reached. The experiment is kept in local files, and Comet says at the end how to upload them."
+    ]
 
 
 def test_mlflow(calls_of, tmp_path):
@@ -352,7 +561,36 @@ def test_mlflow(calls_of, tmp_path):
     logger.finalize("success")
     assert named(calls, "client.set_terminated") == [(("run", "FINISHED"), {})]
     assert MLFlowLogger("there", save_dir=str(tmp_path)).name == "7"
-    assert MLFlowLogger(run_id="r", tracking_uri="http://x").version == "r"
+    given = MLFlowLogger(run_id="r", tracking_uri="http://x", synchronous=True)
+    assert (given.version, given.name, given.save_dir, given.experiment.uri) == ("r", "9", None, "http://x")
+    assert len(named(calls, "create_run")) == 2 and given.experiment is given.experiment
+    given.experiment.status = "FAILED"
+    MLFlowLogger(synchronous=True).finalize("failed")
+    for status in ("failed", "killed"):
+        given.finalize(status)
+    assert named(calls, "client.set_terminated")[1:] == [(("r", "killed"), {})]
+
+
+def test_mlflow_gets_many_values_in_parts_and_texts_for_tags(calls_of, tmp_path):
+    from levin.loggers.mlflow import MLFlowLogger
+
+    tags = {"mlflow.runName": "old"}
+    logger = MLFlowLogger(run_name="n", tags=tags, synchronous=True, save_dir=None, artifact_location="s3://a")
+    assert logger.save_dir == "./mlruns"
+    with pytest.warns(UserWarning) as warned:
+        logger.log_metrics({f"m{number}": number for number in range(2001)})
+    assert [str(warning.message) for warning in warned] == [
+        "The tag mlflow.runName is found in tags. The value will be overridden by n."
+    ]
+    calls = calls_of("mlflow")
+    assert named(calls, "create_experiment") == [(("lightning_logs",), {"artifact_location": "s3://a"})]
+    assert (
+        named(calls, "create_run")[0][1] == {"tags": {"mlflow.runName": "n", "resolved": True}} and tags == logger.tags
+    )
+    parts = [kwargs["metrics"] for _, kwargs in named(calls, "client.log_batch")]
+    assert [len(part) for part in parts] == [1000, 1000, 1] and parts[2][0].values == ("m2000", 2000, 0)
+    assert MLFlowLogger("new", save_dir=str(tmp_path), synchronous=False).version == "run"
+    assert "mlflow.runName" not in named(calls, "create_run")[1][1]["tags"]
 
 
 @pytest.mark.parametrize(("log_model", "epochs"), [(False, []), ("all", [0, 1]), (True, [1])])

@@ -115,9 +115,13 @@ def test_a_link_takes_the_place_of_what_was_there(tmp_path, monkeypatch, caplog,
         link.symlink_to("../folder")
     if not has_links:
         monkeypatch.setattr(os, "symlink", lambda *args: os.open(tmp_path / "no links here", 0))
+    removed, remove = [], filesystem.remove
+    monkeypatch.setattr(filesystem, "remove", lambda path: (removed.append(path), remove(path)))
     with caplog.at_level("INFO", "levin"):
         replace_link(f"file://{tmp_path}/{target}", str(link))
     assert (link.read_text() if target == "file" else (link / "inner").read_text()) == target
+    is_renamed = old != "folder" and (has_links or target == "file")  # there is a file at every instant
+    assert removed == ([] if is_renamed else [str(link)])
     assert link.is_symlink() == has_links and (not has_links or os.readlink(link) == f"../{target}")
     assert [path.name for path in link.parent.iterdir()] == ["last"] and (tmp_path / "folder/inner").exists()
     said = f"{link} becomes a copy of {tmp_path}/{target}, since it cannot be a link: "

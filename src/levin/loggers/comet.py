@@ -62,7 +62,8 @@ class CometLogger(Logger):
         require_package("comet_ml", "CometLogger")
         super().__init__()
         if "project_name" in kwargs:
-            project = project or kwargs.pop("project_name")
+            old_project = kwargs.pop("project_name")
+            project = project or old_project
             rank_zero_deprecation("The parameter `project_name` is deprecated, please use `project` instead.")
         if "offline" in kwargs:
             online = not kwargs.pop("offline")
