@@ -481,3 +481,88 @@ def test_defaults_are_the_same(name):
         mine, other = defaults(ours, method), defaults(theirs, method)
         shared = [key for key in mine if key in other and key not in ("theme", "lambda_func")]
         assert [(method, key, mine[key]) for key in shared] == [(method, key, other[key]) for key in shared]
+
+
+# ProgressBar ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"check_val_every_n_epoch": 3},
+        {"limit_val_batches": 0},
+        {"num_sanity_val_steps": 1},
+        {"val_check_interval": 2},
+    ],
+    ids=str,
+)
+def test_bars_of_ones_own_know_the_same(tmp_path, flags):
+    def run(framework, folder):
+        seen = []
+
+        class Bar(callbacks_of(framework).ProgressBar):
+            def disable(self):
+                pass
+
+            def look(self, name, dataloader_idx=None):
+                if dataloader_idx is not None:
+                    seen.append(self.has_dataloader_changed(dataloader_idx))
+                elif name.endswith("start"):
+                    self.reset_dataloader_idx_tracker()
+                kind = name.split("_")[1]
+                seen.append((name, self.total_train_batches if kind == "train" else None))
+                if kind in ("train", "validation"):
+                    seen.append(self.total_val_batches)
+                if dataloader_idx is not None:
+                    kind = kind.replace("validation", "val")
+                    seen.append(getattr(self, f"total_{kind}_batches_current_dataloader"))
+
+            def on_train_epoch_start(self, trainer, pl_module):
+                self.look("on_train_epoch_start")
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                metrics = self.get_metrics(trainer, pl_module)
+                seen.append({name: round(float(value), 5) for name, value in metrics.items()})
+
+            def on_validation_start(self, trainer, pl_module):
+                self.look("on_validation_start")
+
+            def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+                self.look("on_validation_batch_start", dataloader_idx)
+
+            def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+                self.look("on_test_batch_start", dataloader_idx)
+
+            def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+                self.look("on_predict_batch_start", dataloader_idx)
+
+        class Net(type(model(framework, (1.0,)))):
+            def training_step(self, batch, batch_idx):
+                self.log("shown", float(batch_idx), prog_bar=True)
+                return super().training_step(batch, batch_idx)
+
+            def validation_step(self, batch, batch_idx, dataloader_idx=0):
+                pass
+
+            test_step = validation_step
+
+            def predict_step(self, batch, batch_idx, dataloader_idx=0):
+                return batch[0]
+
+        bar, module = Bar(), Net()
+        with pytest.raises(TypeError, match="has not been set"):
+            _ = bar.trainer
+        logger = both.recording_logger(framework, both.Lines())
+        settings = {"max_epochs": 4, "num_sanity_val_steps": 0, "log_every_n_steps": 1, **flags}
+        trainer = both.quiet(framework, folder, callbacks=[bar], logger=logger, enable_progress_bar=True, **settings)
+        trainer.fit(module, loader(), [loader(2), loader(3)])
+        if not flags:
+            trainer.validate(module, [loader(3), loader(1)], verbose=False)
+            trainer.test(module, [loader(1), loader(2)], verbose=False)
+            trainer.predict(module, [loader(2), loader(1)])
+        labels = [value for name, value in sorted(vars(Bar.__mro__[1]).items()) if name.endswith("_description")]
+        return seen, [getattr(label, "fget", lambda bar, label=label: label)(bar) for label in labels]
+
+    theirs, ours = fit_both(tmp_path, run)
+    assert ours == theirs

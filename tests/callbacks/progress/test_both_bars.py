@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from levin.callbacks import Callback, RichProgressBar, TQDMProgressBar
 from levin.callbacks.progress.tqdm_progress import Tqdm
+from levin.data import CombinedLoader
 from tests.callbacks.progress.models import Logging, loader, trainer
 from tests.callbacks.progress.screen import Terminal
 
@@ -273,3 +274,86 @@ def test_the_time_left_is_that_of_what_this_call_trains(
         setattr(run.fit_loop if name == "max_epochs" else run.fit_loop.epoch_loop, name, value)
     run.fit(run.lightning_module, loader(num_batches))
     assert shown == [*left, *left]
+
+
+class Joint(Logging):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        pass
+
+
+@bars
+@pytest.mark.parametrize(("mode", "total"), [("max_size_cycle", 3), ("min_size", 2), ("max_size", 3)])
+def test_loaders_that_are_read_together_have_one_length(
+    bar_class: Any, mode: str, total: int, terminal: Terminal
+) -> None:
+    seen = []
+
+    class Looks(bar_class):
+        def on_validation_batch_end(self, *args: Any) -> None:
+            super().on_validation_batch_end(*args)
+            seen.append(self.val_progress_bar.total)
+
+    loaders = CombinedLoader({"a": loader(2), "b": loader(3)}, mode)
+    trainer(Looks()).validate(Joint(), loaders, verbose=False)
+    assert seen == [total] * total
+
+
+@bars
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_bar_that_is_off_writes_nothing(
+    bar_class: Any, is_terminal: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_terminal:
+        monkeypatch.setenv("TERM", "dumb")
+    bar = bar_class(refresh_rate=0)
+    run = trainer(bar)
+    run.fit(Logging(), loader(3), loader(2))
+    run.test(Logging(), loader(2), verbose=False)
+    assert terminal.getvalue() == "" and bar.is_disabled and not bar.is_enabled
+    with pytest.raises(TypeError, match="is not there|not been set"):
+        _ = bar.train_progress_bar
+
+
+@bars
+def test_a_bar_can_be_switched_off_and_on_while_training(bar_class: Any, terminal: Terminal) -> None:
+    seen = []
+
+    class Switches(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            bar._clock.next = min(bar._clock.next, 0.0) if bar.is_enabled else bar._clock.next
+            if (trainer.current_epoch, batch_idx) == (0, 1):
+                bar.disable()
+                seen.append(len(terminal.getvalue()))
+            if (trainer.current_epoch, batch_idx) == (1, 1):
+                seen.append(len(terminal.getvalue()))
+                bar.enable()
+
+    bar = bar_class()
+    run = trainer(bar, max_epochs=2)
+    run.callbacks.append(Switches())
+    run.fit(Logging(), loader(3))
+    assert seen[0] == seen[1] and len(terminal.getvalue()) > seen[1]
+    assert "3/3" in terminal.screen[-1] or "3/3" in terminal.screen[-2]
+
+
+@bars
+@pytest.mark.parametrize("rate", [-1, "often", None])
+def test_a_wrong_refresh_rate_is_refused(bar_class: Any, rate: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        bar_class(refresh_rate=rate)
+    with pytest.raises(ValueError, match="refresh_rate must be >= 0, received -1. Use 0 to turn the bar off"):
+        bar_class(refresh_rate=-1)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "share", "shown"), [(20, 0.05, "5%"), (19, 0.5, None), (20, 0.04, None), (500, 0.5, "50%")]
+)
+def test_a_wait_for_data_is_shown_where_it_counts(num_samples: int, share: float, shown: str | None) -> None:
+    from types import SimpleNamespace
+
+    from levin.callbacks.progress.renderer import TRAIN, ShownLoop
+
+    shares = SimpleNamespace(num_samples=num_samples, share=lambda name: {"data": share}[name])
+    for each, expected in ((shares, shown), (None, None)):
+        run = SimpleNamespace(run=SimpleNamespace(time_shares=each), max_epochs=None, max_steps=-1)
+        assert TQDMProgressBar()._notes(run, ShownLoop(TRAIN, "x")).get("data_wait") == expected
