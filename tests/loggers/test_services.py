@@ -87,8 +87,23 @@ class Experiment(Recorder):
         super().__init__("experiment", url="http://there", id="e", teamspace=Recorder("teamspace", id="t"))
         calls.append(("Experiment", (), kwargs))
 
-class File: ...
-class Model: ...
+    def __setitem__(self, key, value):
+        calls.append(("set", (key, value.given), {}))
+
+    def __getitem__(self, key):
+        return Recorder(f"item {key}")
+
+class File:
+    def __init__(self, *args, **kwargs):
+        self.given = args, kwargs
+
+class Model(File): ...
+""",
+    "trackio/__init__.py": RECORDER
+    + """
+def init(*args, **kwargs):
+    calls.append(("init", args, kwargs))
+    return Recorder("run", config=Recorder("config"))
 """,
     "litlogger/api/__init__.py": "",
     "litlogger/api/metrics_api.py": """
@@ -367,6 +382,103 @@ def test_lightning_gets_values_with_their_steps_unless_it_is_told_otherwise(call
     assert sorted(sent, key=str) == sorted(
         [("loss", (0.5, steps[0])), ("n", (1.0, steps[0])), ("loss", (0.25, steps[1]))], key=str
     )
+
+
+def test_lightning_gets_tags_files_and_models(calls_of, tmp_path, monkeypatch, caplog):
+    from levin.loggers.litlogger import LitLogger
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(
+        UserWarning, match="^save_logs=True has no effect: litlogger would start the program a second time"
+    ):
+        logger = LitLogger("logs", name="n", save_logs=True, checkpoint_name="c")
+    assert (logger.name, logger.version, logger.root_dir, logger.log_dir, logger.save_dir) == (
+        "n", None, "logs", "logs/n", "logs/n",
+    )  # fmt: skip
+    logger.finalize()
+    calls = calls_of("litlogger")
+    assert calls == [] and not list(tmp_path.glob("logs"))
+    with caplog.at_level("INFO", "levin"):
+        assert logger.url == "http://there"
+        logger.log_hyperparams({"net": {"width": 8}}, {"score": 2})
+        logger.log_hyperparams({"lr": 0.1})
+        with pytest.warns(RuntimeWarning) as warned:
+            logger.log_metrics({"inf": float("inf"), "loss": 1, "text": "a", "nan": torch.tensor(float("nan"))}, 3)
+        logger.log_file("sub/../a/plot.png")
+        logger.log_file("/elsewhere/b.png")
+        for verbose in (False, True):
+            logger.log_model("net", "folder", verbose, "v1", {"a": 1})
+            logger.log_model_artifact("a/weights.ckpt", verbose, "v2")
+            assert logger.get_file("a/plot.png", verbose).startswith("<")
+        again = pickle.loads(pickle.dumps(logger))
+        logger.finalize("success")
+    assert str(warned[0].message) == "Lightning takes finite numbers alone. Left out: ['inf', 'nan', 'text']"
+    assert [message for message in caplog.messages if "Downloaded" not in message] == [
+        "The run is shown at http://there", "Uploaded a model to the experiment n.",
+        "a/weights.ckpt is uploaded to the experiment n.",
+    ]  # fmt: skip
+    assert sum("Downloaded" in message for message in caplog.messages) == 1
+    tags = [params for (params,), _ in named(calls, "experiment.update")]
+    assert {name: value for each in tags for name, value in each.items()} == {"net/width": "8", "lr": "0.1"}
+    assert named(calls, "set") == [
+        (("a/plot.png", (("sub/../a/plot.png",), {})), {}), (("b.png", (("/elsewhere/b.png",), {})), {}),
+    ]  # fmt: skip
+    assert [model.given for (model,), _ in named(calls, "item c.append")] == 2 * [
+        (("net",), {"version": "v1", "metadata": {"a": 1}, "staging_dir": "folder"})
+    ]
+    assert [model.given for (model,), _ in named(calls, "item weights.append")] == 2 * [
+        (("a/weights.ckpt",), {"version": "v2"})
+    ]
+    assert named(calls, "item a/plot.png.save") == [(("a/plot.png",), {})] * 2
+    assert calls[-1] == ("experiment.finalize", (), {"print_summary": False})
+    assert len(named(calls, "Experiment")) == 1 and again.url == "http://there" and len(named(calls, "Experiment")) == 2
+    again.finalize()
+
+
+def test_lightning_gets_many_values_in_parts(calls_of, tmp_path):
+    from levin.loggers.litlogger import LitLogger
+
+    logger = LitLogger(tmp_path)
+    logger.log_metrics({f"m{number}": number for number in range(2001)}, 0)
+    logger.finalize("success")
+    sent = [series for (_, _, series), _ in named(calls_of("litlogger"), "metrics.append_experiment_metrics")]
+    assert [len(part) for part in sent] == [1000, 1000, 1]
+    assert {(series.name, *series.values) for part in sent for series in part} == {
+        (f"m{number}", (float(number), 0)) for number in range(2001)
+    }
+
+
+@pytest.mark.parametrize("log_model", [False, True])
+def test_checkpoints_go_to_lightning(calls_of, tmp_path, log_model):
+    from levin.loggers.litlogger import LitLogger
+
+    fit(LitLogger(tmp_path / "logs", name="n", log_model=log_model), tmp_path)
+    models = [model.given for (model,), _ in named(calls_of("litlogger"), "item n.append")]
+    assert [(Path(path).name, options) for (path,), options in models] == (
+        [(f"epoch={n}.ckpt", {"version": f"epoch={n}"}) for n in range(2)] if log_model else []
+    )
+    assert not [path for path in tmp_path.rglob("unsent/*")]
+
+
+def test_trackio(calls_of):
+    from levin.loggers.trackio import TrackioLogger
+
+    logger = TrackioLogger("p", "n", "x", group="g", config={"a": 1})
+    assert (logger.name, logger.version, logger.save_dir) == ("p", "n", None)
+    logger.finalize("success")
+    logger.log_metrics({"loss": 0.5}, 3)
+    logger.log_hyperparams({"b": torch.nn.ReLU})
+    logger.log_metrics({"loss": 0.25})
+    logger.finalize("success")
+    pickle.loads(pickle.dumps(logger)).log_metrics({})
+    init = {"name": "n", "embed": False, "resume": "allow", "group": "g"}
+    after = {"a": 1, "b": "torch.nn.modules.activation.ReLU"}
+    assert calls_of("trackio") == [
+        ("init", ("p",), {**init, "config": {"a": 1}}), ("run.log", ({"x-loss": 0.5},), {"step": 3}),
+        ("config.update", (after,), {}), ("run.log", ({"x-loss": 0.25},), {"step": None}), ("run.finish", (), {}),
+        ("init", ("p",), {**init, "config": after}), ("run.log", ({},), {"step": None}),
+    ]  # fmt: skip
+    assert TrackioLogger().name == "lightning_logs" and TrackioLogger().version != TrackioLogger().version
 
 
 def test_a_process_of_wandb_that_is_gone_ends_no_run_and_is_told_once(calls_of, tmp_path):
