@@ -115,3 +115,44 @@ def test_what_its_methods_are_called_with(name, theirs, ours):
         if unknown := missing(own, mine) - allowed:
             wrong[method] = f"does not take {sorted(unknown)}"
     assert wrong == {}
+
+
+# Where something else is the default here, and why.
+_OTHER_DEFAULTS = {
+    # What gradients are clipped to is asked of the Trainer, which says None for nothing.
+    "clip_gradients.clip_val",
+    # litlogger would start the program a second time.
+    "LitLogger.save_logs",
+    # There is one process of it, which writes one file.
+    "XLAFSDPStrategy.state_dict_type",
+    # One class serves Trainer and Fabric, and has one default.
+    "DeepSpeedStrategy.logging_batch_size_per_gpu", "all_reduce.reduce_op",
+    # A search is set up for a stage.
+    "setup.stage",
+}  # fmt: skip
+
+
+def other_defaults(theirs: Callable[..., object], ours: Callable[..., object]) -> Iterator[str]:
+    """Yield the arguments that both take by name, and that have another plain value by default."""
+    try:
+        pair = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
+    except ValueError:
+        return
+    for name, parameter in pair[0].items():
+        if name in pair[1] and isinstance(parameter.default, (bool, int, float, str, type(None))):
+            # Members of enumerations are strings.
+            values = [getattr(each.default, "value", each.default) for each in (parameter, pair[1][name])]
+            if values[0] != values[1] or isinstance(values[0], bool) is not isinstance(values[1], bool):
+                yield f"{theirs.__name__}.{name}"
+
+
+def test_what_arguments_are_where_they_are_not_given():
+    found: set[str] = set()
+    for _, theirs, ours in PAIRS:
+        found.update(other_defaults(theirs, ours))
+        for method in dir(theirs) if inspect.isclass(theirs) else ():
+            own, mine = getattr(theirs, method), getattr(ours, method, None)
+            is_public = inspect.isroutine(own) and not method.startswith("_") and callable(mine)
+            if is_public and str(getattr(own, "__module__", "")).startswith("lightning."):
+                found.update(other_defaults(own, mine))
+    assert found == _OTHER_DEFAULTS
