@@ -9,12 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from pathlib import Path
 
 import pytest
+import requests
 
-from levin.loggers.outbox import Entry, Outbox
+from levin.loggers.outbox import Entry, Outbox, is_unreachable
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,3 +224,28 @@ elif {how == "a fork"}:
     )
     lines = sorted((tmp_path / "sent").read_text().splitlines())
     assert lines == (["False 2", "True 1"] if how == "a fork" else ["True 1"])
+
+
+class Answer(Exception):
+    """An error as packages around HTTP make them."""
+
+    def __init__(self, status=None, status_code=None, cause=None):
+        if status is not None:
+            self.status = status
+        if status_code is not None:
+            self.response = types.SimpleNamespace(status_code=status_code)
+        self.__cause__ = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "is_away"),
+    [
+        (requests.ConnectionError(), True), (requests.ReadTimeout(), True), (ConnectionResetError(), True),
+        (TimeoutError(), True), (ValueError(), False), (Answer(status=500), True), (Answer(status=499), False),
+        (Answer(status=408), True), (Answer(status=429), True), (Answer(status=404), False), (Answer(status="500"), False),
+        (Answer(status_code=503), True), (Answer(status_code=401), False), (Answer(cause=Answer(status_code=502)), True),
+        (Answer(status=400, cause=ConnectionRefusedError()), True),
+    ],
+)  # fmt: skip
+def test_a_service_that_cannot_answer_is_told_from_one_that_refuses(error, is_away):
+    assert is_unreachable(error) is is_away

@@ -457,7 +457,7 @@ def test_checkpoints_go_to_lightning(calls_of, tmp_path, log_model):
     assert [(Path(path).name, options) for (path,), options in models] == (
         [(f"epoch={n}.ckpt", {"version": f"epoch={n}"}) for n in range(2)] if log_model else []
     )
-    assert not [path for path in tmp_path.rglob("unsent/*")]
+    assert not list(tmp_path.rglob("unsent/*"))
 
 
 def test_trackio(calls_of):
