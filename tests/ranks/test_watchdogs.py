@@ -305,6 +305,63 @@ def test_rank_zero_looks_now_and_then_whether_all_wait_for_each_other(ended, mon
     assert not first._should_ask()
 
 
+@pytest.fixture
+def slept(monkeypatch):
+    """The time, which goes on by what is slept alone."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", lambda s: now.append(now.pop() + s))
+    return now
+
+
+@pytest.mark.parametrize(
+    ("rank", "alarm", "is_deadlock", "waited_s", "grace_s"),
+    [(0, "0", False, 4, 0.05), (0, "1", True, 8, 0.05), (1, "0", False, 8, 0.05), (1, "1", True, 4, 0.0)],
+)
+def test_who_asks_waits_for_the_others_and_they_wait_for_what_it_finds(
+    ended, slept, rank, alarm, is_deadlock, waited_s, grace_s
+):
+    watchdog, graces = watchdogs(step=LONG)[rank], []
+    watchdog._wait_until_told, watchdog._end_unless_raised = (lambda: None), graces.append
+    watchdog._store.set("alarm", alarm)
+    if is_deadlock:
+        watchdog._store.set("is_deadlock", "")
+    watchdog._find_out()
+    assert slept[0] == pytest.approx(waited_s, abs=0.11) and graces == [grace_s]
+    assert watchdog.verdict.startswith(f"Rank {1 - rank} gives no sign of life.") and watchdog._diagnosed.is_set()
+    assert "test_who_asks" in watchdog._read("report")[rank].stack and watchdog._store.check([f"told/{rank}"])
+    # Who comes later takes what was found.
+    later = watchdogs(step=LONG)[rank]
+    later._wait_until_told, later._end_unless_raised = (lambda: None), graces.append
+    later._store.set("alarm", alarm)
+    later._store.set("verdict", "found")
+    before = slept[0]
+    later._find_out()
+    assert later.verdict == "found" and slept[0] == before
+
+
+@pytest.mark.parametrize(
+    ("report", "missing", "waited_s"),
+    [
+        (None, None, 0),
+        (Report(1), None, 4),
+        (Report(0), None, 0),
+        (Report(1, has_left=True), None, 0),
+        (Report(1, failure="KeyError"), None, 0),
+        (Report(1, failure="gloo", is_secondary_failure=True), None, 4),
+        (None, Report(1), 4),
+        (None, Report(1, process_state="it has ended"), 0),
+    ],
+)
+def test_the_store_stays_until_those_that_wait_have_been_told(ended, slept, report, missing, waited_s):
+    first = watchdogs(step=LONG)[0]
+    first._store.set("told/0", "")
+    first._read = lambda kind: {} if report is None else {report.rank: report}
+    first._missing = lambda: {} if missing is None else {1: missing}
+    first._wait_until_told()
+    assert slept[0] == pytest.approx(waited_s, abs=0.11)
+
+
 @pytest.mark.parametrize(
     ("change", "is_ended"),
     [
@@ -373,7 +430,10 @@ def test_the_next_run_goes_on_with_the_same_watchdog(ended, monkeypatch):
     strategy.environment = SimpleNamespace(world_size=lambda: 2, global_rank=lambda: 0)
     first = watch.start_watchdog(strategy)
     assert first.is_alive() and first.name == "levin-watch" and first.daemon and first.beat_s == 0.05
+    first.end_run()
     assert watch.start_watchdog(strategy) is first
+    first._heartbeat()
+    assert first._read("state")[0].place == "set-up"
     first.stop()
     second = watch.start_watchdog(strategy)
     assert second is not first and second.is_alive()

@@ -790,3 +790,12 @@ def test_a_pipeline_needs_a_torch_whose_stages_find_each_other(monkeypatch):
     piped.parallel_devices = [torch.device("cuda:0")] * 2
     piped.check_mesh(2)
     model_parallel(1, 2).check_mesh(2)
+
+
+def test_a_mesh_of_copies_fits_the_processes():
+    strategy = FSDPStrategy(device_mesh=(2, 3))
+    strategy.parallel_devices = [torch.device("cuda:0")] * 6
+    strategy.check_mesh(6)
+    assert told(strategy.check_mesh, 5) == (
+        "device_mesh=(2, 3) is made for 6 processes, but there are 5 (devices=6, num_nodes=1). Choose numbers whose product is 5."
+    )
