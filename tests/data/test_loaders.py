@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from levin.data.loaders import capture_init_args, prepare_dataloader, set_epoch
+from levin.data import loaders as loaders_module
+from levin.data.loaders import (
+    capture_init_args,
+    end_workers,
+    has_len,
+    hint_at_workers,
+    length_of,
+    prepare_dataloader,
+    set_epoch,
+    shuffles,
+    stop_workers,
+)
 from levin.data.samplers import DistributedSamplerWrapper, UnrepeatedDistributedSampler
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -191,3 +204,98 @@ class Forgetful(DataLoader):
 def test_a_loader_that_forgot_its_arguments_is_an_error_with_the_way_out():
     with pytest.raises(MisconfigurationException, match=r"Forgetful.*'where'.*Set them in its __init__"):
         prepare_dataloader(Forgetful("here"), stage="train", sampler_kwargs=SPLIT[0])
+
+
+def test_processors_that_could_load_are_pointed_out(monkeypatch):
+    told = r"^The `val_dataloader` loads with num_workers=1, .* Consider `DataLoader\(..., num_workers=2\)`.$"
+    monkeypatch.setattr(loaders_module, "count_processors", lambda: 3)
+    with pytest.warns(UserWarning, match=told):
+        hint_at_workers(DataLoader(DATA, num_workers=1), "val")
+    hint_at_workers(DataLoader(DATA, num_workers=2), "val")
+    hint_at_workers([1], "val")
+    monkeypatch.setattr(loaders_module, "count_processors", lambda: 2)  # one of them computes
+    hint_at_workers(DataLoader(DATA), "val")
+
+
+def test_shuffling_is_pointed_out_where_it_is_not_meant():
+    def make() -> DataLoader:
+        return DataLoader(DATA, shuffle=True)
+
+    assert shuffles(make()) is True and shuffles(DataLoader(DATA)) is False and shuffles([1]) is False
+    for stage in ("val", "test", "predict"):
+        with pytest.warns(UserWarning, match=f"^Your `{stage}_dataloader`'s sampler has shuffling enabled"):
+            prepared = prepare_dataloader(make(), stage=stage, sampler_kwargs=None)
+        assert sorted(drawn(prepared)) == DATA.tolist()
+    with pytest.warns(UserWarning, match="^You requested to overfit but enabled shuffling in `train_dataloader`"):
+        prepared = prepare_dataloader(make(), stage="train", sampler_kwargs=None, overfit=True)
+    assert type(prepared.sampler) is SequentialSampler and drawn(prepared) == DATA.tolist()
+    loader = DataLoader(DATA)
+    assert prepare_dataloader(loader, stage="train", sampler_kwargs=None, overfit=True) is loader
+    assert prepare_dataloader(loader, stage="train", sampler_kwargs=None) is loader
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shuffle"),
+    [
+        ({"stage": "train"}, True), ({"stage": "train", "overfit": True}, False),
+        ({"stage": "train", "shuffle": False}, False), ({"stage": "val"}, False), ({"stage": "val", "shuffle": True}, True),
+    ],
+)  # fmt: skip
+def test_whether_a_split_sampler_shuffles_and_by_which_seed(arguments, shuffle, monkeypatch):
+    for seed in (None, "", "7"):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        if seed is not None:
+            monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        sampler = prepare_dataloader(DataLoader(DATA), sampler_kwargs=SPLIT[1], **arguments).sampler
+        assert (sampler.shuffle, sampler.seed, sampler.rank, sampler.num_replicas) == (shuffle, int(seed or 0), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "rank", "split"), [("1", 1, SPLIT[1]), ("1", 0, None), ("0", None, None), ("", None, None)]
+)
+def test_workers_are_seeded_where_that_is_asked_for(seeds, rank, split, monkeypatch):
+    monkeypatch.setenv("PL_SEED_WORKERS", seeds)
+    init = prepare_dataloader(DataLoader(DATA), stage="train", sampler_kwargs=split).worker_init_fn
+    assert init is None if rank is None else init.keywords == {"rank": rank}
+    own = DataLoader(DATA, worker_init_fn=print)
+    assert prepare_dataloader(own, stage="train", sampler_kwargs=SPLIT[0]).worker_init_fn is print
+
+
+def test_lengths():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(DATA)
+
+    assert length_of([1, 2]) == 2 and length_of(iter([1])) == length_of(DataLoader(Stream())) == math.inf
+    assert has_len([1]) is True and has_len(iter([1])) is False
+    with pytest.warns(UserWarning, match="^`list` returned 0 length"):
+        assert length_of([]) == 0
+
+
+def test_classes_are_as_they_were_when_the_last_of_several_leaves():
+    before = [DataLoader.__init__, BatchSampler.__init__, Forgetful.__init__]
+    with capture_init_args():
+        with capture_init_args():
+            inner = Forgetful("a", batch_size=2)
+        outer = Forgetful("b")
+    assert [DataLoader.__init__, BatchSampler.__init__, Forgetful.__init__] == before
+    assert "_levin_init_arguments" not in vars(Forgetful("c"))
+    for loader, size in ((inner, 2), (outer, 1)):
+        again = prepare_dataloader(loader, stage="train", sampler_kwargs=SPLIT[0])
+        assert type(again) is Forgetful and again.batch_size == size and type(again.sampler) is DistributedSampler
+
+
+def test_workers_end_when_they_are_told_to():
+    plain, persistent = (DataLoader(DATA, num_workers=1, persistent_workers=lives) for lives in (False, True))
+    for loader in (plain, persistent):
+        iterator = iter(loader)
+        next(iterator)
+        (worker,) = iterator._workers
+        stop_workers(iterator)
+        assert worker.is_alive() is (loader is persistent)
+    end_workers(persistent)
+    assert not worker.is_alive() and persistent._iterator is None
+    for nothing in (plain, DataLoader(DATA), [1]):
+        end_workers(nothing)
+        stop_workers(iter(DataLoader(DATA)))
+        stop_workers(iter([1]))

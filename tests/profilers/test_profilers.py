@@ -99,7 +99,7 @@ def test_simple_profiler_counts_calls_and_seconds():
 
 
 def test_simple_profiler_says_means_and_shares(monkeypatch):
-    now_s = [0.0]
+    now_s = [5.0]
     monkeypatch.setattr("levin.profilers.simple.time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     profiler = SimpleProfiler()
     for action, duration_s in (("quick", 1), ("slow", 1), ("slow", 2), ("slow", 3)):
@@ -339,6 +339,8 @@ def test_pytorch_profiler_names_layers_after_one_of_them_has_failed():
         if "module]torch.nn.modules.linear.Linear" in line or "[levin][module]torch" in line
     }
     assert named == {"3"} and text.count("[levin][module]") == 2
+    layers = [event for event in profiler.function_events if event.name.startswith("[levin][module]")]
+    assert [event.cpu_parent.name for event in layers] == ["[levin]work"] * 5  # each ends before the next one begins
 
 
 def test_pytorch_profiler_names_the_layers_of_a_module_that_comes_while_it_records():
