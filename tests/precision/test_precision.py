@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+import warnings
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
 from levin.precision import DeepSpeedPrecision, DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from levin.precision.choose import check_precision_name, choose_precision
+from levin.precision.choose import check_precision_name, choose_precision, resolve_precision_name
 from tests.strategies.small import QUIET, Small
 
 # torch's loss scale is off on machines without CUDA unless it is made for the CPU.
@@ -28,6 +30,62 @@ def test_single_precision_does_nothing():
     assert precision.state_dict() == {}
     with precision.forward_context(), precision.tensor_init_context(), precision.module_init_context():
         assert torch.zeros(1).dtype == torch.float32
+    loss, optimizers, schedulers = torch.zeros(1), [object()], [object()]
+    assert precision.pre_backward(loss, module) is loss and precision.post_backward(loss, module) is loss
+    connected = precision.connect(module, optimizers, schedulers)
+    assert connected[0] is module and connected[1] is optimizers and connected[2] is schedulers
+
+
+@pytest.mark.parametrize("stage", ["train", "val", "test", "predict"])
+def test_each_step_runs_in_the_context_of_the_forward_pass(stage):
+    for precision, dtype in ((MixedPrecision("bf16-mixed", "cpu"), torch.bfloat16), (DoublePrecision(), torch.float64)):
+        module = precision.convert_module(nn.Linear(2, 2))
+        with getattr(precision, f"{stage}_step_context")():
+            assert module(torch.zeros(1, 2)).dtype == dtype
+    with getattr(Precision(), f"{stage}_step_context")():
+        assert nn.Linear(2, 2)(torch.zeros(1, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "warns"),
+    [
+        (64, "64-true", False), ("64", "64-true", False), (32, "32-true", False), ("32", "32-true", False),
+        (16, "16-mixed", True), ("16", "16-mixed", True), ("bf16", "bf16-mixed", True), ("bf16-true", "bf16-true", False),
+    ],
+)  # fmt: skip
+def test_short_forms_and_which_of_them_are_pointed_out(given, name, warns):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert resolve_precision_name(given) == name
+    expected = f"precision={given!r} means {name!r}. Write precision={name!r}."
+    assert [str(each.message) for each in told] == [expected] * warns
+
+
+def test_whether_a_precision_clips_in_its_own_way():
+    assert Precision().clips_gradients is MixedPrecision("bf16-mixed", "cpu").clips_gradients is False
+    for name in ("clip_gradients", "clip_grad_by_norm", "clip_grad_by_value"):
+        kind = type("Own", (Precision,), {name: lambda self, optimizer, clip_val, *rest: (optimizer, clip_val)})
+        assert kind().clips_gradients is True
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    optimizer = torch.optim.SGD([{"params": second.parameters()}, {"params": first.parameters()}], lr=1.0)
+    expected = [*second.parameters(), *first.parameters()]
+    assert all(map(operator.is_, Precision().main_params(optimizer), expected)) and len(expected) == 4
+
+
+@pytest.mark.parametrize("kind", [Precision, lambda: MixedPrecision("16-mixed", SCALER_DEVICE)])
+def test_a_step_returns_what_the_optimizer_or_the_closure_returns(kind):
+    class Telling(torch.optim.SGD):
+        def step(self, closure=None, more=None):
+            super().step(closure)
+            return "stepped", more
+
+    precision = kind()
+    recorder = Recorder(precision, Telling)
+    recorder.closure()
+    assert precision.optimizer_step(recorder.optimizer, more=3) == ("stepped", 3)
+    returned = precision.optimizer_step(recorder.optimizer, recorder.module, recorder.closure, more=4)
+    assert returned == ("stepped", 4) if precision.scaler is None else isinstance(returned, torch.Tensor)
+    precision.load_state_dict({})  # of a run without a scale
 
 
 @pytest.mark.parametrize(
@@ -249,6 +307,8 @@ def test_clipping():
 
     torch.testing.assert_close(clipped(1.0), torch.tensor([[0.6, 0.8]]))
     torch.testing.assert_close(clipped(3.5, "value"), torch.tensor([[3.0, 3.5]]))
+    torch.testing.assert_close(clipped(1.0, None), torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(clipped(0.5), torch.tensor([[0.3, 0.4]]))
     for nothing in (None, 0, 0.0, -1):
         assert torch.equal(clipped(nothing), torch.tensor([[3.0, 4.0]]))
     with pytest.raises(ValueError, match=r"gradient_clip_algorithm must be 'norm' or 'value', received 'max'"):
@@ -359,6 +419,12 @@ def test_formats_are_chosen_for_the_kind_of_device(monkeypatch):
     assert chosen("16-mixed", "mps") == (MixedPrecision, "16-mixed", "mps")
     assert chosen("bf16-mixed", "mps") == (MixedPrecision, "bf16-mixed", "mps")
     assert chosen("64-true", "cpu")[:2] == (DoublePrecision, "64-true")
+    assert chosen("32-true", "mps")[:2] == (Precision, "32-true")
+    for name in ("16-true", "bf16-true"):
+        assert chosen(name, "cpu")[:2] == (HalfPrecision, name)
+    with pytest.warns(UserWarning, match="^precision='16-mixed' is not supported on the CPU.* Using 'bf16-mixed'"):
+        assert chosen("16-mixed", "cpu") == (MixedPrecision, "bf16-mixed", "cpu")
+    assert chosen("bf16-mixed", "cpu") == (MixedPrecision, "bf16-mixed", "cpu")
     with pytest.raises(ValueError, match="precision='64-true' cannot be used with accelerator='mps'"):
         choose_precision("64-true", "mps")
 
