@@ -799,3 +799,38 @@ def test_a_mesh_of_copies_fits_the_processes():
     assert told(strategy.check_mesh, 5) == (
         "device_mesh=(2, 3) is made for 6 processes, but there are 5 (devices=6, num_nodes=1). Choose numbers whose product is 5."
     )
+
+
+def test_a_precision_of_the_users_may_clip():
+    class Clipping(Precision):
+        clips_gradients = True
+        seen: list = []
+
+        def clip_gradients(self, optimizer, clip_val, algorithm):
+            self.seen.append((clip_val, algorithm.value))
+
+    module = nn.Linear(1, 1)
+    strategy, optimizer = SingleDeviceStrategy(precision=Clipping()), torch.optim.SGD(module.parameters(), 0.1)
+    for how in ({"clip_val": 2.0}, {"max_norm": 3.0}, {"max_norm": 0.0}):
+        assert strategy.clip_gradients(module, optimizer, **how) is None
+    assert Clipping.seen == [(2.0, "value"), (3.0, "norm"), (0.0, "norm")]
+
+
+def test_weights_are_set_up_saved_and_loaded_where_they_are():
+    strategy, module = SingleDeviceStrategy("meta", precision=DoublePrecision()), nn.Linear(1, 1)
+    assert strategy.setup_module(module, move_to_device=False) is module
+    assert (module.weight.dtype, module.weight.device) == (torch.float64, CPU)
+    assert strategy.model is strategy.lightning_module is None
+    assert strategy.setup_module(nn.Linear(1, 1)).weight.device.type == "meta"
+    state = strategy.module_state(module)
+    assert state.keys() == {"weight", "bias"}
+    strategy.load_module_state(module, {"weight": torch.full((1, 1), 7.0), "bias": torch.zeros(1)})
+    assert module.weight.item() == 7.0
+    with pytest.raises(RuntimeError, match="Missing key"):
+        strategy.load_module_state(module, {"weight": state["weight"]})
+    strategy.load_module_state(module, {"weight": torch.full((1, 1), 8.0)}, strict=False)
+    assert module.weight.item() == 8.0
+    calls = []
+    strategy.checkpoint_io = SimpleNamespace(wait=lambda: calls.append("wait"), check=lambda: calls.append("check"))
+    strategy.finish_saves()
+    assert calls == ["wait", "check"]
