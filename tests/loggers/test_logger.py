@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -43,6 +44,22 @@ def test_a_logger_needs_four_members():
     logger.after_save_checkpoint(None)
     logger.finalize("success")
     assert logger.lines == ["save"]
+
+
+@pytest.mark.parametrize(
+    ("name", "others"),
+    [("CSVLogger", {}), ("TensorBoardLogger", {}), ("WandbLogger", {}), ("MLFlowLogger", {}), ("CometLogger", {}),
+     ("LitLogger", {"save_logs": False})],
+)  # fmt: skip
+def test_arguments_and_defaults_are_those_of_lightning(name, others):
+    theirs = pytest.importorskip("lightning.pytorch.loggers")
+
+    def defaults(module):
+        parameters = inspect.signature(getattr(module, name).__init__).parameters.values()
+        return {each.name: (each.kind, each.default) for each in parameters}
+
+    expected = defaults(theirs)
+    assert defaults(loggers) == expected | {each: (expected[each][0], value) for each, value in others.items()}
 
 
 def test_the_dummy_accepts_everything():

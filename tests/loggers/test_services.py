@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import pickle
 import sys
 import textwrap
@@ -127,6 +129,11 @@ class Metric:
 class Param:
     def __init__(self, key, value):
         self.values = key, value
+""",
+    "mlflow/exceptions.py": """
+class MlflowException(Exception):
+    def __init__(self, error_code):
+        self.error_code = error_code
 """,
     "mlflow/utils/__init__.py": "",
     "mlflow/utils/mlflow_tags.py": 'MLFLOW_RUN_NAME = "mlflow.runName"',
@@ -703,6 +710,68 @@ def test_mlflow_gets_many_values_in_parts_and_texts_for_tags(calls_of, tmp_path)
     assert [len(part) for part in parts] == [1000, 1000, 1] and parts[2][0].values == ("m2000", 2000, 0)
     assert MLFlowLogger("new", save_dir=str(tmp_path), synchronous=False).version == "run"
     assert "mlflow.runName" not in named(calls, "create_run")[1][1]["tags"]
+
+
+def test_what_mlflow_missed_is_kept_and_sent_later(calls_of, tmp_path, monkeypatch):
+    from levin.loggers.mlflow import MLFlowLogger
+
+    monkeypatch.setattr("levin.loggers.mlflow._START_LIMIT_S", 0.05)
+    monkeypatch.setattr("levin.loggers.mlflow.time.time", lambda: 2.0)
+    calls = calls_of("mlflow")
+    importlib.import_module("mlflow.tracking")
+    exceptions = importlib.import_module("mlflow.exceptions")
+    away = {"error": ConnectionError("no route")}
+    find = sys.modules["mlflow.tracking"].MlflowClient.get_experiment_by_name
+
+    def look(self, name):
+        if "error" in away:
+            raise away["error"]
+        return find(self, name)
+
+    monkeypatch.setattr(sys.modules["mlflow.tracking"].MlflowClient, "get_experiment_by_name", look)
+    logger = MLFlowLogger(
+        "exp", "n", "http://user:secret@there", {"t": 1}, str(tmp_path / "m"), prefix="x", artifact_location="a"
+    )
+    with pytest.warns(UserWarning) as warned:
+        assert logger.name == "exp"
+    assert str(warned[0].message) == (
+        "MLflow at http://there did not answer within 0.05 s. The run goes on without it, and what it logs is sent when"
+        " MLflow answers."
+    )
+    logger.log_metrics({"a": 1})
+    logger.log_metrics({"a": 2}, 3)
+    logger.log_hyperparams({"p": 1})
+    logger.finalize("failed")
+    (path,) = (tmp_path / "m-unsent").iterdir()
+    assert path.name == f"{logger.version}.jsonl" and logger.version.endswith(f"-{os.getpid()}")
+    arguments, *entries = map(json.loads, path.read_text().splitlines())
+    assert arguments == {
+        "experiment_name": "exp", "run_name": "n", "tracking_uri": "http://there", "tags": {"t": "1"},
+        "artifact_location": "a", "run_id": None,
+    }  # fmt: skip
+    assert entries == [
+        ["start", {"run_id": None}, 30.0], ["metrics", [["x-a", 1, 2000, 0]], 30.0],
+        ["metrics", [["x-a", 2, 2000, 3]], 30.0], ["params", {"p": "1"}, 30.0], ["status", "FAILED", 30.0],
+    ]  # fmt: skip
+    away["error"] = exceptions.MlflowException("TEMPORARILY_UNAVAILABLE")
+    with pytest.raises(ConnectionError, match=f"MLflow at http://other cannot be reached, {path} stays as it is"):
+        MLFlowLogger.send_unsent(path, "http://other")
+    away["error"] = exceptions.MlflowException("INVALID")
+    with pytest.raises(exceptions.MlflowException):
+        MLFlowLogger.send_unsent(str(path))
+    assert calls == [] and path.exists()
+    del away["error"]
+    MLFlowLogger.send_unsent(path)
+    assert not path.exists()
+    assert [name for name, _, _ in calls] == [
+        "create_experiment", "create_run", "client.log_batch", "client.log_batch", "client.set_terminated",
+    ]  # fmt: skip
+    (_, metrics), (_, params) = named(calls, "client.log_batch")
+    assert [(each.values, each.timestamp) for each in metrics["metrics"]] == [
+        (("x-a", 1, 0), 2000),
+        (("x-a", 2, 3), 2000),
+    ]
+    assert [each.values for each in params["params"]] == [("p", "1")]
 
 
 @pytest.mark.parametrize(("log_model", "epochs"), [(False, []), ("all", [0, 1]), (True, [1])])
