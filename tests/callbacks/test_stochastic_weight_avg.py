@@ -79,13 +79,13 @@ AVERAGES = {
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The checkpoint holds")
 @pytest.mark.parametrize("name", AVERAGES)
-@pytest.mark.parametrize("epoch", [0, 2])
+@pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("schedule", [None, {}], ids=["", "scheduler"])
 def test_a_resumed_run_ends_as_the_whole_one(tmp_path, name, epoch, schedule):
     whole = Normed(schedule)
-    fit(tmp_path, [AVERAGES[name](), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], whole)
+    fit(tmp_path, [AVERAGES[name](), ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)], whole, max_epochs=5)
     resumed = Normed(schedule)
-    fit(tmp_path, [AVERAGES[name]()], resumed, ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"))
+    fit(tmp_path, [AVERAGES[name]()], resumed, ckpt_path=str(tmp_path / f"epoch={epoch}.ckpt"), max_epochs=5)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
