@@ -363,6 +363,9 @@ def test_mpi_is_not_started_where_mpirun_did_not_start_the_process(monkeypatch):
         monkeypatch.delenv(name)
     assert MPIEnvironment.detect() is False
     assert "mpi4py.MPI" not in sys.modules
+    pair = types.SimpleNamespace(COMM_WORLD=types.SimpleNamespace(Get_size=lambda: 2))
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=pair, __spec__="is there"))
+    assert MPIEnvironment.detect() is False
 
 
 def test_a_custom_environment_needs_all_methods():
