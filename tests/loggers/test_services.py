@@ -778,7 +778,8 @@ def test_what_mlflow_missed_is_kept_and_sent_later(calls_of, tmp_path, monkeypat
 def test_checkpoints_go_to_mlflow(calls_of, tmp_path, log_model, epochs):
     from levin.loggers.mlflow import MLFlowLogger
 
-    callback = fit(MLFlowLogger(save_dir=str(tmp_path), log_model=log_model), tmp_path)
+    callback = fit(MLFlowLogger(save_dir=str(tmp_path / "m"), log_model=log_model), tmp_path)
+    assert not list(tmp_path.glob("m-unsent/*"))
     calls = calls_of("mlflow")
     assert [Path(args[1]).name for args, _ in named(calls, "client.log_artifact")] == [
         f"epoch={n}.ckpt" for n in epochs
