@@ -80,11 +80,7 @@ def test_an_error_that_echoes_another_ranks_says_which_one_failed_first(ended):
     assert lines[:3] == [
         "Rank 1 failed first.", f"rank 1 {HERE}: training batch 3", "    Traceback (most recent call last):"
     ]  # fmt: skip
-    assert lines[-3:] == [
-        '        raise KeyError("broken")',
-        "    KeyError: 'broken'",
-        "gloo: Connection closed by peer",
-    ]
+    assert lines[-1] == "gloo: Connection closed by peer" and "    KeyError: 'broken'" in lines
     assert others == [7] and first.verdict == "\n".join(lines[:-1])
     # It is told once.
     first.annotate_error(echo)
