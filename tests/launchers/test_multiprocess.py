@@ -197,7 +197,7 @@ def leave_together(entered: Entered, path: str) -> None:
 
 def test_ranks_that_leave_together_may_end_what_they_do_and_others_are_made_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(multiprocess, "GRACE_S", 0.5)
-    monkeypatch.setattr(multiprocess, "_LEAVE_TOGETHER_S", 1.5)
+    monkeypatch.setattr(multiprocess, "_LEAVE_TOGETHER_S", 4.0)
     entered = Entered()
     launcher = launcher_for("fork", entered, size=3)
     start = time.monotonic()

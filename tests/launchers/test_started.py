@@ -168,7 +168,7 @@ def test_a_first_process_that_hangs_is_ended_with_the_others(started, monkeypatc
 
 
 def test_a_first_process_that_ends_by_itself_is_not_made_to(started, monkeypatch):
-    monkeypatch.setattr(script, "GRACE_S", 0.3)
+    monkeypatch.setattr(script, "GRACE_S", 20.0)
     launcher = started.launcher("import sys; sys.exit(3)", HANGING)
     launcher.launch(lambda: wait_for(lambda: codes(launcher)[1] is not None))
     launcher._watcher.stop()
@@ -177,8 +177,8 @@ def test_a_first_process_that_ends_by_itself_is_not_made_to(started, monkeypatch
 
 
 def test_processes_that_leave_together_are_waited_for(started, monkeypatch):
-    monkeypatch.setattr(script, "GRACE_S", 0.6)
-    launcher = started.launcher("import sys, time; time.sleep(0.3); sys.exit(0)", HANGING)
+    monkeypatch.setattr(script, "GRACE_S", 4.0)
+    launcher = started.launcher("import sys, time; time.sleep(1.0); sys.exit(0)", HANGING)
     with pytest.raises(SIGTERMException):
         launcher.launch(mock.Mock(side_effect=SIGTERMException))
     assert codes(launcher) == [None, None]  # they do at the same batch what this one did
