@@ -146,8 +146,12 @@ def test_loggers_are_given_in_each_form(tmp_path, given, expected):
 
 
 @pytest.mark.parametrize(
-    ("given", "way_out"), [("wand", "Did you mean WandbLogger?"), (3, ""), ([CSVLogger("a"), 3], "")]
-)
+    ("given", "way_out"),
+    [
+        ("wand", "Did you mean WandbLogger?"), ("tensor_board", "Did you mean TensorBoardLogger?"),
+        ("CSVLoger", "Did you mean CSVLogger?"), ("xyzzy", ""), (3, ""), ([CSVLogger("a"), 3], ""),
+    ],
+)  # fmt: skip
 def test_what_is_no_logger_is_refused(given, way_out):
     with pytest.raises(
         MisconfigurationException, match="logger must be True, False, a Logger or a list of them"

@@ -77,7 +77,7 @@ AVERAGES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The checkpoint holds")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The checkpoint holds states of callbacks")
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("epoch", [0, 1])
 @pytest.mark.parametrize("schedule", [None, {}], ids=["", "scheduler"])

@@ -177,7 +177,9 @@ def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
     found = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
     for each in found:
         if not hasattr(each, "log_metrics"):
-            meant = did_you_mean(f"{each}Logger", set(dir(loggers)) - {"Logger"}) if isinstance(each, str) else ""
+            names = {name for name in dir(loggers) if name.endswith("Logger")}
+            services = {name.removesuffix("Logger") for name in names}
+            meant = did_you_mean(each, names) or did_you_mean(each, services).replace("?", "Logger?")
             raise value_error("logger", each, "must be True, False, a Logger or a list of them", meant.strip())
     return found
 

@@ -138,7 +138,7 @@ class StochasticWeightAveraging(Callback):
             self._average_model.load_state_dict(self._average_model_state)
             self._average_model_state = None
         if self._scheduler_state is not None:
-            # The state of the module's scheduler in the file is that of ours: none must take it.
+            # Ours takes its place, with a state of its own.
             trainer.strategy.lr_scheduler_configs.clear()
         if self.pl_module_contains_batch_norm(pl_module):
             self._set_for_now(trainer.fit_loop, "max_epochs", max_epochs + 1)
@@ -262,6 +262,12 @@ class StochasticWeightAveraging(Callback):
             "scheduler_state": self._scheduler_state if scheduler is None else scheduler.state_dict(),
             "average_model_state": None if average is None else average.state_dict(),
         }
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: StateDict) -> None:
+        if checkpoint["callbacks"].get(self.state_key, {}).get("scheduler_state") is not None:
+            # The one state in the file is that of our scheduler, which has it from its own.
+            checkpoint["lr_schedulers"] = []
 
     @override
     def load_state_dict(self, state_dict: StateDict) -> None:
