@@ -248,7 +248,7 @@ def main() -> None:
         rows = [
             row
             for num_bytes in sizes
-            for row in rows_for(num_bytes, 3 if options.quick else 9 if num_bytes > 10**9 else 31, folder)
+            for row in rows_for(num_bytes, 3 if options.quick else 5 if num_bytes > 10**9 else 31, folder)
         ]
     finally:
         shutil.rmtree(folder)
