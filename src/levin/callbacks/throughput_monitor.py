@@ -80,6 +80,8 @@ class ThroughputMonitor(Callback):
         self._meters: dict[str, _Meter] = {}
         self._counter: FlopCounterMode | None = None
         self._flops_per_sample: float | None = None
+        # Evaluation batches of the whole run, the x-axis of their values.
+        self._eval_batches: int = 0
         self._validation_began_s: float = 0.0
 
     @override
@@ -96,8 +98,7 @@ class ThroughputMonitor(Callback):
         }
         stages = ("train", "validate") if stage == "fit" else (stage,)
         self._meters = {name: _Meter(Throughput(**settings)) for name in stages}
-        # Evaluation batches of the whole run, the x-axis of their values.
-        self._eval_batches: int = 0
+        self._eval_batches = 0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -63,6 +63,7 @@ class WeightAveraging(Callback):
         # A state that was loaded before there was an average to take it: weights, and the rest of the average.
         self._restored: tuple[StateDict, StateDict] | None = None
         self._is_swapped = self._has_ended = False
+        self._latest_step: int = 0
         self._latest_update_step: int = 0
         self._latest_update_epoch: int = -1
 
@@ -89,7 +90,7 @@ class WeightAveraging(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._latest_step: int = trainer.global_step
+        self._latest_step = trainer.global_step
 
     @override
     def on_train_batch_end(

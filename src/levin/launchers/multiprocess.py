@@ -90,7 +90,7 @@ class MultiProcessingLauncher(Launcher):
         context: Any = multiprocessing.get_context(self.start_method)
         # A free port is chosen here, once, so that all processes agree.
         _ = self._environment.main_port
-        with tempfile.TemporaryDirectory(prefix="levin-results-") as folder:
+        with tempfile.TemporaryDirectory(prefix="levin-results-", ignore_cleanup_errors=True) as folder:
             call = _Call(
                 function=function,
                 args=args,

@@ -16,9 +16,8 @@ from levin.utilities.processors import count_processors
 
 LOG_DIR = "levin_logs"
 _LINES_OF_LOG = 20
-_LOOKED_LATE_S = (
-    10  # more than the time between torchrun's looks, less than the half minute that it gives processes to end
-)
+# More than the time between torchrun's looks, less than the half minute that it gives processes to end.
+_LOOKED_LATE_S = 10
 _RENDEZVOUS = ("rdzv_endpoint", "node_rank", "master_addr", "master_port", "standalone")
 
 
