@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
-from levin.planning import Collectives, main, plan_run
+from levin.planning import Collectives, Plan, main, plan_run
 from levin.strategies.context import share_sequences
 from levin.strategies.layer_plan import apply_plan
+from levin.strategies.model_parallel import ModelParallelStrategy
 from levin.strategies.sharding import ShardingPlan, apply_sharding, repeated_blocks
-from tests.distributed import world_size
+from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET
 from tests.strategies.test_pipeline import pipelines
 
@@ -147,11 +149,13 @@ def test_the_plan_of_shared_sequences_is_what_processes_keep_and_send(data):
 
 
 class Staged(LightningModule):
+    width = 32
+
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(50, 32)
-        self.blocks = nn.ModuleList(Block(32) for _ in range(4))
-        self.head = nn.Linear(32, 50)
+        self.embed = nn.Embedding(50, self.width)
+        self.blocks = nn.ModuleList(Block(self.width) for _ in range(4))
+        self.head = nn.Linear(self.width, 50)
 
     def forward(self, x):
         x = self.embed(x)
@@ -185,7 +189,7 @@ class Kept:
         is_batch = tensor.dtype == torch.int64
         if is_batch or isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return tensor
-        storage = tensor.untyped_storage()
+        storage = _local(tensor).untyped_storage()
         self.counts[storage._cdata] += 1
         self.sizes[storage._cdata] = storage.nbytes()
         self.most = max(self.most, sum(self.sizes[key] for key, count in self.counts.items() if count))
@@ -199,25 +203,176 @@ class Holder:
         self.tensor = tensor
 
 
+class OfWeights(Collectives):
+    """Leaves out what ranks tell each other about the run, which is in other formats than the weights."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        if any(leaf.dtype == torch.float32 for leaf in leaves):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+def check_stage(mesh: str, **degrees: int) -> Plan:
+    """Plan, train one step on processes that are there, and compare; return the plan of this process's stage."""
+    cut = PLAN if degrees.get("tensor_parallel_size", 1) > 1 else None
+    plan = plan_run(make_staged, mesh, plan=cut)
+    module = Staged()
+    strategy = ModelParallelStrategy(plan=cut, pipeline_parallel_size=2, **degrees)
+    trainer = Trainer(
+        strategy=strategy, devices=plan.num_processes, max_steps=1, enable_checkpointing=False, barebones=True
+    )
+    kept, moved = Kept(), OfWeights()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: getattr(held, "tensor", held)), moved:
+        trainer.fit(module)
+    [optimizer] = trainer.optimizers
+    states = [value for values in optimizer.state.values() for value in values.values()]
+    own = plan.stages[trainer.global_rank * 2 // plan.num_processes]
+    assert own.parameters == own.gradients == sum(map(_num_bytes, module.parameters())) > 0
+    assert own.optimizer_states == sum(map(_num_bytes, states))
+    assert own.activations == kept.most
+    moved.seen.pop("broadcast", None)  # first values
+    assert moved.seen == own.collectives, (moved.seen, own.collectives)
+    assert own.collectives["send"][0] == 4
+    assert plan.bubble == 1 / 5 and plan.peak == max(stage.peak for stage in plan.stages)
+    return own
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "to_local", lambda: tensor)()
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return _local(tensor).numel() * tensor.element_size()
+
+
 @pipelines
 @world_size(2, connect=False, timeout_s=120)
 def test_the_plan_of_a_pipeline_is_what_two_processes_keep_and_send():
-    plan = plan_run(make_staged, "mesh:pp=2")
-    module = Staged()
-    trainer = Trainer(strategy="mesh:pp=2", devices=2, max_epochs=1, enable_checkpointing=False, **QUIET)
-    kept, moved = Kept(), Collectives()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: getattr(held, "tensor", held)), moved:
-        trainer.fit(module)
-    own = plan.stages[trainer.global_rank]
-    [optimizer] = trainer.optimizers
-    states = [value for values in optimizer.state.values() for value in values.values()]
-    assert own.parameters == own.gradients == sum(p.numel() * 4 for p in module.parameters())
-    assert own.optimizer_states == sum(value.numel() * value.element_size() for value in states)
-    assert own.activations == kept.most
-    # Two batches, and a word of four bytes when the schedule is made.
-    count, size = own.collectives["send"]
-    assert moved.seen["send"] == (2 * count + 1, 2 * size + 4)
-    assert plan.bubble == 1 / 5 and plan.peak == max(stage.peak for stage in plan.stages)
+    check_stage("mesh:pp=2", data_parallel_size=1, tensor_parallel_size=1)
+
+
+@cuts_on_cpu
+@pipelines
+@world_size(4, connect=False, timeout_s=120)
+def test_the_plan_of_a_pipeline_whose_stages_share_weights_is_what_four_processes_keep_and_send():
+    own = check_stage("mesh:pp=2,dp=2", data_parallel_size=2, tensor_parallel_size=1)
+    assert own.collectives["reduce_scatter"][0] == 3
+
+
+@pipelines
+@world_size(4, connect=False, timeout_s=120)
+def test_the_plan_of_a_pipeline_whose_stages_share_layers_is_what_four_processes_keep_and_send():
+    own = check_stage("mesh:pp=2,tp=2", data_parallel_size=1, tensor_parallel_size=2)
+    assert own.collectives["all_reduce"][0] == 2 * 2 * 4  # blocks, directions and parts of the batch
+
+
+@cuts_on_cpu
+@pipelines
+@world_size(4, connect=False, timeout_s=120)
+def test_the_plan_of_copies_of_a_pipeline_is_what_four_processes_keep_and_send():
+    own = check_stage("mesh:pp=2,ddp=2", data_parallel_size=2, tensor_parallel_size=1, copies=2)
+    assert own.collectives["all_reduce"] == (3, own.gradients)
+
+
+class Wide(Staged):
+    """Weights that outweigh what a process has of its own; made where the process is known."""
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+
+    def configure_model(self):
+        if not hasattr(self, "embed"):
+            with torch.device("meta"):
+                whole = WideNet()
+            self.embed, self.blocks, self.head = whole.embed, whole.blocks, whole.head
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), foreach=False)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(16, 64, dtype=torch.int64), batch_size=8)
+
+
+class WideNet(Staged):
+    width = 1024
+
+
+@pytest.mark.slow
+@pipelines
+@world_size(2, connect=False, timeout_s=300)
+def test_the_peak_of_a_pipeline_is_what_two_processes_need():
+    plan = plan_run(lambda: (Wide(), torch.zeros(8, 64, dtype=torch.int64)), "mesh:pp=2")
+    settings = {"strategy": "mesh:pp=2", "devices": 2, "max_epochs": 1, "enable_checkpointing": False}
+    # What is imported on first use is in memory before the measurement.
+    trainer = Trainer(**settings, **QUIET)
+    trainer.fit(Staged())
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(-3, 65536)  # M_MMAP_THRESHOLD
+    allocator.mallopt(-1, 0)  # M_TRIM_THRESHOLD
+    allocator.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Trainer(**settings, **QUIET).fit(Wide())
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    needed = int(line.split()[1]) * 1024 - before
+    assert plan.stages[trainer.global_rank].peak == pytest.approx(needed, rel=0.2)
+
+
+class Staying(Staged):
+    """What the first stage computes is used in the last."""
+
+    def forward(self, x):
+        first = x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x + first)
+
+
+class Looking(Staged):
+    """Its loss is read."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self(batch).mean()
+        assert loss.item() < 100
+        return loss
+
+
+class Tied(Staged):
+    """The first layer and the last have one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("mesh", ["mesh:pp=2", "mesh:pp=2,tp=2", "mesh:pp=2,ddp=4"])
+def test_what_goes_wrong_in_a_pipeline_goes_wrong_in_its_plan(mesh):
+    batch = torch.zeros(8, 8, dtype=torch.int64)
+    cut = PLAN if "tp" in mesh else None
+    with pytest.raises(ValueError, match=r"blocks.2, needs the value .* at .*test_planning.py:\d+"):
+        plan_run(lambda: (Staying(), batch), mesh, plan=cut)
+    with pytest.raises(RuntimeError, match=r"reads a value of a tensor"):
+        plan_run(lambda: (Looking(), batch), mesh, plan=cut)
+
+
+def test_stages_share_the_gradient_of_a_weight_that_they_share():
+    batch = torch.zeros(8, 8, dtype=torch.int64)
+    for mesh, ways in (("mesh:pp=2", 1), ("mesh:pp=2,dp=2", 2)):
+        for stage in plan_run(lambda: (Tied(), batch), mesh).stages:
+            assert stage.collectives["all_reduce"] == (1, 50 * 32 * 4 // ways)
+
+
+def test_parts_that_are_too_few_for_1f1b_are_all_under_way_at_once():
+    few, many = (
+        plan_run(lambda size=size: (Staged(), torch.zeros(size, 8, dtype=torch.int64)), "mesh:pp=4").stages
+        for size in (6, 8)
+    )
+    # Two parts of three samples, where each of four stages wants a part; and eight of one sample.
+    assert [stage.collectives["send"][0] for stage in few] == [2, 4, 4, 2]
+    assert [stage.collectives["send"][0] for stage in many] == [8, 16, 16, 8]
+    assert few[1].activations == 6 * many[1].activations // 3
+    assert few[3].activations == 6 * many[3].activations
 
 
 def test_pipelines_and_shared_sequences_of_many_processes_are_planned_on_one():
@@ -225,8 +380,8 @@ def test_pipelines_and_shared_sequences_of_many_processes_are_planned_on_one():
     assert len(plan.stages) == 4
     assert "stage 3\nparameters" in str(plan) and "waiting for other stages: 27% of a step" in str(plan)
     assert sum(stage.parameters for stage in plan.stages) == sum(p.numel() * 4 for p in Staged().parameters())
-    with pytest.raises(ValueError, match="for processes with a stage each, received 'mesh:pp=2,dp=2'"):
-        plan_run(make_staged, "mesh:pp=2,dp=2")
+    with pytest.raises(ValueError, match="cp goes beside dp and tp alone, received 'mesh:pp=2,cp=2'"):
+        plan_run(make_staged, "mesh:pp=2,cp=2")
     with pytest.raises(ValueError, match="7 stages need as many layers"):
         plan_run(make_staged, "mesh:pp=7")
     with pytest.raises(ValueError, match="must take .batch, sequence, features. whose sequence 3 processes can share"):
@@ -291,6 +446,25 @@ def test_a_step_that_calls_its_module_is_planned_as_one_that_calls_its_parts(mes
     (one, _), (other, _) = (plan.collectives.pop("all_gather", (0, 0)) for plan in (parts, whole))
     assert other == one + once_more
     assert parts == whole
+
+
+class OnMeta(Module):
+    def configure_model(self):
+        with torch.device("meta"):
+            super().configure_model()
+
+
+@pytest.mark.parametrize("mesh", ["mesh:dp=2", "mesh:ddp=2", "mesh:tp=2"])
+def test_layers_made_on_the_meta_device_are_planned_as_those_made_whole(mesh):
+    cut = {f"net.{name}": style for name, style in PLAN.items()}
+    whole, on_meta = (plan_run(lambda kind=kind: (kind(), make()[1]), mesh, plan=cut) for kind in (Module, OnMeta))
+    assert whole == on_meta
+
+
+def test_a_batch_that_was_there_before_is_planned_for_as_one_that_is_made():
+    batch = make()[1]
+    for mesh in ("mesh:dp=2", "mesh:ddp=2"):
+        assert plan_run(lambda: (Net(), batch), mesh) == plan_run(make, mesh)
 
 
 def test_what_goes_wrong_on_many_processes_goes_wrong_here():

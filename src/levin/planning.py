@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,12 +23,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from levin.module import LightningModule
 from levin.strategies import microbatches
@@ -35,11 +36,11 @@ from levin.strategies.context import share_sequences
 from levin.strategies.contexts import run_as_forward
 from levin.strategies.layer_plan import apply_plan
 from levin.strategies.mesh import DEGREES, parse_mesh
-from levin.strategies.model_parallel import CONTEXT, COPIES, SHARDS, TENSOR
+from levin.strategies.model_parallel import CONTEXT, COPIES, PIPELINE, SHARDS, TENSOR
 from levin.strategies.order import prepare
-from levin.strategies.replay import Announced, ReachedError, Replay
+from levin.strategies.replay import ReachedError, Replay
 from levin.strategies.sharding import META, ShardingPlan, repeated_blocks
-from levin.strategies.stages import PipelinePlan, leave_out, stages_in, users_of
+from levin.strategies.stages import PipelinePlan, leave_out, parts_of, stages_in, users_of
 from levin.utilities.exceptions import MisconfigurationException
 
 MakeModule = Callable[[], tuple[nn.Module, Any]]
@@ -81,7 +82,8 @@ class Plan:
 
     def __str__(self) -> str:
         if self.stages:
-            of_stages = (f"stage {number}\n{stage._sizes()}" for number, stage in enumerate(self.stages))
+            each = f", each of {count} processes" if (count := self.stages[0].num_processes) > 1 else ""
+            of_stages = (f"stage {number}{each}\n{stage._sizes()}" for number, stage in enumerate(self.stages))
             return "\n".join([*of_stages, f"waiting for other stages: {self.bubble:.0%} of a step"])
         return f"each of {self.num_processes} processes\n{self._sizes()}"
 
@@ -104,8 +106,8 @@ def plan_run(
         make: Returns the module and a batch of one process. A LightningModule runs its ``training_step`` and has the first
             optimizer of its ``configure_optimizers``; another module is called with the batch, and with its items when that
             is a tuple.
-        mesh: For example ``"mesh:dp=512"``; see :func:`levin.strategies.mesh.parse_mesh`. ``pp`` by itself is planned, with as many
-            layers in each stage, the schedule 1F1B and twice as many parts of the batch as stages.
+        mesh: For example ``"mesh:dp=512"``; see :func:`levin.strategies.mesh.parse_mesh`. ``pp`` has as many layers in each
+            stage, the schedule 1F1B and twice as many parts of the batch as stages.
         optimizer: Makes the optimizer of parameters, where the module does not.
         plan: As for :class:`levin.strategies.ModelParallelStrategy`.
 
@@ -122,36 +124,36 @@ def plan_run(
     degrees = parse_mesh(mesh)
     copies, shards, tensor, stages, context = (degrees.get(name, 1) for name in DEGREES)
     size = math.prod(degrees.values())
-    if stages > 1 and stages < size:
+    if context > 1 and (copies > 1 or stages > 1):
         raise MisconfigurationException(
-            f"A plan of a pipeline is for processes with a stage each, received {mesh!r}. Plan for mesh:pp={stages}, and for the layers of "
-            f"one stage with the other degrees."
+            f"cp goes beside dp and tp alone, received {mesh!r}. Use dp in the place of ddp, and leave pp out."
         )
-    if context > 1 and copies > 1:
-        raise MisconfigurationException(
-            f"cp goes beside dp and tp alone, received {mesh!r}. Use dp in the place of ddp."
-        )
-    with _processes_that_are_not_there(size):
-        layout = init_device_mesh(
-            "cpu", (copies, shards, context, tensor), mesh_dim_names=(COPIES, SHARDS, CONTEXT, TENSOR)
-        )
-        # Those that share sequences share weights, too.
-        sharers = layout[SHARDS, CONTEXT]._flatten("weights") if context > 1 else layout[SHARDS]
-        data = layout[COPIES, SHARDS] if copies > 1 else sharers
-        meshes = _Meshes(
-            data if shards * context > 1 else None,
-            layout[TENSOR] if tensor > 1 else None,
-            layout[CONTEXT] if context > 1 else None,
-        )
-        try:
-            if stages > 1:
-                return _measure_stages(make, PipelinePlan(stages), optimizer)
-            return _measure(make, meshes, size, optimizer, plan, copies > 1)
-        except DataDependentOutputException as error:
-            raise RuntimeError(
-                "The step reads a value of a tensor (.item(), float(), if tensor:), and a plan has shapes alone, received "
-                f"{error}. Leave such lines out of what is planned."
-            ) from error
+    found = []
+    for number in range(stages):
+        with _processes_that_are_not_there(size, rank=number * size // stages):
+            layout = init_device_mesh(
+                "cpu",
+                (stages, copies, shards, context, tensor),
+                mesh_dim_names=(PIPELINE, COPIES, SHARDS, CONTEXT, TENSOR),
+            )
+            # Those that share sequences share weights, too.
+            sharers = layout[SHARDS, CONTEXT]._flatten("weights") if context > 1 else layout[SHARDS]
+            # DDP, which is all copies and nothing else, sends gradients and cuts nothing.
+            is_cut = copies * shards * context > 1 and copies < size
+            meshes = _Meshes(
+                (layout[COPIES, SHARDS] if copies > 1 else sharers) if is_cut else None,
+                layout[TENSOR] if tensor > 1 else None,
+                layout[CONTEXT] if context > 1 else None,
+            )
+            try:
+                found.append(_measure(make, meshes, PipelinePlan(stages), number, optimizer, plan))
+            except DataDependentOutputException as error:
+                raise RuntimeError(
+                    "The step reads a value of a tensor (.item(), float(), if tensor:), and a plan has shapes alone, received "
+                    f"{error}. Leave such lines out of what is planned."
+                ) from error
+    most = max(found, key=lambda stage: stage.peak)
+    return replace(most, num_processes=size, stages=tuple(found) if stages > 1 else ())
 
 
 class _Meshes(NamedTuple):
@@ -165,29 +167,34 @@ class _Meshes(NamedTuple):
 def _measure(
     make: MakeModule,
     meshes: _Meshes,
-    size: int,
+    pipeline: PipelinePlan,
+    number: int,
     make_optimizer: Callable[..., Optimizer],
     plan: Mapping[str, Any] | None,
-    has_copies: bool,
 ) -> Plan:
     data, tensor, context = meshes
     without_memory = FakeTensorMode()
     with without_memory:
         module, batch = make()
+        batch = tree_map(partial(_shape_of, mode=without_memory), batch)
         if isinstance(module, LightningModule):
             module.configure_model()
+        _make_weights(module)
+        stage = _Stage(module, batch, pipeline, number) if pipeline.size > 1 else None
     # Cut outside of the mode: meshes compute with tensors that are there.
     prepare(
         module,
         ShardingPlan(mesh=data),
         cut_layers=None if tensor is None else lambda whole: apply_plan(whole, tensor, plan or {}),
+        cut_stages=None if stage is None else stage.cut,
         share_sequences=None
         if context is None
         else lambda whole: share_sequences(repeated_blocks(whole), context.get_group(), is_tried=True),
     )
+    root = module if stage is None else stage.module
     with without_memory:
         optimizer = _optimizer_of(module, make_optimizer)
-        tracker, moved = _tracker(module, optimizer), Collectives()
+        tracker, moved = _tracker(root, optimizer), Collectives()
         for _ in range(2):
             # The first step makes the states of the optimizer, and buffers that stay.
             tracker.reset_mod_stats()
@@ -196,10 +203,13 @@ def _measure(
             with tracker, moved, warnings.catch_warnings():
                 # A step calls the module that it belongs to.
                 warnings.filterwarnings("ignore", "The module hierarchy tracking maybe be messed up")
-                _loss(module, batch).backward()
+                if stage is None:
+                    _loss(module, batch).backward()
+                else:
+                    stage.step(moved, between=tracker.reset_mod_stats)
             parameters = list(module.parameters())
             gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            if has_copies and data is None:
+            if data is None and tensor is None and stage is None and dist.get_world_size() > 1:
                 moved.add("all_reduce", _bytes_of(gradients))
             optimizer.step()
     found: dict[str, int] = {}
@@ -209,97 +219,122 @@ def _measure(
             found[name] = found.get(name, 0) + count
     states = _bytes_of(value for values in optimizer.state.values() for value in values.values())
     return Plan(
-        num_processes=size,
+        num_processes=dist.get_world_size() // pipeline.size,
         parameters=_bytes_of(parameters),
         gradients=_bytes_of(gradients),
         optimizer_states=states,
-        activations=found.get("Activation", 0),
+        activations=found.get("Activation", 0) if stage is None else stage.activations,
         peak=found.get("Total", 0) - found.get("OptState", 0) - found.get("Optstate", 0) + states,
         collectives=dict(moved.seen),
+        bubble=0.0 if stage is None else (pipeline.size - 1) / (len(stage.parts) + pipeline.size - 1),
     )
 
 
-def _measure_stages(make: MakeModule, plan: PipelinePlan, make_optimizer: Callable[..., Optimizer]) -> Plan:
-    """Return the plan of a pipeline, out of one part of a batch that goes through each stage by itself."""
+class _Stage:
+    """What one process of a pipeline does in a step: forward and backward of each part of a batch, for its layers.
 
-    def made() -> tuple[nn.Module, Any]:
-        with META:
-            module, batch = make()
-            if isinstance(module, LightningModule):
-                module.configure_model()
+    Args:
+        module: Whole.
+        batch: Of one process.
+        plan: How many stages there are.
+        number: Of the stage.
+
+    Raises:
+        MisconfigurationException: The module cannot be cut so.
+    """
+
+    def __init__(self, module: nn.Module, batch: object, plan: PipelinePlan, number: int) -> None:
         size = microbatches.size_of(batch)
-        return module, microbatches.split(batch, size // math.gcd(size, plan.parts), size)
+        self.parts = microbatches.split(batch, size // math.gcd(size, plan.parts), size)
+        self.activations = 0
+        layers, self._names = stages_in(module, plan)
+        self._replay = Replay(module, layers, self._names, torch.device("cpu"))
+        self._whole, self._number = module, number
+        first = partial(_loss, module, self.parts[0])
+        self._received = self._replay.lacks(number, first)
+        self._wanted = [] if number + 1 == plan.size else self._replay.lacks(number + 1, first)
+        self._shared: list[str] = []
+        # Of forward passes, before the first backward (1F1B, and GPipe where there are too few parts for it).
+        self._num_ahead = len(self.parts) if len(self.parts) % plan.size else plan.size - number
 
-    module, parts = made()
-    layers, names = stages_in(module, plan)
-    replay = Replay(module, layers, names, META)
-    lacks = [replay.lacks(number, partial(_loss, module, parts[0])) for number in range(plan.size)]
-    stages = []
-    for number in range(plan.size):
-        module, parts = made()
-        replay = Replay(module, dict(stages_in(module, plan)[0]), names, META)
-        users = users_of(module, names)
-        leave_out(module, [name for name, found in users.items() if number not in found], replay.without_values)
-        of_several = [p for name, p in module.named_parameters() if len(users[name]) > 1]
-        received, wanted = lacks[number], [] if number + 1 == plan.size else lacks[number + 1]
-        kept = _run_stage(replay, number, module, parts[0], received, wanted)
-        parameters = list(module.parameters())
-        optimizer = _optimizer_of(module, make_optimizer)
-        optimizer.step()
-        # Under 1F1B a stage has forward passes under way for itself and for each stage after it.
-        activations = kept * min(len(parts), plan.size - number)
-        own = _bytes_of(parameters)
-        gradients = _bytes_of(parameter.grad for parameter in parameters)
-        states = _bytes_of(value for values in optimizer.state.values() for value in values.values())
-        sent = [shape.numel() * dtype.itemsize for _, shape, dtype in wanted]
-        sent += [shape.numel() * dtype.itemsize for _, shape, dtype in received if dtype.is_floating_point]
-        stages.append(
-            Plan(
-                num_processes=1,
-                parameters=own,
-                gradients=gradients,
-                optimizer_states=states,
-                activations=activations,
-                peak=own + gradients + states + activations,
-                collectives={
-                    "send": (len(sent) * len(parts), sum(sent) * len(parts)),
-                    **({"all_reduce": (len(of_several), _bytes_of(of_several))} if of_several else {}),
-                },
-            )
+    def cut(self, module: nn.Module) -> list[nn.Module]:
+        """Leave out what belongs to other stages; return the module of this one."""
+        from levin.strategies.pipeline import Stage  # slow to import
+
+        users = users_of(module, self._names)
+        leave_out(
+            module, [name for name, found in users.items() if self._number not in found], self._replay.without_values
         )
-    most = max(stages, key=lambda stage: stage.peak)
-    bubble = (plan.size - 1) / (len(parts) + plan.size - 1)
-    return replace(most, num_processes=plan.size, bubble=bubble, stages=tuple(stages))
+        own = {name for name, found in users.items() if self._number in found}
+        self._shared = [name for name, _ in module.named_parameters() if len(users[name]) > 1]
+        self.module: nn.Module = Stage(parts_of(module, own), self._compute)
+        return [self.module]
 
-
-def _run_stage(
-    replay: Replay, number: int, module: nn.Module, batch: object, received: list[Announced], wanted: list[Announced]
-) -> int:
-    """Run forward and backward of one stage, and return how many bytes it keeps between them beside the batch."""
-    inputs = [
-        torch.empty(shape, dtype=dtype, device=META, requires_grad=dtype.is_floating_point)
-        for _, shape, dtype in received
-    ]
-    there_anyway = {
-        leaf.untyped_storage()._cdata
-        for leaf in tree_flatten((batch, list(module.parameters())))[0]
-        if isinstance(leaf, Tensor)
-    }
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in there_anyway:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def _compute(self, number: int, received: tuple[Tensor, ...]) -> Any:
         try:
-            outputs = [replay.run(number, partial(_loss, module, batch), inputs, wanted)]
+            return self._replay.run(
+                self._number, partial(_loss, self._whole, self.parts[number]), received, self._wanted
+            )
         except ReachedError as reached:
-            outputs = [tensor for tensor in reached.tensors if tensor.requires_grad]
-    torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
-    return sum(kept.values())
+            return tuple(reached.tensors)
+        except MisconfigurationException as error:
+            # What earlier stages compute was found not to be read: it is a value of this stage's, which a run has.
+            if isinstance(error.__cause__, DataDependentOutputException):
+                raise error.__cause__ from None
+            raise
+
+    def step(self, moved: Collectives, between: Callable[[], None]) -> None:
+        """Run all parts, in the order of the schedule.
+
+        Args:
+            moved: Told what goes to other stages.
+            between: Called before each forward pass.
+        """
+        under_way: deque[list[Tensor]] = deque()
+        for number in range(len(self.parts)):
+            if number >= self._num_ahead:
+                self._backward(under_way.popleft(), moved, is_last=False)
+            between()
+            under_way.append(self._forward(number, moved))
+        while under_way:
+            self._backward(under_way.popleft(), moved, is_last=not under_way)
+        for name in self._shared:
+            moved.add("all_reduce", _num_bytes(self._whole.get_parameter(name)))
+
+    def _forward(self, number: int, moved: Collectives) -> list[Tensor]:
+        received = [
+            torch.empty(shape, dtype=dtype, requires_grad=dtype.is_floating_point) for _, shape, dtype in self._received
+        ]
+        there_anyway = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves(self.parts[number]) if isinstance(leaf, Tensor)
+        }
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = _local(tensor).untyped_storage()
+            is_weight = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+            if not is_weight and storage._cdata not in there_anyway:
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = self.module(*received, number=number)
+        self.activations = sum(kept.values()) * min(len(self.parts), self._num_ahead)
+        outputs = list(result) if isinstance(result, tuple) else [result]
+        for _, shape, dtype in self._wanted:
+            moved.add("send", shape.numel() * dtype.itemsize)
+        return [tensor for tensor in outputs if tensor.requires_grad]
+
+    def _backward(self, outputs: list[Tensor], moved: Collectives, is_last: bool) -> None:
+        if isinstance(self.module, FSDPModule):
+            # As torch's schedules do: weights stay gathered, and gradients are added up, until the last part is through.
+            self.module.set_is_last_backward(is_last)
+            self.module.set_reshard_after_backward(is_last)
+            self.module.set_requires_gradient_sync(is_last)
+        torch.autograd.backward(outputs, [torch.empty_like(tensor) for tensor in outputs])
+        for _, shape, dtype in self._received:
+            if dtype.is_floating_point:
+                moved.add("send", shape.numel() * dtype.itemsize)
 
 
 class Collectives(TorchDispatchMode):
@@ -330,16 +365,20 @@ class Collectives(TorchDispatchMode):
 
 
 @contextmanager
-def _processes_that_are_not_there(size: int) -> Iterator[None]:
+def _processes_that_are_not_there(size: int, rank: int) -> Iterator[None]:
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
         raise RuntimeError("A plan needs a process that is not connected with others. Make it before the run.")
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
+    # What DTensor has found out for a mesh it takes again for one like it, with the groups of the first, which are gone.
+    _clear_sharding_prop_cache()
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
     try:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
 
 
 def _tracker(module: nn.Module, optimizer: Optimizer) -> Any:
@@ -385,9 +424,31 @@ def _loss(module: nn.Module, batch: object) -> Any:
     return loss if loss.ndim == 0 else loss.sum()
 
 
-def _num_bytes(tensor: Tensor) -> int:
+def _make_weights(module: nn.Module) -> None:
+    """Give what is on the meta device, in a plan, a place on the CPU."""
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        tensors: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for store in tensors:
+            for name, tensor in store.items():
+                if tensor is not None and tensor.device == META:
+                    new = torch.empty_like(tensor, device="cpu")
+                    new = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+                    store[name] = made.setdefault(id(tensor), new)
+
+
+def _shape_of(leaf: object, mode: FakeTensorMode) -> object:
+    """Return a tensor that was there before the plan without its values."""
+    return mode.from_tensor(leaf) if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) else leaf
+
+
+def _local(tensor: Tensor) -> Tensor:
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local.numel() * local.element_size()
+    return local
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return _local(tensor).numel() * tensor.element_size()
 
 
 def _bytes_of(values: Any) -> int:

@@ -37,7 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from levin.strategies import collectives, microbatches
 from levin.strategies.gathered import as_step
-from levin.strategies.replay import Announced, ReachedError, Replay, has_no_values, needs_values
+from levin.strategies.replay import Announced, ReachedError, Replay, needs_values
 from levin.strategies.stages import PipelinePlan
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.types import Batch, Function, Group, Kwargs
@@ -254,7 +254,7 @@ class Pipeline:
         return value, weight.to(self.device) if isinstance(weight, Tensor) else weight, num, calls
 
     def _check_values(self, name: str, result: Any) -> None:
-        if has_no_values(result):
+        if self.replay.has_no_values(result):
             raise self.replay.needs_value(self.plan.num_stages - 1, f"for {name}")
 
     # Forward passes
@@ -376,7 +376,7 @@ class Pipeline:
         if not is_last:
             raise self.replay.not_called(stage + 1)
         if isinstance(work, _Step):
-            return self._loss_of(work, number, result).reshape(1)
+            return torch.stack([self._loss_of(work, number, result)])  # no view, of which FSDP warns
         self._check_values("its output", result)
         work.outputs[number] = result
         return torch.zeros(1, device=self.device)

@@ -58,25 +58,35 @@ class _LacksError(BaseException):
         self.announced = announced
 
 
-class _WritesNothing(TorchDispatchMode):
-    """While it is on, nothing without values is written into a tensor that has some."""
+class _Skipping(TorchDispatchMode):
+    """While it is on, what is computed of what has no values has none either, and is not written into what has some."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: FakeTensorMode) -> None:
         initialize: Callable[[], None] = super().__init__
         initialize()
+        self._mode = mode
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Kwargs | None = None
     ) -> Any:
         """Run ``func``."""
-        if func._schema.is_mutable and not isinstance(args[0], FakeTensor) and has_no_values((args, kwargs)):
+        kwargs = kwargs or {}
+        if not _is_of(self._mode, (args, kwargs)):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and not _is_of(self._mode, args[0]):
             raise DataDependentOutputException(func)
-        return func(*args, **(kwargs or {}))
+
+        def alike(leaf: Any) -> Any:
+            return torch.empty_like(leaf) if isinstance(leaf, FakeTensor) and leaf.fake_mode is not self._mode else leaf
+
+        with self._mode:
+            # In a plan, what has values is without memory, too.
+            args, kwargs = tree_map(alike, (args, kwargs))
+            return func(*args, **kwargs)
 
 
-def has_no_values(data: Any) -> bool:
-    """Return whether some of it depends on a layer of another stage."""
-    return any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(data))
+def _is_of(mode: FakeTensorMode, data: Any) -> bool:
+    return any(isinstance(leaf, FakeTensor) and leaf.fake_mode is mode for leaf in tree_leaves(data))
 
 
 class Shapes:
@@ -166,6 +176,10 @@ class Replay:
         with self._mode:
             return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
 
+    def has_no_values(self, data: Any) -> bool:
+        """Return whether some of it depends on a layer of another stage."""
+        return _is_of(self._mode, data)
+
     @property
     def is_under_way(self) -> bool:
         """Whether the layers are called for a stage."""
@@ -225,7 +239,7 @@ class Replay:
                 # What is computed of what has no values has none either; after that, it is an error to use such.
                 self._mode.allow_non_fake_inputs = True
                 skipping.callback(setattr, self._mode, "allow_non_fake_inputs", False)
-                skipping.enter_context(_WritesNothing())
+                skipping.enter_context(_Skipping(self._mode))
             self._run = run
             try:
                 result = code()
@@ -270,7 +284,7 @@ class Replay:
                 return call(*args, **kwargs)
             if run.skipping is None and own == run.stage + 1 and is_first:
                 leaves = tree_leaves((args, kwargs))
-                if has_no_values(leaves):
+                if self.has_no_values(leaves):
                     raise self.needs_value(run.stage, f"for the call of {name}")
                 raise ReachedError([self._checked(name, leaves, *one) for one in run.wanted])
             raise self._out_of_order(name, run)
@@ -280,7 +294,7 @@ class Replay:
     def _begin(self, run: _Run, args: Any, kwargs: Any) -> tuple[Any, Any]:
         lacking: dict[int, tuple[int, Tensor]] = {}
         for place, leaf in enumerate(tree_leaves((args, kwargs))):
-            if isinstance(leaf, FakeTensor):
+            if self.has_no_values(leaf):
                 lacking.setdefault(id(leaf), (place, leaf))
         if run.received is None:
             raise _LacksError([(place, leaf.shape, leaf.dtype) for place, leaf in lacking.values()])
@@ -350,7 +364,7 @@ def needs_values(error: Exception) -> bool:
 
 
 def _place_of(error: BaseException) -> str:
-    own = (Path(torch.__file__).parent, Path(__file__).parent)
+    own = (Path(torch.__file__).parent, Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     of_user = [frame for frame in frames if not any(folder in Path(frame.filename).parents for folder in own)]
     return f"{of_user[-1].filename}:{of_user[-1].lineno}" if of_user else "an unknown place"
