@@ -141,7 +141,7 @@ def cut(layers: Mapping[str, Module], plan: PipelinePlan) -> list[list[str]]:
     if sorted(set(starts)) != starts:
         raise MisconfigurationException(
             f"pipeline_split must name layers in the order in which they run, and not the first, received {plan.split!r}. "
-            f"They run so: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+            f"They run so: {_listed(names)}."
         )
     stages = [names[start:end] for start, end in zip(starts, [*starts[1:], len(names)])]
     norms = [name for name, layer in layers.items() if any(isinstance(part, _BatchNorm) for part in layer.modules())]
@@ -204,18 +204,21 @@ def _given_starts(names: list[str], split: Sequence[str]) -> list[int]:
         fitting = [place for place, known in enumerate(names) if known == name or known.startswith(f"{name}.")]
         if not fitting:
             raise MisconfigurationException(
-                f"pipeline_split names {name!r}, which is no layer of the pipeline. They are "
-                f"{', '.join(names[:20])}{', ...' if len(names) > 20 else ''}."
+                f"pipeline_split names {name!r}, which is no layer of the pipeline. They are {_listed(names)}."
             )
         starts.append(fitting[0])
     return starts
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names if len(names) <= 20 else [*names[:20], "..."])
 
 
 def _even_starts(layers: Mapping[str, Module], plan: PipelinePlan) -> list[int]:
     weighty = [place for place, layer in enumerate(layers.values()) if any(True for _ in layer.parameters())]
     if len(weighty) < plan.num_stages:
         raise MisconfigurationException(
-            f"{plan.num_stages} stages need as many layers with parameters, received {len(weighty)} in {', '.join(layers)}. Use "
+            f"{plan.num_stages} stages need as many layers with parameters, received {len(weighty)} in {_listed(list(layers))}. Use "
             "fewer processes, or more and smaller layers."
         )
     return [0, *(weighty[len(weighty) * stage // plan.num_stages] for stage in range(1, plan.num_stages))]
