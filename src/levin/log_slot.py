@@ -220,7 +220,7 @@ class Slot:
 
     def reset(self) -> None:
         """Forget all values; the slot itself stays."""
-        self.has_value = False
+        self.has_value = self.is_restored = False
         self.total = _NEUTRAL[self.reduction]
         self.latest = self.epoch = None
         self.weight = 0.0

@@ -220,12 +220,14 @@ class LogStore:
                 f"self.log({name!r}, ...) received another {type(value).__name__} in {slot.hook} than before in this epoch, "
                 "whose values would be lost. Make metrics once, in __init__; levin resets them after each epoch."
             )
-        if not slot.is_restored and self._meaning(slot, arguments) != self._meaning(slot, slot.arguments):
+        if self._meaning(slot, arguments) != self._meaning(slot, slot.arguments):
+            if slot.is_restored:
+                return slot  # as it began, until the epoch ends
             raise MisconfigurationException(
                 f"self.log({slot.name!r}, ...) was called twice in {slot.hook} with different arguments: "
                 f"{tuple(arguments)} after {tuple(slot.arguments)}. Use two names, or the same arguments."
             )
-        slot.arguments, slot.is_restored = arguments, False
+        slot.arguments = arguments
         return slot
 
     def _meaning(self, slot: Slot, arguments: Arguments) -> tuple[object, ...]:

@@ -439,9 +439,10 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
 
         def gather(value: object) -> object:
             tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
-            return strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if is_distributed else tensor
+            return (
+                strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if strategy.is_distributed else tensor
+            )
 
-        is_distributed = getattr(strategy, "is_distributed", False)
         return apply_to_collection(data, (Tensor, int, float), gather)
 
     # ---------------------------------------------------------------- loading

@@ -141,6 +141,27 @@ def test_what_is_incomplete_or_in_the_way_is_an_error(tmp_path, run, capsys):
     assert "is no folder" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_is_intact_only_with_what_goes_with_its_parts(tmp_path, capsys):
+    folder = tmp_path / "sharded"
+    dcp.save({"state_dict": {"weight": torch.arange(3.0)}}, checkpoint_id=str(folder))
+    torch.save({"pytorch-lightning_version": "2.6.6"}, folder / "meta.pt")
+    assert main(["verify", str(folder)]) == 0
+    assert capsys.readouterr().out == f"intact  {folder}\n"
+    (folder / "__0_0.distcp").rename(tmp_path / "part")
+    assert main(["verify", str(folder)]) == 1
+    lacking = f"BAD     {folder}: {folder} lacks `.metadata` or the `.distcp` files, so it is no complete sharded checkpoint.\n"
+    assert capsys.readouterr().out == lacking
+    (tmp_path / "part").rename(folder / "__0_0.distcp")
+    (folder / ".metadata").rename(tmp_path / "index")
+    assert main(["verify", str(folder)]) == 1
+    assert capsys.readouterr().out == lacking
+    (tmp_path / "index").rename(folder / ".metadata")
+    (folder / "meta.pt").write_bytes((folder / "meta.pt").read_bytes()[:-100])
+    assert main(["verify", str(folder)]) == 1
+    assert capsys.readouterr().out.startswith(f"BAD     {folder}: {folder}/meta.pt is damaged: ")
+
+
 class Payload:
     def __reduce__(self):
         return os.system, ("touch was_here",)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from levin import Callback, LightningModule, Trainer
+from levin.loggers import CSVLogger
 
 
 class Noisy(Dataset):
@@ -67,17 +68,87 @@ class Watch(Callback):
         self._maybe(trainer, "on_train_epoch_end")
 
 
-def run(watch, flags, shuffle, ckpt_path=None):
+def run(watch, flags, shuffle, ckpt_path=None, kind=Model):
     torch.manual_seed(11)
-    model = Model()
+    model = kind()
     trainer = Trainer(
-        accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[watch], **flags,
+        accelerator="cpu", max_epochs=3, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[watch], **{"logger": False, **flags},
     )  # fmt: skip
     train = DataLoader(Noisy(), batch_size=2, shuffle=shuffle)
     val = DataLoader(Noisy(4), batch_size=2)
     trainer.fit(model, train, val, ckpt_path=ckpt_path)
     return model, trainer
+
+
+def saved_in_the_middle(tmp_path, at=(1, 3)):
+    path = str(tmp_path / "stop.ckpt")
+    return path, *run(Watch(path, "on_train_batch_end", at), {}, False)
+
+
+def test_a_value_may_be_logged_in_another_way_after_a_resume(tmp_path):
+    class Other(Model):
+        def log(self, name, value, **how):
+            super().log(name, value, **how, prog_bar=True)
+
+        def on_train_epoch_end(self):
+            shown.append([name for name in self.trainer.progress_bar_metrics if name.startswith("loss")])
+
+    shown = []
+    path, _, first = saved_in_the_middle(tmp_path)
+    _, trainer = run(Watch(), {}, False, ckpt_path=path, kind=Other)
+    assert torch.equal(trainer.callback_metrics["loss_epoch"], first.callback_metrics["loss_epoch"])
+    # The epoch that was begun ends as it began.
+    assert shown == [[], ["loss_step", "loss_epoch"]]
+    assert trainer.progress_bar_metrics["loss_epoch"] == first.callback_metrics["loss_epoch"].item()
+
+
+def test_a_name_logged_in_two_ways_after_a_resume_is_refused(tmp_path):
+    class Twice(Model):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if self.current_epoch == 2:
+                self.log("loss", loss, prog_bar=True)
+            return loss
+
+    path, _, _ = saved_in_the_middle(tmp_path)
+    with pytest.raises(ValueError, match="was called twice in training_step with different arguments"):
+        run(Watch(), {}, False, ckpt_path=path, kind=Twice)
+
+
+def test_what_is_logged_when_training_starts_counts_once(tmp_path):
+    class Starting(Model):
+        def on_train_start(self):
+            self.log("start", 1.0 + self.global_step)
+
+    logged = []
+
+    class Values(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            logged.append((metrics.get("start"), step))
+
+    path = str(tmp_path / "stop.ckpt")
+    flags = {"logger": Values(tmp_path), "log_every_n_steps": 1}
+    run(Watch(path, "on_train_batch_end", (1, 3)), flags, False, kind=Starting)
+    whole, _ = list(logged), logged.clear()
+    assert [value for value, _ in whole if value is not None] == [1.0]
+    run(Watch(), flags, False, ckpt_path=path, kind=Starting)
+    assert logged == whole[-len(logged) :]
+
+
+def test_the_part_of_another_version_of_levin_is_left_out_and_said(tmp_path):
+    path, _, first = saved_in_the_middle(tmp_path)
+    saved = torch.load(path, weights_only=True)
+    saved["levin"]["version"] = 99
+    torch.save(saved, path)
+    with (
+        pytest.warns(
+            UserWarning, match="has version 99 of what levin keeps for an exact resume, and .* reads version 2:"
+        ),
+        pytest.warns(UserWarning, match="without the position in the data: the loader starts again, from batch 4 on"),
+    ):
+        _, trainer = run(Watch(), {}, False, ckpt_path=path)
+    assert (trainer.current_epoch, trainer.global_step) == (3, first.global_step)
 
 
 FLAGS = [

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from levin import Callback, LightningModule, Trainer
 from levin.callbacks import OnExceptionCheckpoint
 from levin.checkpoint import load
+from levin.resume.rank_states import part_of_rank
 from levin.utilities.seed import seed_everything
 from tests.distributed import run_ranks, world_size
 from tests.strategies.small import QUIET
@@ -174,6 +175,53 @@ def test_the_number_of_ranks_may_change_twice_in_one_epoch(tmp_path):
     counts = Counter(seen)
     counts.update({index for epochs, _ in results for index in epochs[0]})
     assert counts == Counter(range(40))
+
+
+def packed(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+OF_A_RANK = ("rng", "validation_rng", "log_store", "metrics")
+
+
+def test_what_one_process_saved_alone_is_its_own_and_the_others_share_the_rest():
+    saved = {"data": 1, "window": {}, **dict.fromkeys(OF_A_RANK, 2), "alone_of": 2}
+    parts = []
+    for rank in range(2):
+        with pytest.warns(UserWarning, match="was saved by one process alone"):
+            parts.append(part_of_rank(saved, rank, 2))
+    assert parts == [saved, {"data": 1, "window": {}, "alone_of": 2}]
+
+
+def test_each_rank_takes_its_own_part_of_as_many():
+    states = [{"rng": rank, "window": {"gradients": [torch.tensor(1.0 * rank)]}} for rank in range(3)]
+    saved = {**states[0], "other_ranks": [packed(state) for state in states[1:]]}
+    assert [part_of_rank(saved, rank, 3) for rank in range(3)] == states
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_mean_of_a_window_is_that_of_before_with_another_number_of_ranks(size):
+    def state(rank, gradients, weight):
+        window = {"gradients": gradients, "weight": weight, "lacks": 1.0, "part_size": 7}
+        return {"data": 5, **dict.fromkeys(OF_A_RANK, rank), "window": window}
+
+    first = state(0, [torch.tensor(2.0), None, None, torch.tensor(5.0)], 3)
+    other = state(1, [torch.tensor(4.0), torch.tensor(6.0), None, None], 5)
+    for rank in range(size):
+        with pytest.warns(UserWarning, match=f"was saved by 2 processes, received {size}"):
+            found = part_of_rank({**first, "other_ranks": [packed(other)]}, rank, size)
+        window = {"gradients": [3.0, 3.0, None, 2.5], "weight": 4.0, "lacks": size / 2, "part_size": 7}
+        # Of those numbers that there are, no two ranks draw the same.
+        assert found == {"data": 5, "window": window} | ({"rng": rank} if rank < 2 else {})
+
+
+def test_a_window_that_one_rank_had_not_begun_is_that_of_the_first():
+    first = {"window": {"gradients": [torch.tensor(2.0)], "weight": 3, "lacks": 1}, "rng": 0}
+    with pytest.warns(UserWarning, match="was saved by 2 processes, received 1"):
+        found = part_of_rank({**first, "other_ranks": [packed({"window": {"gradients": []}, "rng": 1})]}, 0, 1)
+    assert found == first
 
 
 class Failing(Net):

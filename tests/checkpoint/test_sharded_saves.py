@@ -6,6 +6,7 @@ import os
 import threading
 import time
 
+import pytest
 import torch
 
 from levin import Trainer
@@ -51,6 +52,16 @@ def test_two_saves_do_not_mix(tmp_path):
         assert state.keys() == tree(value)["state_dict"].keys()
         assert state["weight"].tolist() == [value] * 4
     checkpoint_io.teardown()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_nothing_that_a_killed_save_left_is_in_the_next_one(tmp_path):
+    left = tmp_path / "a.ckpt.part"
+    left.mkdir()
+    (left / "__9_0.distcp").write_text("half of a part")
+    ShardedCheckpointIO().save_checkpoint(tree(1.0), tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert sorted(os.listdir(tmp_path / "a.ckpt")) == [".metadata", "__0_0.distcp", "meta.pt"]
 
 
 @cuts_on_cpu

@@ -215,6 +215,11 @@ def test_the_name_of_a_folder_of_deepspeed_comes_after_all_of_its_content_is_on_
     assert os.listdir(tmp_path) == ["model.ckpt"] and sorted(os.listdir(folder)) == ["checkpoint", "latest", "meta.pt"]
     assert (folder / "latest").read_text() == "True"
     assert load(folder / "meta.pt")["global_step"] == 3
+    # Weights that do not learn are left out where that was asked for and the engine can.
+    for excludes, can in ((False, True), (True, False)):
+        saver.exclude_frozen, saver.engine.zero_optimization = excludes, lambda can=can: can
+        saver.save_checkpoint({"global_step": 4, "state_dict": {}, "optimizer_states": []}, folder)
+        assert (folder / "latest").read_text() == "False"
 
 
 def test_what_killed_writers_left_goes_with_the_next_save(tmp_path):

@@ -189,6 +189,14 @@ def test_each_sampler_is_told_the_epoch_once():
     assert [sampler.told for sampler in (plain, alone, inner, outer)] == [[3]] * 4
 
 
+def test_a_sampler_of_torch_that_was_given_a_way_to_be_told_is_told():
+    told: list[int] = []
+    loader = DataLoader(DATA, shuffle=True)
+    loader.sampler.set_epoch = told.append
+    set_epoch(loader, 3)
+    assert told == [3]
+
+
 def test_samplers_behind_those_of_levin_are_told_the_epoch():
     split, predicting = Epochs(), Epochs()
     set_epoch(prepare_dataloader(DataLoader(DATA, sampler=split), stage="train", sampler_kwargs=SPLIT[0]), 2)

@@ -101,9 +101,11 @@ def test_generated_code_trains_the_same_and_a_checkpoint_says_nothing_of_it(tmp_
 
 
 def test_a_step_that_logs_is_one_graph_with_its_gradients():
+    before = torch._dynamo.config.get_config_copy()
     fit(compile=EAGER, val=[], limit_val_batches=0)
     assert graphs() == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.config.get_config_copy() == before
 
 
 @pytest.mark.skipif(IS_OLD, reason="torch 2.6 compiles each block for itself")
@@ -149,9 +151,13 @@ def test_a_resumed_run_goes_on_exactly(tmp_path):
 
 def test_a_compiler_that_fails_is_told_of_and_training_goes_on():
     def broken(graph, inputs):
-        raise NotImplementedError("no such chip")
+        raise NotImplementedError("no such chip.\n\nor it is off\nand a third line")
 
-    with pytest.warns(UserWarning, match="`training_step` could not be compiled and runs as it is, .*no such chip"):
+    with pytest.warns(
+        UserWarning,
+        match=r"`training_step` could not be compiled and runs as it is, BackendCompilerFailed: backend='broken' raised: "
+        r"NotImplementedError: no such chip\. See TORCH_LOGS=dynamo for more, or leave Trainer\(compile=...\) out\.",
+    ):
         compiled = fit(compile={"backend": broken}, val=[], limit_val_batches=0)
     assert_same(compiled, fit(val=[], limit_val_batches=0))
 

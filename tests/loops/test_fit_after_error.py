@@ -95,6 +95,27 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+def test_an_epoch_that_failed_after_a_resume_is_trained_anew(tmp_path):
+    class Failing(Model):
+        places: list = []
+
+        def training_step(self, batch, batch_idx):
+            self.places.append((self.trainer.current_epoch, batch_idx))
+            if len(self.places) == 2:
+                raise ValueError("meant")
+            return super().training_step(batch, batch_idx)
+
+    data, none = DataLoader(torch.ones(6, 2), 2), DataLoader(torch.ones(2, 2), 2)
+    trainer = both.quiet(both.levin(), tmp_path, max_epochs=1, limit_val_batches=0)
+    trainer.fit(Model(), data, none)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module, trainer = Failing(), both.quiet(both.levin(), tmp_path, max_epochs=2, limit_val_batches=0)
+    with pytest.raises(ValueError, match="meant"):
+        trainer.fit(module, data, none, ckpt_path=tmp_path / "a.ckpt")
+    trainer.fit(module, data, none)
+    assert module.places == [(1, 0), (1, 1), (1, 0), (1, 1), (1, 2)]
+
+
 HOOKS = [*hooks_of(ModelHooks), "configure_callbacks", "configure_model", "prepare_data", "on_save_checkpoint"]
 
 

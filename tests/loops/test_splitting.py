@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
+from levin.callbacks import GradientAccumulationScheduler
 from levin.loops.splitting import check_splitting, num_samples
 from levin.strategies import FSDPStrategy
 from levin.strategies.microbatches import split
@@ -105,6 +106,14 @@ def test_a_run_in_parts_is_that_of_whole_batches(room, where, caplog):
     again = {100: [10], 6: [5, 5], 3: [3, 3, 3, 1], 1: [1] * 10}[room]
     assert module.sizes == tried + again * 7
     assert ("Batches go through in parts" in caplog.text) == (room < 10)
+
+
+def test_steps_of_several_batches_in_parts_are_those_of_whole_batches():
+    whole, module = Net(), Net(3)
+    plain = fit(whole, callbacks=GradientAccumulationScheduler({0: 3}))
+    trainer = fit(module, accumulate_grad_batches="auto", callbacks=GradientAccumulationScheduler({0: 3}))
+    assert trainer.global_step == 4
+    assert_same(module, trainer, whole, plain)
 
 
 def test_a_run_that_goes_on_splits_as_before(tmp_path):

@@ -37,6 +37,28 @@ def test_files_have_the_same_keys_and_counters(tmp_path, flags):
         assert list(ours["state_dict"]) == list(theirs["state_dict"])
 
 
+def test_counters_without_any_hook_are_the_same(tmp_path):
+    states = []
+    for framework in (both.levin(), both.lightning()):
+
+        class Plain(framework.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch[0]).sum()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        trainer = both.quiet(framework, tmp_path, max_epochs=2)
+        trainer.fit(Plain(), both.loader())
+        states.append(trainer.fit_loop.state_dict())
+    assert states[0] == states[1]
+    assert states[0]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["zero_grad"]["total"]["ready"] > 0
+
+
 @pytest.mark.parametrize(("writer", "reader"), [("levin", "lightning"), ("lightning", "levin")])
 def test_either_framework_goes_on_from_the_others_file(tmp_path, writer, reader):
     saved(getattr(both, writer)(), tmp_path, {})

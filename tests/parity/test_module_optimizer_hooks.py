@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from levin.optimizer import LightningOptimizer
 from tests.parity import trace
 
 
@@ -211,6 +212,8 @@ def test_the_wrapped_optimizer_looks_like_the_one_inside(tmp_path):
                 self.manual_backward(self.layer(batch).sum())
                 seen.note(wrapped.step())
                 seen.note(hasattr(wrapped, "no_such_thing"))
+                wrapped.zero_grad(set_to_none=False)
+                seen.note([p.grad.tolist() for p in self.parameters()])
 
             def configure_optimizers(self):
                 return torch.optim.Adam(self.parameters(), lr=0.1)
@@ -218,6 +221,14 @@ def test_the_wrapped_optimizer_looks_like_the_one_inside(tmp_path):
         seen.attempt(seen.trainer(max_epochs=1).fit, Model(), trace.batches(1))
 
     trace.same(inspecting, tmp_path)
+
+
+def test_a_group_that_the_wrapped_optimizer_gets_is_of_the_one_inside():
+    raw = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    wrapped = LightningOptimizer(raw)
+    wrapped.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.3})
+    assert [group["lr"] for group in raw.param_groups] == [0.1, 0.3]
+    assert wrapped.param_groups is raw.param_groups
 
 
 @pytest.mark.lightning_raises("MisconfigurationException")

@@ -307,3 +307,12 @@ def test_both_ways_to_make_the_layers_late_are_an_error(tmp_path):
 
     ours = trace.same(code, tmp_path)
     assert ours.events == [("raised", "RuntimeError")]
+
+
+def test_a_pickle_without_the_fields_of_a_module_gives_those_of_a_new_one():
+    new = levin.LightningModule().__getstate__()
+    own = {name: value for name, value in new.items() if name.startswith("_") and name not in vars(torch.nn.Module())}
+    module = levin.LightningModule.__new__(levin.LightningModule)
+    module.__setstate__({name: value for name, value in new.items() if name not in own})
+    assert {name: value for name, value in vars(module).items() if name in own} == own
+    assert len(own) > 9

@@ -23,6 +23,7 @@ import levin
 from levin.callbacks import Callback, Checkpoint, ModelCheckpoint
 from levin.demos.boring_classes import BoringDataModule, RandomDataset
 from levin.loggers import CSVLogger, TensorBoardLogger
+from levin.loops import time_shares
 from levin.loops.time_shares import TimeShares
 from levin.report.at_end import held_up_by
 from levin.report.record import record_of
@@ -230,6 +231,19 @@ def test_a_record_says_the_revision_of_the_code(run, tmp_path, monkeypatch):
     assert said("changed") == f"{revision}+"
     monkeypatch.setenv("PATH", "")
     assert said("without git") == "-"
+
+
+def test_the_curve_gets_a_point_of_each_ten_looks_and_coarser_when_it_is_long(run, monkeypatch):
+    shares = TimeShares(run)
+    shares.stop()
+    monkeypatch.setattr(time_shares, "MAX_POINTS", 5)
+    numbers = []
+    for _ in range(12):
+        for _ in range(10):
+            shares._look()
+        numbers.append(len(shares.points))
+    assert numbers == [3, 4, 5, 3, 3, 4, 4, 5, 5, 3, 3, 3]
+    assert shares.num_samples == sum(shares.counts.values()) == 120
 
 
 # ---------------------------------------------------------------- what is said

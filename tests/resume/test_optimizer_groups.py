@@ -163,6 +163,24 @@ def test_a_new_group_follows_the_schedule_of_the_first(tmp_path, kind):
     assert first == pytest.approx(rates(fit(tmp_path, Scheduled(), [], max_epochs=4))[0])
 
 
+@pytest.mark.parametrize("rates_of_own", [(0.1,), [], None])
+def test_what_a_scheduler_of_ones_own_keeps_otherwise_is_left_to_it(tmp_path, rates_of_own):
+    class Own(schedulers.LRScheduler):
+        def __init__(self, optimizer):
+            super().__init__(optimizer)
+            self.base_lrs = rates_of_own
+
+        def get_lr(self):
+            return [0.03 for _ in self.optimizer.param_groups]
+
+    class Scheduled(Model):
+        schedule = staticmethod(Own)
+
+    trainer = fit(tmp_path, Scheduled(), Finetuning(), max_epochs=3)
+    assert rates(trainer) == [0.03, 0.03]
+    assert trainer.lr_scheduler_configs[0].scheduler.base_lrs == rates_of_own
+
+
 def test_a_plateau_lowers_new_groups_too(tmp_path):
     class Watching(Model):
         def configure_optimizers(self):
@@ -172,6 +190,9 @@ def test_a_plateau_lowers_new_groups_too(tmp_path):
 
         def on_train_epoch_end(self):
             self.log("worse", float(self.current_epoch))
+
+        def lr_scheduler_step(self, scheduler, metric):
+            super().lr_scheduler_step(scheduler, metric)
 
     assert rates(fit(tmp_path, Watching(), Finetuning(), max_epochs=4)) == [0.01, 0.005]
 

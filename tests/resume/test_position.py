@@ -374,6 +374,11 @@ def test_workers_of_an_epoch_of_which_nothing_was_taken_begin_in_their_turns():
     assert len({str(batch) for batch in whole[:3]}) == 3
 
 
+@pytest.mark.parametrize("kind", [StatefulStream, EagerStream])
+def test_a_worker_that_has_ended_gives_no_more_in_its_epoch(kind):
+    check(stream_loader(kind, [6, 1], 2, batch_size=2), (1, 3), None)
+
+
 @pytest.mark.parametrize("kind", [StatefulStream, ContinuingStream, CountingStream])
 @pytest.mark.parametrize(("limit", "batch_size"), [(None, 1), (3, 1), (None, 2)])
 def test_a_worker_that_lives_on_and_has_given_nothing_in_its_epoch_begins_it(kind, limit, batch_size):

@@ -34,7 +34,7 @@ def migrate(checkpoint: Checkpoint, source: object = None) -> Checkpoint:
             f"{'...' if len(keys) > 5 else ''}. Load plain weights with `model.load_state_dict(torch.load(path))`."
         )
     version = Version(checkpoint["pytorch-lightning_version"])
-    if source is not None and version.release[:1] > Version(COMPATIBLE_VERSION).release[:1]:
+    if source is not None and version.major > Version(COMPATIBLE_VERSION).major:
         rank_zero_warn(
             f"{source} was written by Lightning {version}, whose layout may be newer than the one known here."
         )

@@ -104,16 +104,16 @@ def main(arguments: Sequence[str]) -> int:
         epilog="Example: levin verify lightning_logs/version_3/checkpoints/*.ckpt",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a checkpoint file, or the folder of a sharded one")
-    num_bad = 0
+    status = 0
     for path in parser.parse_args(arguments).files:
         try:
             verify(path)
         except (ValueError, OSError) as error:
-            num_bad += 1
+            status = 1
             print(f"BAD     {path}: {error}")
         else:
             print(f"intact  {path}")
-    return 1 if num_bad else 0
+    return status
 
 
 def open_for_reading(path: str | os.PathLike[str]) -> IO[bytes]:

@@ -212,7 +212,7 @@ class JointCursor(Cursor):
         return open_loader
 
 
-def cursor_for(loader: Any, lookahead: int = 0) -> Cursor:
+def cursor_for(loader: Any, lookahead: int) -> Cursor:
     """Return the cursor for this kind of loader."""
     if isinstance(loader, Joint):
         return JointCursor(loader, lookahead)
