@@ -73,9 +73,10 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.mark.parametrize("method", ["script", "trace"])
 def test_torchscript_computes_the_same(tmp_path, method):
     model, x = with_modes(Net()), torch.randn(2, 4)
-    script = model.to_torchscript(
-        tmp_path / "m.pt", method=method, **({"example_inputs": x} if method == "trace" else {})
-    )
+    with pytest.warns(match="`to_torchscript` is deprecated, as TorchScript itself is. Use `torch.export.export`."):
+        script = model.to_torchscript(
+            tmp_path / "m.pt", method=method, **({"example_inputs": x} if method == "trace" else {})
+        )
     assert [child.training for child in model.net] == [True, False, True]
     model.eval()
     expected = model(x)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -212,19 +212,18 @@ def _measure(
             if data is None and tensor is None and stage is None and dist.get_world_size() > 1:
                 moved.add("all_reduce", _bytes_of(gradients))
             optimizer.step()
-    found: dict[str, int] = {}
+    found = Counter[str]()
     for kinds in tracker.get_tracker_snapshot("peak").values():
         for kind, count in kinds.items():
-            name = str(getattr(kind, "value", kind))
-            found[name] = found.get(name, 0) + count
+            found[str(getattr(kind, "value", kind)).lower()] += count
     states = _bytes_of(value for values in optimizer.state.values() for value in values.values())
     return Plan(
         num_processes=dist.get_world_size() // pipeline.size,
         parameters=_bytes_of(parameters),
         gradients=_bytes_of(gradients),
         optimizer_states=states,
-        activations=found.get("Activation", 0) if stage is None else stage.activations,
-        peak=found.get("Total", 0) - found.get("OptState", 0) - found.get("Optstate", 0) + states,
+        activations=found["activation"] if stage is None else stage.activations,
+        peak=found["total"] - found["optstate"] + states,
         collectives=dict(moved.seen),
         bubble=0.0 if stage is None else (pipeline.size - 1) / (len(stage.parts) + pipeline.size - 1),
     )

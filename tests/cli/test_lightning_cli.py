@@ -68,6 +68,14 @@ def test_what_was_mistyped_is_answered_with_the_nearest_that_there_is(tmp_path, 
     assert f"Did you mean {meant}?" in message or f"Did you mean --{meant}?" in message
 
 
+@pytest.mark.parametrize(("args", "words", "is_told"), [(None, QUIET, False), (QUIET, QUIET, True), (QUIET, [], False)])
+def test_arguments_in_two_places_are_told(args, words, is_told, monkeypatch, recwarn):
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    LightningCLI(Net, args=args, run=False)
+    told = f"it is not recommended to provide both args and command line arguments, got: sys.argv[1:]={words}, args={args}."
+    assert [str(each.message).endswith(told) for each in recwarn].count(True) == is_told
+
+
 def test_nothing_near_is_not_guessed_at():
     assert nearest("unrecognized arguments: --something.else=1", ["trainer.max_epochs", "model.lr"]) == ""
     assert nearest("another error with trainer.max_epoch", ["trainer.max_epochs"]) == ""

@@ -54,6 +54,7 @@ def test_the_rows_of_each_stage_are_those_of_lightning(name):
     for module in (boring_classes, theirs):
         torch.manual_seed(0)
         data, found = getattr(module, name)(), {}
+        found["sizes"] = [len(each) for each in vars(data).values() if isinstance(each, torch.utils.data.Dataset)]
         for stage, names in {
             "fit": ["train", "val"],
             "validate": ["val"],
@@ -67,6 +68,7 @@ def test_the_rows_of_each_stage_are_those_of_lightning(name):
                 found[stage, each] = [torch.cat(list(loader)) for loader in loaders]
         rows.append(found)
     assert rows[0].keys() == rows[1].keys()
+    assert rows[0].pop("sizes") == rows[1].pop("sizes")
     for stage, ours in rows[0].items():
         assert [torch.equal(*pair) for pair in zip(ours, rows[1][stage], strict=True)] == [True] * len(ours), stage
 
@@ -230,7 +232,7 @@ def test_the_lstm_carries_its_state_through_an_epoch(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("kind", [lstm.LightningLSTM, transformer.LightningTransformer])
-def test_language_models_learn_from_a_made_up_text(kind, tmp_path: Path, monkeypatch):
+def test_language_models_learn_from_a_made_up_text(kind, tmp_path: Path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     module = kind(vocab_size=600)
@@ -242,7 +244,10 @@ def test_language_models_learn_from_a_made_up_text(kind, tmp_path: Path, monkeyp
     step = module.training_step
     module.training_step = lambda batch, batch_idx: losses.append(step(batch, batch_idx)) or losses[-1]
     run = trainer(limit_train_batches=30, limit_val_batches=0)
-    run.fit(module)
+    with caplog.at_level(logging.INFO, logger="levin"):
+        run.fit(module)
+    told = "wikitext-2.txt is made up. Put the text of WikiText-2 there to train on real language."
+    assert [message.endswith(told) for message in caplog.messages].count(True) == 1
     assert losses[-1] < losses[0]
     lines = (tmp_path / "data" / "wikitext-2.txt").read_text().splitlines()
     # The same every time.

@@ -239,6 +239,9 @@ def test_defaults_are_set_only_where_the_user_left_them_open(monkeypatch):
     )
     assert (given.nproc_per_node, given.standalone, given.log_dir, given.redirects) == ("4", False, "x", "0")
     assert given.training_script_args == ["module", "t"]
+    assert not settings("--nnodes", "2", "train.py").standalone
+    for option in ("--rdzv-endpoint=a:1", "--node-rank=0", "--master-addr=a", "--master-port=1"):
+        assert not settings(option, "train.py").standalone, option
     # What is no script of Python's own way of starting stays what it is.
     for way in ("--no-python", "--run-path"):
         given = settings(way, "train.py", "x")

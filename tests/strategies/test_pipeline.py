@@ -611,8 +611,12 @@ def test_an_error_names_the_first_twenty_layers(num_layers, end):
         ({"num_microbatches": 0}, "num_microbatches must be an int >= 1, received 0"),
         ({"pipeline_schedule": "2f2b"}, "must be one of 'gpipe', '1f1b', 'interleaved', received '2f2b'"),
         ({"num_microbatches": 3}, "must be a multiple of pipeline_parallel_size=2 .* received 3. Use 4"),
-        ({"pipeline_split": "net.2"}, "must name the layer that each stage but the first begins with"),
-        ({"pipeline_split": ["a", "b"]}, r"received \['a', 'b'\]"),
+        (
+            {"pipeline_split": "net.2"},
+            "must name the layer that each stage but the first begins with, which are 1 layers for 2 processes, received 'net.2'",
+        ),
+        ({"pipeline_split": ["a", "b"]}, r"which are 1 layers for 2 processes, received \['a', 'b'\]"),
+        ({"pipeline_split": ["a"] * 4, "pipeline_schedule": "interleaved"}, "which are 3 layers for 2 processes"),
         ({"pipeline_split": ["a", "b", "c"]}, "makes 4 stages for 2 processes.* Use pipeline_schedule='interleaved'"),
     ],
 )

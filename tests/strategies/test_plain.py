@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from levin.accelerators import CPUAccelerator
 from levin.checkpoint import TorchCheckpointIO
@@ -34,7 +34,14 @@ from levin.strategies import strategy as strategy_file
 from levin.strategies.contexts import SkipInit, environment_variables, in_forward_context, run_as_forward
 from levin.strategies.data_parallel import DataParallelGroup
 from levin.strategies.layer_sync import CPUSyncBatchNorm
-from levin.strategies.sharding import as_policy, outermost_repeated, shares_parameters, units_of, within_budget
+from levin.strategies.sharding import (
+    WeightMaker,
+    as_policy,
+    outermost_repeated,
+    shares_parameters,
+    units_of,
+    within_budget,
+)
 from levin.strategies.state_of import load_optimizer_state, numbered, parameter_names
 from levin.utilities.exceptions import MisconfigurationException
 
@@ -290,6 +297,13 @@ def test_formats_in_which_fsdp_gathers_weights():
     )
 
 
+def test_fsdp_makes_modules_without_memory_unless_they_are_to_be_made_at_once():
+    strategy = FSDPStrategy()
+    for empty_init, device in ((None, "meta"), (True, "meta"), (False, "cpu")):
+        with strategy.module_init_context(empty_init=empty_init):
+            assert nn.Linear(1, 1).weight.device.type == device
+
+
 def test_arguments_of_fsdp_in_all_their_forms():
     plain = FSDPStrategy()
     assert (plain.sharding_strategy, plain.state_dict_type, plain.saves_folders, plain.cpu_offload) == (
@@ -328,6 +342,14 @@ class Units(nn.Module):
         self.mixed = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.ReLU(), "c": nn.ReLU(), "d": nn.Linear(3, 2)})
         self.lists = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2), nn.LayerNorm(2)]) for _ in range(2))
         self.last = nn.Linear(2, 2)
+
+
+def test_layers_are_taken_from_the_first_process_of_a_mesh_without_names(monkeypatch):
+    taken = []
+    monkeypatch.setattr(collectives, "sync_tensors", lambda tensors, group: taken.append(group))
+    mesh = SimpleNamespace(mesh_dim_names=None, ndim=3, size=[1, 2, 3].__getitem__, get_group="of dimension {}".format)
+    WeightMaker(CPU, mesh)(nn.Linear(1, 1, device="meta"))
+    assert taken == ["of dimension 1", "of dimension 2"] * 2
 
 
 def test_units_are_the_outermost_blocks_that_are_repeated():
@@ -479,6 +501,21 @@ def test_copies_that_may_drift_or_are_left_out_are_not_compared():
     assert strategy.unwrap(module) is module
 
 
+@pytest.mark.parametrize(("arguments", "expected"), [((), [False, True]), ((True,), [False, True]), ((False,), [])])
+def test_gradients_of_fsdp_stay_where_they_are_unless_told_otherwise(arguments, expected):
+    are_reduced = []
+
+    class Part(FSDPModule, nn.Linear):
+        def set_requires_gradient_sync(self, is_reduced, *, recurse):
+            are_reduced.append(is_reduced)
+
+    module = nn.Linear(1, 1)
+    module.__class__ = Part
+    with FSDPStrategy().no_sync(module, *arguments):
+        assert are_reduced == expected[:1]
+    assert are_reduced == expected
+
+
 def test_a_module_whose_gradients_are_not_averaged_has_no_sync_to_leave_out():
     with pytest.raises(TypeError) as caught:
         DDPStrategy().no_sync(nn.Linear(1, 1))
@@ -569,6 +606,10 @@ def test_each_process_takes_its_part_of_the_processors(monkeypatch):
         monkeypatch.delenv("OMP_NUM_THREADS")
         parallel.share_processors(num)
         assert taken[-1] == expected and os.environ["OMP_NUM_THREADS"] == str(expected)
+    monkeypatch.setattr(parallel, "connect_processes", lambda *given: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    DDPStrategy(parallel_devices=[CPU] * 2, cluster_environment=LightningEnvironment()).setup_distributed()
+    assert taken[-1] == 3
 
 
 def test_transports_by_device():
@@ -822,6 +863,8 @@ def test_weights_are_set_up_saved_and_loaded_where_they_are():
     assert (module.weight.dtype, module.weight.device) == (torch.float64, CPU)
     assert strategy.model is strategy.lightning_module is None
     assert strategy.setup_module(nn.Linear(1, 1)).weight.device.type == "meta"
+    strategy.lightning_module = own = nn.Linear(1, 1)
+    assert strategy.setup_module(own) is strategy.model is own and own.weight.device.type == "meta"
     state = strategy.module_state(module)
     assert state.keys() == {"weight", "bias"}
     strategy.load_module_state(module, {"weight": torch.full((1, 1), 7.0), "bias": torch.zeros(1)})

@@ -22,6 +22,20 @@ def test_the_content_is_what_was_written(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"".join(PIECES)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux, which lists open files")
+def test_a_file_is_closed_whether_it_was_written_or_not(tmp_path):
+    def write(piece):
+        with atomic_open(tmp_path / "file") as file:
+            file.write(piece)
+
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        write(b"a")
+        with pytest.raises(TypeError):
+            write(None)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_system_that_stops_in_the_middle_is_asked_for_the_rest(tmp_path, monkeypatch):
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:1000]))

@@ -67,6 +67,7 @@ def test_the_line_of_a_function_without_lines_is_0():
     calls = ThreadCalls()
     look.__code__ = look.__code__.replace(co_linetable=b"")
     assert [call.line for call in look() if call.name == "look"] == [0]
+    assert calls_in([(sys._getframe(), None)]) == [Call(__file__, 0, sys._getframe().f_code.co_name)]
 
 
 def test_prototypes_of_the_program_stay_as_they_are():

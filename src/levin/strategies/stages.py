@@ -52,7 +52,7 @@ class PipelinePlan:
             )
         if isinstance(self.split, str) or (self.split is not None and len(self.split) % self.size != self.size - 1):
             raise MisconfigurationException(
-                f"pipeline_split must name the layer that each stage but the first begins with, which are {self.num_stages - 1} "
+                f"pipeline_split must name the layer that each stage but the first begins with, which are {SCHEDULES[self.schedule] * self.size - 1} "
                 f"layers for {self.size} processes, received {self.split!r}. Leave it out to have the layers shared evenly."
             )
         if self.schedule != "interleaved" and self.num_stages != self.size:

@@ -138,7 +138,7 @@ class _Recorder(Callback):
         threshold = self.early_stop_threshold
         if threshold is not None and steps > 1 and smoothed > threshold * self.best:
             trainer.should_stop = True
-        if smoothed < self.best or steps == 1:
+        if smoothed < self.best:
             self.best = smoothed
         self.finder.results["loss"].append(smoothed)
 
