@@ -222,6 +222,8 @@ def test_a_window_that_one_rank_had_not_begun_is_that_of_the_first():
     with pytest.warns(UserWarning, match="was saved by 2 processes, received 1"):
         found = part_of_rank({**first, "other_ranks": [packed({"window": {"gradients": []}, "rng": 1})]}, 0, 1)
     assert found == first
+    with pytest.warns(UserWarning, match="was saved by 2 processes, received 1"):
+        assert part_of_rank({"rng": 0, "window": {}, "other_ranks": [packed(first)]}, 0, 1) == {"rng": 0, "window": {}}
 
 
 class Failing(Net):

@@ -71,6 +71,17 @@ def test_what_checkpoints_commonly_hold_is_loaded_whatever_the_program_allows(tm
     assert array.tolist() == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize("kind", ["b1", "i1", "u8", "f2", "f8", "c16", "S3", "U7", ">i4"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_plain_kinds_are_what_they_were(tmp_path, kind, order):
+    array = numpy.array(numpy.arange(6).reshape(2, 3), dtype=kind, order=order)
+    torch.save([array, array[1, 2]], tmp_path / "array.ckpt")
+    loaded, last = load(tmp_path / "array.ckpt")
+    assert (loaded.dtype, loaded.shape, loaded.tolist()) == (array.dtype, (2, 3), array.tolist())
+    assert loaded.flags.f_contiguous == (order == "F") and loaded.flags.writeable
+    assert (type(last), last.dtype, last) == (type(array[1, 2]), array[1, 2].dtype, array[1, 2])
+
+
 def test_what_a_program_allows_of_numpy_stays_its_own(tmp_path):
     torch.save(numpy.arange(3.0), tmp_path / "array.ckpt")
     with (

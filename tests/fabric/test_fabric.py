@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 import levin
 from levin import Fabric
 from levin.fabric.command import count_processes, main
+from levin.fabric.settings import with_environment
 from levin.fabric.throughput import ThroughputMonitor
 from levin.precision import MixedPrecision, Precision
 from levin.strategies import SingleDeviceCollective, TorchCollective
@@ -305,3 +306,19 @@ def test_a_precision_of_ones_own_may_convert_one_side_alone(side):
     kind = type("Doubling", (Precision,), {side: doubled})
     module = Fabric(accelerator="cpu", devices=1, plugins=[kind()]).setup(nn.Linear(1, 1, bias=False))
     assert torch.equal(module(torch.ones(1)), 2 * module.weight[0])
+
+
+def test_the_command_line_counts_where_the_code_says_nothing_or_the_same(monkeypatch):
+    said = {"ACCELERATOR": "cpu", "DEVICES": "2", "NUM_NODES": "3", "PRECISION": "bf16-mixed"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"LT_{name}", value)
+    wanted = {"accelerator": "cpu", "devices": "2", "num_nodes": 3, "precision": "bf16-mixed", "strategy": "ddp"}
+    for by_command in ("0", "1"):
+        monkeypatch.setenv("LT_CLI_USED", by_command)
+        given = {"accelerator": "auto", "devices": None, "num_nodes": 1, "precision": None, "strategy": "ddp"}
+        assert with_environment(given) == wanted
+        assert with_environment({**given, "accelerator": "cpu", "devices": 2, "num_nodes": 3}) == wanted
+    with pytest.raises(ValueError, match=r"num_nodes is 3 on the command line, received Fabric\(num_nodes=2\)"):
+        with_environment({"num_nodes": 2})
+    monkeypatch.setenv("LT_CLI_USED", "0")
+    assert with_environment({"num_nodes": 2}) == {"num_nodes": 3}

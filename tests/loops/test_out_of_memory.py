@@ -41,7 +41,9 @@ def fail_with(error: BaseException) -> str:
 def test_out_of_memory_says_what_holds_the_memory_and_what_helps():
     told = fail_with(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
     assert told.startswith("CUDA out of memory. Tried to allocate 2.00 GiB.\n")
-    assert "parameters hold 0.25 GiB, gradients 0.25 GiB, optimizer states 0.50 GiB and the batch 0.00 GiB" in told
+    assert "parameters hold 0.25 GiB, gradients 0.25 GiB, optimizer states 0.50 GiB and the batch 0.00 GiB; " in told
+    assert "and the batch 0.00 GiB; its peak was not measured. What frees memory:\n" in told
+    assert "do not fit, of what activations hold: all but one sample's.\n" in told
     assert "'bf16-true'), of parameters, gradients and states: 0.50 GiB" in told
     assert "accumulate_grad_batches" in told
     assert "bf16-mixed" in told

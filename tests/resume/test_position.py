@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -662,6 +663,22 @@ def test_samples_may_be_left_out_with_other_batches_of_an_own_batch_sampler():
     later.load_state_dict(position.state_dict())
     with pytest.warns(UserWarning, match="batch_size was 3.*some samples may be left out"):
         assert next(later.iterate(loader(2))).tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(("num_workers", "in_order"), [(2, False), (2, True), (1, False)])
+def test_batches_that_come_in_the_order_of_time_are_told_of(num_workers, in_order):
+    def loader() -> DataLoader:
+        return DataLoader(range(8), batch_size=2, num_workers=num_workers, in_order=in_order)
+
+    position, later = Position(), Position()
+    batches = position.iterate(loader())
+    next(batches)
+    later.load_state_dict(position.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(list(later.iterate(loader()))) == len(list(batches)) == 3
+    told = [str(warning.message) for warning in caught if "in_order" in str(warning.message)]
+    assert len(told) == (num_workers > 1 and not in_order)
 
 
 def test_order_goes_on_with_another_number_of_workers():
