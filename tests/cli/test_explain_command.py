@@ -58,7 +58,7 @@ def lines_of(method: str, tmp_path) -> str:
     ],
 )
 def test_the_first_call_of_a_program_is_explained(explained, tmp_path, words, argv):
-    ending = f"assert told[1:] == {argv[1:]!r}, told\ntrainer.fit(model)\nraise AssertionError('trained')\n"
+    ending = f"assert (told[1:], sys.path[0]) == ({argv[1:]!r}, {str(tmp_path)!r}), (told, sys.path)\ntrainer.fit(model)\nraise AssertionError('trained')\n"
     assert explained(ending, *words) == (0, lines_of("fit", tmp_path), "")
 
 

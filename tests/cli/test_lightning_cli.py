@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import os
 import pickle
 import subprocess
 import sys
@@ -74,6 +75,14 @@ def test_arguments_in_two_places_are_told(args, words, is_told, monkeypatch, rec
     LightningCLI(Net, args=args, run=False)
     told = f"it is not recommended to provide both args and command line arguments, got: sys.argv[1:]={words}, args={args}."
     assert [str(each.message).endswith(told) for each in recwarn].count(True) == is_told
+
+
+@pytest.mark.parametrize("seed", ["1", "true"])
+def test_workers_draw_from_the_seed_of_the_command_line(seed, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    cli = LightningCLI(Net, args=[f"--seed_everything={seed}", *QUIET[1:]], run=False)
+    assert (os.environ["PL_GLOBAL_SEED"], os.environ["PL_SEED_WORKERS"]) == (str(cli.config.seed_everything), "1")
 
 
 def test_nothing_near_is_not_guessed_at():
