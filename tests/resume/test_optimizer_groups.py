@@ -159,6 +159,12 @@ def test_a_new_group_follows_the_schedule_of_the_first(tmp_path, kind):
     second, whole = resumed_and_unbroken(tmp_path, Scheduled, Finetuning)
     first, new = rates(whole)
     assert new == pytest.approx(first / 4)
+    first_group, new_group = whole.optimizers[0].param_groups
+    for key in ("initial_lr", "max_lr", "min_lr"):
+        if key in first_group:
+            assert new_group[key] == pytest.approx(first_group[key] / 4)
+    for key in ("momentum", "base_momentum", "max_momentum"):
+        assert new_group.get(key) == first_group.get(key)
     assert rates(second) == rates(whole)
     assert first == pytest.approx(rates(fit(tmp_path, Scheduled(), [], max_epochs=4))[0])
 
