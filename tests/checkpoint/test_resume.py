@@ -86,7 +86,7 @@ def saved_in_the_middle(tmp_path, at=(1, 3)):
     return path, *run(Watch(path, "on_train_batch_end", at), {}, False)
 
 
-def test_a_value_may_be_logged_in_another_way_after_a_resume(tmp_path):
+def test_a_value_may_be_logged_in_another_way_after_a_resume(tmp_path, caplog):
     class Other(Model):
         def log(self, name, value, **how):
             super().log(name, value, **how, prog_bar=True)
@@ -98,6 +98,7 @@ def test_a_value_may_be_logged_in_another_way_after_a_resume(tmp_path):
     path, _, first = saved_in_the_middle(tmp_path)
     _, trainer = run(Watch(), {}, False, ckpt_path=path, kind=Other)
     assert torch.equal(trainer.callback_metrics["loss_epoch"], first.callback_metrics["loss_epoch"])
+    assert f"Restored all states from the checkpoint at {path}" in caplog.messages
     # The epoch that was begun ends as it began.
     assert shown == [[], ["loss_step", "loss_epoch"]]
     assert trainer.progress_bar_metrics["loss_epoch"] == first.callback_metrics["loss_epoch"].item()
