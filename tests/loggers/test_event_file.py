@@ -6,6 +6,7 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from levin.loggers.append_file import AppendFile
 from levin.loggers.event_file import EventFile
 
 
@@ -38,3 +39,12 @@ def test_files_do_not_overwrite_each_other(tmp_path):
     assert len(os.listdir(tmp_path / "new")) == 3
     first.close()
     second.close()
+
+
+def test_who_may_read_a_log_is_left_to_the_umask(tmp_path):
+    before = os.umask(0o002)
+    try:
+        AppendFile(str(tmp_path / "log")).close()
+    finally:
+        os.umask(before)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o664

@@ -178,6 +178,14 @@ def test_printing_leaves_other_ranks_silent(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
+def test_a_plain_table_goes_on_in_the_next_line_between_rules_of_its_width():
+    from levin.trainer.results_table import format_table
+
+    for width, rule in ((80, "-" * 14), (10, "-" * 10)):
+        lines = [rule, "title   DataLo", "         ader", rule, " loss    0.5", rule]
+        assert list(format_table(["title", "DataLoader"], [["loss", "0.5"]], 6, width)) == lines
+
+
 @pytest.mark.parametrize("rich", [True, False])
 @pytest.mark.parametrize("num_loaders", [1, 2])
 def test_the_table_of_results(tmp_path, capsys, monkeypatch, rich, num_loaders):
