@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from levin import LightningModule, Trainer
-from levin.loops.compiled import repeated_blocks
+from levin.loops.compiled import repeated_blocks, traces_gradients
 
 # Torch reads the .grad of each tensor that a cut function goes on with, and then warns of that.
 CUTS = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -200,6 +201,33 @@ def test_parts_and_where_they_are_cut_are_told(caplog):
         in caplog.text
     )
     assert "`training_step` was compiled in 2 parts, cut at" in caplog.text
+
+
+def test_settings_of_torch_are_those_of_before_when_a_run_has_ended():
+    class Look(Model):
+        def on_train_batch_start(self, batch, batch_idx):
+            seen.append({name for name, value in torch._dynamo.config.to_dict().items() if value != before[name]})
+
+        def on_train_end(self):
+            if fails:
+                raise OSError("the disk is full")
+
+    before = torch._dynamo.config.to_dict()
+    for fails in (False, True):
+        seen = []
+        with pytest.raises(OSError) if fails else nullcontext():
+            fit(Look, compile=EAGER, max_epochs=1)
+        assert "trace_autograd_ops" in seen[0] or not traces_gradients()
+        assert torch._dynamo.config.to_dict() == before
+
+
+def test_parts_that_are_frozen_and_thawed_between_epochs_train_the_same():
+    class Thawing(Model):
+        def on_train_epoch_start(self):
+            first, *_ = self.children()
+            first.requires_grad_(self.current_epoch != 1)
+
+    assert_same(fit(Thawing, compile=EAGER, max_epochs=3), fit(Thawing, max_epochs=3))
 
 
 @pytest.mark.parametrize("value", ["fast", {"mode": "fast"}, {"backends": "inductor"}, 3, ["default"]])

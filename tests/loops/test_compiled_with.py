@@ -127,15 +127,17 @@ def on_two(module, **flags):
     return module, trainer
 
 
+ROUNDED = {"emulate_precision_casts": True}
 CLIPPED = {"gradient_clip_val": 0.1, "accumulate_grad_batches": 3}
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        CLIPPED,
+        {"precision": "bf16-mixed", **CLIPPED},
         pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"compile": True, "precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        # Generated code rounds to bfloat16 where the step does.
+        pytest.param({"precision": "bf16-mixed", "compile": {"options": ROUNDED}}, marks=pytest.mark.slow),
         pytest.param({"strategy": "ddp_find_unused_parameters_true"}, marks=pytest.mark.slow),
     ],
 )

@@ -91,8 +91,10 @@ class Compiler:
         self.leave_gradients()
 
     def enter_gradients(self) -> None:
-        """Let torch compile gradients that a function computes."""
-        self._config = torch._dynamo.config.patch(trace_autograd_ops=True)
+        """Let torch compile gradients that a function computes, and note nothing for a profiler at each of its calls."""
+        settings = {"trace_autograd_ops": True, "record_runtime_overhead": False}
+        known = {name: value for name, value in settings.items() if hasattr(torch._dynamo.config, name)}
+        self._config = torch._dynamo.config.patch(known)
         self._config.__enter__()
 
     def leave_gradients(self) -> None:
@@ -123,7 +125,7 @@ class CompiledFunction:
         self.name = name
         self.compiler = compiler
         self.compiled: Optional[Callable[..., object]] = torch.compile(function, **options)
-        self.is_whole = bool(options.get("fullgraph"))
+        self.must_compile = bool(options.get("fullgraph"))
         self.num_compiled: int = 0
         self.has_warned: bool = False
 
@@ -138,7 +140,7 @@ class CompiledFunction:
         try:
             result = compiled(*args)
         except Exception as error:
-            if not _is_of_compiler(error) or self.is_whole:
+            if not _is_of_compiler(error) or self.must_compile:
                 raise
             self._give_up(error)
             return self.function(*args)
@@ -182,6 +184,10 @@ class CompiledFunction:
 class JointFunction(CompiledFunction):
     """One that returns (output, gradients); the gradients are used up before the next batch."""
 
+    def __init__(self, function: Callable[..., object], name: str, compiler: Compiler, options: StateDict) -> None:
+        super().__init__(function, name, compiler, options)
+        self.must_compile = True
+
     def out_of_graph(self, result: Any) -> object:
         """Return a result whose first part stays as it is."""
         return super().out_of_graph(result[0]), result[1]
@@ -217,8 +223,9 @@ class CompiledStep:
         self.joint: Optional[JointFunction] = None
         if is_joint:
             compiler.enter_gradients()
-            whole = {**compiler.options, "fullgraph": True}
-            self.joint = JointFunction(self._with_gradients, "training_step", compiler, whole)
+            # A call that torch holds to one graph is slower than one whose code says so for itself.
+            options = {name: value for name, value in compiler.options.items() if name != "fullgraph"}
+            self.joint = JointFunction(self._with_gradients, "training_step", compiler, options)
         self.parameters: list[nn.Parameter] = list(compiler.module.parameters())
         self.gradients: Any = None
         self.shapes: Optional[list[torch.Size]] = None
@@ -249,18 +256,22 @@ class CompiledStep:
         if gradients is None:
             self.inner_backward(loss)
             return
-        for parameter, gradient in zip((p for p in self.parameters if p.requires_grad), gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _with_gradients(self, *args: object) -> tuple[object, object]:
+        with torch._dynamo.error_on_graph_break(True):
+            return self._output_and_gradients(*args)
+
+    def _output_and_gradients(self, *args: object) -> tuple[object, object]:
         output = self.step(*args)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return output, None
-        parameters = [parameter for parameter in self.parameters if parameter.requires_grad]
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return tree_map(_detached, output), gradients
+        learning = [parameter for parameter in self.parameters if parameter.requires_grad]
+        gradients = iter(torch.autograd.grad(loss, learning, allow_unused=True))
+        return tree_map(_detached, output), [next(gradients) if p.requires_grad else None for p in self.parameters]
 
 
 def may_be_joint(module: nn.Module) -> bool:

@@ -208,8 +208,9 @@ class DDPStrategy(ParallelStrategy):
         """Return the method; but for steps of evaluation it goes through the wrapper's ``forward``."""
         if not isinstance(module, DistributedDataParallel) or name in _EVALUATION_STEPS:
             return super().compose_step(self.unwrap(module), name)
-        step = run_through(module, module.module, getattr(module.module, name))
-        return in_forward_context(step, self.precision, name)
+        # The context is inside of the wrapper, where torch.compile finds one function in it and not the wrapper's parts.
+        step = in_forward_context(getattr(module.module, name), self.precision, name)
+        return run_through(module, module.module, step)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Arm the gradient reduction for a backward pass inside of ``training_step`` (manual optimization)."""
