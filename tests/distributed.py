@@ -77,7 +77,7 @@ def run_ranks(
         connect: Whether the ranks start with a process group.
     """
     # The server has imported torch once and forks from there: a rank starts in milliseconds and inherits no thread.
-    context: Any = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(os.environ.get("LEVIN_TEST_START_METHOD", "forkserver"))
     context.set_forkserver_preload(["torch", "torch.nn.parallel", "torch.distributed.fsdp", "pytest"])
     port = _free_port()
     source = (sys.modules[function.__module__].__file__, function.__qualname__)

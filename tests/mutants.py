@@ -4,9 +4,10 @@
     python tests/mutants.py --number 60 --paths src/levin/module.py -- tests/parity/test_module_state.py
 
 The tests of a room run once under coverage, when the first mutant of the room is drawn; coverage knows who came by each
-line, and each mutant then meets those tests alone, of many the ones that run the fewest lines. What no test notices is
-printed with its place, and the share of those that were noticed. Lines that no test of the room runs in its own process
-give no mutants.
+line, in processes that a test started too, and each mutant then meets those tests alone: first the ones that run the
+fewest lines, and as many as a number of seconds holds. What runs when a file is imported meets all that come by the file.
+What no test notices is printed with its place, and the share of those that were noticed. Lines that no test of the room
+runs give no mutants.
 """
 
 from __future__ import annotations
@@ -38,10 +39,26 @@ class Mutant(NamedTuple):
     """One change: the bytes from ``start`` to ``end`` of a file become ``text``."""
 
     path: Path
-    line: int
+    line: int  # 0 for what runs at import
     start: int
     end: int
     text: str
+
+
+class Covered(NamedTuple):
+    """What is known of tests: who comes by a line of a file, first who runs the fewest lines, and the seconds of each."""
+
+    tests: dict[tuple[str, int], list[str]]
+    seconds: dict[str, float]
+
+    def chosen(self, mutant: Mutant, limit_s: float) -> list[str]:
+        """Return the tests that a mutant meets: one at least where there is one, and as many as the seconds hold."""
+        chosen, left = [], limit_s
+        for test in self.tests.get((str(mutant.path), mutant.line), ()):
+            if not chosen or self.seconds[test] <= left:
+                chosen.append(test)
+                left -= self.seconds[test]
+        return chosen
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
@@ -54,7 +71,10 @@ def mutants(path: Path) -> Iterator[Mutant]:
     def code(node: ast.expr) -> str:
         return ast.unparse(node)
 
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    late = {id(inner) for function in functions for part in function.body for inner in ast.walk(part)}
+    for node in ast.walk(tree):
         text = None
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             text = f"({code(node.left)} {_COMPARED[type(node.ops[0])]} {code(node.comparators[0])})"
@@ -75,35 +95,47 @@ def mutants(path: Path) -> Iterator[Mutant]:
             text = "pass"
         if text is not None and isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno and node.end_col_offset:
             start = starts[node.lineno - 1] + node.col_offset
-            yield Mutant(path, node.lineno, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
+            line = node.lineno if id(node) in late else 0
+            yield Mutant(path, line, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
 
 
-def who_comes_by(tests: tuple[str, ...], folder: Path) -> dict[tuple[str, int], list[str]]:
-    """Return file and line -> the tests that run it and pass: one that fails on the code as it is would notice anything."""
+def who_comes_by(tests: tuple[str, ...], folder: Path) -> Covered:
+    """Run tests under coverage. Those that fail are left out: on the code as it is, they would notice anything."""
     from coverage import CoverageData
 
     data = folder / "coverage"
     data.unlink(missing_ok=True)
     settings = folder / "settings"
-    settings.write_text(f"[run]\ndata_file = {data}\nsource = {ROOT / 'src'}\n")
-    run = [sys.executable, "-m", "coverage", "run", f"--rcfile={settings}", "-m"]
-    run += _pytest(["-rpfE", "-p", "tests.mutants", *tests])
-    done = subprocess.run(run, cwd=ROOT, env=_environment(ROOT / "src"), stdout=subprocess.PIPE, text=True)
+    settings.write_text(
+        f"[run]\ndata_file = {data}\nsource = {ROOT / 'src'}\nparallel = true\nconcurrency = multiprocessing,thread\n"
+        "patch = subprocess,_exit\ncontext = ${PYTEST_CURRENT_TEST-}\n"
+    )
+    coverage = [sys.executable, "-m", "coverage"]
+    run = [*coverage, "run", f"--rcfile={settings}", "-m"]
+    run += _pytest(["-rpfE", "--durations=0", "-vv", "-p", "tests.mutants", *tests])
+    # A process that is forked off finds the name of the running test in its environment.
+    environment = _environment(ROOT / "src") | {"LEVIN_TEST_START_METHOD": "fork"}
+    done = subprocess.run(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    subprocess.run([*coverage, "combine", "--quiet", f"--rcfile={settings}"], cwd=ROOT, check=True)
     outcomes = re.findall(r"^(PASSED|FAILED|ERROR) ([^\s\[]+)", done.stdout, re.MULTILINE)
     failing = {test for outcome, test in outcomes if outcome != "PASSED"}
     passing = {test for _, test in outcomes} - failing
     if failing or not passing:
         print(f"Not used, they fail on the code as it is: {sorted(failing)}\n{done.stdout[-300:]}", file=sys.stderr)
+    seconds = Counter[str]()
+    for duration, test in re.findall(r"^([\d.]+)s (?:setup|call|teardown) +([^\s\[]+)", done.stdout, re.MULTILINE):
+        seconds[test] += float(duration)
     found = CoverageData(str(data))
     found.read()
-
-    lines = {
-        (file, line): passing.intersection(names)
-        for file in found.measured_files()
-        for line, names in found.contexts_by_lineno(file).items()
-    }
-    breadth = Counter(test for tests in lines.values() for test in tests)
-    return {place: sorted(tests, key=lambda test: (breadth[test], test)) for place, tests in lines.items()}
+    lines: dict[tuple[str, int], set[str]] = {}
+    for file in found.measured_files():
+        for line, contexts in found.contexts_by_lineno(file).items():
+            who = passing.intersection(re.split(r"\[| \(", context)[0] for context in contexts)
+            lines[file, line] = who
+            lines[file, 0] = lines.get((file, 0), set()) | who
+    breadth = Counter(test for who in lines.values() for test in who)
+    ordered = {place: sorted(who, key=lambda test: (breadth[test], test)) for place, who in lines.items()}
+    return Covered(ordered, seconds)
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
@@ -156,7 +188,9 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=300, help="how many mutants")
     parser.add_argument("--seed", type=int, default=None, help="which ones")
     parser.add_argument("--paths", nargs="+", default=["src/levin"], help="what may be changed")
-    parser.add_argument("--tests-each", type=int, default=20, help="how many tests a mutant meets at most")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of tests that a mutant meets at most, if more than one"
+    )
     parser.add_argument("tests", nargs="*", help="what pytest runs; by default the tests of the room")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
@@ -174,16 +208,16 @@ def main() -> int:
         shutil.copytree(ROOT / "src", copy)
         outcomes = Counter[str]()
         for mutant in found:
-            tests = comes_by(tuple(arguments.tests or tests_of(mutant.path))).get((str(mutant.path), mutant.line))
+            covered = comes_by(tuple(arguments.tests or tests_of(mutant.path)))
+            tests = covered.chosen(mutant, arguments.seconds)
             if not tests:
                 continue
-            outcome = outcome_of(mutant, tests[: arguments.tests_each], copy)
+            outcome = outcome_of(mutant, tests, copy)
             outcomes[outcome] += 1
             if outcome != "noticed":
                 old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
-                print(
-                    f"{outcome}: {mutant.path.relative_to(ROOT)}:{mutant.line}: {old!r} -> {mutant.text!r}", flush=True
-                )
+                line = mutant.path.read_bytes()[: mutant.start].count(b"\n") + 1
+                print(f"{outcome}: {mutant.path.relative_to(ROOT)}:{line}: {old!r} -> {mutant.text!r}", flush=True)
             if outcomes.total() % 10 == 0:
                 print(dict(outcomes), file=sys.stderr, flush=True)
             if outcomes.total() == arguments.number:
