@@ -18,6 +18,7 @@ from torch.compiler import is_compiling
 from levin.log_slot import Arguments, Slot, StepOrder, Sync, metric_class
 from levin.utilities.collections import leaves
 from levin.utilities.exceptions import MisconfigurationException, value_error
+from levin.utilities.parameters import full, is_in_parts
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 from levin.utilities.warnings import PossibleUserWarning
@@ -141,6 +142,8 @@ class LogStore:
             slot.has_value = True
             return
         if isinstance(value, Tensor):
+            if type(value) is not Tensor:
+                value = _whole(name, value, slot.arguments)
             if value.numel() != 1:
                 raise ValueError(
                     f"self.log({name!r}, ...) needs a value with one element, received a tensor of shape "
@@ -370,6 +373,15 @@ def resolve_reduction(name: str, reduce_fx: object) -> str:
             "Use a torchmetrics.Metric for any other reduction.",
         )  # fmt: skip
     return reduction
+
+
+def _whole(name: str, value: Tensor, arguments: Arguments) -> Tensor:
+    if arguments.rank_zero_only and is_in_parts(value):
+        raise ValueError(
+            f"self.log({name!r}, ..., rank_zero_only=True) received a DTensor of which each rank has a part. Log it on all "
+            "ranks, or call its full_tensor() on all of them before."
+        )
+    return full(value)
 
 
 def _check_value(name: str, value: object) -> None:

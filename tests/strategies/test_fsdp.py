@@ -15,12 +15,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from levin import Trainer
-from levin.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from levin import Fabric, Trainer
+from levin.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from levin.checkpoint import TorchCheckpointIO, consolidate
 from levin.strategies import DDPStrategy, ModelParallelStrategy
 from levin.strategies.fsdp import FSDPStrategy
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.numbers import to_numbers
 from levin.utilities.parameters import grad_norm
 from tests.distributed import cuts_on_cpu, world_size
 from tests.strategies.small import QUIET, Small, WithLosses, dataset, ordered_loader
@@ -606,10 +607,12 @@ def test_a_parameter_that_was_never_stepped_has_no_optimizer_state_after_resumin
 
 
 @pytest.mark.parametrize(
-    "callback", [WeightAveraging, partial(StochasticWeightAveraging, 0.1)], ids=["every step", "stochastic"]
+    "callback",
+    [WeightAveraging, partial(StochasticWeightAveraging, 0.1), partial(ModelPruning, "l1_unstructured")],
+    ids=["every step", "stochastic", "pruning"],
 )
 @world_size(2, connect=False)
-def test_averages_of_sharded_weights_are_refused(callback):
+def test_averages_and_pruning_of_sharded_weights_are_refused(callback):
     with pytest.raises(MisconfigurationException, match="does not work with weights that are sharded"):
         in_rank(callbacks=[callback()]).fit(Deep(4))
 
@@ -693,3 +696,52 @@ def test_hybrid_processes_with_fewer_batches_help_the_others_to_validate():
     warnings.filterwarnings("ignore", "Each rank has its own value")
     trainer.fit(module)
     assert "val_loss" in trainer.callback_metrics
+
+
+class LogsNorms(Deep):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms: list[dict[str, float]] = []
+
+    def on_before_optimizer_step(self, optimizer):
+        grad = self.net.embed.weight.grad
+        self.log("one", grad.norm())
+        self.log("synced", grad.abs().max(), sync_dist=True, on_epoch=True)
+        with pytest.raises(ValueError, match="rank_zero_only=True.*received a DTensor of which each rank has a part"):
+            self.log("first", grad.norm(), rank_zero_only=True)
+        everywhere = self.all_gather(grad.norm())
+        norm, largest = float(grad.full_tensor().norm()), float(grad.full_tensor().abs().max())
+        assert everywhere.tolist() == pytest.approx([norm, norm])
+        self.norms.append({"one": norm, "synced_step": largest})
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        shown = {name: float(self.trainer.callback_metrics[name]) for name in ("one", "synced_step")}
+        assert shown == pytest.approx(self.norms[-1])
+
+
+@world_size(2, connect=False)
+def test_a_logged_dtensor_is_that_of_all_ranks_and_not_the_part_of_one():
+    module = LogsNorms()
+    trainer = in_rank(max_epochs=1)
+    trainer.fit(module)
+    largest = sum(norms["synced_step"] for norms in module.norms) / len(module.norms)
+    assert float(trainer.callback_metrics["synced_epoch"]) == pytest.approx(largest)
+
+
+@world_size(2, connect=False)
+def test_collectives_take_a_dtensor_for_the_whole_and_numbers_refuse_a_part():
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    fabric.launch()
+    model = fabric.setup(Net())
+    torch.manual_seed(fabric.global_rank)
+    fabric.backward(model(torch.randn(3, 4)).sum())
+    grad = model.head.weight.grad
+    whole = grad.full_tensor()
+    assert torch.equal(fabric.all_reduce(grad, reduce_op="mean"), whole)
+    assert torch.equal(fabric.all_gather({"grad": grad})["grad"], torch.stack([whole, whole]))
+    with pytest.raises(ValueError, match=r"broadcast received a DTensor.*full_tensor\(\)"):
+        fabric.broadcast(grad)
+    with pytest.raises(ValueError, match=r"'norm'\] is a DTensor of which each process has a part"):
+        to_numbers({"norm": grad.norm()})
+    assert to_numbers({"norm": grad.full_tensor().norm()}) == {"norm": pytest.approx(float(whole.norm()))}

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 from typing_extensions import override
 
+from levin.callbacks.weight_averaging import require_whole_weights
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
@@ -181,6 +182,7 @@ class ModelPruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        require_whole_weights(self, trainer)
         chosen = self.sanitize_parameters_to_prune(pl_module, self._parameters_to_prune, self._parameter_names)
         self._parameters_to_prune = self.filter_parameters_to_prune(chosen)
         if self._use_lottery_ticket_hypothesis and not self._first:

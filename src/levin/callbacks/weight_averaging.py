@@ -21,7 +21,7 @@ _PREFIX = "module."
 
 
 def require_whole_weights(callback: Callback, trainer: Trainer) -> None:
-    """Raise if the strategy leaves no process with all weights, of which ``callback`` keeps a copy.
+    """Raise if the strategy leaves no process with all weights, as ``callback`` needs them.
 
     Raises:
         MisconfigurationException: It does.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.parameters import full, is_in_parts
 from levin.utilities.types import Group, Tree
 
 T = TypeVar("T")
@@ -26,7 +27,8 @@ def reduce(data: Tree, group: Group = None, reduce_op: object = "mean", device: 
     """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
 
     Args:
-        data: A tensor of the same shape in every process, a number, or a collection of these.
+        data: A tensor of the same shape in every process, a number, or a collection of these. A DTensor is the same whole
+            tensor in every process.
         group: The processes that take part; all when None.
         reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, ``"product"``, ``"band"``, ``"bor"``,
             ``"bxor"``, or a ``torch.distributed.ReduceOp``. None means ``"sum"``.
@@ -41,7 +43,7 @@ def reduce(data: Tree, group: Group = None, reduce_op: object = "mean", device: 
     is_mean, op = parse_reduce_op(reduce_op)
 
     def reduce_one(leaf: Tree) -> Tensor:
-        tensor = _as_tensor(leaf, device).detach()
+        tensor = full(_as_tensor(leaf, device).detach())
         if is_mean and not (torch.is_floating_point(tensor) or torch.is_complex(tensor)):
             tensor = tensor.to(torch.get_default_dtype())
         elif tensor.dtype == torch.bool:
@@ -97,7 +99,8 @@ def all_gather(
     """Return the tensors of all processes of ``group``, stacked along a new first dimension.
 
     Args:
-        data: A tensor of the same shape in every process, a number, or a collection of these.
+        data: A tensor of the same shape in every process, a number, or a collection of these. A DTensor is the same whole
+            tensor in every process.
         group: The processes that take part; all when None.
         sync_grads: Whether gradients flow back to the process that a part came from.
         device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
@@ -108,6 +111,7 @@ def all_gather(
         tensor = _as_tensor(leaf, device)
         if is_alone:
             return tensor[None] if sync_grads else tensor.detach()[None]
+        tensor = full(tensor)
         if sync_grads:
             gathered: Tensor = _AllGather.apply(tensor, group)  # type: ignore[no-untyped-call]  # torch has no type for it
             return gathered
@@ -151,7 +155,14 @@ def broadcast_object(obj: T, src: int = 0, device: torch.device | None = None) -
         obj: Anything that pickle can carry; only that of ``src`` matters.
         src: The rank it comes from.
         device: The device that the bytes travel over; that of the process group's choice when None.
+
+    Raises:
+        ValueError: It is a DTensor of which each process has a part.
     """
+    if isinstance(obj, Tensor) and is_in_parts(obj):
+        raise ValueError(
+            "broadcast received a DTensor, of which each process has a part of its own. Call its full_tensor() on all of them."
+        )
     holder: list[Any] = [obj]
     dist.broadcast_object_list(holder, src=src, device=device)
     result: T = holder[0]

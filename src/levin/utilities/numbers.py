@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from levin.utilities.parameters import is_in_parts
 from levin.utilities.types import Metrics
 
 
@@ -17,7 +18,7 @@ class Reading:
         metrics: Values by name; what is no tensor stays as it is.
 
     Raises:
-        ValueError: A tensor has more than one element.
+        ValueError: A tensor has more than one element, or each process has a part of it.
 
     Example:
         >>> reading = Reading({"loss": torch.tensor(2.0), "epoch": 1})
@@ -38,6 +39,10 @@ class Reading:
                 raise ValueError(
                     f"metrics[{name!r}] must be a number or a tensor with one element, received a tensor of shape"
                     f" {tuple(value.shape)}. Reduce it first, for example with .mean()."
+                )
+            if is_in_parts(value):
+                raise ValueError(
+                    f"metrics[{name!r}] is a DTensor of which each process has a part. Call its full_tensor() on all of them."
                 )
             if value.is_cpu:
                 self._numbers[name] = value.item()
@@ -95,7 +100,7 @@ def to_numbers(metrics: Metrics) -> dict[str, Any]:
     Values on an accelerator are read in one transfer per type, not one by one.
 
     Raises:
-        ValueError: A tensor has more than one element.
+        ValueError: A tensor has more than one element, or each process has a part of it.
 
     Example:
         >>> to_numbers({"loss": torch.tensor(2.0), "epoch": 1})

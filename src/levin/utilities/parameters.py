@@ -49,6 +49,11 @@ def full(tensor: Tensor) -> Tensor:
     return whole
 
 
+def is_in_parts(tensor: Tensor) -> bool:
+    """Whether no process has the whole tensor: that of a DTensor which is cut, or whose parts are still to be added up."""
+    return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
+
+
 def free_gradients(module: nn.Module) -> None:
     """Call ``module.zero_grad()``, or do the same in half the time where nobody has changed what that does.
 
