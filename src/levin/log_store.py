@@ -399,6 +399,20 @@ def _check_value(name: str, value: object) -> None:
     )
 
 
+def _tensors(batch: object) -> Iterator[Tensor]:
+    """Yield the tensors of a batch: of collections, and of objects that can be walked through more than once."""
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif (
+            isinstance(leaf, Iterable)
+            and not isinstance(leaf, (str, bytes, Iterator))
+            and not hasattr(leaf, "__array__")
+        ):
+            for item in leaf:
+                yield from _tensors(item)
+
+
 def extract_batch_size(batch: object) -> int:
     """Return the size of dimension 0 of the first tensor in ``batch`` (1 for a 0-dim tensor).
 
@@ -413,10 +427,8 @@ def extract_batch_size(batch: object) -> int:
         if len(sizes) == 1 and (found := sizes.pop()) is not None:
             return found
     size: Optional[int] = None
-    for leaf in leaves(batch):
-        if not isinstance(leaf, Tensor):
-            continue
-        found = leaf.size(0) if leaf.dim() else 1
+    for tensor in _tensors(batch):
+        found = tensor.size(0) if tensor.dim() else 1
         if size is None:
             size = found
         elif size != found:

@@ -159,6 +159,16 @@ class Opaque:
     """A batch that shows nothing."""
 
 
+class Fields:
+    """A batch that shows its parts, as graphs of PyTorch Geometric do, by walking through it."""
+
+    def __init__(self, **fields: object) -> None:
+        self.fields = fields
+
+    def __iter__(self):
+        return iter(self.fields.items())
+
+
 def batch_of(*sizes: int) -> list[torch.Tensor]:
     return [torch.zeros(size, 4) for size in sizes]
 
@@ -171,6 +181,12 @@ BATCHES = {
     "numbers first": [1, 2.0, torch.zeros(3, 4)], "no tensor": [1, 2.0], "text": "abc", "texts": ["ab", "cd"],
     "opaque": Opaque(), "empty list": [], "number": 3, "empty tensor": torch.zeros(0, 4), "array": np.zeros((3, 4)),
     "None in it": [None, torch.zeros(3, 4)],
+}  # fmt: skip
+
+WALKED = {
+    "fields": Fields(x=torch.zeros(5, 4), y=torch.zeros(5)), "with texts": Fields(name="abc", x=torch.zeros(5, 4)),
+    "different sizes": Fields(x=torch.zeros(5, 4), edges=torch.zeros(2, 9)), "in a list": [Fields(x=torch.zeros(6))],
+    "set": {torch.zeros(4)}, "values of a dict": {"a": torch.zeros(7)}.values(), "no tensor": Fields(names=["a"]),
 }  # fmt: skip
 
 
@@ -221,9 +237,12 @@ def test_the_size_of_a_batch(tmp_path, batch, arguments):
 
 
 @pytest.mark.lightning_raises("MisconfigurationException")
-@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(
+    "batch", [*BATCHES.values(), *WALKED.values()], ids=[*BATCHES, *(f"walked: {name}" for name in WALKED)]
+)
 def test_the_size_of_a_batch_for_numbers(tmp_path, batch):
-    # Lightning warns about different sizes once in a process, so the warnings are left to the test above.
+    # Lightning warns about different sizes once in a process, and takes names of fields for sizes of their own; so the
+    # warnings are left to the test above.
     theirs, _ = evaluated(both.lightning(), tmp_path, batch, 1.0, {})
     ours, _ = evaluated(both.levin(), tmp_path, batch, 1.0, {})
     assert ours == theirs
