@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -54,6 +55,34 @@ def in_rank(strategy: ModelParallelStrategy, devices: int, **settings) -> Traine
     return Trainer(
         strategy=strategy, devices=devices, **{"max_epochs": 2, "enable_checkpointing": False, **QUIET, **settings}
     )
+
+
+class Sharded(Wide):
+    def configure_model(self):
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("is_sharded", [False, True], ids=["by layers", "sharded"])
+@cuts_on_cpu
+@world_size(2, connect=False)
+def test_layers_that_a_later_call_cuts_again_are_told_apart(is_sharded):
+    kind, sizes = (Sharded, (2, 1)) if is_sharded else (ByHand, (1, 2))
+
+    class Once(kind):
+        def configure_model(self):
+            if not isinstance(self.net.embed.weight, DTensor):
+                super().configure_model()
+
+    # torch's advice for those who change the output of a layer in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    for module in (Once(4), kind(4)):
+        trainer = in_rank(ModelParallelStrategy(*sizes), 2, max_epochs=1)
+        trainer.fit(module)
+        with nullcontext() if isinstance(module, Once) else pytest.raises((RuntimeError, AssertionError)) as caught:
+            trainer.validate(module, verbose=False)
+        if caught is not None:
+            text = str(caught.value)
+            assert text.startswith("`configure_model` runs in every call (fit, validate") and "are cut already" in text
 
 
 @pytest.mark.parametrize("kind", ["plan", "by hand", "copies"])

@@ -97,6 +97,13 @@ class ShardedStrategy(ParallelStrategy, ABC):
             "it has its part (a DTensor). For a penalty on all weights use the optimizer's weight_decay, put a weight that is "
             "used after a backward pass into a submodule, or take `parameter.full_tensor()` of parts on all processes.",
         )
+        for twice in ("should only be called once on a module", "has already been applied"):
+            add_hint(
+                exception,
+                twice,
+                "`configure_model` runs in every call (fit, validate, test, predict), and these layers are cut already. "
+                "Return from it then, for example `if isinstance(self.layer.weight, DTensor): return`.",
+            )
 
     def on_validation_end(self) -> None:
         """Let go of what is kept after a forward for its backward: what hooks find between epochs are the weights that learn."""
