@@ -246,3 +246,18 @@ def test_the_size_of_a_batch_for_numbers(tmp_path, batch):
     theirs, _ = evaluated(both.lightning(), tmp_path, batch, 1.0, {})
     ours, _ = evaluated(both.levin(), tmp_path, batch, 1.0, {})
     assert ours == theirs
+
+
+def test_a_batch_that_is_an_iterator_is_left_to_the_step(tmp_path):
+    # Lightning looks for its size in it, and the step finds it empty.
+    left: list[torch.Tensor] = []
+
+    class Model(both.levin().LightningModule):
+        def validation_step(self, batch, batch_idx):
+            with pytest.raises(ValueError, match="batch size could not be found in a batch of type list_iterator"):
+                self.log("a", 1.0)
+            left.extend(batch)
+
+    loader = DataLoader([torch.zeros(3)], batch_size=1, collate_fn=iter)
+    both.quiet(both.levin(), tmp_path).validate(Model(), loader, verbose=False)
+    assert [part.shape for part in left] == [(3,)]
