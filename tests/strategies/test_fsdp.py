@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from contextlib import nullcontext
 from functools import partial
 from unittest import mock
@@ -176,6 +177,29 @@ def test_a_module_made_on_the_meta_device_has_the_weights_of_one_made_whole():
     assert all(isinstance(parameter, DTensor) for parameter in module.parameters())
     torch.testing.assert_close(seen[0], seen[1])
     torch.testing.assert_close(whole(module), whole(reference))
+
+
+@world_size(2, connect=False)
+def test_a_module_made_on_the_meta_device_is_whole_in_no_process():
+    class Watched(OnMeta):
+        def configure_model(self):
+            super().configure_model()
+            nn.Linear.reset_parameters = noting  # from here on
+
+    made: list[weakref.ref[nn.Parameter]] = []
+    whole_ones: list[int] = []
+    reset = nn.Linear.reset_parameters
+
+    def noting(layer):
+        reset(layer)
+        made.append(weakref.ref(layer.weight))
+        alive = [weight() for weight in made]
+        whole_ones.append(sum(weight is not None and weight.untyped_storage().nbytes() > 0 for weight in alive))
+
+    with mock.patch.object(nn.Linear, "reset_parameters", reset):
+        in_rank(max_epochs=1, limit_train_batches=0).fit(Watched(4))
+    # The first block was cut before the second was made. The other two have one weight, and go with what is around them.
+    assert whole_ones == [1, 2, 2, 3, 3]
 
 
 class OnMetaOfOwnNumbers(OnMeta):

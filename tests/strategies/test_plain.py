@@ -348,7 +348,8 @@ def test_layers_are_taken_from_the_first_process_of_a_mesh_without_names(monkeyp
     taken = []
     monkeypatch.setattr(collectives, "sync_tensors", lambda tensors, group: taken.append(group))
     mesh = SimpleNamespace(mesh_dim_names=None, ndim=3, size=[1, 2, 3].__getitem__, get_group="of dimension {}".format)
-    WeightMaker(CPU, mesh)(nn.Linear(1, 1, device="meta"))
+    layer = nn.Linear(1, 1, device="meta")
+    WeightMaker(layer, CPU, mesh)(layer)
     assert taken == ["of dimension 1", "of dimension 2"] * 2
 
 

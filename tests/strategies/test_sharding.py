@@ -21,7 +21,7 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
         )
     with torch.device("meta"):
         layer = nn.TransformerEncoderLayer(8, 2, 16)
-    make_weights = WeightMaker(torch.device("cpu"))
+    make_weights = WeightMaker(layer, torch.device("cpu"))
     for part in layer.modules():
         make_weights(part)
     assert not any(parameter.is_meta for parameter in layer.parameters())
@@ -33,7 +33,7 @@ def test_torchs_attention_has_the_first_values_that_torch_gives_it(is_named, mon
 def test_a_module_with_nothing_of_its_own_needs_no_reset():
     with torch.device("meta"):
         module = nn.Sequential(nn.BatchNorm1d(2, affine=False))
-    make_weights = WeightMaker(torch.device("cpu"))
+    make_weights = WeightMaker(module, torch.device("cpu"))
     for part in module.modules():
         make_weights(part)
     assert module[0].running_var.tolist() == [1.0, 1.0]
@@ -54,7 +54,7 @@ def test_a_layer_inside_of_another_is_reset_too():
     with torch.device("meta"):
         module = Filled(1.0, Filled(2.0), Filled(3.0))
     module.parts[1].weight = module.parts[0].weight
-    make_weights = WeightMaker(torch.device("cpu"))
+    make_weights = WeightMaker(module, torch.device("cpu"))
     for part in module.modules():
         make_weights(part)
     assert [part.weight.tolist() for part in (module, *module.parts)] == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]

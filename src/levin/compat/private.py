@@ -47,7 +47,7 @@ def _lazy_load(filename: str | os.PathLike[str]) -> Any:
 
 def _materialize_meta_tensors(module: torch.nn.Module, device: torch.device) -> None:
     """Give whatever is on the meta device memory and its first values (litgpt)."""
-    make_weights = WeightMaker(device)
+    make_weights = WeightMaker(module, device)
     for child in list(module.modules()):
         make_weights(child)
 

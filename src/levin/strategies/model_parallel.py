@@ -262,7 +262,7 @@ class ModelParallelStrategy(ShardedStrategy):
         is_by_hand = any(isinstance(part, FSDPModule) for part in module.modules())
         data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])
         is_cut_here = not is_by_hand and data.size() > 1
-        make_weights = self._weight_maker()
+        make_weights = self._weight_maker(module)
         cut_stages = None
         if self.pipeline_plan.size > 1:
             from levin.strategies.replay import Replay  # slow to import
@@ -298,11 +298,11 @@ class ModelParallelStrategy(ShardedStrategy):
     def wholes(self) -> Sequence[Module]:
         return super().wholes() if self._pipeline is None else self._pipeline.stages
 
-    def _weight_maker(self) -> WeightMaker:
-        """Return what makes layers for all processes that have them."""
+    def _weight_maker(self, module: Module) -> WeightMaker:
+        """Return what makes the module's layers for all processes that have them."""
         assert self.device_mesh is not None
         names = [name for name in self.device_mesh.mesh_dim_names or () if name != PIPELINE]
-        return WeightMaker(self.root_device, self.device_mesh[tuple(names)])
+        return WeightMaker(module, self.root_device, self.device_mesh[tuple(names)])
 
     def _cut_layers(self, module: Module) -> None:
         assert self.device_mesh is not None

@@ -177,7 +177,7 @@ def apply_sharding(module: Module, plan: ShardingPlan) -> Module:
         kwargs["offload_policy"] = plan.offload
     if plan.ignored:
         kwargs["ignored_params"] = set(plan.ignored)
-    make_weights = plan.make_weights or WeightMaker(torch.device(plan.mesh.device_type), plan.mesh)
+    make_weights = plan.make_weights or WeightMaker(module, torch.device(plan.mesh.device_type), plan.mesh)
     # Normalizations that keep running statistics want weights in the format of these.
     norms = {part for part in module.modules() if isinstance(part, _NormBase) and _has_parameters(part)}
     if plan.mixed_precision is not None:
@@ -208,13 +208,16 @@ class WeightMaker:
     Weights of several layers stay one. All processes begin with those of the first, whatever each would have drawn for itself.
 
     Args:
+        root: What holds all layers, when the first of them is made.
         device: Where to.
         mesh: The processes that have the layers; None for this one alone.
     """
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
-        self.device, self.mesh = device, mesh
+    def __init__(self, root: Module, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+        self.root, self.device, self.mesh = root, device, mesh
+        # Of weights of several layers alone: the others are held by their layers, until they are cut.
         self._made: dict[Parameter, Parameter] = {}
+        self._shared: set[Parameter] | None = None
 
     def __call__(self, module: Module) -> None:
         """Make the module's own parameters and buffers; its submodules are left as they are.
@@ -236,12 +239,15 @@ class WeightMaker:
                 f"{type(module).__name__} was made on the meta device and has no method `reset_parameters` that gives its "
                 "weights their first values. Define it, or make the layer outside of `configure_model`."
             )
+        if self._shared is None:
+            used = Counter(p for part in self.root.modules() for p in part._parameters.values() if p is not None)
+            self._shared = {parameter for parameter, times in used.items() if times > 1}
         before = dict(module._parameters)
         module.to_empty(device=self.device, recurse=False)
         reset()
         for name, old in before.items():
             made = module._parameters[name]
-            if old is not None and made is not None:
+            if old in self._shared and made is not None:
                 module._parameters[name] = self._made.setdefault(old, made)
         if self.mesh is not None:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
