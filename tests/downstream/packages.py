@@ -158,6 +158,12 @@ PACKAGES = (
         note="ships no tests; used as its documentation says",
     ),
     Package(
+        "finetuning-scheduler",
+        "2.14.1",
+        ("usage/finetuning_scheduler.py",),
+        note="ships no tests; used as its documentation says. It restores parts of checkpoints in the middle of a fit",
+    ),
+    Package(
         "litgpt",
         "0.5.13",
         ("usage/litgpt.py",),

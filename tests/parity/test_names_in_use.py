@@ -16,6 +16,9 @@ READ = """
 t._accelerator_connector.is_distributed
 t._accelerator_connector.strategy is t.strategy
 t._accelerator_connector.accelerator is t.accelerator
+[type(c).__name__ for c in t._callback_connector._reorder_callbacks(t.callbacks[::-1])][-1]
+t._checkpoint_connector._loaded_checkpoint
+t._checkpoint_connector is t._checkpoint_connector
 len(t.fit_loop._combined_loader.flattened)
 len(t.fit_loop._combined_loader)
 t.fit_loop._data_source.is_defined()

@@ -582,3 +582,22 @@ def test_the_metrics_after_an_error(tmp_path, fails, theirs, ours):
             trainer.fit(Model(), loader, loader)
         found.append(float(trainer.callback_metrics["step" if fails == "training_step" else "epoch"]))
     assert found == [theirs, ours]
+
+
+def test_the_path_of_a_checkpoint_in_setup(tmp_path):
+    seen = {}
+    for framework in pair():
+
+        class Look(framework.Callback):
+            name = framework.name
+
+            def setup(self, trainer, pl_module, stage):
+                seen[self.name] = trainer.ckpt_path
+
+        path = tmp_path / f"{framework.name}.ckpt"
+        trainer = both.quiet(framework, tmp_path, max_epochs=1)
+        trainer.fit(make(framework), data())
+        trainer.save_checkpoint(path)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[Look()])
+        trainer.fit(make(framework), data(), ckpt_path=str(path))
+    assert list(seen.values()) == [None, str(path)]

@@ -49,6 +49,5 @@ _setup_activation_checkpointing = _absent(
 FSDPPrecision = _absent("FSDPPrecision", _BUILT_IN, Precision)
 
 ClosureResult = _absent("ClosureResult", "Write `optimizer_step` so that it calls `optimizer_closure` in each step.")
-_CheckpointConnector = _absent("_CheckpointConnector", "Use `trainer.save_checkpoint` and `ckpt_path=`.")
 _ResultCollection = _absent("_ResultCollection", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")
 _ResultMetric = _absent("_ResultMetric", "Read `trainer.callback_metrics` and `trainer.logged_metrics`.")

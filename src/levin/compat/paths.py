@@ -193,7 +193,8 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.trainer.call": {PRIVATE: "_call_lightning_module_hook"},
     "pytorch.trainer.connectors.accelerator_connector": {EQUIVALENTS: "_AcceleratorConnector", PRIVATE: "_IS_INTERACTIVE"},
     "pytorch.trainer.setup": {},
-    "pytorch.trainer.connectors.checkpoint_connector": {ABSENT: "_CheckpointConnector"},
+    "pytorch.trainer.connectors.checkpoint_connector": {"levin.compat.connectors": "_CheckpointConnector"},
+    "pytorch.trainer.connectors.callback_connector": {"levin.compat.connectors": "_CallbackConnector"},
     "pytorch.trainer.connectors.logger_connector": {},
     "pytorch.trainer.connectors.logger_connector.result": {
         ABSENT: "_ResultCollection _ResultMetric", EQUIVALENTS: "_OUT_DICT",

@@ -91,7 +91,8 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> object:
     if checkpoint is not None:
         if strategy.restore_checkpoint_after_setup:
             tree.restore_module(run, checkpoint)
-        tree.restore_precision_and_loops(run, checkpoint)
+        tree.restore_precision(run, checkpoint)
+        tree.restore_loops(run, checkpoint)
         if fn == "fit":
             check_restored_epoch(run)
             tree.restore_optimizers(run, checkpoint)

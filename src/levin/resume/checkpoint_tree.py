@@ -86,18 +86,32 @@ def save_checkpoint(
 
 def restore_module(run: Run, checkpoint: StateDict) -> None:
     """Load weights, data module and callbacks out of ``checkpoint``."""
-    module = run.module
-    run.call_of(module, "on_load_checkpoint", checkpoint)
-    run.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
+    restore_weights(run, checkpoint)
+    restore_datamodule(run, checkpoint)
+    restore_callbacks(run, checkpoint)
+
+
+def restore_weights(run: Run, checkpoint: StateDict) -> None:
+    """Load the module's weights, and what it has saved itself."""
+    run.call_of(run.module, "on_load_checkpoint", checkpoint)
+    run.strategy.load_model_state_dict(checkpoint, strict=run.module.strict_loading)
+
+
+def restore_datamodule(run: Run, checkpoint: StateDict) -> None:
+    """Load the state of the data module, if there is one."""
     datamodule = run.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         state = checkpoint[type(datamodule).__qualname__]
         run.call_of(datamodule, "load_state_dict", state)
+
+
+def restore_callbacks(run: Run, checkpoint: StateDict) -> None:
+    """Load the states of callbacks; those of absent ones are warned about."""
     states = checkpoint.get("callbacks")
     if states is None:
         return
     for callback in run.callbacks:
-        run.call_of(callback, "on_load_checkpoint", run.trainer, module, checkpoint)
+        run.call_of(callback, "on_load_checkpoint", run.trainer, run.module, checkpoint)
     present = {key for callback in run.callbacks for key in _keys_of(callback)}
     absent = sorted(str(key) for key in states if key not in present)
     if absent:
@@ -116,14 +130,18 @@ def _keys_of(callback: Any) -> tuple[object, ...]:
     return callback.state_key, type(callback), type(callback).__qualname__
 
 
-def restore_precision_and_loops(run: Run, checkpoint: StateDict) -> None:
-    """Load the gradient scaler and the counters."""
+def restore_precision(run: Run, checkpoint: StateDict) -> None:
+    """Load the state of the precision, such as a gradient scaler."""
     precision = run.strategy.precision
     for key in (type(precision).__qualname__, "native_amp_scaling_state"):
         if key in checkpoint:
             precision.load_state_dict(checkpoint[key])
             break
     precision.on_load_checkpoint(checkpoint)
+
+
+def restore_loops(run: Run, checkpoint: StateDict) -> None:
+    """Load the counters."""
     loops = checkpoint.get("loops") or {}
     getattr(run.loops, run.fn).load_state_dict(loops.get(f"{run.fn}_loop", {}))
     if run.fn == "fit" and own_state(checkpoint) is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
+from importlib import import_module
 from operator import attrgetter
 from typing import Any
 
@@ -41,6 +43,11 @@ def shared(name: str, doc: str) -> Any:
             setattr(trainer.run, name, value)
 
     return property(attrgetter(own), change, doc=doc)
+
+
+def lent(name: str) -> Any:
+    """Return a property for a view of the Trainer that extensions read under Lightning's name for it."""
+    return cached_property(lambda trainer: getattr(import_module("levin.compat.connectors"), name)(trainer))
 
 
 def stage(which: RunningStage, doc: str) -> Any:

@@ -32,7 +32,7 @@ from levin.resume.checkpoint_tree import save_checkpoint
 from levin.settings import Settings, check_settings, defaults_from_environment
 from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
-from levin.trainer.properties import callbacks_of, first_of, of_run, part, setting, shared, stage
+from levin.trainer.properties import callbacks_of, first_of, lent, of_run, part, setting, shared, stage
 from levin.utilities.numbers import to_numbers
 from levin.utilities.properties import reads
 from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
@@ -140,9 +140,11 @@ class Trainer:
     distributed_sampler_kwargs: Optional[Kwargs] = reads(
         "strategy.distributed_sampler_kwargs", "What a DistributedSampler needs; None on one device."
     )
-    _accelerator_connector: Engine = reads(
-        "_engine", "The engine, under the name by which extensions ask whether several processes run."
-    )
+    # Under these names extensions read the engine, and what is shown for them alone.
+    _accelerator_connector: Engine = reads("_engine", "The engine.")
+    _callback_connector: Any = lent("_CallbackConnector")
+    _checkpoint_connector: Any = lent("_CheckpointConnector")
+    _results: None = None
     # Callbacks by kind
     checkpoint_callbacks: list[Checkpoint] = callbacks_of(Checkpoint, "All callbacks that save checkpoints.")
     checkpoint_callback: Any = first_of("checkpoint_callbacks", "The first callback that saves checkpoints, or None.")
@@ -169,9 +171,7 @@ class Trainer:
     num_test_batches: list[Limit] = reads("loops.test.max_batches", "Batches of the test, per loader.")
     num_predict_batches: list[Limit] = reads("loops.predict.max_batches", "Batches to predict on, per loader.")
     val_check_batch: Optional[Limit] = reads("loops.fit.val_check_batch", "Batches between validations, once known.")
-    is_last_batch: bool = reads(
-        "loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether the present batch is the last of its epoch."
-    )
+    is_last_batch: bool = reads("loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether it is the epoch's last.")
     optimizers: list[torch.optim.Optimizer] = part(
         "strategy.optimizers", "The torch optimizers of the present or last fit."
     )

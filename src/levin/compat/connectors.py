@@ -1,0 +1,75 @@
+"""What extensions read of a Trainer under Lightning's private names, shown from where it is in levin."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from levin.callbacks.defaults import reorder
+from levin.checkpoint.migrate import migrate
+from levin.hooks import Callback
+from levin.resume import checkpoint_tree as tree
+from levin.utilities.types import PathLike, StateDict
+
+
+class _CheckpointConnector:
+    """Reads a checkpoint into a run that is under way, part by part (finetuning-scheduler).
+
+    Args:
+        trainer: The Trainer, which runs.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._loaded_checkpoint: StateDict = {}
+
+    def resume_start(self, checkpoint_path: Optional[PathLike] = None, weights_only: Optional[bool] = None) -> None:
+        """Read a file, if there is one to read."""
+        path = checkpoint_path or self.trainer.ckpt_path
+        if path:
+            loaded = self.trainer.strategy.load_checkpoint(path, weights_only=weights_only)
+            self._loaded_checkpoint = migrate(loaded, source=path)
+
+    def restore_datamodule(self) -> None:
+        """Give the data module its state."""
+        if self._loaded_checkpoint:
+            tree.restore_datamodule(self.trainer.run, self._loaded_checkpoint)
+
+    def restore_model(self) -> None:
+        """Give the module its weights."""
+        if self._loaded_checkpoint:
+            tree.restore_weights(self.trainer.run, self._loaded_checkpoint)
+
+    def restore_callbacks(self) -> None:
+        """Give the callbacks their states."""
+        if self._loaded_checkpoint:
+            tree.restore_callbacks(self.trainer.run, self._loaded_checkpoint)
+
+    def restore_precision_plugin_state(self) -> None:
+        """Give the precision, such as a gradient scaler, its state."""
+        if self._loaded_checkpoint:
+            tree.restore_precision(self.trainer.run, self._loaded_checkpoint)
+
+    def restore_optimizers_and_schedulers(self) -> None:
+        """Give optimizers and schedulers their states."""
+        if self._loaded_checkpoint:
+            tree.restore_optimizers(self.trainer.run, self._loaded_checkpoint)
+
+    def resume_end(self) -> None:
+        """Let go of what was read, once all processes have done so."""
+        self._loaded_checkpoint = {}
+        self.trainer.strategy.barrier("_CheckpointConnector.resume_end")
+
+
+class _CallbackConnector:
+    """Puts callbacks into the order in which they are called (finetuning-scheduler).
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    @staticmethod
+    def _reorder_callbacks(callbacks: list[Callback]) -> list[Callback]:
+        return reorder(callbacks)
