@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from typing_extensions import override
 
 from levin.strategies import collectives
 from levin.strategies.contexts import in_forward_context, run_as_forward
+from levin.strategies.late_parameters import LateParameters
 from levin.strategies.parallel import DEFAULT_TIMEOUT, ParallelStrategy, check_start_method
 from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.types import Function, Kwargs
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 _EVALUATION_STEPS = ("validation_step", "test_step", "predict_step")
 _SET_BY_US = ("self", "module", "device_ids", "output_device")
+# Of a wrapper that is made again, beside its hooks.
+_KEPT = ("training", "require_backward_grad_sync", "require_forward_param_sync")
 
 
 class DDPStrategy(ParallelStrategy):
@@ -112,6 +117,7 @@ class DDPStrategy(ParallelStrategy):
         self._comm_wrapper = ddp_comm_wrapper
         self._averaging_period = _averaging_period(ddp_comm_state, model_averaging_period)
         self._averagers: list[RemovableHandle] = []
+        self._stepping: list[ref[Optimizer]] = []
         self._has_replaced_layers = False
 
     def configure_launcher(self) -> None:
@@ -149,10 +155,38 @@ class DDPStrategy(ParallelStrategy):
 
     def _in_ddp(self, module: Module) -> Module:
         wrapper = DistributedDataParallel(module, device_ids=self.determine_ddp_device_ids(), **self.ddp_kwargs)
+        self._register_comm_hook(wrapper)
+        vars(wrapper)["late_parameters"] = LateParameters(wrapper, self._stepping)
+        # A compiler cannot trace it; where none was imported, none has the wrapper.
+        has_compiler = "torch._dynamo" in sys.modules
+        wrapper.register_forward_pre_hook(torch.compiler.disable(self._follow) if has_compiler else self._follow)
+        return wrapper
+
+    def _follow(self, wrapper: Any, args: object) -> None:
+        """Before a forward pass: average what has come to learn."""
+        if wrapper.late_parameters.are_there(wrapper):
+            self._wrap_again(wrapper)
+
+    def _register_comm_hook(self, wrapper: DistributedDataParallel) -> None:
         if self._comm_hook is not None:
             hook = self._comm_hook if self._comm_wrapper is None else self._comm_wrapper(self._comm_hook)
             wrapper.register_comm_hook(state=self._comm_state, hook=hook)
-        return wrapper
+
+    def _wrap_again(self, wrapper: Any) -> None:
+        """Let the wrapper average the gradients of the parameters that learn now; new ones get the values of rank 0."""
+        new = wrapper.late_parameters.made_since(wrapper)
+        num_learning = sum(parameter.requires_grad for parameter in wrapper.module.parameters())
+        self.meet(f"average the gradients of {num_learning} parameters, {len(new)} of them new")
+        collectives.sync_tensors(new)
+        # The same object again, since others hold it. What they hung on it stays, as does its place in a window.
+        kept = {name: value for name, value in vars(wrapper).items() if name in _KEPT or "hook" in name}
+        kwargs = {**self.ddp_kwargs, "init_sync": False}
+        DistributedDataParallel.__init__(wrapper, wrapper.module, device_ids=self.determine_ddp_device_ids(), **kwargs)
+        vars(wrapper).update(kept, _comm_hooks=[])
+        if wrapper.static_graph:  # see no_sync
+            wrapper.require_backward_grad_sync = True
+        self._register_comm_hook(wrapper)
+        vars(wrapper)["late_parameters"] = LateParameters(wrapper, self._stepping)
 
     def unwrap(self, module: Module) -> Module:
         """Return the module inside of DistributedDataParallel."""
@@ -172,6 +206,7 @@ class DDPStrategy(ParallelStrategy):
 
     def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
         """Return the optimizer, and let it average the weights after its steps where that is asked for."""
+        self._stepping.append(ref(optimizer))
         if self._averaging_period is not None:
             warmup_steps = getattr(self._comm_state, "start_localSGD_iter", 0)
             self._averagers.append(average_after_steps(optimizer, self._averaging_period, warmup_steps))
@@ -200,6 +235,7 @@ class DDPStrategy(ParallelStrategy):
                 self._has_replaced_layers = False
             self.model = self.lightning_module
         self._remove_averagers()
+        self._stepping.clear()
         super().teardown()
 
     # The step
@@ -213,9 +249,17 @@ class DDPStrategy(ParallelStrategy):
         return run_through(module, module.module, step)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Arm the gradient reduction for a backward pass inside of ``training_step`` (manual optimization)."""
+        """Arm the gradient reduction for a backward pass inside of ``training_step`` (manual optimization).
+
+        Also for one of parameters that were thawed in the step.
+        """
         wrapper = self.model
-        if not isinstance(wrapper, DistributedDataParallel) or _is_automatic(self.lightning_module):
+        if not isinstance(wrapper, DistributedDataParallel):
+            return
+        late = vars(wrapper).get("late_parameters")
+        if late is not None and late.are_thawed():
+            self._wrap_again(wrapper)
+        elif _is_automatic(self.lightning_module):
             return
         # DistributedDataParallel does this itself at the end of its forward, which has not been reached yet.
         if torch.is_grad_enabled() and wrapper.require_backward_grad_sync:
@@ -228,9 +272,9 @@ class DDPStrategy(ParallelStrategy):
             wrapper.require_forward_param_sync = False
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Reduce the gradients of the first backward pass of a static graph (manual optimization)."""
+        """Reduce the gradients of the first backward pass of a static graph that began with :meth:`pre_backward`."""
         wrapper = self.model
-        if not isinstance(wrapper, DistributedDataParallel) or _is_automatic(self.lightning_module):
+        if not isinstance(wrapper, DistributedDataParallel):
             return
         if _is_learning_its_graph(wrapper) and wrapper.require_backward_grad_sync:
             # Which parameters take part is known only now. DistributedDataParallel would have reduced them by a mark that
