@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torch.distributed as dist
 
 from levin import Trainer
 from levin.strategies import SingleDeviceCollective, TorchCollective, collectives, group_collectives
+from levin.strategies.control_group import ControlGroup
 from tests.distributed import world_size
-from tests.strategies.small import QUIET, Small
+from tests.strategies.small import QUIET, Small, loader
 
 
 @world_size(2)
@@ -120,13 +122,31 @@ def test_tensors_of_different_shapes_are_refused_on_all_ranks_before_they_are_ga
         (torch.zeros(2 + rank), r"rank 0: float32 of shape \(2,\); rank 1: float32 of shape \(3,\)"),
         (torch.zeros(2, 1 + rank), r"float32 of shape \(2, 1\); .* \(2, 2\)"),
         (torch.zeros(2, dtype=[torch.float32, torch.float64][rank]), r"rank 0: float32 .* rank 1: float64 of shape"),
-        ({"a": torch.zeros(1), **({"b": 1} if rank else {})}, r"rank 1: float32 of shape \(1,\), int"),
+        ({"a": torch.zeros(1), **({"b": 1} if rank else {})}, r"rank 1: a: float32 of shape \(1,\), b: int"),
+        ({"ab"[rank]: torch.zeros(1)}, r"rank 0: a: float32 of shape \(1,\); rank 1: b: float32"),
+        (dict.fromkeys(["ab", "ba"][rank], 1.0), r"rank 0: a: float, b: float; rank 1: b: float, a: float"),
+        ([{"a": 1}] * rank, r"rank 0: none; rank 1: a: int"),
     ):
         with pytest.raises(ValueError, match=message):
             collectives.check_same_shapes(data)
     # Everybody has heard of it, so that the ranks can still talk to each other.
     collectives.check_same_shapes([torch.zeros(2), 1])
     assert collectives.all_gather(torch.tensor(rank)).tolist() == [0, 1]
+
+
+@world_size(2)
+def test_tensors_of_different_shapes_are_refused_on_all_ranks_before_they_are_reduced():
+    rank = dist.get_rank()
+    for data in (torch.zeros(2 + rank), torch.zeros(2, dtype=[torch.float32, torch.float64][rank]), {"ab"[rank]: 1.0}):
+        with pytest.raises(
+            ValueError, match="a reduction takes tensors of one shape and type on all ranks, .* rank 0: .*; rank 1: "
+        ):
+            collectives.reduce(data, is_checked=True)
+    # What becomes one type is reduced.
+    assert collectives.reduce([torch.tensor([1, 2]), torch.tensor([1.0, 2.0])][rank], is_checked=True).tolist() == [
+        1,
+        2,
+    ]
 
 
 @world_size(2, connect=False)
@@ -142,6 +162,35 @@ def test_a_module_that_gathers_different_shapes_hears_of_it():
     Trainer(**QUIET, devices=2, strategy="ddp", max_steps=1, enable_checkpointing=False, limit_val_batches=0).fit(
         Gathering()
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (({"a": 1.0}, {"b": 1.0}), r"for all_gather of a on rank 0; .* for all_gather of b on rank 1"),
+        (
+            ({"a": 1, "b": 2}, {"b": 1, "a": 2}),
+            r"for all_gather of a, b on rank 0; .* for all_gather of b, a on rank 1",
+        ),
+        (([1], [1, 2]), r"for all_gather of 1 on rank 0; .* for all_gather of 2 on rank 1"),
+    ],
+)
+@world_size(2, connect=False)
+def test_a_module_that_gathers_other_names_on_each_rank_hears_of_it(given, message):
+    class Gathering(Small):
+        def test_step(self, batch, batch_idx):
+            with pytest.raises(RuntimeError, match=message):
+                self.all_gather(given[self.global_rank])
+            assert self.all_gather({"a": self.global_rank})["a"].tolist() == [0, 1]
+
+    Trainer(**QUIET, devices=2, strategy="ddp", enable_checkpointing=False).test(Gathering(), loader(4), verbose=False)
+
+
+@world_size(2)
+def test_ranks_that_differ_in_what_one_line_does_hear_what_each_was_about_to_do():
+    group = ControlGroup(timedelta(seconds=20))
+    with pytest.raises(RuntimeError, match="for batches on rank 0; .* for the run on rank 1"):
+        group.exchange([0.0], ["batches", "the run"][dist.get_rank()])
 
 
 def noting(calls, name, result=None):

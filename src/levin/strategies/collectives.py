@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from levin.utilities.collections import apply_to_collection
+from levin.utilities.collections import apply_to_collection, named_leaves
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.parameters import full, is_in_parts
 from levin.utilities.types import Group, Tree
@@ -23,7 +23,13 @@ _NUM_ON_THE_WAY = 8
 _OP_NAMES = ("sum", "min", "max", "product", "band", "bor", "bxor")
 
 
-def reduce(data: Tree, group: Group = None, reduce_op: object = "mean", device: torch.device | None = None) -> Tree:
+def reduce(
+    data: Tree,
+    group: Group = None,
+    reduce_op: object = "mean",
+    device: torch.device | None = None,
+    is_checked: bool = False,
+) -> Tree:
     """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
 
     Args:
@@ -33,30 +39,36 @@ def reduce(data: Tree, group: Group = None, reduce_op: object = "mean", device: 
         reduce_op: ``"mean"``, ``"avg"``, ``"sum"``, ``"min"``, ``"max"``, ``"product"``, ``"band"``, ``"bor"``,
             ``"bxor"``, or a ``torch.distributed.ReduceOp``. None means ``"sum"``.
         device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
+        is_checked: Whether the processes compare what they give before, but for single numbers.
 
     Returns:
         A tensor (or the collection of tensors) without gradient. The mean of integers is a floating tensor.
 
     Raises:
-        ValueError: ``reduce_op`` is unknown.
+        ValueError: ``reduce_op`` is unknown, or the processes have different shapes or types.
     """
     is_mean, op = parse_reduce_op(reduce_op)
 
-    def reduce_one(leaf: Tree) -> Tensor:
+    def as_reduced(leaf: Tree) -> Tensor:
         tensor = full(_as_tensor(leaf, device).detach())
         if is_mean and not (torch.is_floating_point(tensor) or torch.is_complex(tensor)):
             tensor = tensor.to(torch.get_default_dtype())
         elif tensor.dtype == torch.bool:
             tensor = tensor.to(torch.int64)
         # A collective writes into its argument.
-        result = tensor.clone(memory_format=torch.contiguous_format)
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+    def reduce_one(result: Tensor) -> Tensor:
         dist.all_reduce(result, op=op, group=group)
         if is_mean:
             # Gloo has no mean of its own.
             result /= dist.get_world_size(group)
         return result
 
-    return apply_to_collection(data, _NUMBERS, reduce_one)
+    copied = apply_to_collection(data, _NUMBERS, as_reduced)
+    if is_checked and not (isinstance(copied, Tensor) and copied.numel() == 1):
+        check_same_shapes(copied, group, "a reduction")
+    return apply_to_collection(copied, Tensor, reduce_one)
 
 
 def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
@@ -120,25 +132,31 @@ def all_gather(
     return apply_to_collection(data, _NUMBERS, gather_one)
 
 
-def check_same_shapes(data: Tree, group: Group = None) -> None:
-    """Check that the tensors of all processes have one shape and type: transports crash or mix them up otherwise.
+def check_same_shapes(data: Tree, group: Group = None, taker: str = "all_gather") -> None:
+    """Check that the tensors of all processes have the same names, shapes and types.
+
+    Transports crash, hang or mix them up otherwise.
 
     Args:
         data: A tensor, a number, or a collection of these, as :func:`all_gather` takes it.
         group: The processes that take part; all when None.
+        taker: What takes them, for the error.
 
     Raises:
         ValueError: They differ, in all processes.
     """
-    own: list[str] = []
-    apply_to_collection(data, _NUMBERS, lambda leaf: own.append(_described(leaf)))
+    own = [
+        f"{name}: {_described(leaf)}" if name else _described(leaf)
+        for name, leaf in named_leaves(data)
+        if isinstance(leaf, _NUMBERS)
+    ]
     everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
     dist.all_gather_object(everyone, own, group=group)
     if any(described != everyone[0] for described in everyone):
-        shown = "; ".join(f"rank {rank}: {', '.join(described)}" for rank, described in enumerate(everyone))
+        shown = "; ".join(f"rank {rank}: {', '.join(described) or 'none'}" for rank, described in enumerate(everyone))
         raise ValueError(
-            f"all_gather takes tensors of one shape and type on all ranks, received {shown}. Pad them to a common size, or "
-            "use torch.distributed.all_gather_object."
+            f"{taker} takes tensors of one shape and type on all ranks, received {shown}. Pad them to a common size, name and "
+            "order them alike, or use torch.distributed.all_gather_object."
         )
 
 

@@ -58,7 +58,7 @@ class ControlGroup:
             self._world = world
         return self._group
 
-    def exchange(self, numbers: Sequence[float], what: str = "the run") -> list[list[float]]:
+    def exchange(self, numbers: Sequence[float], what: str = "batches") -> list[list[float]]:
         """Return the numbers of every process, in the order of ranks; each gives as many.
 
         Args:
@@ -80,7 +80,7 @@ class ControlGroup:
                 return [row[2:]]
             rows = gathered()
             if any(other[:2] != row[:2] for other in rows):
-                self._tell_difference()
+                self._tell_difference(what)
             if len(row) > _WIDTH:
                 rows = [[*first, *rest] for first, rest in zip(rows, self._gather(row[_WIDTH:])())]
             return [other[2 : len(row)] for other in rows]
@@ -98,11 +98,14 @@ class ControlGroup:
 
         return rows
 
-    def _tell_difference(self) -> None:
+    def _tell_difference(self, what: str) -> None:
         _, line = call_under_way(calls_in(traceback.walk_stack(sys._getframe())))
+        told = self._gathered_objects((line, what))
+        # One line that does something else on each rank says nothing by itself.
+        is_one_line = len({line for line, _ in told}) == 1
         lines: dict[str, list[int]] = {}
-        for rank, other in zip(dist.get_process_group_ranks(self.group), self._gathered_objects(line)):
-            lines.setdefault(other, []).append(rank)
+        for rank, (line, what) in zip(dist.get_process_group_ranks(self.group), told):
+            lines.setdefault(f"{line} for {what}" if is_one_line else line, []).append(rank)
         raise RuntimeError(describe_different_calls(lines))
 
     def _gathered_objects(self, obj: object) -> list[Any]:

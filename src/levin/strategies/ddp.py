@@ -176,7 +176,7 @@ class DDPStrategy(ParallelStrategy):
         """Let the wrapper average the gradients of the parameters that learn now; new ones get the values of rank 0."""
         new = wrapper.late_parameters.made_since(wrapper)
         num_learning = sum(parameter.requires_grad for parameter in wrapper.module.parameters())
-        self.meet(f"average the gradients of {num_learning} parameters, {len(new)} of them new")
+        self.meet(f"gradients of {num_learning} parameters, {len(new)} of them new")
         collectives.sync_tensors(new)
         # The same object again, since others hold it. What they hung on it stays, as does its place in a window.
         kept = {name: value for name, value in vars(wrapper).items() if name in _KEPT or "hook" in name}

@@ -232,10 +232,14 @@ class ParallelStrategy(Strategy, ABC):
     # Talking to the other processes
 
     def reduce(self, tensor: Tree, group: Group = None, reduce_op: object = "mean") -> Tree:
-        """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`."""
+        """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`.
+
+        Raises:
+            ValueError: They have different shapes or types.
+        """
         if self.control.is_closed:
             return tensor
-        return collectives.reduce(tensor, group=group, reduce_op=reduce_op, device=self._transport_device)
+        return collectives.reduce(tensor, group, reduce_op, self._transport_device, is_checked=True)
 
     def all_gather(self, tensor: Tree, group: Group = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`.

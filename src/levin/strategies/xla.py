@@ -254,7 +254,7 @@ class XLAStrategy(XLASteps, ParallelStrategy):
             return
         # Each gradient that is read would be a program of its own.
         torch_xla.sync()
-        for gradient, mean in zip(gradients, self.reduce(gradients), strict=True):
+        for gradient, mean in zip(gradients, collectives.reduce(gradients, device=CPU), strict=True):
             gradient.copy_(mean)
 
     # Talking to the other processes

@@ -88,3 +88,27 @@ def leaves(data: object) -> Iterator[object]:
             yield from leaves(getattr(data, field.name))
     else:
         yield data
+
+
+def named_leaves(data: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Yield what :func:`leaves` does, each with the keys and fields that lead there, joined by dots.
+
+    Args:
+        data: A leaf or a nesting of leaves.
+        name: Leads to ``data``.
+
+    Example:
+        >>> list(named_leaves({"a": [1, {"b": 2}]}))
+        [('a', 1), ('a.b', 2)]
+    """
+    if isinstance(data, Mapping):
+        parts = [(str(key), value) for key, value in data.items()]
+    elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        parts = [("", value) for value in data]
+    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
+        parts = [(field.name, getattr(data, field.name)) for field in dataclasses.fields(data)]
+    else:
+        yield name, data
+        return
+    for key, value in parts:
+        yield from named_leaves(value, ".".join(filter(None, (name, key))))
