@@ -53,6 +53,8 @@ class LightningOptimizer:
         """
         if closure is not None and not callable(closure):
             raise value_error("optimizer.step(closure=...)", closure, "must be callable or None")
+        if closure is not None:  # some optimizers call it under no_grad
+            closure = torch.enable_grad()(closure)
         if self._on_step is None:
             return self._optimizer.step(closure, **kwargs) if closure is not None else self._optimizer.step(**kwargs)
         return self._on_step(self._optimizer, closure, **kwargs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from levin import Trainer
+from levin import Fabric, Trainer
 from levin.precision import Precision
 from levin.strategies import SingleDeviceStrategy
 from tests.strategies.small import QUIET, Small
@@ -39,6 +39,60 @@ def test_an_optimizer_that_calls_the_closure_under_no_grad_learns(accumulate):
         trainer.fit(model)
         weights.append(model.net[1].weight)
         assert torch.is_grad_enabled()
+    assert torch.equal(*weights)
+
+
+class StepsByHand(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.net(batch[0]).pow(2).mean()
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
+def test_an_optimizer_that_calls_the_closure_of_a_manual_step_under_no_grad_learns():
+    weights = []
+    for kind in (torch.optim.SGD, StepsWithoutGradients):
+
+        class Model(StepsByHand):
+            def configure_optimizers(self, kind=kind):
+                return kind(self.parameters(), lr=0.1)
+
+        model = Model()
+        first = model.net[1].weight.detach().clone()
+        Trainer(**QUIET, devices=1, max_epochs=1, enable_checkpointing=False, limit_val_batches=0).fit(model)
+        weights.append(model.net[1].weight)
+        assert not torch.equal(weights[-1], first)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_an_optimizer_that_calls_the_closure_of_fabric_under_no_grad_learns(precision):
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
+    weights = []
+    for kind in (torch.optim.SGD, StepsWithoutGradients):
+        plain = torch.nn.Linear(4, 1)
+        torch.nn.init.ones_(plain.weight)
+        module, optimizer = fabric.setup(plain, kind(plain.parameters(), lr=0.1))
+
+        def closure(module=module, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = module(torch.ones(2, 4)).mean()
+            fabric.backward(loss)
+            return loss
+
+        optimizer.step(closure)
+        weights.append(plain.weight)
+        assert not torch.equal(weights[-1], torch.ones(1, 4))
     assert torch.equal(*weights)
 
 

@@ -264,6 +264,8 @@ class FabricOptimizer:
         Returns:
             What the original's ``step`` returns.
         """
+        if closure is not None:  # some optimizers call it under no_grad
+            closure = torch.enable_grad()(closure)
         if self._steps_alone:
             original = self._optimizer
             if closure is not None:
