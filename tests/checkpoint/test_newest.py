@@ -246,7 +246,7 @@ def test_hpc_is_the_highest_number(tmp_path, memory, is_remote):
     assert load(select(trainer, "hpc"))["global_step"] == 4
 
 
-@pytest.mark.parametrize("job", ["train.sh", "bash", "interactive"])
+@pytest.mark.parametrize("job", ["train.sh", "bash", "zsh", "fish", "interactive"])
 def test_the_file_of_a_requeued_job_counts_for_fit_alone_and_for_no_shell(tmp_path, monkeypatch, job):
     first = fit(tmp_path, 1, None, logger=False, callbacks=[ModelCheckpoint(tmp_path / "a")])
     first.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")

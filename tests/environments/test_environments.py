@@ -154,7 +154,7 @@ def test_slurm(monkeypatch):
     assert (environment.main_address, environment.main_port) == ("other", 99)
 
 
-@pytest.mark.parametrize("name", ["bash", "interactive"])
+@pytest.mark.parametrize("name", ["bash", "zsh", "sh", "interactive"])
 def test_an_interactive_slurm_job_is_no_launch(monkeypatch, name):
     set_variables(monkeypatch, **{**ALLOCATION, "SLURM_JOB_NAME": name})
     assert SLURMEnvironment.detect() is False

@@ -340,6 +340,20 @@ def test_a_tuner_leaves_the_trainer_as_it_was(tmp_path):
     assert trainer.global_step == 3 * 16
 
 
+def test_a_search_in_a_requeued_job_begins_and_ends_with_the_weights_that_the_module_has(tmp_path, monkeypatch):
+    first = levin.Trainer(**QUIET, max_epochs=1, default_root_dir=tmp_path)
+    first.fit(Net())
+    first.save_checkpoint(tmp_path / "hpc_ckpt_1.ckpt")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train.sh")
+    model, trainer = Net(), levin.Trainer(**QUIET, max_epochs=3, default_root_dir=tmp_path)
+    tuner = Tuner(trainer)
+    assert tuner.lr_find(model, num_training=20, update_attr=False) and tuner.scale_batch_size(model, max_trials=2)
+    for ours, theirs in zip(model.state_dict().values(), Net().state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize("finder", [LearningRateFinder, BatchSizeFinder])
 def test_an_unknown_mode_is_refused_where_the_finder_is_made(finder):
     with pytest.raises(MisconfigurationException, match="mode must be .* received 'nonsense'"):

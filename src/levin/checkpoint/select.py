@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional, Protocol
 
 from levin.utilities.filesystem import exists, is_local, list_folder, local_path, modified_s
+from levin.utilities.interactive import is_slurm_shell
 from levin.utilities.packages import require_package
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.states import TrainerFn, TrainerState
@@ -82,7 +83,10 @@ def _implicit(run: Call, model_given: bool) -> Optional[str]:
     if model_given:
         if run.state.fn != TrainerFn.FITTING:
             return None  # the weights that the model has are those that are meant
-        if any(getattr(callback, "resumes_by_itself", False) for callback in run.callbacks):
+        wishes = {getattr(callback, "resumes_by_itself", None) for callback in run.callbacks}
+        if False in wishes:
+            return None
+        if True in wishes:
             return "last"
         return "hpc" if _is_job() and hpc_checkpoints(run.settings.default_root_dir) else None
     rank_zero_warn(
@@ -149,7 +153,7 @@ def _leads_to_something(path: str) -> bool:
 
 def _is_job() -> bool:
     """Whether this is a job of SLURM, and no shell for a person."""
-    return bool(os.environ.get("SLURM_JOB_ID")) and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return bool(os.environ.get("SLURM_JOB_ID")) and not is_slurm_shell()
 
 
 def hpc_checkpoints(folder: str) -> list[tuple[int, str]]:

@@ -14,6 +14,7 @@ from levin.environments.environment import read_int
 from levin.environments.external import ExternalEnvironment, Variables
 from levin.environments.mpi import num_started_by_mpirun
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.interactive import is_slurm_shell
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.warnings import PossibleUserWarning
 
@@ -83,7 +84,7 @@ class SLURMEnvironment(ExternalEnvironment):
         num_tasks = read_int("SLURM_STEP_NUM_TASKS", 1)
         if num_started_by_mpirun() > num_tasks:
             return False  # A task is an mpirun, or a part of it, which has started several processes.
-        if not is_interactive_job():
+        if not is_slurm_shell():
             return True
         if num_tasks > 1 and "SLURM_PTY_PORT" not in os.environ:
             rank_zero_warn(
@@ -103,7 +104,7 @@ class SLURMEnvironment(ExternalEnvironment):
     def job_id() -> int | None:
         """Return ``SLURM_JOB_ID``; None outside of SLURM and in interactive jobs."""
         text = os.environ.get("SLURM_JOB_ID")
-        if text is None or not text.isdigit() or is_interactive_job():
+        if text is None or not text.isdigit() or is_slurm_shell():
             return None
         return int(text)
 
@@ -116,7 +117,7 @@ class SLURMEnvironment(ExternalEnvironment):
             ValueError: ``devices`` or ``num_nodes`` differs from the allocation, or the components of a heterogeneous job
                 differ from each other.
         """
-        if is_interactive_job():
+        if is_slurm_shell():
             return
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
         per_component = [read_int(name) for name in sorted(os.environ) if name.startswith(_TASKS_OF_COMPONENT)]
@@ -153,11 +154,6 @@ class SLURMEnvironment(ExternalEnvironment):
                 f"batch script itself. Write `srun python {os.path.basename(sys.argv[0])} ...` into it, or pass "
                 "plugins=LightningEnvironment() to let levin start the processes of this machine."
             )
-
-
-def is_interactive_job() -> bool:
-    """Return whether the job is a shell for a person (``salloc``, ``srun --pty bash``), not a launched script."""
-    return os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
 
 
 def is_batch_script() -> bool:

@@ -161,7 +161,9 @@ class Tuner:
 
 
 class _Nothing(Callback):
-    """Lets a fit end as soon as the search before it is over."""
+    """Lets a fit end as soon as the search before it is over, and begin with the weights that the module has."""
+
+    resumes_by_itself = False
 
     def on_fit_start(self, trainer: Any, pl_module: object) -> None:
         trainer.limit_train_batches = trainer.num_sanity_val_steps = 0
