@@ -129,3 +129,15 @@ def test_the_device_of_the_run_is_known_in_setup(monkeypatch):
     with pytest.raises(InterruptedError, match="meant"):
         trainer.test(Looks(), DataLoader(torch.zeros(1)))
     assert seen == [("meta", "cpu")]
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_an_own_clip_gradients_is_called_for_every_step(value):
+    class Clipping(Small):
+        def clip_gradients(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            asked.append(gradient_clip_val)
+
+    asked = []
+    settings = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "enable_checkpointing": False}
+    Trainer(**QUIET, devices=1, gradient_clip_val=value, **settings).fit(Clipping())
+    assert asked == [value] * 3

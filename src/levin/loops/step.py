@@ -112,7 +112,9 @@ class AutomaticStep:
         self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", backward)
         self.own_zero_grad = _own(module, "optimizer_zero_grad", run.is_profiled)
         self.own_optimizer_step = _own(module, "optimizer_step", run.is_profiled)
-        self.own_clipping = _own(module, "configure_gradient_clipping", run.is_profiled)
+        # The hook calls the other one.
+        clips_itself = run.is_profiled or has_own("clip_gradients", module, LightningModule)
+        self.own_clipping = _own(module, "configure_gradient_clipping", clips_itself)
         self.zero_grad_hooks = run.hooks["on_before_zero_grad"]
         self.step_hooks = run.hooks["on_before_optimizer_step"]
         self.is_distributed = strategy.is_distributed
