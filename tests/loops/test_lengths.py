@@ -259,3 +259,14 @@ def test_an_evaluation_ends_with_its_data(stage):
             getattr(trainer, stage)(module, loader)
     assert [event for event in module.events if isinstance(event, int)] == [0, 1, 2] * (2 if stage == "fit" else 1)
     assert sum(TOO_LONG in str(warning.message) for warning in caught) == 1
+
+
+def test_loaders_of_one_batch_that_say_too_much_are_named():
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Recording()
+    module.training_step = lambda batch, batch_idx: module.layer(batch["a"]).mean()
+    with pytest.warns(UserWarning, match=f"CombinedLoader of Lying, Honest {TOO_LONG}"):
+        trainer.fit(module, {"a": Lying([5], [3]), "b": Honest(2)}, Honest(1))

@@ -183,6 +183,11 @@ class Joint(Iterable[Batch]):
         self.mode: Mode = mode
         self.rebuild: Rebuild = rebuild
 
+    @property
+    def shown_as(self) -> str:
+        """What messages call it: nobody made it by its own name."""
+        return f"CombinedLoader of {', '.join(type(loader).__name__ for loader in self.loaders)}"
+
     def __iter__(self) -> Iterator[Batch]:
         return joint([_opener(loader) for loader in self.loaders], self.mode, self.rebuild)
 

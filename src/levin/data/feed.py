@@ -175,8 +175,10 @@ class Feed:
 
     def _distrust(self, dataloader_idx: int, num_given: int) -> None:
         """Say once that a source ended before its length said so; from now on its end is seen ahead."""
+        source: Any = self.sources[dataloader_idx]
+        name = getattr(source, "shown_as", type(source).__name__)
         rank_zero_warn(
-            f"{type(self.sources[dataloader_idx]).__name__} has a length of {self.lengths[dataloader_idx]} and ended after "
+            f"{name} has a length of {self.lengths[dataloader_idx]} and ended after "
             f"{num_given} batches: the end of the data is the end of the epoch. Let its `__len__` say how many it gives."
         )
         self.lengths[dataloader_idx] = float("inf")
