@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from array import array
+from collections import OrderedDict, UserList, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from levin.utilities.collections import apply_to_collection, leaves
@@ -31,6 +33,43 @@ class Batch(dict):
 class Pair(NamedTuple):
     first: Any
     second: Any
+
+
+class Views(dict):
+    """A mapping whose ``__init__`` takes one of its values, and so takes a mapping too, for something else."""
+
+    def __init__(self, image: Any, label: Any = None) -> None:
+        super().__init__(image=image, label=label)
+
+
+class Boxes(list):
+    """A list whose ``__init__`` takes its items one by one."""
+
+    def __init__(self, *boxes: Any) -> None:
+        super().__init__(boxes)
+        self.scale = 2
+
+
+class Sized(list):
+    """A list whose ``__init__`` needs a second argument."""
+
+    def __init__(self, items: Any, scale: int) -> None:
+        super().__init__(items)
+        self.scale = scale
+
+
+class Both(tuple):
+    """A tuple that takes its items one by one."""
+
+    def __new__(cls, *items: Any) -> Both:
+        return super().__new__(cls, items)
+
+
+class Twins(namedtuple("Pair", "first second")):
+    """A named tuple that takes another number of arguments than it has fields."""
+
+    def __new__(cls, one: Any) -> Twins:
+        return super().__new__(cls, one, one)
 
 
 @dataclass(frozen=True)
@@ -62,6 +101,32 @@ def test_mappings_with_an_init_of_their_own_are_moved():
         assert moved is not batch
         assert (moved["x"].device.type, batch["x"].device.type, moved["name"]) == ("meta", "cpu", "here")
         assert vars(moved) == vars(batch)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda one: Views(one), lambda one: Boxes(one), lambda one: Boxes(one, one), lambda one: Sized([one], scale=3),
+        lambda one: Both(one), lambda one: Both(one, one), Twins, lambda one: UserList([one]),
+    ],
+)  # fmt: skip
+def test_collections_with_a_constructor_of_their_own_keep_their_form(make):
+    data = make(1)
+    found = apply_to_collection(data, int, lambda value: -value)
+    assert found == make(-1) and data == make(1) and type(found) is type(data)
+    if isinstance(data, (Boxes, Sized)):
+        assert found.scale == data.scale
+
+
+def test_a_bounded_deque_stays_bounded():
+    found = apply_to_collection(deque([1, 2], maxlen=2), int, lambda value: -value)
+    assert (found, found.maxlen) == (deque([-1, -2]), 2)
+
+
+def test_sequences_of_plain_numbers_are_leaves():
+    for data in (range(3), bytearray(b"ab"), memoryview(b"ab"), array("i", [1, 2])):
+        assert apply_to_collection([data], torch.Tensor, lambda value: value)[0] is data
+        assert [*leaves([data])] == [data]
 
 
 def test_an_error_inside_a_mapping_is_told_as_it_is():

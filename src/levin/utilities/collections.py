@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import OrderedDict, defaultdict
+from array import array
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Iterator, Union
 
 from levin.utilities.types import Function, Tree
 
 Types = Union[type, tuple[type, ...]]
+
+# Sequences that cannot hold anything to change.
+_FLAT = (str, bytes, bytearray, memoryview, range, array)
 
 
 def as_list(value: object) -> list[Any]:
@@ -49,12 +53,10 @@ def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: obj
         items = [(key, apply_to_collection(value, dtype, function, *args, **kwargs)) for key, value in data.items()]
         if isinstance(data, defaultdict):
             return defaultdict(data.default_factory, OrderedDict(items))
-        return dict(items) if kind is dict else _like(data, items)
-    if is_namedtuple(data):
-        return kind(*(apply_to_collection(value, dtype, function, *args, **kwargs) for value in data))
-    if isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+        return dict(items) if kind is dict else _mapping_like(data, items)
+    if isinstance(data, Sequence) and not isinstance(data, _FLAT):
         values = [apply_to_collection(value, dtype, function, *args, **kwargs) for value in data]
-        return values if kind is list else kind(values)
+        return values if kind is list else _sequence_like(data, values)
     if dataclasses.is_dataclass(data) and not isinstance(data, type):
         result = copy.copy(data)
         for field in dataclasses.fields(data):
@@ -64,15 +66,43 @@ def apply_to_collection(data: Tree, dtype: Types, function: Function, *args: obj
     return data
 
 
-def _like(data: Tree, items: list[tuple[object, object]]) -> Tree:
+def _mapping_like(data: Tree, items: list[tuple[object, object]]) -> Tree:
     """Return a mapping of the kind of ``data`` that holds ``items``."""
+    values = OrderedDict(items)
+    kind: Any = type(data)
     try:
-        return type(data)(OrderedDict(items))
+        result = kind(values)
     except TypeError:
-        # Its `__init__` takes something else.
+        pass
+    else:
+        if result.keys() == values.keys() and not any(each is values for each in result.values()):
+            return result
+    # Its `__init__` takes something else.
+    result = copy.copy(data)
+    result.update(items)
+    return result
+
+
+def _sequence_like(data: Tree, values: list[Any]) -> Tree:
+    """Return a sequence of the kind of ``data`` that holds ``values``."""
+    kind: Any = type(data)
+    if isinstance(data, deque):
+        return kind(values, data.maxlen)
+    try:
+        result = kind(*values) if is_namedtuple(data) else kind(values)
+    except TypeError:
+        pass
+    else:
+        if len(result) == len(values) and not any(each is values for each in result):
+            return result
+    # Its `__init__` or `__new__` takes something else.
+    if not isinstance(data, tuple):
         result = copy.copy(data)
-        result.update(items)
+        result[:] = values
         return result
+    result = tuple.__new__(kind, values)
+    getattr(result, "__dict__", {}).update(getattr(data, "__dict__", {}))
+    return result
 
 
 def leaves(data: object) -> Iterator[object]:
@@ -80,7 +110,7 @@ def leaves(data: object) -> Iterator[object]:
     if isinstance(data, Mapping):
         for value in data.values():
             yield from leaves(value)
-    elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
+    elif isinstance(data, Sequence) and not isinstance(data, _FLAT):
         for value in data:
             yield from leaves(value)
     elif dataclasses.is_dataclass(data) and not isinstance(data, type):
