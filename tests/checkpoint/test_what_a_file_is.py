@@ -134,6 +134,96 @@ CHANGES = {
 }
 
 
+def resumed(tmp_path, before, after, **arguments):
+    """Train an epoch with the optimizers of ``before``, go on with those of ``after``, and return module and Trainer."""
+
+    def made(configure):
+        return type("Changed", (TrainOnly,), {"configure_optimizers": configure})()
+
+    path = tmp_path / "first.ckpt"
+    first = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=1)
+    first.fit(made(before), loader())
+    first.save_checkpoint(path)
+    module, second = made(after), trainer(tmp_path, [], enable_checkpointing=False, max_epochs=2, **arguments)
+    second.fit(module, loader(), ckpt_path=str(path))
+    return module, second
+
+
+def test_a_state_without_an_optimizer_is_told(tmp_path):
+    with (
+        pytest.warns(UserWarning, match="returned None"),
+        pytest.raises(ValueError, match="optimizer 0 in the checkpoint is empty, since the run that saved it had no"),
+    ):
+        resumed(tmp_path, none, adam)
+
+
+def test_parameters_in_another_order_keep_their_moments(tmp_path):
+    def turned(module):
+        return torch.optim.Adam([module.layer.bias, module.layer.weight], lr=0.1)
+
+    same, _ = resumed(tmp_path, adam, adam)
+    module, _ = resumed(tmp_path, adam, turned)
+    assert torch.equal(module.layer.weight, same.layer.weight) and torch.equal(module.layer.bias, same.layer.bias)
+
+
+def test_groups_in_another_order_are_refused(tmp_path):
+    def turned(module):
+        return torch.optim.SGD([{"params": [parameter]} for parameter in [*module.parameters()][::-1]], lr=0.1)
+
+    with pytest.raises(ValueError, match=r"in another order: \[\['layer.weight'\], \['layer.bias'\]\]"):
+        resumed(tmp_path, other_groups, turned)
+
+
+def scheduled(make):
+    def configure(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return [optimizer], [make(optimizer)]
+
+    return configure
+
+
+schedules = torch.optim.lr_scheduler
+STEP = scheduled(lambda optimizer: schedules.StepLR(optimizer, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "needed"),
+    [
+        (lambda optimizer: schedules.LambdaLR(optimizer, lambda epoch: 0.5**epoch), "lr_lambdas"),
+        (
+            lambda optimizer: schedules.SequentialLR(
+                optimizer, [schedules.ConstantLR(optimizer), schedules.ExponentialLR(optimizer, 0.5)], [1]
+            ),
+            "_schedulers",
+        ),
+        (lambda optimizer: schedules.CyclicLR(optimizer, 0.01, 0.1), "_scale_fn_custom"),
+    ],
+    ids=["lambda", "sequential", "cyclic"],
+)
+def test_a_scheduler_of_another_kind_is_refused_where_it_cannot_load_the_state(tmp_path, make, needed):
+    with pytest.raises(
+        ValueError,
+        match=rf"scheduler 0 in the checkpoint is of another kind than \w+: it has \[.*'step_size'\].*'{needed}'",
+    ):
+        resumed(tmp_path, STEP, scheduled(make))
+
+
+def test_a_scheduler_of_another_kind_that_goes_on_warns(tmp_path):
+    with pytest.warns(UserWarning, match=r"of another kind than CosineAnnealingLR: it has \['gamma', 'step_size'\]"):
+        _, run = resumed(tmp_path, STEP, scheduled(lambda optimizer: schedules.CosineAnnealingLR(optimizer, 5)))
+    assert run.global_step == 8
+
+
+@pytest.mark.parametrize(
+    "before", [STEP, lambda module: torch.optim.SGD(module.parameters(), lr=0.1)], ids=["step", "none"]
+)
+def test_a_one_cycle_schedule_may_begin_at_a_resume(tmp_path, before):
+    cycle = scheduled(lambda optimizer: schedules.OneCycleLR(optimizer, 0.5, total_steps=20, cycle_momentum=False))
+    with pytest.warns(UserWarning, match="OneCycleLR"):
+        _, run = resumed(tmp_path, before, cycle)
+    assert run.optimizers[0].param_groups[0]["max_lr"] == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:.*returned None")
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_changed_optimizers_are_told(tmp_path, change):

@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch.optim import Optimizer
 
+from levin.resume.optimizer_groups import schedule_new_groups
 from levin.utilities.rank_zero import rank_zero_warn
+
+# What schedulers of all kinds have in some versions of torch.
+_OF_SOME_VERSIONS = {
+    "verbose",
+    "base_lrs",
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "_is_initial",
+    "_get_lr_called_within_step",
+}
 
 _WAY_OUT = "Go on with the optimizers of then, or load the weights with `load_from_checkpoint` and start a new fit."
 
@@ -30,18 +43,28 @@ def check_optimizers(optimizers: Sequence[Optimizer], states: Sequence[Mapping[s
             f"{len(optimizers)}: {[type(optimizer).__name__ for optimizer in optimizers]}. {_WAY_OUT}"
         )
     for number, (optimizer, state) in enumerate(zip(optimizers, states)):
+        if state == {} and optimizer.param_groups:
+            raise ValueError(
+                f"The state of optimizer {number} in the checkpoint is empty, since the run that saved it had no optimizer. "
+                f"{_WAY_OUT}"
+            )
         # A state that is read in parts says by itself what does not fit.
         problem = _difference(optimizer, state.get("param_groups") if isinstance(state, Mapping) else None)
         if problem:
             raise ValueError(f"The state of optimizer {number} in the checkpoint {problem}. {_WAY_OUT}")
 
 
-def check_schedulers(schedulers: Sequence[object], states: Sequence[object]) -> None:
-    """Warn if a checkpoint holds the states of more or fewer schedulers than there are.
+def load_schedulers(schedulers: Sequence[Any], states: Sequence[Any]) -> None:
+    """Load the states of schedulers, in their order.
+
+    Warns if there are more or fewer of them than schedulers, or if one is of another kind.
 
     Args:
         schedulers: Those of the run.
-        states: The ``lr_schedulers`` of a checkpoint; they are loaded in their order.
+        states: The ``lr_schedulers`` of a checkpoint.
+
+    Raises:
+        ValueError: A scheduler cannot load the state of one of another kind.
     """
     if len(schedulers) != len(states):
         names = [type(scheduler).__name__ for scheduler in schedulers]
@@ -51,6 +74,31 @@ def check_schedulers(schedulers: Sequence[object], states: Sequence[object]) -> 
             f"The checkpoint holds the states of {len(states)} learning-rate schedulers, and `configure_optimizers` gives "
             f"{len(schedulers)}: {names}. The first {common} go on in their order, and {what}."
         )
+    for number, (scheduler, state) in enumerate(zip(schedulers, states)):
+        schedule_new_groups(scheduler)
+        lost, added = _other_settings(scheduler, state)
+        name = type(scheduler).__name__
+        told = (
+            f"The state of learning-rate scheduler {number} in the checkpoint is of another kind than {name}: it has "
+        )
+        told += f"{lost}, and {name} has {added}."
+        try:
+            scheduler.load_state_dict(state)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            if lost or added:
+                raise ValueError(f"{told} {_WAY_OUT.replace('optimizers', 'schedulers')}") from error
+            raise
+        if lost and added:
+            rank_zero_warn(f"{told} {name} takes from it what has the same name, such as the steps that are done.")
+
+
+def _other_settings(scheduler: Any, state: object) -> tuple[list[str], list[str]]:
+    """Return what the state of a scheduler has that ``scheduler`` has not, and the reverse."""
+    read = getattr(scheduler, "state_dict", None)
+    if not isinstance(state, Mapping) or read is None:
+        return [], []
+    now, then = ({str(key) for key in each} - _OF_SOME_VERSIONS for each in (read(), state))
+    return sorted(then - now), sorted(now - then)
 
 
 def _difference(optimizer: Optimizer, saved: object) -> str:

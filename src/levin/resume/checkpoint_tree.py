@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
 from levin.hparams import is_omegaconf
-from levin.resume.changed_optimizers import check_optimizers, check_schedulers
-from levin.resume.optimizer_groups import restore_groups, schedule_new_groups
+from levin.resume.changed_optimizers import check_optimizers, load_schedulers
+from levin.resume.optimizer_groups import groups_by_name, in_order, keep_schedule, restore_groups
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
@@ -170,18 +170,19 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
     if run.strategy.lightning_restore_optimizer:
-        grown = (own_state(checkpoint) or {}).get("optimizer_groups")
-        if grown:
-            restore_groups(run.strategy.optimizers, run.module, *grown)
+        names = (own_state(checkpoint) or {}).get("optimizer_groups")
+        if names:
+            restore_groups(run.strategy.optimizers, run.module, *names)
         optimizers, states = run.strategy.optimizers, checkpoint["optimizer_states"]
         if len(optimizers) == len(states):
-            checkpoint["optimizer_states"] = states = list(map(run.strategy.own_optimizer_state, optimizers, states))
+            states = list(map(run.strategy.own_optimizer_state, optimizers, states))
         check_optimizers(optimizers, states)
+        states = list(map(keep_schedule, states, optimizers))
+        if names:
+            states = list(map(in_order, states, names[1], groups_by_name(optimizers, run.module)))
+        checkpoint["optimizer_states"] = states
         run.strategy.load_optimizer_state_dict(checkpoint)
-    check_schedulers([config.scheduler for config in run.strategy.lr_scheduler_configs], checkpoint["lr_schedulers"])
-    for config, state in zip(run.strategy.lr_scheduler_configs, checkpoint["lr_schedulers"]):
-        schedule_new_groups(config.scheduler)
-        config.scheduler.load_state_dict(state)
+    load_schedulers([config.scheduler for config in run.strategy.lr_scheduler_configs], checkpoint["lr_schedulers"])
 
 
 def own_state(checkpoint: Mapping[str, object]) -> Optional[StateDict]:

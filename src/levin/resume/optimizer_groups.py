@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,53 @@ def restore_groups(
             if "param_names" in optimizer.param_groups[0]:
                 added = list(zip(names, added))
             optimizer.add_param_group({"params": added})
+
+
+def in_order(state: Any, then: list[list[str]], now: list[list[str]]) -> Any:
+    """Return the state of an optimizer with its parameters in the order of today.
+
+    Optimizers number their parameters, and a module that makes its layers in another order gives them other numbers.
+
+    Args:
+        state: As the optimizer's ``state_dict`` gave it; one of another form stays as it is.
+        then: The names of the parameters of each group, in the order of the state.
+        now: Those of today; what has other names stays where it is.
+
+    Raises:
+        ValueError: The groups come in another order. Schedulers keep their rates by the place of a group.
+    """
+    if then == now or not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
+        return state
+    sets_then, sets_now = (list(map(frozenset, each)) for each in (then, now))
+    if sets_then != sets_now:
+        if set(sets_then) == set(sets_now):
+            raise ValueError(
+                "The checkpoint holds the groups of the optimizer's parameters in another order: "
+                f"{[names[:3] for names in then]} (of each the first three), and today {[names[:3] for names in now]}. "
+                "Give them in the order of then."
+            )
+        return state
+    groups = []
+    for group, before, after in zip(state["param_groups"], then, now):
+        numbers = dict(zip(before, group["params"]))
+        groups.append({**group, "params": [numbers[name] for name in after]})
+    return {**state, "param_groups": groups}
+
+
+def keep_schedule(state: Any, optimizer: Optimizer) -> Any:
+    """Return the state of an optimizer with what a scheduler put into today's groups, where the saved ones have none of it.
+
+    Args:
+        state: As the optimizer's ``state_dict`` gave it; one of another form stays as it is.
+        optimizer: That of today, with as many groups.
+    """
+    if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
+        return state
+    groups = [
+        {**{key: now[key] for key in _IN_GROUP if key in now}, **then}
+        for now, then in zip(optimizer.param_groups, state["param_groups"])
+    ]
+    return {**state, "param_groups": groups}
 
 
 def _thawed(parameters: dict[str, nn.Parameter], held: Sequence[object], names: Sequence[str]) -> list[nn.Parameter]:

@@ -109,8 +109,7 @@ class ResumeState:
             },
         }
         groups = groups_by_name(run.optimizers, run.module)
-        if groups != run.configured_groups:
-            state["optimizer_groups"] = (run.configured_groups, groups)
+        state["optimizer_groups"] = (run.configured_groups if groups != run.configured_groups else groups, groups)
         unfinished = self._find_unfinished(run)
         if unfinished is not None:
             state["unfinished"] = {**vars(unfinished), "phase": int(unfinished.phase)}
