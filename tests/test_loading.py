@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from levin import LightningModule
 from tests.callbacks.small import TrainOnly, loader, trainer
 
 DEFAULTS = {"width": 1, "depth": 2}
@@ -79,3 +80,36 @@ def test_an_argument_of_another_name_is_asked_for_and_what_is_there_is_said(tmp_
         Renamed.load_from_checkpoint(path)
     loaded = Renamed.load_from_checkpoint(path, settings={"depth": 6})
     assert torch.equal(loaded.layer.weight, torch.load(path, weights_only=True)["state_dict"]["layer.weight"])
+
+
+def test_the_base_of_all_modules_is_no_class_to_load(tmp_path):
+    path = saved(tmp_path, Base({"depth": 5}))
+    with pytest.raises(TypeError, match=r"on the class that was trained, received LightningModule.*MyModule\.load"):
+        LightningModule.load_from_checkpoint(path)
+
+
+@pytest.mark.parametrize("where", ["gpu", {"cpu": "nowhere"}, lambda storage: storage])
+def test_a_place_that_is_none_is_not_called_damage_alone(tmp_path, where):
+    path = saved(tmp_path, Base({"depth": 5}))
+    with pytest.raises(RuntimeError, match="or cannot be loaded with map_location="):
+        Base.load_from_checkpoint(path, map_location=where, cfg={})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the first GPU is there")
+def test_a_number_is_a_gpu(tmp_path):
+    path = saved(tmp_path, Base({"depth": 5}))
+    with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
+        Base.load_from_checkpoint(path, map_location=0, cfg={})
+
+
+def test_a_misspelt_name_to_ignore_is_told():
+    class Ignoring(LightningModule):
+        def __init__(self, network, width=1):
+            super().__init__()
+            self.save_hyperparameters(ignore=["netwrok", "elsewhere"])
+
+    with pytest.warns(
+        UserWarning, match=r"ignore=\['netwrok'\]\) names no argument of __init__. Did you mean network"
+    ) as told:
+        assert dict(Ignoring(3).hparams) == {"network": 3, "width": 1}
+    assert len(told) == 1

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from levin.utilities.attribute_dict import AttributeDict
+from levin.utilities.exceptions import did_you_mean
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -269,6 +270,7 @@ class HyperparametersMixin:
             init_args = dataclass_arguments(self)
         else:
             init_args = collect_init_args(self, frame if frame is not None else sys._getframe(1))
+        _warn_of_misspelt(ignored - {*init_args, *self.hparams}, init_args)
         init_args = {name: value for name, value in init_args.items() if name not in ignored}
 
         name: str | None
@@ -337,6 +339,13 @@ def _is_same(value: object, container: object) -> bool:
         return type(value) is type(container) and bool(value == container)
     except _INCOMPARABLE:
         return False
+
+
+def _warn_of_misspelt(unknown: set[str], arguments: Mapping[str, object]) -> None:
+    """Warn of names to ignore that are no arguments, but nearly so."""
+    for name in sorted(unknown):
+        if meant := did_you_mean(name, arguments):
+            rank_zero_warn(f"save_hyperparameters(ignore=[{name!r}]) names no argument of __init__.{meant}")
 
 
 def _warn_about_modules(hparams: Mapping[str, object]) -> None:

@@ -245,6 +245,11 @@ def _build(cls: type[T], hparams: Any, name: str | None, kwargs: Kwargs) -> T:
         del values["_instantiator"]
         return cast(T, _instantiator(instantiator)(cls, values))
 
+    if issubclass(cls, nn.Module) and "load_from_checkpoint" in vars(cls):
+        raise TypeError(
+            f"load_from_checkpoint must be called on the class that was trained, received {cls.__name__}, their base. "
+            "Write MyModule.load_from_checkpoint(path)."
+        )
     parameters = _init_parameters(cls)
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     is_container = name in parameters and name != "kwargs"

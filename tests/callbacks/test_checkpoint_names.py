@@ -38,6 +38,13 @@ def test_fields_become_key_and_value(template, expected):
     assert fill_template(template, METRICS) == expected
 
 
+def test_a_misspelt_field_is_told_with_the_nearest_metric():
+    with pytest.warns(
+        UserWarning, match=r"shows 'val-loss' as 0, since it is not logged \(yet\). Did you mean val_loss"
+    ):
+        assert fill_template("{val-loss}", {"val_loss": 0.5}) == "val-loss=0"
+
+
 def test_fields_become_values_alone():
     assert fill_template("{epoch:02d}_{a/b}", METRICS, auto_insert_metric_name=False) == "03_1.5"
 

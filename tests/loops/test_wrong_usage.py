@@ -12,6 +12,9 @@ import levin
 from levin import LightningModule, Trainer
 from levin.callbacks import EarlyStopping, ModelCheckpoint
 from levin.demos.boring_classes import BoringModel
+from levin.loggers import CSVLogger
+from levin.profilers import SimpleProfiler
+from levin.utilities.exceptions import MisconfigurationException
 
 
 def sgd(module: Any) -> torch.optim.SGD:
@@ -28,6 +31,8 @@ def scheduled(module: Any, **keys: Any) -> dict[str, Any]:
 
 WRONG: dict[str, tuple[str, Any, str]] = {
     "loss_is_a_number": ("training_step", lambda self, batch: 1.5, r"must return a tensor .* received float"),
+    "loss_of_a_row": ("training_step", lambda self, batch: self.layer(batch), r"one element, received a tensor of shape \(2, 1\)\."),
+    "loader_class": ("train_dataloader", lambda self: DataLoader, r"received the class DataLoader\. Pass an instance: DataLoader\("),
     "no_loss": ("training_step", lambda self, batch: {"a": 1}, r"under 'loss', received keys \['a'\]\. Return None"),
     "loss_is_none": ("training_step", lambda self, batch: {"loss": None}, r"tensor under 'loss', received None\. Return None"),
     "optimizer_idx": ("training_step", lambda self, batch, batch_idx, optimizer_idx: None, r"optimizer_idx.*manual optimization"),
@@ -106,6 +111,24 @@ def test_the_class_of_a_module_and_swapped_arguments_are_told_apart(tmp_path):
     for name in ("fit", "validate", "test", "predict"):
         with pytest.raises(TypeError, match=rf"received DataLoader. Swap them: trainer.{name}\(model, loaders\)"):
             getattr(trainer, name)(loader, Graphless())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Trainer(logger=CSVLogger), r"logger must be an object, not its class.*Write CSVLogger\(\.\.\.\)"),
+        (lambda: Trainer(logger=[CSVLogger]), r"logger must be an object, not its class"),
+        (lambda: Trainer(profiler=SimpleProfiler), r"profiler must be an object, not its class.*Write SimpleProfiler\("),
+        (lambda: EarlyStopping("val", patience="3"), "patience must be a number, received '3'"),
+        (lambda: ModelCheckpoint(save_top_k="1"), "save_top_k must be a number, received '1'"),
+        (lambda: ModelCheckpoint(every_n_epochs="1"), "every_n_epochs must be a number, received '1'"),
+        (lambda: ModelCheckpoint(every_n_train_steps="1"), "every_n_train_steps must be a number, received '1'"),
+        (lambda: ModelCheckpoint(monitor=["a", "b"]), r"name of one metric, or None, received \['a', 'b'\]"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_told(make, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        make()
 
 
 def test_an_argument_that_is_not_there_gets_the_nearest_one():

@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 from levin.callbacks.checkpoint_files import check_template
-from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
+from levin.utilities.exceptions import MisconfigurationException, require_choice, require_number, value_error
 from levin.utilities.filesystem import is_local, local_path
 
 
@@ -17,6 +17,11 @@ def check_choice(filename: str | None, monitor: str | None, save_last: object, s
         MisconfigurationException: What is wrong, and the way out.
         ValueError: ``filename`` is no template.
     """
+    require_number("save_top_k", save_top_k)
+    if monitor is not None and not isinstance(monitor, str):
+        raise value_error(
+            "monitor", monitor, "must be the name of one metric, or None", "Use one ModelCheckpoint for each."
+        )
     if save_top_k < -1:
         raise value_error("save_top_k", save_top_k, "must be >= -1", "Use -1 to keep all checkpoints.")
     require_choice("mode", mode, ("min", "max"))
@@ -50,10 +55,11 @@ def checked_triggers(
     """Return steps and epochs between checkpoints, 0 for what is no trigger; each epoch is one if nothing is given.
 
     Raises:
-        MisconfigurationException: A negative number, or more than one trigger.
+        MisconfigurationException: A negative number, none at all, or more than one trigger.
         TypeError: ``train_time_interval`` is no timedelta.
     """
     for name, value in (("every_n_train_steps", every_n_train_steps), ("every_n_epochs", every_n_epochs)):
+        require_number(name, value)
         if value is not None and value < 0:
             raise value_error(name, value, "must be >= 0", "Use 0 to switch the trigger off.")
     if train_time_interval is not None and not isinstance(train_time_interval, timedelta):

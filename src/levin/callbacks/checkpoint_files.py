@@ -74,6 +74,8 @@ def fill_template(
     def replace(match: re.Match[str]) -> str:
         name, spec = match.group(1), match.group(2) or ""
         value = metrics.get(name, 0)
+        if name not in metrics and (meant := did_you_mean(name, map(str, metrics))):
+            rank_zero_warn(f"The file name shows {name!r} as 0, since it is not logged (yet).{meant}")
         if isinstance(value, torch.Tensor):
             value = value.item()
         try:

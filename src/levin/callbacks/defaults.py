@@ -14,7 +14,7 @@ from levin.callbacks.model_checkpoint import ModelCheckpoint
 from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.hooks import Callback
 from levin.utilities.collections import as_list
-from levin.utilities.exceptions import MisconfigurationException, did_you_mean, value_error
+from levin.utilities.exceptions import MisconfigurationException, did_you_mean, require_instance, value_error
 from levin.utilities.rank_zero import rank_zero_info
 
 ENTRY_POINTS = "lightning.pytorch.callbacks_factory"
@@ -176,6 +176,7 @@ def default_loggers(logger: object, root: str, is_dry: bool) -> list[Any]:
         return [_default_logger(root)]
     found = list(logger) if isinstance(logger, Iterable) and not isinstance(logger, str) else [logger]
     for each in found:
+        require_instance("logger", each)
         if not hasattr(each, "log_metrics"):
             names = {name for name in dir(loggers) if name.endswith("Logger")}
             services = {name.removesuffix("Logger") for name in names}

@@ -14,7 +14,7 @@ from levin.callbacks.checkpoint_trigger import validates_once_per_epoch
 from levin.hooks import Callback
 from levin.module import LightningModule
 from levin.protocols import Trainer
-from levin.utilities.exceptions import did_you_mean, require_choice
+from levin.utilities.exceptions import did_you_mean, require_choice, require_number
 from levin.utilities.rank_zero import log, rank_prefixed_message, rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -52,7 +52,7 @@ class EarlyStopping(Callback):
         log_rank_zero_only: Whether only rank 0 logs; by default each rank does, with its number in front.
 
     Raises:
-        MisconfigurationException: ``mode`` is neither.
+        MisconfigurationException: ``mode`` is neither, or ``patience`` is no number.
         RuntimeError: During training, the metric is not there and ``strict`` is True.
 
     Example:
@@ -79,6 +79,7 @@ class EarlyStopping(Callback):
     ) -> None:
         super().__init__()
         require_choice("mode", mode, ("min", "max"))
+        require_number("patience", patience)
         self.monitor: str = monitor
         # Signed, so that `monitor_op(current - min_delta, best_score)` says whether the metric improved.
         self.min_delta: float = min_delta if mode == "max" else -min_delta

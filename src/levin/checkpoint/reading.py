@@ -23,7 +23,8 @@ def load(path: Any, map_location: object = None, weights_only: bool | None = Non
 
     Args:
         path: Local path, URL that fsspec knows, http address (kept in torch's hub folder), or open binary file.
-        map_location: Where tensors go, as for ``torch.load``; by default to the device that they were saved from.
+        map_location: Where tensors go, as for ``torch.load``, or the number of a GPU; by default to the device that they
+            were saved from.
         weights_only: False allows the file to run code while it is loaded, which is for files of trusted origin.
             None is True: tensors, plain values and containers, and the classes in
             ``torch.serialization.safe_globals``.
@@ -37,6 +38,8 @@ def load(path: Any, map_location: object = None, weights_only: bool | None = Non
     Example:
         >>> checkpoint = load("best.ckpt", map_location="cpu")  # doctest: +SKIP
     """
+    if isinstance(map_location, int):
+        map_location = torch.device("cuda", map_location)
     if hasattr(path, "read"):
         return _load_file(path, f"the file {getattr(path, 'name', '')}".rstrip(), map_location, weights_only)
     name = os.fspath(path)
@@ -64,7 +67,7 @@ def _load_file(file: IO[bytes], name: str, map_location: Any, weights_only: bool
             return finish(torch.load(file, map_location, weights_only=True))
         except Exception as error:
             # What torch raises depends on where in the file it comes upon something odd; all of it has one meaning.
-            refusal = _refusal(error, name)
+            refusal = _refusal(error, name, map_location)
             if refusal is error:
                 raise
             raise refusal from error
@@ -78,7 +81,7 @@ def _is_legacy(file: IO[bytes]) -> bool:
     return first == pickle.PROTO
 
 
-def _refusal(error: Exception, name: str) -> Exception:
+def _refusal(error: Exception, name: str, map_location: Any) -> Exception:
     # torch puts a page of advice in place of what its unpickler said.
     said = str(error.__context__ if isinstance(error.__context__, pickle.UnpicklingError) else error).strip()
     reason = said.splitlines()[0] if said else type(error).__name__
@@ -95,7 +98,10 @@ def _refusal(error: Exception, name: str) -> Exception:
         )
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "deserialize object on" in said:
         return error  # the file may be fine, the machine lacks memory or the device
-    return DamagedCheckpointError(f"{name} is no checkpoint, or is damaged: {type(error).__name__}: {reason}")
+    where = ""
+    if map_location is not None and not str(getattr(map_location, "__module__", "")).startswith("levin."):
+        where = f", or cannot be loaded with map_location={map_location!r}"
+    return DamagedCheckpointError(f"{name} is no checkpoint, or is damaged{where}: {type(error).__name__}: {reason}")
 
 
 def _download(url: str) -> str:

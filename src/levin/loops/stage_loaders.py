@@ -100,6 +100,10 @@ class StageLoaders:
         if self.stage == "train" and not combined.flattened:
             rank_zero_warn(f"`{self.hook}` gives no loader, so nothing is trained. Make sure this was your intention.")
         for loader in combined.flattened:
+            if isinstance(loader, type):
+                raise TypeError(
+                    f"`{self.hook}` must give iterables, received the class {loader.__name__}. Pass an instance: {loader.__name__}(...)."
+                )
             if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
                 raise TypeError(
                     f"`{self.hook}` must give iterables, received {type(loader).__name__}. Pass a DataLoader or any iterable of batches."

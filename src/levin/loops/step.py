@@ -26,7 +26,7 @@ from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
 from levin.ranks.weighted import divide_by_weight
 from levin.strategies.strategy import Strategy
-from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.exceptions import MisconfigurationException, add_hint
 from levin.utilities.overrides import has_own
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.torch_optimizer import update_of, zero_grad_of
@@ -272,6 +272,7 @@ class AutomaticStep:
             self.backward(loss)
         except RuntimeError as error:
             if loss.requires_grad:
+                _hint_at_shape(loss, error)
                 raise
             raise _graphless(loss) from error
         return loss
@@ -427,6 +428,7 @@ class ManualStep:
             self._backward(loss, *args, **kwargs)
         except RuntimeError as error:
             if loss.requires_grad:
+                _hint_at_shape(loss, error)
                 raise
             raise _graphless(loss) from error
 
@@ -447,6 +449,12 @@ def _graphless(loss: Tensor) -> RuntimeError:
         f"(requires_grad=False, value {loss.detach().cpu().tolist()}). Compute it without torch.no_grad(), .detach() or "
         ".item(), and leave some parameters unfrozen."
     )
+
+
+def _hint_at_shape(loss: Tensor, error: RuntimeError) -> None:
+    """Say what is wrong with a loss of more than one number, if that is what torch refused."""
+    hint = f"The loss must have one element, received a tensor of shape {tuple(loss.shape)}. Reduce it, for example with .mean()."
+    add_hint(error, "only for scalar outputs", hint)
 
 
 def _detached(output: Mapping[str, object]) -> dict[str, object]:

@@ -6,17 +6,18 @@ from typing import Any
 
 from levin import profilers
 from levin.profilers.profiler import PassThroughProfiler, Profiler
-from levin.utilities.exceptions import did_you_mean, value_error
+from levin.utilities.exceptions import did_you_mean, require_instance, value_error
 
 
 def resolve_profiler(profiler: Any) -> Profiler:
     """Return the profiler for ``Trainer(profiler=...)``: None, a name or a Profiler.
 
     Raises:
-        MisconfigurationException: An unknown name.
+        MisconfigurationException: An unknown name, or a class.
     """
     if profiler is None:
         return PassThroughProfiler()
+    require_instance("profiler", profiler)
     if not isinstance(profiler, str):
         if not hasattr(profiler, "profile"):
             raise value_error("profiler", profiler, "must be a name, a Profiler or None")

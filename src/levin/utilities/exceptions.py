@@ -6,6 +6,7 @@ import difflib
 import pickle
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Number
 from typing import Optional
 
 
@@ -91,6 +92,40 @@ def require_choice(argument: str, received: object, choices: Sequence[object]) -
     if received not in choices:
         *others, last = map(repr, choices)
         raise value_error(argument, received, f"must be {', '.join(others)} or {last}")
+
+
+def require_instance(argument: str, received: object) -> None:
+    """Raise if a class is given where an object of it is meant.
+
+    Args:
+        argument: Name of the argument.
+        received: The value.
+
+    Raises:
+        MisconfigurationException: It is a class.
+
+    Example:
+        >>> require_instance("profiler", object())
+    """
+    if isinstance(received, type):
+        raise value_error(argument, received, "must be an object, not its class", f"Write {received.__name__}(...).")
+
+
+def require_number(argument: str, received: object) -> None:
+    """Raise unless a value is a number, or None.
+
+    Args:
+        argument: Name of the argument.
+        received: The value.
+
+    Raises:
+        MisconfigurationException: It is something else.
+
+    Example:
+        >>> require_number("patience", 3)
+    """
+    if received is not None and not isinstance(received, Number):
+        raise value_error(argument, received, "must be a number")
 
 
 def add_hint(exception: BaseException, sign: str, hint: str) -> None:
