@@ -228,6 +228,34 @@ def test_when_an_epoch_begins_to_iterate(tmp_path):
     assert seen == [["iter", "iter", "start", "epoch", "epoch", "iter"], ["start", "epoch", "iter", "epoch", "iter"]]
 
 
+def test_the_random_numbers_of_epochs_whose_loaders_are_made_anew(tmp_path):
+    states = []
+    for framework in pair():
+        seen = []
+
+        class Noting(framework.Callback):
+            def on_train_batch_start(self, *_, seen=seen):
+                seen.append(torch.Generator().set_state(torch.get_rng_state()))
+
+        module = make(framework)
+        module.train_dataloader = lambda: DataLoader(torch.ones(2, 4), batch_size=2)
+        torch.manual_seed(1)
+        both.quiet(
+            framework,
+            tmp_path,
+            max_epochs=3,
+            callbacks=[Noting()],
+            reload_dataloaders_every_n_epochs=1,
+            limit_val_batches=0,
+        ).fit(module)
+        states.append(seen)
+    for epoch, (theirs, ours) in enumerate(zip(*states, strict=True)):
+        # A DataLoader draws one number when it is begun: Lightning begins each one but the first twice.
+        for _ in range(epoch):
+            torch.empty((), dtype=torch.int64).random_(generator=ours)
+        assert torch.equal(theirs.get_state(), ours.get_state())
+
+
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_a_resume_in_the_middle_of_an_epoch(tmp_path):

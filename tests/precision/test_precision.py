@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
+from levin.demos.boring_classes import BoringModel
 from levin.precision import DeepSpeedPrecision, DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from levin.precision.choose import check_precision_name, choose_precision, resolve_precision_name
 from tests.strategies.small import QUIET, Small
@@ -70,6 +71,28 @@ def test_whether_a_precision_clips_in_its_own_way():
     optimizer = torch.optim.SGD([{"params": second.parameters()}, {"params": first.parameters()}], lr=1.0)
     expected = [*second.parameters(), *first.parameters()]
     assert all(map(operator.is_, Precision().main_params(optimizer), expected)) and len(expected) == 4
+
+
+@pytest.mark.parametrize("algorithm", [None, "norm", "value"])
+def test_a_precision_that_clips_in_its_own_way_does_so_without_a_bound_of_the_trainer(algorithm):
+    calls = []
+
+    class Own(Precision):
+        def clip_gradients(self, optimizer, clip_val=0.0, gradient_clip_algorithm="norm"):
+            calls.append((clip_val, str(gradient_clip_algorithm.value)))
+
+    class Module(BoringModel):
+        def on_before_optimizer_step(self, optimizer):
+            calls.append("before")
+
+    for module in (BoringModel(), Module()):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, plugins=[Own()], gradient_clip_algorithm=algorithm, max_steps=2, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(module)
+    each = (0.0, algorithm or "norm")
+    assert calls == [each, each, "before", each, "before", each]
 
 
 @pytest.mark.parametrize("kind", [Precision, lambda: MixedPrecision("16-mixed", SCALER_DEVICE)])

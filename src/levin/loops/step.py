@@ -127,7 +127,9 @@ class AutomaticStep:
         self.batch: Batch = None
         self.batch_idx: int = 0
         self.outputs: dict[str, Any] = {}
-        self._needs_before_step = bool(self.step_hooks or self.own_clipping or run.settings.gradient_clip_val)
+        self.clips_always = run.strategy.precision.clips_gradients
+        clips = self.own_clipping or self.clips_always or run.settings.gradient_clip_val
+        self._needs_before_step = bool(self.step_hooks or clips)
         plain_strategy = type(strategy).optimizer_step is Strategy.optimizer_step
         plain_precision = type(strategy.precision).optimizer_step is Precision.optimizer_step
         self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
@@ -348,8 +350,8 @@ class AutomaticStep:
                 "configure_gradient_clipping", self.own_clipping, optimizer,
                 gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm,
             )  # fmt: skip
-        elif clip_val and clip_val > 0:
-            clip: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": clip_val}
+        elif self.clips_always or (clip_val and clip_val > 0):
+            clip: dict[str, Any] = {"clip_val" if algorithm == "value" else "max_norm": clip_val or 0.0}
             self.run.strategy.clip_gradients(self.run.module, optimizer, **clip)
 
     def _average_window(self) -> None:
