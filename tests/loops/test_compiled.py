@@ -11,7 +11,7 @@ from packaging.version import Version
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from levin import LightningModule, Trainer
+from levin import Callback, LightningModule, Trainer
 from levin.loops.compiled import repeated_blocks, traces_gradients
 
 # Torch reads the .grad of each tensor that a cut function goes on with, and then warns of that.
@@ -251,3 +251,59 @@ def test_manual_optimization_and_no_blocks_are_told_apart():
 
     with pytest.warns(UserWarning, match="found no repeated blocks in Flat"):
         fit(Flat(), compile=True, val=[], limit_val_batches=0)
+
+
+class Logging(LightningModule):
+    def __init__(self, manual: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layer = nn.Linear(4, 1)
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        loss = self.layer(batch).pow(2).mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss if self.automatic_optimization else None
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.layer(batch).pow(2).mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def own_steps(module):
+    """Compile the steps as a user would in the class."""
+    for name in ("training_step", "validation_step"):
+        setattr(module, name, torch.compile(getattr(module, name), backend="eager"))
+    return module
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(
+    "how", [lambda module: torch.compile(module, backend="eager"), own_steps], ids=["module", "steps"]
+)
+def test_what_code_logs_that_the_user_compiled_is_there_after_each_step(manual, how):
+    def run(compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        seen = []
+
+        class Seeing(Callback):
+            def on_train_batch_end(self, trainer, *_):
+                seen.append(trainer.callback_metrics["loss"])
+
+        module = Logging(manual)
+        loaders = [DataLoader(torch.arange(48.0).reshape(12, 4) / 48, batch_size=1) for _ in range(2)]
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, callbacks=[Seeing()], logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(how(module) if compiled else module, *loaders)
+        return [*seen, trainer.callback_metrics["loss_epoch"], trainer.callback_metrics["val"]]
+
+    expected, found = run(False), run(True)
+    assert len(found) == 14
+    torch.testing.assert_close(found, expected)
+    # Not compiled anew for each of the batches.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2

@@ -235,6 +235,8 @@ def _batches(
         store.hook = step_name
         output = step(batch, batch_idx, dataloader_idx)
         store.hook = None
+        if store.recorded:
+            store.take_recorded()
         progress.increment_processed()
         if has_end:
             run.call(end, output, batch, batch_idx, *index)

@@ -255,6 +255,8 @@ class AutomaticStep:
         else:
             output = self.training_step(self.batch)
         store.hook = previous
+        if store.recorded:
+            store.take_recorded()
         if isinstance(output, Tensor):
             self.outputs = {"loss": output.detach()} if self.keeps_loss else {}
             loss: Optional[Tensor] = output
@@ -411,6 +413,8 @@ class ManualStep:
         else:
             output = self.training_step(batch)
         store.hook = previous
+        if store.recorded:
+            store.take_recorded()
         if isinstance(output, Tensor):
             return {"loss": output.detach()}
         if output is None:
