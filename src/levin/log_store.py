@@ -286,6 +286,8 @@ class LogStore:
         Args:
             on_step: True for the last values of the step, False for the epoch's.
         """
+        if self.recorded:  # by compiled code in a hook
+            self.take_recorded()
         metrics = Metrics({}, {}, {})
         for slot in self.slots():
             if not (slot.on_step if on_step else slot.on_epoch) or slot.dataloader_idx != self.dataloader_idx:

@@ -18,6 +18,7 @@ from levin import Fabric
 from levin.fabric.command import count_processes, main
 from levin.fabric.settings import with_environment
 from levin.fabric.throughput import ThroughputMonitor
+from levin.loggers import CSVLogger
 from levin.precision import MixedPrecision, Precision
 from levin.strategies import SingleDeviceCollective, TorchCollective
 from levin.utilities.collections import apply_to_collection
@@ -35,6 +36,11 @@ class Net(nn.Module):
 
     def generate(self, x):
         return self.layer(x)
+
+
+def test_the_class_of_a_logger_is_told():
+    with pytest.raises(ValueError, match=r"loggers must be an object, not its class.*Write CSVLogger\(\.\.\.\)"):
+        Fabric(accelerator="cpu", devices=1, loggers=CSVLogger)
 
 
 def test_a_copy_of_a_wrapped_module_runs_its_own_weights():

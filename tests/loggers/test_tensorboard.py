@@ -35,6 +35,14 @@ def scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.parametrize("value", ["text", None, [1, 2]])
+def test_a_metric_that_is_no_number_is_told(tmp_path, value):
+    with pytest.raises(
+        ValueError, match=r"metrics\['a'\] must be a number, a tensor with one element or a dict of those"
+    ):
+        TensorBoardLogger(tmp_path).log_metrics({"a": value}, 0)
+
+
 def test_folders_follow_name_version_and_sub_dir(tmp_path, monkeypatch):
     monkeypatch.setenv("SUB", "deep")
     logger = TensorBoardLogger(tmp_path)

@@ -279,6 +279,32 @@ def own_steps(module):
     return module
 
 
+def test_what_compiled_code_logs_in_a_hook_is_of_its_epoch():
+    class Hooked(Logging):
+        def __init__(self):
+            super().__init__()
+            self.note = torch.compile(lambda value: self.log("noted", value * 2), backend="eager")
+
+        def on_train_epoch_end(self):
+            self.note(torch.tensor(self.current_epoch + 1.0))
+
+    seen = []
+
+    class Seeing(Callback):
+        def on_train_epoch_start(self, trainer, *_):
+            seen.append(trainer.callback_metrics.get("noted", torch.tensor(0.0)).item())
+
+        def on_train_end(self, trainer, *_):
+            seen.append(trainer.callback_metrics["noted"].item())
+
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, callbacks=[Seeing()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Hooked(), *[DataLoader(torch.ones(4, 4)) for _ in range(2)])
+    assert seen == [0.0, 2.0, 4.0]
+
+
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize(
     "how", [lambda module: torch.compile(module, backend="eager"), own_steps], ids=["module", "steps"]

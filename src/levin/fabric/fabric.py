@@ -36,6 +36,7 @@ from levin.ranks.hang_watchdog import RunLocation
 from levin.ranks.weighted import divide_by_weight
 from levin.strategies import Strategy
 from levin.utilities.collections import as_list
+from levin.utilities.exceptions import require_instance
 from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import to_numbers
 from levin.utilities.properties import reads
@@ -95,6 +96,8 @@ class Fabric(Processes):
         )
         self._modules: list[weakref.ref[nn.Module]] = []
         self._loggers: list[Any] = as_list(loggers)
+        for each in self._loggers:
+            require_instance("loggers", each)
         self._callbacks: list[Any] = as_list(callbacks)
         for entry in entry_points(group=ENTRY_POINTS):
             self._callbacks.extend(as_list(entry.load()()))

@@ -228,7 +228,7 @@ def _hparams_summaries(hparams: dict[str, Any], metrics: dict[str, Any]) -> tupl
 
 
 def _as_float(name: str, value: Any) -> float:
-    if value is None or isinstance(value, (str, bytes)):
+    if value is None or isinstance(value, (str, bytes, list, tuple)):
         raise ValueError(
             f"metrics[{name!r}] must be a number, a tensor with one element or a dict of those, received {value!r}."
             " Use logger.experiment.add_text(...) for texts."
