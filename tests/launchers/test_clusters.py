@@ -130,7 +130,8 @@ def test_mpirun(tmp_path, open_mpi):
 
 def told_alone(mpirun: Path, program: str, tmp_path: Path) -> str:
     """Run a program in two processes that cannot find each other, and return what they say."""
-    program += "; import levin; print(levin.Trainer(logger=False).world_size)"
+    # In one write: the two share their output.
+    program += "; import levin, sys; sys.stdout.write(f'{levin.Trainer(logger=False).world_size}\\n')"
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [str(mpirun), "-n", "2", sys.executable, "-c", program],
