@@ -306,7 +306,7 @@ def test_complex_numbers_in_another_precision(tmp_path, precision):
 
 
 def test_private_parts(tmp_path):
-    names = ("_logger_connector", "_results")
+    names = ("_logger_connector", "_data_connector")
     theirs, ours = (both.quiet(framework, tmp_path) for framework in pair())
     assert [hasattr(theirs, name) for name in names] == [True, True]
     assert [hasattr(ours, name) for name in names] == [False, False]

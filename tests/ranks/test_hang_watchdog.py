@@ -204,8 +204,12 @@ def test_ranks_that_exchange_different_things_all_hear_of_it():
     numbers = [float(rank), *map(float, range(40))]
     assert control.exchange(numbers) == [[0.0, *map(float, range(40))], [1.0, *map(float, range(40))]]
     assert control.exchange([rank, 5.0], "places") == [[0.0, 5.0], [1.0, 5.0]]
-    for own, what in (([0.0] * (rank + 1), "one"), ([1.0], f"thing {rank}")):
-        with pytest.raises(RuntimeError, match=r"same calls, received `.*exchange.* on ranks 0, 1. Make them"):
+    call = r"`control\.exchange\(own, what\)` \(\S+, \S+\)"
+    for own, what, told in (
+        ([0.0] * (rank + 1), "one", f"{call} for one on ranks 0, 1"),
+        ([1.0], f"thing {rank}", f"{call} for thing 0 on rank 0; {call} for thing 1 on rank 1"),
+    ):
+        with pytest.raises(RuntimeError, match=f"same calls, received {told}. Make them"):
             control.exchange(own, what)
     assert control.exchange([7.0]) == [[7.0], [7.0]]
     for num in (13, 14, 15):

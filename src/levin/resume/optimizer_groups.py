@@ -99,7 +99,7 @@ def keep_schedule(state: Any, optimizer: Optimizer) -> Any:
     if not isinstance(state, Mapping) or not isinstance(state.get("param_groups"), (list, tuple)):
         return state
     groups = [
-        {**{key: now[key] for key in _IN_GROUP if key in now}, **then}
+        {**then, **{key: now[key] for key in _IN_GROUP if key in now and key not in then}}
         for now, then in zip(optimizer.param_groups, state["param_groups"])
     ]
     return {**state, "param_groups": groups}
