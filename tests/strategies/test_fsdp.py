@@ -769,3 +769,53 @@ def test_collectives_take_a_dtensor_for_the_whole_and_numbers_refuse_a_part():
     with pytest.raises(ValueError, match=r"'norm'\] is a DTensor of which each process has a part"):
         to_numbers({"norm": grad.norm()})
     assert to_numbers({"norm": grad.full_tensor().norm()}) == {"norm": pytest.approx(float(whole.norm()))}
+
+
+class Grows(Deep):
+    """Adds a layer in its second epoch; or thaws one, which is cut."""
+
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.adds = adds
+        if not adds:
+            self.net.head.requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=0.05)
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            if self.adds:
+                self.net.head = nn.Sequential(self.net.head, nn.Linear(1, 1))
+            late = self.net.head[1] if self.adds else self.net.head
+            late.requires_grad_(True)
+            self.optimizers().add_param_group({"params": list(late.parameters())})
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["thawed", "added"])
+@world_size(2, connect=False)
+def test_parameters_that_are_made_after_the_cut_are_refused(adds):
+    module = Grows(adds)
+    trainer = in_rank(max_epochs=2)
+    with (
+        pytest.raises(MisconfigurationException, match=r"2 parameters .* of shape \(1, 1\)") if adds else nullcontext()
+    ):
+        trainer.fit(module)
+    assert trainer.current_epoch == (1 if adds else 2)
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+
+
+@world_size(2, connect=False)
+def test_fabric_refuses_parameters_that_are_made_after_the_cut():
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp")
+    fabric.launch()
+    net = Net()
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    late = nn.Linear(1, 1)
+    for _ in range(2):
+        fabric.backward(late(model(torch.randn(3, 4))).sum())
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.add_param_group({"params": list(late.parameters())})
+    with pytest.raises(MisconfigurationException, match="neither cut nor averaged over processes"):
+        optimizer.step()

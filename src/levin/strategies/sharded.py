@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from levin.checkpoint.io import CheckpointIO
@@ -47,6 +49,9 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     device_mesh: DeviceMesh | None = None
     """How the processes are laid out; None until they are connected."""
+
+    # Take away what looks after optimizers.
+    _watched: Sequence[RemovableHandle] = ()
 
     def configure_launcher(self) -> None:
         """Start the script again for each process."""
@@ -123,6 +128,9 @@ class ShardedStrategy(ParallelStrategy, ABC):
         """Let go of what a forward that failed had gathered, and free the device."""
         for whole in self.wholes():
             let_go(whole)
+        for handle in self._watched:
+            handle.remove()
+        self._watched = ()
         super().teardown()
 
     @override
@@ -133,7 +141,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
 
     @override
     def setup_optimizer(self, optimizer: Optimizer, module: Module | None = None) -> Optimizer:
-        """Return the optimizer.
+        """Return the optimizer, which will not step parameters that are made later.
 
         Raises:
             MisconfigurationException: It puts parameters together that are not cut in the same way.
@@ -151,6 +159,9 @@ class ShardedStrategy(ParallelStrategy, ABC):
                     f"LBFGS makes one vector of all parameters, and under {type(self).__name__} each process has a part of them. Use "
                     "another optimizer, or strategy='ddp'."
                 )
+        owner = self.model if module is None else module
+        if owner is not None and any(isinstance(part, FSDPModule) for part in owner.modules()):
+            self._watched = (*self._watched, _refuse_new_parameters(optimizer, owner, type(self).__name__))
         return super().setup_optimizer(optimizer, module)
 
     # The step
@@ -205,6 +216,29 @@ class ShardedStrategy(ParallelStrategy, ABC):
             self.checkpoint_io.wait()
             return load_folder(checkpoint_path, weights_only)
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+
+def _refuse_new_parameters(optimizer: Optimizer, module: Module, strategy: str) -> RemovableHandle:
+    """Look at each step whether the optimizer got parameters that were made after the module was cut."""
+    known = set(module.parameters())
+    num_stepped = 0
+
+    def check(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        nonlocal num_stepped
+        num = sum(len(group["params"]) for group in optimizer.param_groups)
+        if num == num_stepped:
+            return
+        num_stepped = num
+        stepped = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        new = [parameter for parameter in stepped if not isinstance(parameter, DTensor) and parameter not in known]
+        if new:
+            raise MisconfigurationException(
+                f"The optimizer got {len(new)} parameters that were made after the module was set up, the first of shape "
+                f"{tuple(new[0].shape)}: under {strategy} they are neither cut nor averaged over processes. Make their layers "
+                "before, frozen until they are to learn."
+            )
+
+    return optimizer.register_step_pre_hook(check)
 
 
 @contextmanager
