@@ -48,7 +48,7 @@ class Compiler:
     Args:
         options: For ``torch.compile``.
         module: The user's module.
-        store: Returns the log store of the loop that runs, which takes up what ``self.log`` got in compiled code.
+        store: Returns the log store of the loop that runs, where ``self.log`` of compiled code leaves what it got.
     """
 
     def __init__(self, options: StateDict, module: nn.Module, store: Callable[[], LogStore]) -> None:
@@ -130,7 +130,7 @@ class CompiledFunction:
         self.has_warned: bool = False
 
     def __call__(self, *args: object) -> Any:
-        """Run it; what it logged is in the log store afterwards."""
+        """Run it; what it logged is taken up by the loop, as that of any compiled code."""
         compiled = self.compiled
         if compiled is None:
             return self.function(*args)
@@ -144,9 +144,6 @@ class CompiledFunction:
                 raise
             self._give_up(error)
             return self.function(*args)
-        store = self.compiler.store()
-        if store.recorded:
-            store.take_recorded()
         if self.compiler.uses_graphs:
             result = self.out_of_graph(result)
         if _num_frames() != before:
