@@ -272,3 +272,68 @@ def test_a_loop_that_is_put_in_the_place_of_that_of_the_test_shows_the_results(t
         shown.append(seen)
     assert shown[0] == shown[1]
     assert len(shown[1]) == 3
+
+
+def restored_in_the_middle(framework: types.SimpleNamespace, folder: Any) -> Any:
+    """Train, and put module, data module, optimizer and scheduler back to an earlier file, as finetuning-scheduler does."""
+    seen: list[Any] = []
+
+    class Data(framework.DataModule):
+        place = 0
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.arange(18.0).view(6, 3), batch_size=2)
+
+        def state_dict(self):
+            return {"place": self.place}
+
+        def load_state_dict(self, state):
+            seen.append(state)
+
+    class Model(framework.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch).pow(2).mean()
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.Adam(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+        def on_load_checkpoint(self, checkpoint):
+            seen.append(sorted(checkpoint["optimizer_states"][0]))
+
+        def told(self):
+            (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+            moments = [optimizer.state[p]["exp_avg"].flatten().tolist() for p in self.parameters()]
+            seen.append((self.layer.weight.flatten().tolist(), moments, config.scheduler.last_epoch))
+
+        def on_train_epoch_start(self):
+            connector, epoch = self.trainer._checkpoint_connector, self.current_epoch
+            if epoch == 1:
+                self.told()
+                self.trainer.save_checkpoint(folder / f"{framework.name}.ckpt")
+                self.trainer.datamodule.place = 1
+            if epoch == 2:
+                connector.resume_start(checkpoint_path=folder / f"{framework.name}.ckpt")
+                seen.append(sorted(connector._loaded_checkpoint)[:3])
+                for part in ("datamodule", "model", "precision_plugin_state", "optimizers_and_schedulers"):
+                    getattr(connector, f"restore_{part}")()
+                connector.resume_end()
+                seen.append(bool(connector._loaded_checkpoint))
+                self.told()
+
+    trainer = parity.quiet(framework, folder, max_epochs=3)
+    model = Model()
+    trainer.fit(model, datamodule=Data())
+    seen.append((model.layer.weight.flatten().tolist(), trainer.global_step, trainer.current_epoch))
+    return seen
+
+
+def test_a_checkpoint_is_restored_part_by_part_in_the_middle_of_a_fit(tmp_path):
+    theirs, ours = (restored_in_the_middle(framework(), tmp_path) for framework in (parity.lightning, parity.levin))
+    assert ours == theirs
+    assert ours[0] == ours[-2]  # as it was when the file was saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 from levin.callbacks.defaults import reorder
@@ -29,30 +30,29 @@ class _CheckpointConnector:
             loaded = self.trainer.strategy.load_checkpoint(path, weights_only=weights_only)
             self._loaded_checkpoint = migrate(loaded, source=path)
 
+    def _restore(self, part: Callable[[Any, StateDict], None]) -> None:
+        if self._loaded_checkpoint:
+            part(self.trainer.run, self._loaded_checkpoint)
+
     def restore_datamodule(self) -> None:
         """Give the data module its state."""
-        if self._loaded_checkpoint:
-            tree.restore_datamodule(self.trainer.run, self._loaded_checkpoint)
+        self._restore(tree.restore_datamodule)
 
     def restore_model(self) -> None:
         """Give the module its weights."""
-        if self._loaded_checkpoint:
-            tree.restore_weights(self.trainer.run, self._loaded_checkpoint)
+        self._restore(tree.restore_weights)
 
     def restore_callbacks(self) -> None:
         """Give the callbacks their states."""
-        if self._loaded_checkpoint:
-            tree.restore_callbacks(self.trainer.run, self._loaded_checkpoint)
+        self._restore(tree.restore_callbacks)
 
     def restore_precision_plugin_state(self) -> None:
         """Give the precision, such as a gradient scaler, its state."""
-        if self._loaded_checkpoint:
-            tree.restore_precision(self.trainer.run, self._loaded_checkpoint)
+        self._restore(tree.restore_precision)
 
     def restore_optimizers_and_schedulers(self) -> None:
         """Give optimizers and schedulers their states."""
-        if self._loaded_checkpoint:
-            tree.restore_optimizers(self.trainer.run, self._loaded_checkpoint)
+        self._restore(tree.restore_optimizers)
 
     def resume_end(self) -> None:
         """Let go of what was read, once all processes have done so."""

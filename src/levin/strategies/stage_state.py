@@ -11,6 +11,7 @@ import torch.distributed as dist
 from levin.strategies.state_of import numbers_in
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.parameters import full
 from levin.utilities.types import Group, ParamGroup, StateDict
 
 
@@ -40,9 +41,7 @@ def in_order(state: Mapping[str, Any], names: Iterable[str]) -> StateDict:
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    # Asked by attribute, as elsewhere: a DTensor has it.
-    full: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().cpu()
+    return full(tensor).detach().cpu()
 
 
 def joined_groups(groups: Sequence[ParamGroup], names: Sequence[str], group: Group) -> list[ParamGroup]:
