@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from levin.utilities.collections import apply_to_collection, leaves
+from levin.utilities.collections import apply_to_collection, leaves, named_leaves
 from levin.utilities.move import move_data_to_device
 
 
@@ -138,3 +138,15 @@ def test_an_error_inside_a_mapping_is_told_as_it_is():
             apply_to_collection(data, int, fail)
         except TypeError as error:
             assert str(error) == "meant"
+
+
+def test_leaves_with_and_without_names_are_the_same():
+    @dataclass
+    class Batch:
+        x: object
+        rest: object
+
+    data = {"a": [1, Batch((2, b"b"), range(3))], 4: memoryview(b"c"), "empty": []}
+    names = ["a", "a.x", "a.x", "a.rest", "4"]
+    assert [name for name, _ in named_leaves(data)] == names
+    assert [leaf for _, leaf in named_leaves(data)] == list(leaves(data)) == [1, 2, b"b", range(3), memoryview(b"c")]

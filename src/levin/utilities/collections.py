@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from array import array
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Iterator, Union
 
 from levin.utilities.types import Function, Tree
@@ -105,19 +105,25 @@ def _sequence_like(data: Tree, values: list[Any]) -> Tree:
     return result
 
 
+def _parts_of(data: object) -> Iterable[tuple[object, object]] | None:
+    """Return what a nesting holds, each with the key or field that leads there ("" in a sequence); None for a leaf."""
+    if isinstance(data, Mapping):
+        return data.items()
+    if isinstance(data, Sequence) and not isinstance(data, _FLAT):
+        return [("", value) for value in data]
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return [(field.name, getattr(data, field.name)) for field in dataclasses.fields(data)]
+    return None
+
+
 def leaves(data: object) -> Iterator[object]:
     """Yield the leaves of nested mappings, sequences and dataclass instances, depth first."""
-    if isinstance(data, Mapping):
-        for value in data.values():
-            yield from leaves(value)
-    elif isinstance(data, Sequence) and not isinstance(data, _FLAT):
-        for value in data:
-            yield from leaves(value)
-    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
-        for field in dataclasses.fields(data):
-            yield from leaves(getattr(data, field.name))
-    else:
+    parts = _parts_of(data)
+    if parts is None:
         yield data
+        return
+    for _, value in parts:
+        yield from leaves(value)
 
 
 def named_leaves(data: object, name: str = "") -> Iterator[tuple[str, object]]:
@@ -131,14 +137,9 @@ def named_leaves(data: object, name: str = "") -> Iterator[tuple[str, object]]:
         >>> list(named_leaves({"a": [1, {"b": 2}]}))
         [('a', 1), ('a.b', 2)]
     """
-    if isinstance(data, Mapping):
-        parts = [(str(key), value) for key, value in data.items()]
-    elif isinstance(data, Sequence) and not isinstance(data, (str, bytes)):
-        parts = [("", value) for value in data]
-    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
-        parts = [(field.name, getattr(data, field.name)) for field in dataclasses.fields(data)]
-    else:
+    parts = _parts_of(data)
+    if parts is None:
         yield name, data
         return
     for key, value in parts:
-        yield from named_leaves(value, ".".join(filter(None, (name, key))))
+        yield from named_leaves(value, ".".join(filter(None, (name, str(key)))))
