@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -19,7 +19,12 @@ from levin.utilities.types import Closure, Function, LRSchedulerConfig, StateDic
 if TYPE_CHECKING:
     from levin.hooks import LightningModule
 
+_OWN = ("_optimizer", "_on_step", "_on_before_step", "_on_after_step", "_no_sync", "_module", "__class__")
 _OPTIMIZER_API = ("step", "param_groups", "defaults", "state", "state_dict", "load_state_dict")
+
+
+def do_nothing() -> None:
+    """What runs before and after a step that is not counted."""
 
 
 class LightningOptimizer:
@@ -34,6 +39,8 @@ class LightningOptimizer:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         self._on_step: Optional[Function] = None
+        self._on_before_step: Callable[[], object] = do_nothing
+        self._on_after_step: Callable[[], object] = do_nothing
         self._no_sync: Callable[[], AbstractContextManager[object]] = nullcontext
         self._module: Optional[LightningModule] = None
         # isinstance(wrapped, torch.optim.Adam) must hold for code that looks at the class.
@@ -57,7 +64,10 @@ class LightningOptimizer:
             closure = torch.enable_grad()(closure)
         if self._on_step is None:
             return self._optimizer.step(closure, **kwargs) if closure is not None else self._optimizer.step(**kwargs)
-        return self._on_step(self._optimizer, closure, **kwargs)
+        self._on_before_step()
+        result = self._on_step(self._optimizer, closure, **kwargs)
+        self._on_after_step()
+        return result
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
@@ -76,7 +86,7 @@ class LightningOptimizer:
         return getattr(self._optimizer, name)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in ("_optimizer", "_on_step", "_no_sync", "_module", "__class__"):
+        if name in _OWN:
             object.__setattr__(self, name, value)
         else:
             setattr(self._optimizer, name, value)
@@ -103,6 +113,19 @@ class LightningOptimizer:
 
     def __reduce__(self) -> Any:
         return (LightningOptimizer, (self._optimizer,))
+
+
+def hook_steps(
+    optimizers: Iterable[LightningOptimizer],
+    before: Callable[[], object] = do_nothing,
+    after: Callable[[], object] = do_nothing,
+) -> None:
+    """Let every step of ``optimizers`` call ``before`` and ``after``, until it is said anew or a program puts its own there.
+
+    Programs do so for steps that are not to be counted, those of a discriminator for example.
+    """
+    for optimizer in optimizers:
+        vars(optimizer).update(_on_before_step=before, _on_after_step=after)
 
 
 class MockOptimizer(Optimizer):

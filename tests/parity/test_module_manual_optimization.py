@@ -184,6 +184,61 @@ def test_global_step_counts_every_step_of_every_optimizer(tmp_path, num_optimize
     assert ours.events[-1] == (4 * num_optimizers * steps,)
 
 
+HOOKS = (
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_train_epoch_end",
+    "on_validation_start",
+)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_steps_in_hooks_update_and_are_not_counted(tmp_path, hook):
+    def code(seen: trace.Trace) -> None:
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                step(self, optimizer)
+
+        def step(self, optimizer):
+            optimizer.zero_grad()
+            self.manual_backward(self.layer(torch.ones(1, 4)).sum())
+            optimizer.step()
+
+        model = model_with(seen, training_step, num_optimizers=2)
+        setattr(model, hook, lambda *_: torch.enable_grad()(step)(model, model.optimizers()[0]))
+        trainer = seen.trainer(max_epochs=2, num_sanity_val_steps=0, profiler="simple", inference_mode=False)
+        trainer.fit(model, trace.batches(3), trace.batches(3))
+        seen.note(trainer.global_step, len(trainer.profiler.recorded_durations["optimizer_step"]), *model.parameters())
+
+    ours = trace.same(code, tmp_path)
+    assert ours.events[-1][:2] == (12, 12)
+
+
+@pytest.mark.parametrize("profiler", [None, "simple"])
+@pytest.mark.parametrize("batches", [(0, 1, 2), (0,)])
+def test_steps_with_hooks_of_the_programs_own_are_not_counted(tmp_path, batches, profiler):
+    def code(seen: trace.Trace) -> None:
+        def training_step(self, batch, batch_idx):
+            generator, discriminator = self.optimizers()
+            if batch_idx in batches:
+                discriminator._on_before_step = lambda: self.trainer.profiler.start("optimizer_step")
+                discriminator._on_after_step = lambda: self.trainer.profiler.stop("optimizer_step")
+            for optimizer in (generator, discriminator):
+                optimizer.zero_grad()
+                self.manual_backward(self.layer(batch).sum())
+                optimizer.step()
+
+        trainer = seen.trainer(max_epochs=2, profiler=profiler)
+        model = model_with(seen, training_step, num_optimizers=2)
+        trainer.fit(model, trace.batches(3))
+        seen.note(trainer.global_step, *model.parameters())
+
+    ours = trace.same(code, tmp_path)
+    assert ours.events[-1][0] == 12 - 2 * len(batches)
+
+
 @pytest.mark.lightning_raises("MisconfigurationException")
 @pytest.mark.parametrize(
     "settings", [{"gradient_clip_val": 0.5}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0}], ids=str

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -22,6 +23,7 @@ from levin.loops.compiled import CompiledStep, may_be_joint
 from levin.loops.run import Run, Step, step_arguments
 from levin.loops.splitting import Splitting, check_splitting
 from levin.module import LightningModule
+from levin.optimizer import hook_steps
 from levin.precision.precision import Precision
 from levin.ranks.uneven import Uneven
 from levin.ranks.weighted import divide_by_weight
@@ -387,7 +389,7 @@ class ManualStep:
         strategy.precision.before_step = self._before_step if self.step_hooks else None
         self.uneven: Optional[Uneven] = None
         for optimizer in run.lightning_optimizers:
-            optimizer._on_step = run.timed("optimizer_step", self._step)
+            optimizer._on_step = partial(_step, run.strategy)
             optimizer._no_sync = strategy.block_backward_sync
             optimizer._module = run.module
 
@@ -408,10 +410,12 @@ class ManualStep:
         """Train on one batch; returns what ``on_train_batch_end`` gets."""
         store = self.run.store
         previous, store.hook = store.hook, "training_step"
+        hook_steps(self.run.lightning_optimizers, self._before_update, self._after_update)
         if self.num_arguments == 2:
             output = self.training_step(batch, batch_idx)
         else:
             output = self.training_step(batch)
+        hook_steps(self.run.lightning_optimizers)
         store.hook = previous
         if store.recorded:
             store.take_recorded()
@@ -438,11 +442,13 @@ class ManualStep:
                 raise
             raise _graphless(loss) from error
 
-    def _step(self, optimizer: Any, closure: Optional[Closure] = None, **kwargs: Any) -> object:
+    def _before_update(self) -> None:
         self.progress.increment_ready()
-        result = _step(self.run.strategy, optimizer, closure, **kwargs)
+        self.run.profiler.start("optimizer_step")
+
+    def _after_update(self) -> None:
+        self.run.profiler.stop("optimizer_step")
         self.progress.increment_completed()
-        return result
 
     def _before_step(self, optimizer: object) -> None:
         self.run.call("on_before_optimizer_step", optimizer)
