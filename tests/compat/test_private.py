@@ -337,3 +337,16 @@ def test_a_checkpoint_is_restored_part_by_part_in_the_middle_of_a_fit(tmp_path):
     theirs, ours = (restored_in_the_middle(framework(), tmp_path) for framework in (parity.lightning, parity.levin))
     assert ours == theirs
     assert ours[0] == ours[-2]  # as it was when the file was saved
+
+
+@pytest.mark.parametrize("given", [None, "kept"])
+@pytest.mark.parametrize("has_logger", [False, True])
+def test_where_checkpoints_will_be_is_known_before_a_fit(tmp_path, given, has_logger):
+    def folder(name: str) -> str:
+        pl = importlib.import_module(name)
+        logger = importlib.import_module(f"{name}.loggers").CSVLogger(tmp_path) if has_logger else False
+        trainer = pl.Trainer(default_root_dir=tmp_path, logger=logger, accelerator="cpu", enable_progress_bar=False)
+        callback = importlib.import_module(f"{name}.callbacks").ModelCheckpoint(given and tmp_path / given)
+        return str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))
+
+    assert folder("levin") == folder("lightning.pytorch")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import os
 import pickle
 import signal
@@ -257,3 +258,28 @@ def test_a_remote_file_is_not_rewritten_at_every_save():
     again = CSVLogger("memory://csv", version=0)
     with pytest.warns(UserWarning, match="not empty"):
         again.save()
+
+
+@pytest.mark.parametrize("module", ["lightning.pytorch.loggers.csv_logs", "levin.loggers.csv_logs"])
+@pytest.mark.filterwarnings("error")
+def test_a_writer_that_keeps_the_rows_of_an_earlier_run(tmp_path, module):
+    class Keeping(importlib.import_module(module).ExperimentWriter):
+        def _check_log_dir_exists(self):
+            pass
+
+        def __init__(self, log_dir):
+            super().__init__(log_dir=log_dir)
+            if self._fs.isfile(self.metrics_file_path):
+                with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+                    self.metrics_keys = next(csv.reader(file))
+
+    for step, row in enumerate([{"loss": 0.5}, {"loss": 0.25}, {"loss": 0.125, "accuracy": 1.0}]):
+        writer = Keeping(str(tmp_path))
+        writer.log_metrics(row, step)
+        writer.save()
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"loss": "0.5", "accuracy": "", "step": "0"},
+            {"loss": "0.25", "accuracy": "", "step": "1"},
+            {"loss": "0.125", "accuracy": "1.0", "step": "2"},
+        ]

@@ -456,6 +456,8 @@ class ModelCheckpoint(Checkpoint):
         """Return the folder for the files: the user's, or one in that of the first logger."""
         return self.dirpath or files.default_folder(trainer.default_root_dir, trainer.loggers)
 
+    __resolve_ckpt_dir = _resolve_ckpt_dir  # stable-pretraining calls it by this name
+
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         directory = self._resolve_ckpt_dir(trainer)
         is_last = files.template_pattern(self.CHECKPOINT_NAME_LAST, self.FILE_EXTENSION)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from torch import Tensor
 from typing_extensions import override
@@ -17,10 +17,21 @@ from levin.loggers.append_file import AppendFile
 from levin.loggers.folder_logger import FolderLogger
 from levin.loggers.logger import rank_zero_experiment
 from levin.loggers.utilities import HPARAMS_FILE, add_prefix, to_dict, write_hparams
-from levin.utilities.filesystem import ensure_folder, exists, is_local, list_folder, open_file, replace_text
+from levin.utilities.filesystem import (
+    ensure_folder,
+    exists,
+    get_filesystem,
+    is_local,
+    list_folder,
+    open_file,
+    replace_text,
+)
 from levin.utilities.numbers import to_numbers
 from levin.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from levin.utilities.types import HParams, PathLike, StateDict
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 REMOTE_WRITE_INTERVAL_S = 5.0
 """An object store takes whole files only, so one there is not written anew more often than this."""
@@ -58,13 +69,23 @@ class ExperimentWriter:
         self._file: Optional[AppendFile] = None
         self._remote_text: str = ""
         self._remote_written_at: float = float("-inf")
+        self._check_log_dir_exists()
         ensure_folder(log_dir)
-        if list_folder(log_dir):
+
+    def _check_log_dir_exists(self) -> None:
+        """Say that files of an earlier run go; subclasses whose :attr:`metrics_keys` keep them override it."""
+        if list_folder(self.log_dir):
             rank_zero_warn(
-                f"Experiment logs directory {log_dir} exists and is not empty."
+                f"Experiment logs directory {self.log_dir} exists and is not empty."
                 " Previous log files in this directory will be deleted when the new ones are saved, but for the rows of the"
-                " steps before the one that a run goes on from."
+                " steps before the one that a run goes on from.",
+                stacklevel=5,
             )
+
+    @property
+    def _fs(self) -> AbstractFileSystem:
+        """The file system, for subclasses that look at the table of an earlier run (stable-pretraining)."""
+        return get_filesystem(self.log_dir)
 
     def log_hparams(self, params: Mapping[str, object]) -> None:
         """Add hyper-parameters to those that the next :meth:`save` writes."""
