@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
+import os
 import pickle
 import random
+import subprocess
 import sys
-from types import SimpleNamespace
+import textwrap
 
 import numpy as np
 import pytest
@@ -96,26 +97,53 @@ def test_stateful_callbacks_of_one_key_are_refused(tmp_path):
         assert len(both.quiet(framework, tmp_path, callbacks=[Keyed(), Keyed()]).callbacks) == 2
 
 
-@pytest.mark.parametrize("as_list", [True, False])
-def test_installed_packages_add_callbacks(tmp_path, monkeypatch, as_list):
-    for framework in frameworks():
-        Extra = type("Extra", (framework.Callback,), {})
-        entry = SimpleNamespace(
-            load=lambda Extra=Extra: lambda: [Extra(), Extra()] if as_list else Extra(),
-            name="extra",
-            value="extra:make",
-        )
+FACTORIES = """
+import importlib
 
-        def entry_points(group=None, entry=entry):
-            return [entry] if group == "lightning.pytorch.callbacks_factory" else []
+def make(module, number):
+    Extra = type("Extra", (importlib.import_module(module).Callback,), {})
+    return Extra() if number == 1 else [Extra() for _ in range(number)]
 
-        with monkeypatch.context() as patch, listening():
-            patch.setattr(importlib.metadata, "entry_points", entry_points)
-            for name in ("levin.callbacks.defaults", "lightning.fabric.utilities.registry"):
-                if name in sys.modules and hasattr(sys.modules[name], "entry_points"):
-                    patch.setattr(sys.modules[name], "entry_points", entry_points)
-            trainer = both.quiet(framework, tmp_path)
-        assert [type(c).__name__ for c in trainer.callbacks] == ["Extra"] * (2 if as_list else 1)
+def trainer_one(): return make("lightning.pytorch", 1)
+def alone_two(): return make("pytorch_lightning", 2)
+def fabric_three(): return [object()] * 3
+def alone_four(): return [object()] * 4
+def both(): return make("lightning.pytorch", 5)
+"""
+ENTRY_POINTS = """
+[lightning.pytorch.callbacks_factory]
+a = factories:trainer_one
+b = factories:both
+[pytorch_lightning.callbacks_factory]
+c = factories:alone_two
+d = factories:both
+[lightning.fabric.callbacks_factory]
+e = factories:fabric_three
+[lightning_fabric.callbacks_factory]
+f = factories:alone_four
+"""
+
+
+@pytest.mark.parametrize(
+    ("framework", "of_trainer", "of_fabric"),
+    [("lightning", 1 + 5, 3), ("levin", 1 + 2 + 5, 3 + 4)],  # levin is in the place of lightning, and of its two halves
+)
+def test_installed_packages_add_callbacks(tmp_path, framework, of_trainer, of_fabric):
+    (tmp_path / "factories.py").write_text(FACTORIES)
+    (tmp_path / "extra-1.0.dist-info").mkdir()
+    (tmp_path / "extra-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
+    (tmp_path / "extra-1.0.dist-info" / "entry_points.txt").write_text(ENTRY_POINTS)
+    program = """
+        import lightning.pytorch as pl, lightning
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False)
+        print(len(trainer.callbacks), len(lightning.Fabric(accelerator="cpu")._callbacks))
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    command = [sys.executable, *(["-m", "levin"] if framework == "levin" else []), "program.py"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    run = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True, env=env)
+    assert run.stdout.split() == [str(of_trainer), str(of_fabric)]
 
 
 # ---------------------------------------------------------------- parts

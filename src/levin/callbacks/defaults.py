@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable
 from datetime import timedelta
-from importlib.metadata import entry_points
 from typing import Any
 
 from levin import loggers
@@ -15,10 +14,11 @@ from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.hooks import Callback
 from levin.utilities.collections import as_list
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean, require_instance, value_error
+from levin.utilities.packages import made_by_packages
 from levin.utilities.rank_zero import rank_zero_info
 
-ENTRY_POINTS = "lightning.pytorch.callbacks_factory"
-"""Group under which installed packages register callbacks."""
+ENTRY_POINTS = ("lightning.pytorch.callbacks_factory", "pytorch_lightning.callbacks_factory")
+"""Groups under which installed packages register callbacks, those of Lightning and of the package of its Trainer alone."""
 
 
 def default_callbacks(
@@ -46,9 +46,7 @@ def default_callbacks(
     _add_timer(callbacks, max_time)
     _add_progress_bar(callbacks, enable_progress_bar)
     _add_summary(callbacks, enable_model_summary)
-    for entry in entry_points(group=ENTRY_POINTS):
-        made = entry.load()()
-        callbacks.extend(made if isinstance(made, list) else [made])
+    callbacks.extend(made_by_packages(*ENTRY_POINTS))
     check_state_keys(callbacks)
     return reorder(callbacks)
 

@@ -6,7 +6,6 @@ import inspect
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import entry_points
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,13 +38,14 @@ from levin.utilities.collections import as_list
 from levin.utilities.exceptions import require_instance
 from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import to_numbers
+from levin.utilities.packages import made_by_packages
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_deprecation, rank_zero_warn
 from levin.utilities.seed import seed_everything
 from levin.utilities.types import PathLike
 
-ENTRY_POINTS = "lightning.fabric.callbacks_factory"
-"""Group under which installed packages register callbacks."""
+ENTRY_POINTS = ("lightning.fabric.callbacks_factory", "lightning_fabric.callbacks_factory")
+"""Groups under which installed packages register callbacks, those of Lightning and of the package of its Fabric alone."""
 
 
 class Fabric(Processes):
@@ -99,8 +99,7 @@ class Fabric(Processes):
         for each in self._loggers:
             require_instance("loggers", each)
         self._callbacks: list[Any] = as_list(callbacks)
-        for entry in entry_points(group=ENTRY_POINTS):
-            self._callbacks.extend(as_list(entry.load()()))
+        self._callbacks.extend(made_by_packages(*ENTRY_POINTS))
         self._guard = BackwardGuard(self._strategy)
 
     loggers: list[Any] = reads("_loggers", "All loggers.")

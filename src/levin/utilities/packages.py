@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+from levin.utilities.collections import as_list
 
 
 def versions_of(packages: Iterable[str], absent: str = "") -> Iterator[tuple[str, str]]:
@@ -20,6 +23,20 @@ def versions_of(packages: Iterable[str], absent: str = "") -> Iterator[tuple[str
         except PackageNotFoundError:
             if absent:
                 yield package, absent
+
+
+def made_by_packages(*groups: str) -> list[Any]:
+    """Return what the factories that installed packages register make: each one object, or a list of them.
+
+    Args:
+        groups: Groups of entry points; a factory that is in several is called once.
+
+    Example:
+        >>> made_by_packages("no-such-group")
+        []
+    """
+    factories = {entry.value: entry for group in groups for entry in entry_points(group=group)}
+    return [made for factory in factories.values() for made in as_list(factory.load()())]
 
 
 def require_package(package: str, what: str, way_out: str = "") -> None:
