@@ -288,10 +288,15 @@ class HyperparametersMixin:
 
         if given is not None and not non_names:
             hparams.update({key: value for key, value in given.items() if key in ("_instantiator", "_class_path")})
-        kept = _without(self.hparams, ignored) if ignored else self.hparams
-        self._hparams = merge_hparams(kept, hparams)
+        if ignored:
+            self._hparams = _without(self.hparams, ignored)
+        self._set_hparams(hparams)
         self._hparams_initial = copy_hparams(self._hparams)
         self._hparams_name = name
+
+    def _set_hparams(self, hparams: object) -> None:
+        """Add to what is kept; what a run began with stays (graphium, nemo)."""
+        self._hparams = merge_hparams(self.hparams, to_hparams(hparams))
 
     @property
     def hparams(self) -> Any:

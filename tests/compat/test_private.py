@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.machinery
+import os
 import subprocess
 import sys
 import types
 from argparse import Namespace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -350,3 +353,92 @@ def test_where_checkpoints_will_be_is_known_before_a_fit(tmp_path, given, has_lo
         return str(callback._ModelCheckpoint__resolve_ckpt_dir(trainer))
 
     assert folder("levin") == folder("lightning.pytorch")
+
+
+def test_what_a_logger_has_not_sent_of_the_checkpoints(tmp_path):
+    paths = [str(tmp_path / name) for name in ("latest", "best", "second", "gone")]
+    for index, path in enumerate(paths[:3]):
+        Path(path).touch()
+        os.utime(path, (100 + index, 100 + index))
+    scan_theirs, scan_ours = both("pytorch.loggers.utilities", "_scan_checkpoints")
+    for module, scan in (("lightning.pytorch.callbacks", scan_theirs), ("levin.callbacks", scan_ours)):
+        callback = importlib.import_module(module).ModelCheckpoint()
+        callback.best_k_models = {path: torch.tensor(float(score)) for score, path in enumerate(paths[1:])}
+        callback.best_model_path, callback.best_model_score = paths[1], torch.tensor(0.0)
+        callback.last_model_path, callback.current_score = paths[0], torch.tensor(3.0)
+        latest, best, second = (
+            (100.0, paths[0], 3.0, "latest"),
+            (101.0, paths[1], 0.0, "best_k"),
+            (102.0, paths[2], 1.0, "best_k"),
+        )
+        assert scan(callback, {}) == [latest, best, second]
+        assert scan(callback, {paths[1]: 101.0, paths[2]: 50.0}) == [latest, second]
+        callback.last_model_path = paths[1]
+        assert scan(callback, {paths[2]: 102.0}) == [best]
+
+
+@pytest.mark.filterwarnings("ignore:.*newer than your current")
+@pytest.mark.parametrize("target", [None, "1.6.0", "2.0.0"])
+@pytest.mark.parametrize("version", ["1.3.0", "1.6.2", "2.3.0", "2.6.6", "2.9.0"])
+def test_a_checkpoint_of_an_older_version_is_brought_to_the_present_layout(version, target):
+    counters = {"current": {"completed": 3}, "total": {"completed": 7}}
+    modern = {
+        "fit_loop": {"epoch_loop.state_dict": {}, "epoch_loop.batch_loop.state_dict": {}, "epoch_progress": counters}
+    }
+    found = []
+    for migrate in both("pytorch.utilities.migration", "migrate_checkpoint"):
+        old = {"pytorch-lightning_version": version, "state_dict": {}, "epoch": 3, "global_step": 7, "callbacks": {}}
+        if version != "1.3.0":
+            old["loops"] = copy.deepcopy(modern)
+        new, done = migrate(old, target)
+        assert new is old
+        found.append((new["pytorch-lightning_version"], new.get("legacy_pytorch-lightning_version"), list(done)))
+    assert found[1] == found[0]
+    if version == "1.3.0":
+        assert new["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] == 3
+
+
+@pytest.mark.parametrize("added", [{"b": 2}, Namespace(b=2), {"a": 5}])
+def test_hyper_parameters_that_are_added_later(added):
+    found = []
+    for framework in parity.lightning(), parity.levin():
+
+        class Model(framework.LightningModule):
+            def __init__(self, a=1):
+                super().__init__()
+                self.save_hyperparameters()
+
+        model = Model()
+        model._set_hparams(added)
+        with pytest.raises(ValueError):
+            model._set_hparams("b")
+        found.append((dict(model.hparams), dict(model.hparams_initial)))
+    assert found[1] == found[0]
+    assert found[1][1] == {"a": 1}
+
+
+def test_a_strategy_starts_its_processes_in_a_way_of_its_own(tmp_path):
+    found = []
+    for framework in parity.lightning(), parity.levin():
+        module = "lightning.pytorch.strategies" if framework.name == "lightning" else "levin.strategies"
+        launcher = theirs if framework.name == "lightning" else ours
+        calls = []
+
+        class Launcher(launcher("pytorch.strategies.launchers.launcher", "_Launcher")):
+            is_interactive_compatible = True
+
+            def kill(self, signum):
+                raise AssertionError("nothing was started")
+
+            def launch(self, function, *args, trainer=None, **kwargs):
+                calls.append((trainer is not None, callable(function)))
+                return function(*args, **kwargs)
+
+        class Strategy(importlib.import_module(module).SingleDeviceStrategy):
+            def _configure_launcher(self):
+                self._launcher = Launcher()
+
+        trainer = parity.quiet(framework, tmp_path, strategy=Strategy(), max_steps=2)
+        trainer.fit(parity.recording_module(framework, [])[0], parity.loader(), parity.loader())
+        found.append((calls, type(trainer.strategy.launcher).__name__, trainer.global_step))
+    assert found[1] == found[0] == ([(True, True)], "Launcher", 2)

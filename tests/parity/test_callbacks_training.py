@@ -448,6 +448,25 @@ def test_timers(tmp_path, duration, interval):
     assert ours == theirs or theirs[0] == ours[0] == "raises"
 
 
+@pytest.mark.parametrize("duration", [timedelta(0), timedelta(minutes=3), None], ids=str)
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+def test_a_timer_may_do_more_when_its_time_is_over(tmp_path, duration, interval):
+    def run(framework, folder):
+        looks = []
+
+        class Telling(callbacks_of(framework).Timer):
+            def _check_time_remaining(self, trainer):
+                super()._check_time_remaining(trainer)
+                looks.append((trainer.global_step, trainer.should_stop))
+
+        fit(framework, folder, Telling(duration, interval=interval))
+        return looks
+
+    theirs, ours = on_both(tmp_path, run)
+    assert ours == theirs
+    assert bool(ours) == (duration is not None)
+
+
 # BasePredictionWriter -------------------------------------------------------------------------------------------------
 
 

@@ -313,8 +313,11 @@ def test_pytorch_profiler_keeps_the_events_of_the_last_window(tmp_path: Path) ->
     for framework in (lightning(), levin()):
         kind = profilers_of(framework).PyTorchProfiler
         recording = kind(schedule=None, export_to_chrome=False, record_module_names=False)
-        assert recording.function_events is None
-        quiet(framework, tmp_path, profiler=recording, max_epochs=1).fit(make_parts(framework).module, loader(8))
+        assert recording.function_events is None and recording.profiler is None
+        module, kinds = make_parts(framework).module, []
+        module.on_train_batch_end = lambda *_, recording=recording, kinds=kinds: kinds.append(type(recording.profiler))
+        quiet(framework, tmp_path, profiler=recording, max_epochs=1).fit(module, loader(8))
+        assert torch.profiler.profile in kinds
         found[framework.name] = {event.name for event in recording.function_events}
     # Actions are marked with the name of the framework.
     step = "on_train_batch_start"

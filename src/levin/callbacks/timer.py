@@ -104,8 +104,8 @@ class Timer(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._duration is not None and self.time_elapsed() >= self._duration:
-            self._stop(trainer)
+        if self._duration is not None:
+            self._check_time_remaining(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,15 +119,19 @@ class Timer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
-        if self._interval == "step" and self._clock is not None and self._clock.is_due(trainer):
-            self._stop(trainer)
+        if self._interval == "step" and self._duration is not None:
+            self._check_time_remaining(trainer)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._interval == "epoch" and self._clock is not None and self._clock.is_due(trainer):
-            self._stop(trainer)
+        if self._interval == "epoch" and self._duration is not None:
+            self._check_time_remaining(trainer)
 
-    def _stop(self, trainer: Trainer) -> None:
+    def _check_time_remaining(self, trainer: Trainer) -> None:
+        """Let the fit stop if the time is over; called on all ranks, and what subclasses override who do more then."""
+        remaining = self.time_remaining()
+        if not (self._clock.is_due(trainer) if self._clock is not None else remaining is not None and remaining <= 0):
+            return
         if not trainer.should_stop and self._verbose:
             elapsed = timedelta(seconds=int(self.time_elapsed()))
             rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
@@ -136,6 +140,7 @@ class Timer(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stopwatch(RunningStage.TRAINING).stop()
+        self._clock = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -38,11 +38,11 @@ def migrate(checkpoint: Checkpoint, source: object = None) -> Checkpoint:
         rank_zero_warn(
             f"{source} was written by Lightning {version}, whose layout may be newer than the one known here."
         )
-    if source is not None and version < Version(_MIGRATIONS[-1][0]):
+    if source is not None and version < Version(MIGRATIONS[-1][0]):
         rank_zero_info(
             f"{source} has the layout of Lightning {version}. `levin upgrade {source}` rewrites it once and for all."
         )
-    for limit, steps in _MIGRATIONS:
+    for limit, steps in MIGRATIONS:
         if version < Version(limit):
             for step in steps:
                 step(checkpoint)
@@ -131,10 +131,11 @@ def _flat_loops(checkpoint: Checkpoint) -> None:
                 state[key.removeprefix("epoch_loop.")] = state.pop(key)
 
 
-_MIGRATIONS: list[tuple[str, list[Callable[[Checkpoint], None]]]] = [
+MIGRATIONS: list[tuple[str, list[Callable[[Checkpoint], None]]]] = [
     ("0.10.0", [_callback_keys]),
     ("1.6.0", [_loops_from_counters]),
     ("1.6.5", [_batches_that_stepped]),
     ("1.9.0", [_checkpoint_keys]),
     ("2.0.0", [_flat_loops]),
 ]
+"""First version with the layout -> what brings older files to it, oldest first."""

@@ -19,9 +19,12 @@ from typing import Any, Protocol, Union, runtime_checkable
 import torch
 import torch.distributed
 from lightning_utilities.core.enums import StrEnum
+from packaging.version import Version
 from torch.utils.data import IterableDataset
 
 from levin.accelerators import Accelerator, CPUAccelerator
+from levin.checkpoint.layout import COMPATIBLE_VERSION
+from levin.checkpoint.migrate import MIGRATIONS
 from levin.data.loaders import known_length
 from levin.engine import Engine, build_engine
 from levin.precision import DoublePrecision, Precision
@@ -278,6 +281,30 @@ def merge_dicts(
     functions = agg_key_funcs or {}
     keys = dict.fromkeys(key for each in dicts for key in each)
     return {key: functions.get(key, default_func)([each[key] for each in dicts if key in each]) for key in keys}
+
+
+def migrate_checkpoint(
+    checkpoint: StateDict, target_version: str | None = None
+) -> tuple[StateDict, dict[str, list[str]]]:
+    """Bring a checkpoint of an older version to the present layout, in place.
+
+    Args:
+        checkpoint: What is in the file.
+        target_version: Go no further than the layout of this version.
+
+    Returns:
+        The checkpoint, and by version what was done.
+    """
+    written, done = checkpoint["pytorch-lightning_version"], {}
+    for version, steps in MIGRATIONS:
+        if Version(written) < Version(version) <= Version(target_version or version):
+            for step in steps:
+                step(checkpoint)
+            done[version] = [step.__name__ for step in steps]
+    if Version(written) < Version(COMPATIBLE_VERSION):
+        checkpoint.setdefault("legacy_pytorch-lightning_version", written)
+        checkpoint["pytorch-lightning_version"] = COMPATIBLE_VERSION
+    return checkpoint, done
 
 
 def do_nothing_closure() -> None:

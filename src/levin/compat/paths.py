@@ -145,6 +145,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.loggers.mlflow": {
         "levin.loggers.mlflow": "MLFlowLogger", "levin.loggers.utilities": "_convert_params:to_dict", PRIVATE: "_flatten_dict",
     },
+    "pytorch.loggers.utilities": {PRIVATE: "_scan_checkpoints"},
     "pytorch.loggers.logger": {
         _LOGGERS: "DummyLogger Logger rank_zero_experiment", "levin.loggers.logger": "DummyExperiment",
         EQUIVALENTS: "merge_dicts",
@@ -239,6 +240,8 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENTS: "is_cuda_out_of_memory is_cudnn_snafu is_out_of_cpu_memory "
         "recursive_detach",
     },
+    "pytorch.utilities.migration": {EQUIVALENTS: "migrate_checkpoint"},
+    "pytorch.utilities.migration.utils": {EQUIVALENTS: "migrate_checkpoint"},
     "pytorch.utilities.model_helpers": {
         "levin.utilities.overrides": "is_overridden", EQUIVALENTS: "get_torchvision_model",
     },

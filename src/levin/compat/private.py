@@ -12,9 +12,11 @@ from typing import Any, Optional, Union
 
 import torch
 
+from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import CheckpointIO, TorchCheckpointIO
 from levin.counters import EvaluationLoop
 from levin.environments import ClusterEnvironment
+from levin.loggers.uploads import new_checkpoints
 from levin.loggers.utilities import flatten
 from levin.module import LightningModule
 from levin.precision import Precision
@@ -38,6 +40,15 @@ _PLUGIN_INPUT = Union[Precision, ClusterEnvironment, CheckpointIO, LayerSync, st
 
 class _NotYetLoadedTensor:
     """For type hints and ``isinstance``: what :func:`_lazy_load` gives are tensors, read by the system when used (litgpt)."""
+
+
+def _scan_checkpoints(
+    checkpoint_callback: ModelCheckpoint, logged_model_time: dict[str, float]
+) -> list[tuple[float, str, Optional[float], str]]:
+    """Return time, path, score and tag of the files that a logger does not have yet, oldest first (dvclive)."""
+    ranked = checkpoint_callback.best_k_models
+    found = new_checkpoints(checkpoint_callback, logged_model_time)
+    return [(file.time, file.path, file.score, "best_k" if file.path in ranked else file.tag) for file in found]
 
 
 def _lazy_load(filename: str | os.PathLike[str]) -> Any:

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from levin.profilers.profiler import Profiler
 from levin.utilities.exceptions import value_error
+from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.types import Kwargs, PathLike, StateDict
 
@@ -130,6 +131,8 @@ class PyTorchProfiler(Profiler):
         self._is_over: bool = False
         # What the last window recorded, one by one; stays when the run is over.
         self.function_events: Optional[EventList] = None
+
+    profiler: Any = reads("_profile", "The profiler of torch that records now; None where none does.")
 
     @override
     def setup(self, stage: str, local_rank: Optional[int] = None, log_dir: Optional[str] = None) -> None:

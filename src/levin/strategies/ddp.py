@@ -120,7 +120,7 @@ class DDPStrategy(ParallelStrategy):
         self._stepping: list[ref[Optimizer]] = []
         self._has_replaced_layers = False
 
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         """Start the script again, or processes that run one function, as ``start_method`` says."""
         self.launch_by(self._start_method)
 

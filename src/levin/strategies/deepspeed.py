@@ -205,7 +205,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             )
         return DeepSpeedPrecision(name)
 
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         """Start the script again for each process."""
         if not isinstance(self.precision, DeepSpeedPrecision):
             raise MisconfigurationException(

@@ -110,16 +110,12 @@ class ParallelStrategy(Strategy, ABC):
         self._started_local_rank: int | None = None
 
     def take_devices(self, parallel_devices: list[torch.device]) -> None:
-        """Take one device per process of this machine, and the launcher that starts them."""
+        """Take one device per process of this machine."""
         self.parallel_devices = list(parallel_devices)
-        self.configure_launcher()
         self.set_world_ranks()
 
-    def configure_launcher(self) -> None:
-        """Set :attr:`launcher`, for strategies that start processes."""
-
     def launch_by(self, start_method: str) -> None:
-        """Set :attr:`launcher`.
+        """Set the launcher.
 
         Args:
             start_method: ``"popen"`` starts the script again; another one starts processes that run one function.
@@ -127,9 +123,9 @@ class ParallelStrategy(Strategy, ABC):
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
         if start_method == "popen":
-            self.launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
+            self._launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
         else:
-            self.launcher = MultiProcessingLauncher(
+            self._launcher = MultiProcessingLauncher(
                 self.environment, self.num_processes, start_method, self.enter_process
             )
 

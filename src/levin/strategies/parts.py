@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from levin.checkpoint.io import CheckpointIO, TorchCheckpointIO
 from levin.precision.precision import Precision
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.properties import reads
 
 if TYPE_CHECKING:
     from levin.accelerators.accelerator import Accelerator
@@ -63,9 +64,13 @@ class StrategyParts:
         self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
         self.precision: Precision = self.user_parts.precision or Precision()
         self.environment: ClusterEnvironment | None = None
-        self.launcher: Launcher | None = None
+        self._launcher: Launcher | None = None
         self.layer_sync: LayerSync | None = None
         self.num_nodes: int = 1
+
+    launcher: Launcher | None = reads(
+        "_launcher", "What starts the processes; None where there is one process, or all are there."
+    )
 
     @property
     def accelerator(self) -> Accelerator:
@@ -117,6 +122,10 @@ class StrategyParts:
         self.checkpoint_io = checkpoint_io or self.user_parts.checkpoint_io or self.default_checkpoint_io()
         self.layer_sync = layer_sync
         self.take_devices(parallel_devices)
+        self._configure_launcher()
+
+    def _configure_launcher(self) -> None:
+        """Set :attr:`_launcher`; a strategy that starts processes in a way of its own overrides it."""
 
     def check_module(self, module: torch.nn.Module) -> None:
         """Raise before a process starts when a module cannot be set up, as far as its layers are there already."""

@@ -53,7 +53,7 @@ class ShardedStrategy(ParallelStrategy, ABC):
     # Take away what looks after optimizers.
     _watched: Sequence[RemovableHandle] = ()
 
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         """Start the script again for each process."""
         self.launch_by("popen")
         self.check_mesh(self.num_nodes * self.num_processes)

@@ -195,7 +195,7 @@ class XLAStrategy(XLASteps, ParallelStrategy):
         self._should_copy_weights = sync_module_states
 
     @override
-    def configure_launcher(self) -> None:
+    def _configure_launcher(self) -> None:
         self.launch_by(self._start_method)
 
     @property
