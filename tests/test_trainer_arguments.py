@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from datetime import timedelta
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
-from levin import Trainer
-from levin.callbacks import ModelCheckpoint, Timer, TQDMProgressBar
+from levin import Fabric, Trainer
+from levin.callbacks import BatchSizeFinder, ModelCheckpoint, ModelSummary, SpikeDetection, Timer, TQDMProgressBar
 from levin.loggers import CSVLogger
-from levin.settings import num_from_limit
+from levin.settings import COUNTS, LIMITS, num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
 
 QUIET = {
@@ -92,6 +95,18 @@ def test_every_argument_is_checked_here_or_takes_anything():
     assert set(inspect.signature(Trainer.__init__).parameters) - {"self"} == set(WRONG) | takes_anything
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        *((BatchSizeFinder, "margin", value) for value in (-0.1, 1.0, math.nan)),
+        *((SpikeDetection, "window", value) for value in (0, None, 1.5)),
+    ],
+)
+def test_arguments_of_callbacks_that_cannot_be_meant_are_refused(make, name, value):
+    with pytest.raises(MisconfigurationException, match=f"{name} must be .*received {value}"):
+        make(**{name: value})
+
+
 def test_arguments_by_position_are_refused():
     with pytest.raises(TypeError, match="keyword arguments only, received 1 by position. Write Trainer"):
         Trainer("cpu")
@@ -157,10 +172,48 @@ def test_a_precision_is_given_once():
         quiet(precision="32-true", plugins=DoublePrecision())
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *product([*LIMITS, "val_check_interval", "accumulate_grad_batches"], [math.nan, -math.inf, math.inf]),
+        *product(["max_steps", "max_epochs"], [math.nan, -math.inf]),
+    ],
+)
+def test_what_is_no_number_of_anything_is_refused(name, value):
+    with pytest.raises(MisconfigurationException, match=f"{name} .*received {value}"):
+        quiet(**{name: value})
+
+
+def test_infinity_means_without_limit():
+    trainer = quiet(max_epochs=math.inf, max_steps=math.inf, num_sanity_val_steps=math.inf, log_every_n_steps=math.inf)
+    assert (trainer.max_epochs, trainer.max_steps) == (-1, -1)
+    assert (trainer.num_sanity_val_steps, trainer.log_every_n_steps) == (math.inf, 0)
+
+
+@pytest.mark.parametrize("number", [np.int64(1), np.array(1), torch.tensor(1)], ids=["numpy", "array", "tensor"])
+@pytest.mark.parametrize(
+    "name", [*COUNTS, *LIMITS, "devices", "val_check_interval", "gradient_clip_val", "fast_dev_run"]
+)
+def test_numbers_of_other_libraries_are_numbers(name, number):
+    trainer = quiet(**{name: number})
+    if hasattr(trainer, name):
+        assert type(getattr(trainer, name)) in (int, bool) and getattr(trainer, name) == 1
+
+
+def test_fractions_and_switches_of_other_libraries_are_taken():
+    trainer = quiet(limit_train_batches=np.float32(0.5), detect_anomaly=np.bool_(True), max_time=np.timedelta64(3, "s"))
+    assert trainer.limit_train_batches == 0.5
+    assert Fabric(accelerator="cpu", devices=np.int64(1), num_nodes=torch.tensor(1)).world_size == 1
+    assert TQDMProgressBar(refresh_rate=np.int64(5)).refresh_rate == 5
+    assert ModelSummary(max_depth=np.int64(2))._max_depth == 2
+
+
 def test_whole_floats_stand_for_ints():
     trainer = quiet(max_steps=1e3, limit_train_batches=2.0, val_check_interval=3.0)
     assert (trainer.max_steps, trainer.limit_train_batches, trainer.val_check_interval) == (1000, 2, 3)
     assert all(type(v) is int for v in (trainer.max_steps, trainer.limit_train_batches, trainer.val_check_interval))
+    trainer = quiet(**{name: 2.0 for name in COUNTS if name != "num_nodes"})
+    assert (trainer.max_epochs, trainer.accumulate_grad_batches, trainer.log_every_n_steps) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from levin.strategies import LayerSync, SingleDeviceStrategy, Strategy, Strategy
 from levin.strategies.mesh import check_mesh, is_mesh, strategy_of_mesh
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean
 from levin.utilities.interactive import is_interactive
+from levin.utilities.numbers import plain_number
 from levin.utilities.process_group import is_connected
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
@@ -135,6 +136,7 @@ def build_engine(
         >>> engine.strategy.root_device, engine.precision.precision
         (device(type='cpu'), '32-true')
     """
+    devices, num_nodes = plain_number(devices), plain_number(num_nodes)
     if not isinstance(num_nodes, int) or num_nodes < 1:
         raise MisconfigurationException(
             f"num_nodes must be an int >= 1, received {num_nodes!r}. Use 1 for a single machine."

@@ -14,6 +14,7 @@ from typing import Any, Optional, TypeVar, Union, cast
 
 from levin.utilities.exceptions import MisconfigurationException, did_you_mean, require_choice, value_error
 from levin.utilities.filesystem import is_local
+from levin.utilities.numbers import plain_number
 from levin.utilities.rank_zero import rank_zero_info
 from levin.utilities.states import GradClipAlgorithmType
 from levin.utilities.types import Function
@@ -85,9 +86,8 @@ def check_settings(arguments: Mapping[str, Any]) -> Settings:
     for name, default in DEFAULTS.items():
         if values[name] is None:
             values[name] = BAREBONES[name] if is_bare else default
-    steps = values["max_steps"]
-    if type(steps) is float and steps == int(steps):
-        values["max_steps"] = int(steps)  # people write 1e5
+    for name in COUNTS:
+        values[name] = _whole(values[name], _WITHOUT_LIMIT.get(name))
     values["splits_batches"] = values["accumulate_grad_batches"] == "auto"
     if values["splits_batches"]:
         values["accumulate_grad_batches"] = 1
@@ -187,11 +187,13 @@ def check_val_interval(value: object, every_n_epoch: Optional[int], max_steps: i
         return 1.0, duration.total_seconds()
     # Packages give min(interval, max_steps); without a step there is nothing to validate after.
     is_unused = value == 0 == max_steps
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (value <= 0 and not is_unused):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not (0 < value <= 1 or _is_count(value) or is_unused)
+    ):
         raise value_error("val_check_interval", value, meaning)
     if isinstance(value, float) and value > 1.0:
-        if value != int(value):
-            raise value_error("val_check_interval", value, meaning)
         return int(value), None
     if every_n_epoch is None and isinstance(value, float):
         raise MisconfigurationException(
@@ -220,7 +222,7 @@ def check_clipping(value: object, algorithm: object) -> Optional[GradClipAlgorit
 def defaults_from_environment(init: F) -> F:
     """Let ``PL_<CLASS>_<ARGUMENT>`` stand in for each argument that is not given.
 
-    Values are read as Python literals where possible; an explicit argument wins.
+    Values are read as Python literals where possible; an explicit argument wins. Numbers of NumPy and torch become Python's.
     """
     names = [name for name in inspect.signature(init).parameters if name != "self"]
 
@@ -242,7 +244,7 @@ def defaults_from_environment(init: F) -> F:
                     kwargs[name] = ast.literal_eval(text)
                 except (ValueError, SyntaxError):
                     kwargs[name] = text
-        init(self, **kwargs)
+        init(self, **{name: plain_number(value) for name, value in kwargs.items()})
 
     return cast(F, wrapped)
 
@@ -257,12 +259,16 @@ def check_limit(value: Optional[Limit], name: str) -> Limit:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise value_error(name, value, "must be an int or a float", "Use 10 for ten batches, 0.1 for a tenth.")
-    if value < 0 or (value > 1 and value != int(value)):
+    if not (0 <= value <= 1 or _is_count(value)):
         raise value_error(name, value, "must be a count >= 0 or a fraction in [0.0, 1.0]")
     if name != "overfit_batches" and value == 1:
         what = "1 batch" if isinstance(value, int) else "100% of the batches"
         rank_zero_info(f"`Trainer({name}={value!r})` was configured so {what} will be used.")
     return int(value) if value > 1 else value
+
+
+def _is_count(value: Limit) -> bool:
+    return value > 1 and value % 1 == 0  # not infinity, nor NaN
 
 
 def num_from_limit(limit: Limit, length: Limit, name: str) -> Limit:
@@ -324,6 +330,19 @@ COUNTS = {
 """Argument -> its least value, and the way out when it is less."""
 
 _MAY_BE_LEFT_OPEN = ("max_epochs", "min_epochs", "min_steps", "check_val_every_n_epoch")
+
+
+_WITHOUT_LIMIT = {"max_epochs": -1, "max_steps": -1, "num_sanity_val_steps": -1, "log_every_n_steps": 0}
+"""Argument -> what says the same as infinity."""
+
+
+def _whole(value: object, without_limit: Optional[int]) -> object:
+    """Return a whole float (people write 1e5) or infinity as an int, anything else as it is."""
+    if not isinstance(value, float):
+        return value
+    if value == math.inf and without_limit is not None:
+        return without_limit
+    return int(value) if value.is_integer() else value
 
 
 def check_counts(given: dict[str, object]) -> None:

@@ -51,7 +51,7 @@ class SpikeDetector:
     ) -> None:
         super().__init__()
         require_choice("mode", mode, ("min", "max"))
-        if window < 1:
+        if not isinstance(window, int) or window < 1:
             raise value_error("window", window, "must be >= 1")
         self.mode: str = mode
         self.warmup: int = warmup

@@ -11,7 +11,7 @@ from levin.protocols import Trainer
 from levin.tuner.batch_size import MODES, scale_batch_size
 from levin.tuner.learning_rate import SCALES, LRFinder, lr_find
 from levin.tuner.search import holders
-from levin.utilities.exceptions import MisconfigurationException, require_choice
+from levin.utilities.exceptions import MisconfigurationException, require_choice, value_error
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 
@@ -139,6 +139,10 @@ class BatchSizeFinder(Callback):
         max_val: int = 8192,
     ) -> None:
         require_choice("mode", mode.lower(), self.SUPPORTED_MODES)
+        if not 0 <= margin < 1:
+            raise value_error(
+                "margin", margin, "must be a share of the size in [0.0, 1.0)", "Use 0.05 to leave 5 % free."
+            )
         self.optimal_batch_size: Optional[int] = init_val
         self._search = (mode.lower(), steps_per_trial, init_val, max_trials, batch_arg_name, margin, max_val)
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from levin.utilities.modes import eval_mode, forward_of_example
+from levin.utilities.numbers import plain_number
 from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -288,6 +289,7 @@ def check_max_depth(max_depth: int) -> int:
     Raises:
         ValueError: It is something else.
     """
+    max_depth = plain_number(max_depth)
     if not isinstance(max_depth, int) or max_depth < -1:
         raise ValueError(
             f"`max_depth` can be -1, 0 or > 0, got {max_depth!r}. Use 1 for the direct children, -1 for all layers."

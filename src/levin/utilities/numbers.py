@@ -1,4 +1,4 @@
-"""Tensors to numbers."""
+"""Tensors, and numbers of other libraries, to numbers."""
 
 from __future__ import annotations
 
@@ -107,3 +107,13 @@ def to_numbers(metrics: Metrics) -> dict[str, Any]:
         {'loss': 2.0, 'epoch': 1}
     """
     return Reading(metrics).numbers()
+
+
+def plain_number(value: Any) -> Any:
+    """Return a number of NumPy's or torch's as one of Python's; anything else as it is.
+
+    Example:
+        >>> plain_number(torch.tensor(2)), plain_number("2")
+        (2, '2')
+    """
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value

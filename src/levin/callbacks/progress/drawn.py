@@ -17,6 +17,7 @@ from levin.callbacks.progress.terminal import draws_in_place
 from levin.data.combined import combined_length
 from levin.module import LightningModule
 from levin.protocols import Trainer
+from levin.utilities.numbers import plain_number
 from levin.utilities.properties import reads
 from levin.utilities.types import STEP_OUTPUT, Batch
 
@@ -109,6 +110,7 @@ class DrawnProgressBar(ProgressBar):
 
     def __init__(self, refresh_rate: int, leave: bool, renderer: Renderer) -> None:
         super().__init__()
+        refresh_rate = plain_number(refresh_rate)
         if not isinstance(refresh_rate, (int, float)) or refresh_rate < 0:
             raise ValueError(f"refresh_rate must be >= 0, received {refresh_rate!r}. Use 0 to turn the bar off.")
         self._refresh_rate: int = refresh_rate
