@@ -146,3 +146,6 @@ def test_a_step_that_is_none_is_not_defined(tmp_path):
     with pytest.raises(ValueError, match="requires `validation_step`"):
         module.validation_step = None
         trainer.validate(module, DataLoader(torch.ones(2, 2), 2))
+    with pytest.raises(ValueError, match="requires `predict_step`"):
+        module.predict_step = None
+        trainer.predict(module, DataLoader(torch.ones(2, 2), 2))

@@ -82,6 +82,8 @@ def verify(run: Run) -> None:
         return
     if fn != "predict":
         require("validation_step" if fn == "validate" else "test_step")
+    elif module.predict_step is None:  # it says so, though there is a forward to stand in for it
+        require("predict_step")
     elif not has("predict_step") and not has("forward"):
         raise MisconfigurationException("`Trainer.predict` requires `predict_step` or `forward`. Define one of them.")
     loaders = loaders_of(run, fn)
