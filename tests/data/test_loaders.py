@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, SubsetRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data import loaders as loaders_module
@@ -77,6 +77,34 @@ def test_a_sampler_of_the_user_is_wrapped_and_keeps_its_order():
     loaders = on_ranks(lambda: DataLoader(DATA, batch_size=2, sampler=Backwards()), "train")
     assert all(type(loader.sampler) is DistributedSamplerWrapper for loader in loaders)
     assert list(map(drawn, loaders)) == [[4.0, 2.0, 0.0], [3.0, 1.0, 4.0]]
+
+
+class Grouped(BatchSampler):
+    def __init__(self, sampler, batch_size, drop_last, groups=1):
+        super().__init__(sampler, batch_size, drop_last)
+
+
+@pytest.mark.parametrize("kind", [BatchSampler, Grouped])
+@pytest.mark.parametrize("sampler", [[4, 0, 2, 2], SubsetRandomSampler([3, 1]), DistributedSampler(DATA, 2, 1)])
+def test_the_sampler_of_a_batch_sampler_is_that_of_the_loader(kind, sampler):
+    def make():
+        with capture_init_args():
+            return DataLoader(DATA, batch_sampler=kind(sampler, 2, False))
+
+    torch.manual_seed(1)
+    expected = drawn(make())
+    torch.manual_seed(1)
+    alone = prepare_dataloader(make(), stage="predict", sampler_kwargs=None)
+    assert drawn(alone) == expected
+    for stage in ("train", "val", "test", "predict"):
+        shares = []
+        for loader in on_ranks(make, stage):
+            torch.manual_seed(1)
+            shares.append(drawn(loader))
+        if isinstance(sampler, DistributedSampler):  # it is split already
+            assert shares == [expected, expected]
+        else:
+            assert shares == [expected[::2], expected[1::2]]
 
 
 def test_a_sampler_without_a_length_cannot_be_split():

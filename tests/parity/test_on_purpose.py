@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchmetrics
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from tests.parity import both
 
@@ -629,3 +629,14 @@ def test_the_path_of_a_checkpoint_in_setup(tmp_path):
         trainer = both.quiet(framework, tmp_path, max_epochs=2, callbacks=[Look()])
         trainer.fit(make(framework), data(), ckpt_path=str(path))
     assert list(seen.values()) == [None, str(path)]
+
+
+@pytest.mark.filterwarnings("ignore:.*num_workers")
+def test_predictions_with_a_batch_sampler_are_those_of_its_sampler(tmp_path):
+    seen = []
+    for framework in pair():
+        module = make(framework)
+        module.forward = lambda batch: batch[:, 0].tolist()
+        loader = DataLoader(torch.arange(6.0)[:, None], batch_sampler=BatchSampler([4, 1, 3], 2, drop_last=False))
+        seen.append(both.quiet(framework, tmp_path).predict(module, loader))
+    assert seen == [[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], [[4.0, 1.0], [3.0]]]

@@ -133,7 +133,7 @@ def prepare_dataloader(
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=(sampler_kwargs or {}).get("rank", 0))
     if isinstance(loader.dataset, IterableDataset):
         return loader
-    sampler: object = loader.sampler
+    sampler = sampler_of(loader)
     is_split = sampler_kwargs is not None and not isinstance(sampler, DistributedSampler)
     if stage != "train" and shuffles(loader):
         rank_zero_warn(
@@ -141,7 +141,7 @@ def prepare_dataloader(
             "evaluation.",
             category=PossibleUserWarning,
         )
-    if overfit and not isinstance(sampler, SequentialSampler) and not is_split:
+    if overfit and not isinstance(loader.sampler, SequentialSampler) and not is_split:
         rank_zero_warn(
             f"You requested to overfit but enabled shuffling in `{stage}_dataloader`. Its sampler is replaced by one in order."
         )
@@ -165,6 +165,18 @@ def hint_at_workers(loader: object, stage: str) -> None:
         )
 
 
+def sampler_of(loader: DataLoader[Any]) -> object:
+    """Return what draws the samples: torch gives a loader with a batch sampler another one, which nothing draws from.
+
+    Example:
+        >>> batches = BatchSampler(RandomSampler(range(4)), 2, drop_last=False)
+        >>> sampler_of(DataLoader(range(4), batch_sampler=batches)) is batches.sampler
+        True
+    """
+    own = getattr(loader.batch_sampler, "sampler", None)
+    return loader.sampler if own is None else own
+
+
 def shuffles(loader: object) -> bool:
     """Return whether a loader draws in random order."""
     return isinstance(getattr(loader, "sampler", None), RandomSampler)
@@ -177,9 +189,10 @@ def _seeds_workers() -> bool:
 def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool) -> Sampler[object]:
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
     # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
-    if not isinstance(loader.sampler, (RandomSampler, SequentialSampler)):
+    sampler = sampler_of(loader)
+    if not isinstance(sampler, (RandomSampler, SequentialSampler)):
         wrapper = DistributedSamplerWrapper if stage == "train" else UnrepeatedSamplerWrapper
-        return wrapper(loader.sampler, **kwargs)
+        return wrapper(sampler, **kwargs)
     if stage == "train":
         return DistributedSampler(loader.dataset, **kwargs)
     return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
@@ -283,7 +296,7 @@ def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) 
             drop_last = not is_predict and batch_sampler.drop_last
             built = kind(sampler, batch_size=batch_sampler.batch_size, drop_last=drop_last)
         except (TypeError, AttributeError) as error:
-            if sampler is not loader.sampler:
+            if sampler is not sampler_of(loader):
                 raise TypeError(
                     f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
                     "Or pass Trainer(use_distributed_sampler=False)."
