@@ -259,3 +259,26 @@ rank_zero_info("heard twice")
 """
     )
     assert output(["-m", "levin", str(script)]).splitlines() == ["heard", "heard twice", "heard twice"]
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lines_are_silenced_and_filtered_by_the_logger_that_they_come_from_in_lightning(tmp_path, package):
+    script = tmp_path / "log.py"
+    script.write_text(
+        f"""
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+from {package}.utilities import rank_zero_info
+speaker = logging.getLogger("{package}.utilities.rank_zero")
+speaker.addFilter(lambda record: "GPU" not in record.getMessage())
+rank_zero_info("GPU available")
+rank_zero_info("heard")
+for logger in (speaker, logging.getLogger("{package}")):
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    rank_zero_info("silenced")
+    logger.setLevel(before)
+rank_zero_info("heard again")
+"""
+    )
+    assert output(["-m", "levin", str(script)]).splitlines() == ["heard", "heard again"]

@@ -104,8 +104,18 @@ def test_the_finder_is_installed_once_and_before_all_others(monkeypatch):
             finder.install_finder()
             finder.install_finder()
             assert len(sys.meta_path) == 2 and isinstance(sys.meta_path[0], AliasFinder)
-            assert (ours.parent, ours.level, theirs.level) == (theirs, logging.NOTSET, expected)
+            above, names = ours, []
+            while above is not theirs:
+                above = above.parent
+                names.append(above.name)
+            assert names == [
+                "pytorch_lightning.utilities.rank_zero", "pytorch_lightning", "lightning.pytorch.utilities.rank_zero",
+                "lightning.pytorch",
+            ]  # fmt: skip
+            assert (ours.level, theirs.level) == (logging.NOTSET, expected)
+            assert [each.name for each in ours.filters] == [names[2], names[0]]
     finally:
+        ours.filters.clear()
         ours.parent = before[0]
         ours.setLevel(before[1])
         theirs.setLevel(before[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,18 @@ def test_the_rank_that_was_set_stays_until_another_is_set(monkeypatch):
     assert rank_zero_only.rank == 2 and on_first() == "other"
     set_rank(0)
     assert on_first() == "first"
+
+
+@pytest.mark.parametrize(("warn", "caller"), [(rank_zero_warn, 4), (rank_zero_deprecation, 5)])
+def test_a_warning_points_to_who_gives_it_or_above_as_in_lightning(warn, caller):
+    def give(**kwargs):
+        warn("careful", **kwargs)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        give()
+        give(stacklevel=caller + 1)
+    first = give.__code__.co_firstlineno
+    assert [(Path(each.filename).name, each.lineno) for each in caught] == [
+        ("test_rank_zero.py", first + 1), ("test_rank_zero.py", first + 6),
+    ]  # fmt: skip

@@ -142,12 +142,16 @@ def install_finder() -> None:
 
 
 def _place_logger() -> None:
-    """Put levin's logger below the one that programs silence, listen to and find at level INFO: Lightning's."""
+    """Put levin's logger below those that programs silence, filter and listen to, and find at level INFO: Lightning's."""
     theirs, ours = logging.getLogger("lightning.pytorch"), logging.getLogger("levin")
     if theirs.level == logging.NOTSET:
         theirs.setLevel(logging.INFO)
-    ours.parent = theirs
     ours.setLevel(logging.NOTSET)
+    # Its lines come from a logger of their own, under the name of either package.
+    speakers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("lightning.pytorch", "pytorch_lightning")]
+    logging.getLogger("pytorch_lightning").parent, ours.parent = speakers
+    for speaker in speakers:
+        ours.addFilter(speaker)
 
 
 def _describe_missing(fullname: str) -> str:

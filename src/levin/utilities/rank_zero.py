@@ -96,12 +96,12 @@ def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stack
     Args:
         message: The text, or a warning, whose class counts then.
         category: Class of the warning.
-        stacklevel: How many frames up the warning points to.
+        stacklevel: 4 to point to the caller, 5 to its caller, ...: Lightning has two frames more in between.
         kwargs: Passed to ``warnings.warn``.
     """
     if _rank() == 0:
         text = message if isinstance(message, Warning) else str(message)
-        warnings.warn(text, category=category, stacklevel=stacklevel, **kwargs)
+        warnings.warn(text, category=category, stacklevel=stacklevel - 2, **kwargs)
 
 
 def rank_zero_deprecation(message: object, stacklevel: int = 5, **kwargs: Any) -> None:
