@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from levin import Trainer
 from levin.strategies import SingleDeviceCollective, TorchCollective, collectives, group_collectives
 from levin.strategies.control_group import ControlGroup
+from levin.utilities.process_group import disconnect_processes
 from tests.distributed import world_size
 from tests.strategies.small import QUIET, Small, loader
 
@@ -191,6 +193,23 @@ def test_ranks_that_differ_in_what_one_line_does_hear_what_each_was_about_to_do(
     group = ControlGroup(timedelta(seconds=20))
     with pytest.raises(RuntimeError, match="for batches on rank 0; .* for the run on rank 1"):
         group.exchange([0.0], ["batches", "the run"][dist.get_rank()])
+
+
+@world_size(2)
+def test_a_process_that_leaves_is_waited_for_by_nobody_though_it_lives_on(tmp_path):
+    # As the first process does at the end of a script, whose others may go on with a call that it does not make.
+    group, has_heard = ControlGroup(timedelta(seconds=30)), tmp_path / "heard"
+    group.exchange([0.0])
+    if dist.get_rank() == 0:
+        disconnect_processes()
+        deadline = time.monotonic() + 10.0
+        while not has_heard.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert has_heard.exists(), group
+    else:
+        with pytest.raises(RuntimeError, match="Connection closed|Connection reset"):
+            group.exchange([0.0])
+        has_heard.touch()
 
 
 def noting(calls, name, result=None):

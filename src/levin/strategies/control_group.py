@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -39,9 +40,10 @@ class ControlGroup:
         self._timeout = timeout
         self._ranks = None if ranks is None else list(ranks)
         self.is_closed: bool = False
-        self._group: object = None
-        # The process group of all that this one was made beside: it ends with it.
-        self._world: object = None
+        # This group, and that of all which it was made beside. Torch keeps them: when it takes them down their connections
+        # close, and whoever still waits for this process hears of it.
+        self._group: ref[Any] | None = None
+        self._world: ref[Any] | None = None
 
     def __getstate__(self) -> StateDict:
         """Leave an open group here: another process opens its own."""
@@ -50,13 +52,14 @@ class ControlGroup:
     @property
     def group(self) -> Any:
         """The process group."""
-        world = dist.group.WORLD
-        if self._group is None or self._world is not world:
+        world: Any = dist.group.WORLD
+        group = None if self._group is None or self._world is None or self._world() is not world else self._group()
+        if group is None:
             # Where it is not of all processes, those that are not in it have no part in making it.
             of_some: StateDict = {} if self._ranks is None else {"use_local_synchronization": True}
-            self._group = dist.new_group(self._ranks, timeout=self._timeout, backend="gloo", **of_some)
-            self._world = world
-        return self._group
+            group = dist.new_group(self._ranks, timeout=self._timeout, backend="gloo", **of_some)
+            self._group, self._world = ref(group), ref(world)
+        return group
 
     def exchange(self, numbers: Sequence[float], what: str = "batches") -> list[list[float]]:
         """Return the numbers of every process, in the order of ranks; each gives as many.
