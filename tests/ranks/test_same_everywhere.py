@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from levin import Trainer
+from levin.callbacks import ModelCheckpoint
 from levin.ranks.same_everywhere import AlikeCheck, check_logged_name, check_logged_names, fingerprint
 from levin.strategies import DDPStrategy, SingleDeviceStrategy
 from levin.utilities.warnings import PossibleUserWarning
@@ -36,6 +37,20 @@ def test_settings_that_differ_are_named_before_the_first_batch():
         with pytest.raises(ValueError, match=f"All ranks must have the same settings, received .*{message}"):
             trainer.fit(model)
         assert model.seen == []
+    for mine, message in (
+        (
+            [[ModelCheckpoint(every_n_train_steps=2)], []][rank],
+            "callbacks that save=ModelCheckpoint.*2.* on rank 0 and .*0.* on rank 1",
+        ),
+        (
+            [ModelCheckpoint(), *[ModelCheckpoint(monitor="v")][:rank]],
+            "on rank 0 and ModelCheckpoint.*, ModelCheckpoint.* on rank 1",
+        ),
+        ([ModelCheckpoint(monitor=["a", "b"][rank])], "'monitor': 'a'.* on rank 0 and .*'monitor': 'b'"),
+    ):
+        trainer = Trainer(**{**ONCE, "enable_checkpointing": True}, callbacks=mine, strategy="ddp")
+        with pytest.raises(ValueError, match=message):
+            trainer.fit(Small())
     trainer = Trainer(**ONCE, strategy="ddp")
     # A limit that was changed afterwards counts.
     trainer.fit_loop.max_epochs = 1 + rank

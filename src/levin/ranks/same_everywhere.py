@@ -41,6 +41,8 @@ def check_same_settings(run: Run) -> None:
     own = {name: str(getattr(run.settings, name)) for name in _SETTINGS}
     own |= {name: str(getattr(run.loops.fit, name)) for name in _LIMITS}
     own |= {"method": run.fn, "precision": strategy.precision.precision}
+    if run.fn == "fit":
+        own["callbacks that save"] = ", ".join(callback.state_key for callback in run.checkpoint_callbacks) or "none"
     different = differences(strategy.control.exchange_objects(own, "settings"))
     if different:
         raise MisconfigurationException(
