@@ -261,7 +261,9 @@ def test_torchrun_is_found_and_its_numbers_are_checked(monkeypatch):
     engine = build_engine(accelerator="cpu", devices=2)
     assert isinstance(engine.environment, TorchElasticEnvironment)
     assert engine.strategy.global_rank == engine.strategy.local_rank == 1
-    with pytest.raises(ValueError, match=r"must be the 2 processes that torchrun started"):
+    with pytest.raises(
+        ValueError, match=r"must be the 2 processes that torchrun started.* strategy='single_device' where"
+    ):
         build_engine(accelerator="cpu", devices=1)
     # Those that are meant for one of the processes alone.
     for strategy in ("single_device", SingleDeviceStrategy("cpu")):

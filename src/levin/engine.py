@@ -456,4 +456,9 @@ def _check_processes(
     if isinstance(chosen, SingleDeviceStrategy) and (asked is chosen or asked == "single_device" or is_connected()):
         return  # one of several processes, for itself: a test, an export, a search on one rank
     # Also on one device: processes that something outside started would otherwise all do the same work unnoticed.
-    environment.validate_settings(num_devices=num_devices, num_nodes=num_nodes)
+    try:
+        environment.validate_settings(num_devices=num_devices, num_nodes=num_nodes)
+    except MisconfigurationException as error:
+        if isinstance(chosen, SingleDeviceStrategy):
+            error.args = (f"{error} Or pass strategy='single_device' where this process is to work for itself.",)
+        raise

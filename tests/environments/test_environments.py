@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import socket
 import sys
@@ -71,6 +72,18 @@ def test_lightning_by_hand(monkeypatch):
     assert os.environ["WORLD_SIZE"] == "8"
 
 
+def test_a_process_that_nobody_can_find_is_told_at_once(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    environment = LightningEnvironment()
+    environment.set_world_size(2)
+    with pytest.raises(
+        RuntimeError, match=r"MASTER_PORT must say where the 2 processes find each other.*unset LOCAL_RANK"
+    ):
+        assert environment.main_port
+    environment.set_world_size(1)
+    assert environment.main_port > 0
+
+
 def test_lightning_port_for_single_runs(monkeypatch):
     monkeypatch.setenv("STANDALONE_PORT", "2345")
     assert LightningEnvironment().main_port == 2345
@@ -102,6 +115,24 @@ def test_torchelastic(monkeypatch):
         ValueError, match=r"must be the 4 processes that torchrun started, received devices=2 and num_nodes=1"
     ):
         environment.validate_settings(num_devices=2, num_nodes=1)
+
+
+@pytest.mark.parametrize("missing", ["WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK"])
+def test_variables_of_torchrun_that_are_set_by_half_make_no_rank_zero(monkeypatch, missing):
+    variables = {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "GROUP_RANK": 0}
+    set_variables(monkeypatch, TORCHELASTIC_RUN_ID="x", **variables)
+    monkeypatch.delenv(missing)
+    environment = TorchElasticEnvironment()
+    ask = {
+        "WORLD_SIZE": environment.world_size,
+        "RANK": environment.global_rank,
+        "LOCAL_RANK": environment.local_rank,
+    }
+    if missing in ask:
+        with pytest.raises(RuntimeError, match=f"{missing} must be set"):
+            ask.pop(missing)()
+    assert [each() for each in ask.values()] == [variables[name] for name in ask]
+    assert environment.node_rank() == 0
 
 
 def test_torchelastic_defaults_warn():
@@ -207,8 +238,20 @@ def test_two_tasks_that_nothing_has_started_or_placed_and_one_that_needs_neither
     set_variables(monkeypatch, SLURM_NTASKS_PER_NODE=2, SLURM_NNODES=1)
     with pytest.raises(RuntimeError, match=r"SLURM has reserved 2 tasks, and nothing has started them"):
         SLURMEnvironment().validate_settings(num_devices=2, num_nodes=1)
+    # Nothing else was started: this process is alone, however many tasks are reserved.
+    SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
     set_variables(monkeypatch, SLURM_NTASKS=1, SLURM_NTASKS_PER_NODE=1)
     SLURMEnvironment().validate_settings(num_devices=1, num_nodes=1)
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_NTASKS"])
+@pytest.mark.parametrize("value", ["", "2(x2)"])
+def test_a_number_of_slurm_that_is_none_is_named(monkeypatch, name, value):
+    set_variables(monkeypatch, **{**ALLOCATION, name: value})
+    with pytest.raises(RuntimeError, match=rf"{name} must be a number, received '{re.escape(value)}'"):
+        SLURMEnvironment().validate_settings(num_devices=4, num_nodes=2)
 
 
 def test_the_variables_of_kubeflow_without_its_plugin(monkeypatch):

@@ -296,6 +296,26 @@ def test_numbers_that_do_not_fit_the_allocation(cluster, devices, num_nodes, str
     assert ours == (chosen_by_lightning(**arguments) if fits else "value")
 
 
+def test_one_device_in_a_batch_script_and_in_one_of_several_processes(monkeypatch):
+    script = {"SLURM_STEP_ID": None, "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    for name, value in {
+        **CLUSTERS["srun"],
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        **script,
+    }.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    arguments = {"accelerator": "cpu", "devices": 1}
+    theirs, ours = chosen_by_lightning(**arguments), chosen_by_levin(**arguments)
+    assert (ours["strategy"], ours["world_size"]) == (theirs["strategy"], theirs["world_size"])
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    # There each process trains alone, on the same data.
+    assert chosen_by_lightning(**arguments) == theirs
+    assert chosen_by_levin(**arguments) == "value"
+    assert chosen_by_levin(**arguments, strategy="single_device")["world_size"] == 1
+
+
 def test_processes_are_not_started_twice(monkeypatch):
     for name, value in CLUSTERS["torchrun"].items():
         monkeypatch.setenv(name, value)

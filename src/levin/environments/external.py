@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC
 from typing import ClassVar, NamedTuple
 
@@ -28,7 +29,7 @@ class ExternalEnvironment(ClusterEnvironment, ABC):
     variables: ClassVar[Variables] = Variables()
 
     is_lone_without_variables: ClassVar[bool] = False
-    """Whether a process without the variables is the only one; an error otherwise."""
+    """Whether a process without any of the variables is the only one; an error otherwise."""
 
     creates_processes_externally = True
 
@@ -57,4 +58,5 @@ class ExternalEnvironment(ClusterEnvironment, ABC):
         return self._read(self.variables.node_rank, 0)
 
     def _read(self, name: str, lone: int) -> int:
-        return read_int(name, lone if self.is_lone_without_variables else None) if name else lone
+        is_lone = self.is_lone_without_variables and not {*self.variables} & os.environ.keys()
+        return read_int(name, lone if is_lone else None) if name else lone

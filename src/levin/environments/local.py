@@ -35,7 +35,16 @@ class LocalEnvironment(ClusterEnvironment, ABC):
     @override
     def main_port(self) -> int:
         if self._main_port == -1:
-            self._main_port = read_int("MASTER_PORT") if "MASTER_PORT" in os.environ else find_free_port()
+            if "MASTER_PORT" in os.environ:
+                self._main_port = read_int("MASTER_PORT")
+            elif self.creates_processes_externally and self._world_size > 1 and "STANDALONE_PORT" not in os.environ:
+                raise RuntimeError(
+                    f"MASTER_PORT must say where the {self._world_size} processes find each other, and is not set, while LOCAL_RANK="
+                    f"{os.environ['LOCAL_RANK']} is: with that, something else has to start each of them. Set MASTER_ADDR and "
+                    "MASTER_PORT in all of them, or unset LOCAL_RANK to let levin start them."
+                )
+            else:
+                self._main_port = find_free_port()
         return self._main_port
 
     @override

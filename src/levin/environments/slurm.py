@@ -113,11 +113,12 @@ class SLURMEnvironment(ExternalEnvironment):
         """Check the numbers against the allocation.
 
         Raises:
-            RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``, or was not used inside of a batch script.
+            RuntimeError: srun got ``--ntasks`` without ``--ntasks-per-node``, or was not used inside of a batch script for
+                several processes.
             ValueError: ``devices`` or ``num_nodes`` differs from the allocation, or the components of a heterogeneous job
                 differ from each other.
         """
-        if is_slurm_shell():
+        if is_slurm_shell() or (num_devices == num_nodes == 1 and is_batch_script()):
             return
         per_node = os.environ.get("SLURM_NTASKS_PER_NODE")
         per_component = [read_int(name) for name in sorted(os.environ) if name.startswith(_TASKS_OF_COMPONENT)]
@@ -131,13 +132,13 @@ class SLURMEnvironment(ExternalEnvironment):
                 f"SLURM started --ntasks={os.environ['SLURM_NTASKS']} without saying how many per machine, and devices "
                 f"cannot be placed. Use --ntasks-per-node={num_devices} instead of --ntasks."
             )
-        if per_node is not None and int(per_node) != num_devices:
+        if per_node is not None and read_int("SLURM_NTASKS_PER_NODE") != num_devices:
             raise MisconfigurationException(
                 f"devices must equal SLURM's --ntasks-per-node={per_node}, received devices={num_devices}. "
                 f"Set devices={per_node} or --ntasks-per-node={num_devices}."
             )
         nodes = os.environ.get("SLURM_NNODES")
-        if nodes is not None and int(nodes) != num_nodes:
+        if nodes is not None and read_int("SLURM_NNODES") != num_nodes:
             raise MisconfigurationException(
                 f"num_nodes must equal SLURM's --nodes={nodes}, received num_nodes={num_nodes}. "
                 f"Set num_nodes={nodes} or --nodes={num_nodes}."

@@ -18,7 +18,7 @@ from levin.utilities.rank_zero import rank_zero_warn
 class TorchElasticEnvironment(ExternalEnvironment):
     """Processes that ``torchrun`` started, possibly again after a failure."""
 
-    variables = Variables("WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK")
+    variables = Variables("WORLD_SIZE", "RANK", "LOCAL_RANK")
     is_lone_without_variables = True
 
     @property
@@ -41,6 +41,10 @@ class TorchElasticEnvironment(ExternalEnvironment):
     @override
     def detect() -> bool:
         return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+    @override
+    def node_rank(self) -> int:
+        return read_int("GROUP_RANK", 0)
 
     @override
     def store(self, timeout: timedelta | None) -> Any:
