@@ -260,6 +260,22 @@ def test_a_plateau_is_one_for_all_ranks():
         assert len(heard) == (num_warnings if dist.get_rank() == 0 else 0), heard
 
 
+class AnyLoader(Small):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
+    test_step = predict_step = validation_step
+
+
+@world_size(2, connect=False)
+def test_ranks_with_different_numbers_of_loaders_are_told_before_the_first_batch():
+    loaders = [loader(4)] * (1 + int(os.environ["RANK"]))
+    for method in ("fit", "validate", "test", "predict"):
+        with pytest.raises(ValueError, match=r"must give as many loaders .*, received \[1, 2\] in the order of ranks"):
+            data = {"val_dataloaders": loaders} if method == "fit" else {"dataloaders": loaders}
+            getattr(in_rank(), method)(AnyLoader(batch_size=4), **data)
+
+
 @world_size(2, connect=False)
 def test_one_rank_may_have_a_trainer_for_itself():
     os.environ["TORCHELASTIC_RUN_ID"] = "started by torchrun"

@@ -15,7 +15,7 @@ from levin.data.loaders import set_epoch
 from levin.loops.run import Run
 from levin.loops.stage_loaders import StageLoaders
 from levin.precision.precision import Precision
-from levin.ranks.uneven import agreed_batches, is_shared, shared_feed
+from levin.ranks.uneven import agreed_batches, is_any_batch, is_shared, shared_feed
 from levin.settings import num_from_limit
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
@@ -87,7 +87,7 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
 
 def has_batches(run: Run, loaders: StageLoaders) -> bool:
     """Whether any loader of a stage has a batch on any rank; where none has, its hooks are not called either."""
-    return agreed_batches(run.strategy, sum(loaders.batches_per_loader)) > 0
+    return is_any_batch(run.strategy, loaders.batches_per_loader, loaders.hook)
 
 
 def measure_again(loaders: StageLoaders, limit: int | float, feed: Feed) -> bool:

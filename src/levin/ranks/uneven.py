@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from levin.ranks.shared_feed import Peers, SharedFeed
 from levin.resume.metric_states import collect_metric_states, load_metric_states
 from levin.strategies.parallel import ParallelStrategy
+from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.process_group import is_connected
 from levin.utilities.types import Batch, StateDict
 
@@ -107,6 +108,28 @@ def agreed_batches(strategy: Strategy, num_batches: float, rule: str = "longest"
     numbers = [row[0] for row in strategy.data_control.exchange([float(num_batches)], "lengths")]
     agreed = min(numbers) if rule == "shortest" else max(numbers)
     return agreed if agreed == float("inf") else int(agreed)
+
+
+def is_any_batch(strategy: Strategy, batches_per_loader: Sequence[float], hook: str) -> bool:
+    """Return whether any loader has a batch on any rank; each asks with its own.
+
+    Args:
+        strategy: All its processes come here.
+        batches_per_loader: Of this rank.
+        hook: That gave the loaders, for the message.
+
+    Raises:
+        ValueError: The ranks have different numbers of loaders, on all ranks.
+    """
+    own = [float(sum(batches_per_loader)), float(len(batches_per_loader))]
+    rows = strategy.data_control.exchange(own, "lengths") if is_shared(strategy) and is_connected() else [own]
+    numbers = [int(number) for _, number in rows]
+    if len(set(numbers)) > 1:
+        raise MisconfigurationException(
+            f"`{hook}` must give as many loaders on one rank as on another, received {numbers} in the order of ranks. Give each "
+            "rank all loaders, an empty one where it has no data."
+        )
+    return any(num_batches for num_batches, _ in rows)
 
 
 def is_shared(strategy: Strategy) -> TypeGuard[ParallelStrategy]:
