@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.parity import both
 from tests.parity.trainer_runs import Watched, listening, plain, recording_data, view_all, without_own_key
@@ -363,3 +364,59 @@ def test_a_run_that_goes_on_from_a_file_saved_in_any_hook(tmp_path, hook, flags,
         assert results[0][1:] == results[1][1:]
     else:
         assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("way", ["connect", "_lightning_module"])
+@pytest.mark.parametrize("before", ["nothing", "fit", "test"])
+def test_a_module_that_was_never_fitted_is_saved_once_the_strategy_is_connected_to_it(
+    tmp_path, way, before, weights_only
+):
+    found = {}
+    for framework in (both.lightning(), both.levin()):
+        data = DataLoader(torch.arange(8.0).reshape(8, 1), batch_size=2)
+
+        class Model(framework.LightningModule):
+            def __init__(self, weight=1.0):
+                super().__init__()
+                self.save_hyperparameters()
+                self.layer = torch.nn.Linear(1, 1, bias=False)
+                torch.nn.init.constant_(self.layer.weight, weight)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).mean()
+
+            def test_step(self, batch, batch_idx):
+                pass
+
+            def on_save_checkpoint(self, checkpoint):
+                checkpoint["saved by"] = self.hparams.weight
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.01)
+
+        with listening():
+            trainer = both.quiet(framework, tmp_path, max_epochs=1)
+            if before != "nothing":
+                getattr(trainer, before)(Model(5.0), data)
+            model = Model(2.0)
+            if way == "connect":
+                trainer.strategy.connect(model)
+            else:
+                trainer.strategy._lightning_module = model
+            path = tmp_path / f"{framework.name}.ckpt"
+            trainer.save_checkpoint(path, weights_only=weights_only)
+            checkpoint = torch.load(path, weights_only=False)
+            again = None
+            if not weights_only and before != "fit":
+                again = both.quiet(framework, tmp_path, max_epochs=2)
+                again.fit(Model(7.0), data, ckpt_path=path)
+                again = (again.global_step, float(again.lightning_module.layer.weight))
+        assert checkpoint["saved by"] == 2.0
+        found[framework.name] = (
+            checkpoint["state_dict"]["layer.weight"].item(),
+            checkpoint["hyper_parameters"],
+            checkpoint["global_step"],
+            again,
+        )
+    assert found["levin"] == found["lightning"]

@@ -169,6 +169,8 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
                 f"The checkpoint has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
+    if not checkpoint["optimizer_states"] and not checkpoint["global_step"]:
+        return  # saved before there were any: by hand before a fit, or after an evaluation
     if run.strategy.lightning_restore_optimizer:
         names = (own_state(checkpoint) or {}).get("optimizer_groups")
         if names:

@@ -32,7 +32,7 @@ class ExtensionPoints:
 
     def __init__(self) -> None:
         # The one module of a Trainer: as the user wrote it, and as it was set up.
-        self.lightning_module: Any = None
+        self._lightning_module: Any = None
         self.model: Any = None
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[Any] = []
@@ -59,6 +59,9 @@ class ExtensionPoints:
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Add this class to a registry under its names."""
 
+    lightning_module: Any = reads(
+        "_lightning_module", "The one module of a Trainer, as the user wrote it; None before there is one."
+    )
     precision_plugin: Precision = reads("precision", "Another name for :attr:`precision`.")
     cluster_environment: ClusterEnvironment | None = reads("environment", "Another name for :attr:`environment`.")
 
@@ -66,8 +69,7 @@ class ExtensionPoints:
 
     def connect(self, model: Module) -> None:
         """Take note of the Trainer's module, before it is set up."""
-        self.lightning_module = model
-        self.model = model
+        self._lightning_module = self.model = model
 
     def setup(self, trainer: Any) -> None:
         """Set up the module and, in fit, its optimizers.

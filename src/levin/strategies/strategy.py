@@ -149,7 +149,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         is_trainers = module is self.lightning_module
         module = self.precision.convert_module(module)
         if is_trainers:
-            self.lightning_module = self.model = module
+            self._lightning_module = self.model = module
         if move_to_device and is_trainers:
             self.model_to_device()
         elif move_to_device:

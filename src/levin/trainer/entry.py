@@ -77,11 +77,11 @@ def begin(
         )
     previous = trainer.run
     if model is None:
-        if previous is None:
+        model = module_of(trainer)
+        if model is None:
             raise TypeError(
                 f"`Trainer.{fn}()` requires a `LightningModule` when it hasn't been passed in a previous run, received None."
             )
-        model = previous.module
     model = _uncompiled(model, trainer.strategy)
     if not isinstance(model, LightningModule):
         raise TypeError(_no_module(model, given[first], fn))
@@ -104,16 +104,47 @@ def begin(
     loops.fit._data_source = loaders.train
     loops.fit.epoch_loop.val_loop._data_source = loops.validate._data_source = loaders.val
     loops.test._data_source, loops.predict._data_source = loaders.test, loaders.predict
-    run = Run(
-        trainer, trainer.settings, trainer._engine, trainer.profiler, trainer.callbacks, trainer.loggers, trainer.loops,
-        state, told, model, datamodule, loaders,
-    )  # fmt: skip
+    run = _run_with(trainer, model, datamodule, loaders)
     if previous is not None:
         # Those of the call before, until set-up finds new ones.
         run.metrics, run.ckpt_path = previous.metrics, previous.ckpt_path
     trainer.run = run
     trainer.datamodule = datamodule
     return run
+
+
+def _run_with(
+    trainer: Caller, model: LightningModule, datamodule: Optional[LightningDataModule], loaders: Loaders
+) -> Run:
+    return Run(
+        trainer, trainer.settings, trainer._engine, trainer.profiler, trainer.callbacks, trainer.loggers, trainer.loops,
+        trainer.state, trainer._flags, model, datamodule, loaders,
+    )  # fmt: skip
+
+
+def module_of(trainer: Caller) -> Any:
+    """Return the module of the present or last run, before the first one that which the strategy was connected to."""
+    return trainer.strategy.lightning_module if trainer.run is None else trainer.run.module
+
+
+def saved_run(trainer: Caller) -> Run:
+    """Return what a checkpoint is of: the present or last run, or a module that the strategy was connected to by hand.
+
+    Raises:
+        AttributeError: There is neither.
+    """
+    run: Optional[Run] = trainer.run
+    connected = trainer.strategy.lightning_module
+    if run is not None and (connected in (None, run.module) or trainer.state.status == TrainerStatus.RUNNING):
+        return run
+    if connected is None:
+        raise AttributeError(
+            "Saving a checkpoint is only possible after a model was attached, received none. Call `fit` first, or "
+            "`trainer.strategy.connect(model)`."
+        )
+    trainer.strategy.connect(connected)  # also where only its private field was set
+    connected.trainer = trainer
+    return _run_with(trainer, connected, None, Loaders())
 
 
 def method_named(name: str) -> TrainerFn:

@@ -189,7 +189,7 @@ class Trainer:
     predicting: bool = stage(RunningStage.PREDICTING, "Whether predictions run.")
     sanity_checking: bool = stage(RunningStage.SANITY_CHECKING, "Whether the validation before training runs.")
     # The present or last run
-    lightning_module: LightningModule = of_run("module", None, "The user's module; None before the first call.")
+    lightning_module: Any = property(entry.module_of, doc="The user's module; None before the first call.")
     enable_validation: bool = of_run("enable_validation", False, "Whether validation runs inside fit.")
     is_filler: bool = of_run(
         "is_filler", False,
@@ -405,11 +405,7 @@ class Trainer:
         Raises:
             AttributeError: No model was attached yet.
         """
-        if self.run is None:
-            raise AttributeError(
-                "Saving a checkpoint is only possible after a model was attached, received none. Call `fit` first."
-            )
-        save_checkpoint(self.run, filepath, weights_only, storage_options)
+        save_checkpoint(entry.saved_run(self), filepath, weights_only, storage_options)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
