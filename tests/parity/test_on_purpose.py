@@ -256,6 +256,32 @@ def test_the_random_numbers_of_epochs_whose_loaders_are_made_anew(tmp_path):
         assert torch.equal(theirs.get_state(), ours.get_state())
 
 
+@pytest.mark.parametrize("stops", [False, True])
+def test_the_random_numbers_of_a_later_fit(tmp_path, stops):
+    states = []
+    for framework in pair():
+        seen = []
+
+        class Noting(framework.Callback):
+            def on_train_batch_start(self, trainer, *_, seen=seen):
+                trainer.should_stop = stops
+                seen.append(torch.Generator().set_state(torch.get_rng_state()))
+
+        torch.manual_seed(1)
+        module = make(framework)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2 if stops else 1, callbacks=[Noting()])
+        trainer.fit(module, DataLoader(torch.ones(2, 4), batch_size=2))
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module, DataLoader(torch.ones(2, 4), batch_size=2))
+        states.append(seen)
+    (first, theirs), (first_too, ours) = states
+    assert torch.equal(first.get_state(), first_too.get_state())
+    assert not torch.equal(theirs.get_state(), ours.get_state())
+    # A DataLoader draws one number when it is begun: Lightning begins that of a later fit twice.
+    torch.empty((), dtype=torch.int64).random_(generator=ours)
+    assert torch.equal(theirs.get_state(), ours.get_state())
+
+
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
 def test_a_resume_in_the_middle_of_an_epoch(tmp_path):

@@ -776,7 +776,7 @@ def test_what_a_pipeline_cannot_run_is_told_before_a_process_starts():
         "A pipeline runs forward and backward of a batch at once, in parts, which a loop of one's own does not, received a Sequential "
         "in Fabric. Use the Trainer, or torch.distributed.pipelining itself."
     )
-    piped.lightning_module = module
+    piped._lightning_module = module
     piped._check_trains_by_itself(module)
     assert told(piped.precision_for, "16-mixed", torch.device("cuda")) == (
         "precision='16-mixed' scales the loss before its backward pass, and a pipeline runs both in one. Use 'bf16-mixed'."
@@ -864,7 +864,7 @@ def test_weights_are_set_up_saved_and_loaded_where_they_are():
     assert (module.weight.dtype, module.weight.device) == (torch.float64, CPU)
     assert strategy.model is strategy.lightning_module is None
     assert strategy.setup_module(nn.Linear(1, 1)).weight.device.type == "meta"
-    strategy.lightning_module = own = nn.Linear(1, 1)
+    strategy._lightning_module = own = nn.Linear(1, 1)
     assert strategy.setup_module(own) is strategy.model is own and own.weight.device.type == "meta"
     state = strategy.module_state(module)
     assert state.keys() == {"weight", "bias"}
