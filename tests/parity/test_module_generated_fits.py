@@ -222,7 +222,9 @@ def user_code(seen: trace.Trace, plan: Plan) -> None:
         return  # Lightning leaves the module in eval mode, which differs on purpose.
     seen.note("modes", [child.training for child in module.modules()])
     if plan.fails_in or plan.raise_at or plan.then == "fit":
-        module.dropout.p = 0.0  # A later fit, and one after an error, draws other random numbers, which differs on purpose.
+        module.dropout.p = (
+            0.0  # A later fit, and one after an error, draws other random numbers, which differs on purpose.
+        )
     if plan.then:
         seen.attempt(after_the_fit, trainer, module, plan.then)
 
