@@ -264,8 +264,12 @@ def test_torchrun_is_found_and_its_numbers_are_checked(monkeypatch):
     with pytest.raises(
         ValueError, match=r"must be the 2 processes that torchrun started.* strategy='single_device' where"
     ):
-        build_engine(accelerator="cpu", devices=1)
+        build_engine(accelerator="cpu", devices="auto")
     # Those that are meant for one of the processes alone.
+    with pytest.warns(
+        UserWarning, match=r"works for itself: .* the 2 processes that torchrun started.*'single_device' says"
+    ):
+        assert build_engine(accelerator="cpu", devices=1).strategy.world_size == 1
     for strategy in ("single_device", SingleDeviceStrategy("cpu")):
         assert build_engine(accelerator="cpu", strategy=strategy).strategy.world_size == 1
     monkeypatch.setattr("levin.utilities.rank_zero.rank_zero_only.rank", 0)

@@ -13,6 +13,7 @@ The choices are made in this order, each checked against those before it::
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -175,7 +176,7 @@ def build_engine(
         checkpoint_io=given_plugins.checkpoint_io,
         layer_sync=given_plugins.layer_sync,
     )
-    _check_processes(chosen_strategy, strategy, detected, len(parallel_devices), num_nodes)
+    _check_processes(chosen_strategy, strategy, detected, len(parallel_devices), num_nodes, devices != "auto")
     set_rank()  # Once more, for packages that were imported since.
     return Engine(chosen_strategy, parallel_devices)
 
@@ -434,6 +435,7 @@ def _check_processes(
     environment: ClusterEnvironment,
     num_devices: int,
     num_nodes: int,
+    is_asked: bool,
 ) -> None:
     launcher = chosen.launcher
     label = repr(asked) if isinstance(asked, str) else type(chosen).__name__
@@ -459,6 +461,10 @@ def _check_processes(
     try:
         environment.validate_settings(num_devices=num_devices, num_nodes=num_nodes)
     except MisconfigurationException as error:
-        if isinstance(chosen, SingleDeviceStrategy):
+        if not isinstance(chosen, SingleDeviceStrategy):
+            raise
+        if not is_asked:
             error.args = (f"{error} Or pass strategy='single_device' where this process is to work for itself.",)
-        raise
+            raise
+        told = f"This process works for itself: {error} strategy='single_device' says that it is meant to."
+        warnings.warn(told, stacklevel=5)  # by whichever rank does so

@@ -280,8 +280,12 @@ def test_ranks_with_different_numbers_of_loaders_are_told_before_the_first_batch
 def test_one_rank_may_have_a_trainer_for_itself():
     os.environ["TORCHELASTIC_RUN_ID"] = "started by torchrun"
     with pytest.raises(ValueError, match="must be the 2 processes that torchrun started"):
-        alone()
+        alone(devices="auto")
     assert alone(strategy="single_device").world_size == 1
+    if os.environ["RANK"] == "0":
+        with pytest.warns(UserWarning, match="This process works for itself"):
+            (result,) = alone().test(Small(batch_size=4), loader(4), verbose=False)
+        assert "val_loss" in result
     module, trainer = Small(batch_size=4), in_rank(max_epochs=1)
     trainer.fit(module)
     if dist.get_rank() == 0:
