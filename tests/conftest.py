@@ -15,6 +15,11 @@ import torch
 from packaging.version import Version
 
 torch.set_num_threads(1)
+# The tests may themselves be a job, of a scheduler or of torchrun; what they start is none of it.
+_OF_JOBS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PALS_", "LSB_", "JSM_", "MASTER_")
+_OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+for _name in [name for name in os.environ if name.startswith(_OF_JOBS) or name in _OF_RANKS]:
+    del os.environ[_name]
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what is to run in the background so; processes that tests start and interrupt would not hear it either.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -17,6 +17,7 @@ from levin.utilities.rank_zero import (
     rank_zero_warn,
     set_rank,
 )
+from levin.utilities.warnings import LightningDeprecationWarning
 
 CONFIGURE = (
     "import logging, sys; logging.basicConfig(level=logging.INFO, format='theirs: %(message)s', stream=sys.stderr)"
@@ -46,6 +47,8 @@ def test_messages_take_what_logging_and_warnings_take(caplog):
         rank_zero_warn(FutureWarning("will change"), source=None)
     with pytest.warns(PendingDeprecationWarning, match="will go"):
         rank_zero_deprecation("will go", category=PendingDeprecationWarning)
+    with pytest.warns(LightningDeprecationWarning, match="will go too"):
+        rank_zero_deprecation("will go too")
 
 
 LIGHTNING_UTILITIES = """

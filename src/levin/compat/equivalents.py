@@ -49,10 +49,6 @@ _OUT_DICT = dict[str, torch.Tensor]
 _PREDICT_OUTPUT = Union[list[Any], list[list[Any]]]
 
 
-class LightningDeprecationWarning(DeprecationWarning):
-    """A filter for it silences nothing: levin's deprecations are plain DeprecationWarnings."""
-
-
 class _TunerExitException(Exception):
     """Ends a search for a batch size or a learning rate; caught and never raised."""
 

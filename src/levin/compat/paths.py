@@ -49,7 +49,7 @@ _RANK_ZERO_NAMES = "rank_zero_deprecation rank_zero_info rank_zero_only rank_zer
 _RANK_ZERO_MODULE = {
     _RANK_ZERO: f"rank_prefixed_message rank_zero_debug {_RANK_ZERO_NAMES}",
     "lightning_utilities.core.rank_zero": "WarningCache",
-    EQUIVALENTS: "LightningDeprecationWarning",
+    "levin.utilities.warnings": "LightningDeprecationWarning",
 }
 _SUMMARY_NAMES = (
     "LayerSummary ModelSummary get_formatted_model_size get_human_readable_count parse_batch_shape summarize"

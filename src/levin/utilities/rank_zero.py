@@ -9,6 +9,8 @@ import sys
 import warnings
 from typing import Any, Callable, Optional, TypeVar
 
+from levin.utilities.warnings import LightningDeprecationWarning
+
 T = TypeVar("T")
 
 log = logging.getLogger("levin")
@@ -106,7 +108,7 @@ def rank_zero_warn(message: object, category: type[Warning] = UserWarning, stack
 
 def rank_zero_deprecation(message: object, stacklevel: int = 5, **kwargs: Any) -> None:
     """Warn on rank 0 that something will go away."""
-    rank_zero_warn(message, **{"category": DeprecationWarning, "stacklevel": stacklevel, **kwargs})
+    rank_zero_warn(message, **{"category": LightningDeprecationWarning, "stacklevel": stacklevel, **kwargs})
 
 
 def rank_prefixed_message(message: str, rank: Optional[int]) -> str:

@@ -10,6 +10,10 @@ class PossibleUserWarning(UserWarning):
     """A hint about something that is probably, but not certainly, a mistake."""
 
 
+class LightningDeprecationWarning(DeprecationWarning):
+    """Something of levin, or of a package that tells its users so, will go away."""
+
+
 def disable_possible_user_warnings(module: str = "") -> None:
     """Silence every :class:`PossibleUserWarning`.
 
