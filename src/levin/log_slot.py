@@ -319,9 +319,11 @@ class Slot:
         return self._as_tensor(self.latest)
 
     def epoch_value(self) -> object:
-        """Return all values reduced to one."""
+        """Return all values reduced to one; None for a metric that has nothing to compute."""
         if self.metric is not None:
             value = self.metric.compute()
+            if value is None:
+                return None
             if not isinstance(value, Tensor):
                 raise ValueError(
                     f"The compute() of a logged metric must return a Tensor, received {value!r} for {self.name!r}. "

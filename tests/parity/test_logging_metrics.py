@@ -34,9 +34,16 @@ class Pair(Halves):
         return torch.stack([self.total, self.count])
 
 
+class Later(Halves):
+    """A metric that has nothing to compute of a few numbers."""
+
+    def compute(self) -> Any:
+        return self.total if self.count > 8 else None
+
+
 def made() -> dict[str, Any]:
     return {
-        "m": Halves(), "other": Halves(), "parts": Parts(), "pair": Pair(),
+        "m": Halves(), "other": Halves(), "parts": Parts(), "pair": Pair(), "later": Later(),
         "many": torchmetrics.MetricCollection({"h": Halves(), "s": Sum()}, prefix="pre/", postfix="-post", compute_groups=False),
         "inner": torch.nn.ModuleDict({"a": torch.nn.ModuleList([Halves()])}),
     }  # fmt: skip
@@ -72,6 +79,15 @@ MOMENTS = [
 @pytest.mark.parametrize("hook", ["training_step", "on_train_batch_end", "validation_step", "on_validation_batch_end"])
 def test_a_metric(tmp_path, hook, moment, forward):
     assert_same(*run(tmp_path, [Log(hook, "m", updated("m", forward), moment)]))
+
+
+@pytest.mark.parametrize("moment", MOMENTS, ids=str)
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "update"])
+@pytest.mark.parametrize("sizes", [(1,), (2, 2, 1)], ids=str)
+@pytest.mark.parametrize("hook", ["training_step", "validation_step"])
+def test_a_metric_that_has_nothing_to_compute(tmp_path, hook, sizes, moment, forward):
+    script = [Log(hook, "m", updated("later", forward), {**moment, "prog_bar": True}), Log(hook, "n", updated("m"))]
+    assert_same(*run(tmp_path, script, sizes=sizes))
 
 
 @pytest.mark.parametrize(
