@@ -110,6 +110,7 @@ class EvaluationLoop:
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False
+        self.verbose: bool = False
         # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
         self._data_source: object = None
         self._combined_loader: object = None

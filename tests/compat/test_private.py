@@ -442,3 +442,131 @@ def test_a_strategy_starts_its_processes_in_a_way_of_its_own(tmp_path):
         trainer.fit(parity.recording_module(framework, [])[0], parity.loader(), parity.loader())
         found.append((calls, type(trainer.strategy.launcher).__name__, trainer.global_step))
     assert found[1] == found[0] == ([(True, True)], "Launcher", 2)
+
+
+def test_the_loop_under_way_and_the_one_that_evaluates(tmp_path):
+    found = []
+    for framework in parity.lightning(), parity.levin():
+        seen = []
+
+        def look(where, trainer, seen=seen):
+            fit = trainer.fit_loop
+            names = {
+                "fit": fit, "fit.val": fit.epoch_loop.val_loop, "validate": trainer.validate_loop, "test": trainer.test_loop,
+                "predict": trainer.predict_loop, "none": None,
+            }  # fmt: skip
+            for name in ("_active_loop", "_evaluation_loop"):
+                try:
+                    loop = getattr(trainer, name)
+                except RuntimeError:
+                    seen.append((where, name, "refused"))
+                    continue
+                (called,) = (key for key, each in names.items() if each is loop)
+                seen.append(
+                    (
+                        where,
+                        name,
+                        called,
+                        getattr(loop, "verbose", None) if "val" in called or called == "test" else None,
+                    )
+                )
+
+        hooks = [f"on_{stage}_batch_start" for stage in ("train", "validation", "test", "predict")]
+        looking = {hook: lambda self, trainer, *_, hook=hook, look=look: look(hook, trainer) for hook in hooks}
+        trainer = parity.quiet(
+            framework, tmp_path, max_epochs=1, callbacks=[type("Looking", (framework.Callback,), looking)()]
+        )
+        look("before", trainer)
+        module, data = parity.recording_module(framework, [])[0], parity.loader(2)
+        trainer.fit(module, data, data)
+        trainer.validate(module, data)
+        trainer.test(module, data, verbose=False)
+        trainer.predict(module, data)
+        found.append(seen)
+    assert found[1] == found[0]
+    assert {called for _, _, called, *_ in found[1]} == {
+        "fit",
+        "fit.val",
+        "validate",
+        "test",
+        "predict",
+        "none",
+        "refused",
+    }
+
+
+@pytest.mark.parametrize("method", ["validate", "test"])
+@pytest.mark.parametrize("is_silenced", [True, False])
+def test_a_module_shows_the_results_in_a_way_of_its_own(tmp_path, capsys, method, is_silenced):
+    for framework in parity.lightning(), parity.levin():
+
+        class Model(framework.LightningModule):
+            def validation_step(self, batch, batch_idx):
+                self.log("value", 1.0)
+
+            test_step = validation_step
+
+            def on_validation_start(self):
+                if is_silenced:
+                    self.trainer._evaluation_loop._print_results = lambda *args, **kwargs: print("mine")
+
+            on_test_start = on_validation_start
+
+        getattr(parity.quiet(framework, tmp_path), method)(Model(), parity.loader(1))
+        shown = capsys.readouterr().out
+        assert ("mine" in shown, "value" in shown) == (is_silenced, not is_silenced)
+
+
+class Described:
+    """One line
+    goes on.
+
+    And more.
+    """
+
+
+class OfDescribed(Described):
+    pass
+
+
+def described_below():
+    """
+    First.
+
+    Second."""
+
+
+@pytest.mark.parametrize("component", [Described, OfDescribed, described_below, NoName], ids=lambda each: each.__name__)
+def test_short_descriptions(component):
+    their_version, our_version = both("pytorch.cli", "_get_short_description")
+    assert our_version(component) == their_version(component)
+
+
+def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
+    found = []
+    for framework in parity.lightning(), parity.levin():
+        searching = dict(zip(("lightning", "levin"), both("pytorch.tuner.lr_finder", "_LRCallback"), strict=True))[
+            framework.name
+        ]
+        package = "lightning.pytorch" if framework.name == "lightning" else "levin"
+        steps = []
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.lr = 0.1
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch[0]).sum()
+
+            def configure_optimizers(self, steps=steps, searching=searching):
+                steps.extend(each.num_training for each in self.trainer.callbacks if type(each) is searching)
+                return torch.optim.SGD(self.parameters(), self.lr)
+
+        trainer = parity.quiet(framework, tmp_path, max_epochs=1)
+        model, data = Model(), parity.loader(8)
+        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=5)
+        trainer.fit(model, data)
+        found.append(steps)
+    assert found[1] == found[0] == [5]

@@ -9,7 +9,34 @@ from levin.callbacks.defaults import reorder
 from levin.checkpoint.migrate import migrate
 from levin.hooks import Callback
 from levin.resume import checkpoint_tree as tree
+from levin.utilities.states import RunningStage, TrainerFn
 from levin.utilities.types import PathLike, StateDict
+
+
+def evaluation_loop(trainer: Any) -> Any:
+    """Return the loop that evaluates in the call under way (lightning-ir).
+
+    Raises:
+        RuntimeError: None of the present method does.
+    """
+    loops = {
+        TrainerFn.FITTING: trainer.fit_loop.epoch_loop.val_loop,
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+    }
+    if trainer.state.fn not in loops:
+        raise RuntimeError(
+            f"Only fit, validate and test have a loop that evaluates, received the method {trainer.state.fn}."
+        )
+    return loops[trainer.state.fn]
+
+
+def active_loop(trainer: Any) -> Any:
+    """Return the loop under way, None between calls (otx)."""
+    stage = trainer.state.stage
+    if stage in (RunningStage.TRAINING, RunningStage.PREDICTING):
+        return trainer.fit_loop if stage == RunningStage.TRAINING else trainer.predict_loop
+    return None if stage is None else evaluation_loop(trainer)
 
 
 class _CheckpointConnector:

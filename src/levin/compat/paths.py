@@ -101,6 +101,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "pytorch.callbacks.timer": {_CALLBACKS: "Timer", EQUIVALENTS: "Interval"},
     "pytorch.cli": {
+        PRIVATE: "_get_short_description",
         _CLI: "ArgsType LRSchedulerCallable LRSchedulerType LRSchedulerTypeTuple LRSchedulerTypeUnion "
         "LightningArgumentParser LightningCLI OptimizerCallable ReduceLROnPlateau SaveConfigCallback instantiate_class "
         "instantiate_module",
@@ -203,7 +204,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.trainer.states": {"levin.utilities.states": "RunningStage TrainerFn TrainerState TrainerStatus"},
     "pytorch.trainer.trainer": {"levin": "Trainer"},
     "pytorch.tuner": {_TUNER: "Tuner"},
-    "pytorch.tuner.lr_finder": {"levin.tuner": "_LRFinder:LRFinder"},
+    "pytorch.tuner.lr_finder": {"levin.tuner": "_LRFinder:LRFinder", "levin.tuner.learning_rate": "_LRCallback:Recorder"},
     "pytorch.tuner.tuning": {_TUNER: "Tuner"},
     "pytorch.utilities": {
         _RANK_ZERO: _RANK_ZERO_NAMES,
@@ -281,7 +282,9 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.fabric": {_FABRIC: "Fabric"},
     "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
-    "fabric.loggers.logger": {_LOGGERS: "Logger rank_zero_experiment"},
+    "fabric.loggers.logger": {
+        _LOGGERS: "Logger rank_zero_experiment", "levin.loggers.logger": "_DummyExperiment:DummyExperiment",
+    },
     "fabric.plugins": {
         _CHECKPOINT: f"CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",

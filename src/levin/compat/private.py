@@ -51,6 +51,11 @@ def _scan_checkpoints(
     return [(file.time, file.path, file.score, "best_k" if file.path in ranked else file.tag) for file in found]
 
 
+def _get_short_description(component: object) -> Optional[str]:
+    """Return the first line of a documentation, None where there is none (scprint)."""
+    return inspect.cleandoc(component.__doc__ or "").partition("\n")[0] or None
+
+
 def _lazy_load(filename: str | os.PathLike[str]) -> Any:
     """Return the checkpoint in a local file, whose tensors take no memory until they are used (litgpt)."""
     return torch.load(filename, map_location="cpu", mmap=True, weights_only=True)

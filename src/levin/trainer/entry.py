@@ -304,11 +304,14 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Return the results of ``validate`` or ``test``, and print their table where that is asked for."""
     run = begin(trainer, fn, model, datamodule, given)
+    loop = getattr(trainer.loops, fn.value)
+    loop.verbose = verbose
     results: list[dict[str, float]] = execute(trainer, run, ckpt_path, weights_only, model is not None)
     if verbose and results and run.strategy.is_global_zero:
-        loop = getattr(trainer.loops, fn.value)
+        # A loop of the program's own, or a function that it puts there, shows them as it likes.
+        show = getattr(loop, "print_results", getattr(loop, "_print_results", print_results))
         with lenient_streams():
-            getattr(loop, "print_results", print_results)(results, fn.value)
+            show(results, fn.value)
     return results
 
 

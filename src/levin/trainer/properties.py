@@ -50,6 +50,11 @@ def lent(name: str) -> Any:
     return cached_property(lambda trainer: getattr(import_module("levin.compat.connectors"), name)(trainer))
 
 
+def lent_anew(name: str) -> Any:
+    """Return a property like :func:`lent`, of what changes from call to call."""
+    return property(lambda trainer: getattr(import_module("levin.compat.connectors"), name)(trainer))
+
+
 def stage(which: RunningStage, doc: str) -> Any:
     """Return a property that is True while ``which`` runs; setting it says so."""
 

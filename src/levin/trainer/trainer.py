@@ -32,7 +32,7 @@ from levin.resume.checkpoint_tree import save_checkpoint
 from levin.settings import Settings, check_settings, defaults_from_environment
 from levin.strategies.strategy import Strategy
 from levin.trainer import entry, spawned_run
-from levin.trainer.properties import callbacks_of, first_of, lent, of_run, part, setting, shared, stage
+from levin.trainer.properties import callbacks_of, first_of, lent, lent_anew, of_run, part, setting, shared, stage
 from levin.utilities.numbers import to_numbers
 from levin.utilities.properties import reads
 from levin.utilities.states import GradClipAlgorithmType, RunningStage, StopFlags, TrainerFn, TrainerState
@@ -142,6 +142,8 @@ class Trainer:
     )
     # Under these names extensions read the engine, and what is shown for them alone.
     _accelerator_connector: Engine = reads("_engine", "The engine.")
+    _active_loop: Any = lent_anew("active_loop")
+    _evaluation_loop: Any = lent_anew("evaluation_loop")
     _callback_connector: Any = lent("_CallbackConnector")
     _checkpoint_connector: Any = lent("_CheckpointConnector")
     _results: None = None

@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import torch
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from levin.hooks import Callback
 from levin.loops.run import Run
@@ -15,6 +16,7 @@ from levin.module import LightningModule
 from levin.protocols import Trainer
 from levin.tuner.search import try_run
 from levin.utilities.exceptions import MisconfigurationException
+from levin.utilities.properties import reads
 from levin.utilities.types import Batch
 
 SCALES = ("linear", "exponential")
@@ -107,7 +109,7 @@ def rate(index: int, lr_min: float, lr_max: float, num_training: int, mode: str)
 
 
 @dataclass(eq=False)
-class _Recorder(Callback):
+class Recorder(Callback):
     """Sets the rate of each step and notes the loss, which is that of all ranks, so that they find the same."""
 
     finder: LRFinder
@@ -116,7 +118,9 @@ class _Recorder(Callback):
     early_stop_threshold: Optional[float]
     average: float = 0.0
     best: float = math.inf
+    num_training = reads("finder.num_training", "Steps of the search.")
 
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         found, steps = self.finder, trainer.global_step
         lr = rate(steps, found.lr_min, found.lr_max, found.num_training, found.mode)
@@ -125,6 +129,7 @@ class _Recorder(Callback):
         if (batch_idx + 1) % self.every == 0:
             found.results["lr"].append(lr)
 
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -164,7 +169,7 @@ def lr_find(
             f"lr_find needs a module with one optimizer, received {len(run.optimizers)}. Set the learning rates yourself."
         )
     finder = LRFinder(mode, min_lr, max_lr, num_training)
-    recorder = _Recorder(finder, run.optimizers[0], run.settings.accumulate_grad_batches, early_stop_threshold)
+    recorder = Recorder(finder, run.optimizers[0], run.settings.accumulate_grad_batches, early_stop_threshold)
     schedulers, run.strategy.lr_scheduler_configs = run.strategy.lr_scheduler_configs, []
     try:
         search = try_run(run, [recorder], max_steps=num_training, limit_val_batches=0)
