@@ -565,8 +565,8 @@ def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
                 return torch.optim.SGD(self.parameters(), self.lr)
 
         trainer = parity.quiet(framework, tmp_path, max_epochs=1)
-        model, data = Model(), parity.loader(8)
-        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=5)
+        model, data = Model(), parity.loader(20)
+        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=16)
         trainer.fit(model, data)
         found.append(steps)
-    assert found[1] == found[0] == [5]
+    assert found[1] == found[0] == [16]
