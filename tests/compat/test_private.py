@@ -558,15 +558,15 @@ def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
                 self.layer = torch.nn.Linear(4, 1)
 
             def training_step(self, batch, batch_idx):
-                return self.layer(batch[0]).sum()
+                return self.layer(batch[0]).pow(2).mean()
 
             def configure_optimizers(self, steps=steps, searching=searching):
                 steps.extend(each.num_training for each in self.trainer.callbacks if type(each) is searching)
                 return torch.optim.SGD(self.parameters(), self.lr)
 
         trainer = parity.quiet(framework, tmp_path, max_epochs=1)
-        model, data = Model(), parity.loader(20)
-        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=16)
+        model, data = Model(), parity.loader(50)
+        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=40, early_stop_threshold=None)
         trainer.fit(model, data)
         found.append(steps)
-    assert found[1] == found[0] == [16]
+    assert found[1] == found[0] == [40]
