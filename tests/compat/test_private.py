@@ -557,16 +557,18 @@ def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
                 self.lr = 0.1
                 self.layer = torch.nn.Linear(4, 1)
 
-            def training_step(self, batch, batch_idx):
+            def training_step(self, batch, batch_idx, steps=steps, searching=searching):
+                steps.extend(each.num_training for each in self.trainer.callbacks if type(each) is searching)
                 return self.layer(batch[0]).pow(2).mean()
 
-            def configure_optimizers(self, steps=steps, searching=searching):
-                steps.extend(each.num_training for each in self.trainer.callbacks if type(each) is searching)
+            def configure_optimizers(self):
                 return torch.optim.SGD(self.parameters(), self.lr)
 
         trainer = parity.quiet(framework, tmp_path, max_epochs=1)
         model, data = Model(), parity.loader(50)
-        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(model, data, num_training=40, early_stop_threshold=None)
+        importlib.import_module(f"{package}.tuner").Tuner(trainer).lr_find(
+            model, data, num_training=40, early_stop_threshold=None
+        )
         trainer.fit(model, data)
         found.append(steps)
-    assert found[1] == found[0] == [40]
+    assert found[1] == found[0] == [40] * 40
