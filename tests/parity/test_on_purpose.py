@@ -666,3 +666,81 @@ def test_predictions_with_a_batch_sampler_are_those_of_its_sampler(tmp_path):
         loader = DataLoader(torch.arange(6.0)[:, None], batch_sampler=BatchSampler([4, 1, 3], 2, drop_last=False))
         seen.append(both.quiet(framework, tmp_path).predict(module, loader))
     assert seen == [[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], [[4.0, 1.0], [3.0]]]
+
+
+def _phase_two(module: Any) -> None:
+    module.training_step = lambda batch, batch_idx: module.taken.append("second")
+
+
+def _one_callback_more(module: Any) -> None:
+    noting = {"on_train_batch_end": lambda self, *_: module.taken.append("second")}
+    module.trainer.callbacks.append(type("Later", (module.callback_class,), noting)())
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`", "ignore:`training_step` returned None")
+@pytest.mark.parametrize(("change", "named"), [(_phase_two, "training_step"), (_one_callback_more, "Later")])
+def test_what_comes_in_the_middle_of_a_fit(tmp_path, change, named):
+    taken = []
+    for framework in pair():
+        module = make(framework)
+        module.taken, module.callback_class = [], framework.Callback
+        starting = {
+            "on_train_epoch_start": lambda self, trainer, model: change(model) if trainer.current_epoch == 1 else None
+        }
+        trainer = both.quiet(
+            framework, tmp_path, max_epochs=3, callbacks=[type("Starting", (framework.Callback,), starting)()]
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=2))
+        told = [str(each.message) for each in caught if "came, went or was replaced" in str(each.message)]
+        assert [text.split(" ")[0] for text in told] == ([named] if framework.name == "levin" else [])
+        taken.append(len(module.taken))
+    assert taken == [4, 0]
+
+
+@pytest.mark.parametrize("way", ["trainer", "strategy", "set up anew"])
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start"])
+def test_optimizers_that_are_exchanged_in_the_middle_of_a_fit_step_from_then_on(tmp_path, way, manual, hook):
+    found = []
+    for framework in pair():
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                torch.manual_seed(1)
+                self.layer, self.rates, self.calls = torch.nn.Linear(4, 1), [], 0
+                self.automatic_optimization = not manual
+
+            def training_step(self, batch, batch_idx):
+                loss = self.layer(batch).mean()
+                if manual:
+                    optimizer = self.optimizers()
+                    optimizer.zero_grad()
+                    self.manual_backward(loss)
+                    optimizer.step()
+                self.rates.append(self.optimizers().param_groups[0]["lr"])
+                return loss
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.1 if self.calls < 2 else 0.001)
+
+        def exchange(self, trainer, module, *_):
+            module.calls += 1
+            if module.calls == 2 or "start" in hook and "train" not in hook or hook == "on_train_start":
+                module.calls = 2
+                if way == "trainer":
+                    trainer.optimizers = [module.configure_optimizers()]
+                elif way == "strategy":
+                    trainer.strategy.optimizers = [module.configure_optimizers()]
+                else:
+                    trainer.strategy.setup_optimizers(trainer)
+
+        callback = type("Exchanging", (framework.Callback,), {hook: exchange})()
+        trainer = both.quiet(framework, tmp_path, max_epochs=3, callbacks=[callback])
+        module = Model()
+        trainer.fit(module, DataLoader(torch.ones(4, 4), batch_size=2))
+        found.append((module.rates, [value.tolist() for value in module.state_dict().values()], trainer.global_step))
+    assert found[1] == found[0]
+    assert 0.001 in found[1][0]

@@ -62,6 +62,7 @@ def fit(run: Run, feed: Feed, step: Step) -> None:
             loop.epoch_loop.optim_progress.reset()
             loop.epoch_loop.val_loop.batch_progress.total.set_all(0)
             epoch.increment_started()
+        run.hooks.warn_of_changes(run.callbacks)
         run.timed("run_training_epoch", _epoch)(run, feed, step, resumed)
         run.resume.position.finish()
         resumed = loop.restarted_mid_epoch = False

@@ -41,6 +41,16 @@ RUN_HOOKS: tuple[str, ...] = (
 )
 """The hooks that a run calls on callbacks and module, in no particular order."""
 
+_COMPOSED = frozenset(
+    (
+        *RUN_HOOKS,
+        *(f"{stage}_step" for stage in ("training", *STAGES)),
+        *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+        *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"),
+    )
+)
+"""What is looked up once, when a run is composed."""
+
 
 class HookTable:
     """Hook name -> the bound methods that really exist, in calling order. Built once per run.
@@ -66,6 +76,7 @@ class HookTable:
         profile: Optional[Timed] = None,
         strategy: Optional[Strategy] = None,
     ) -> None:
+        self._module, self._callbacks, self._own = module, list(callbacks), _own_of(module)
         self._table: dict[str, Hooks] = {}
         self._showing: set[str] = set()
         for name in RUN_HOOKS:
@@ -94,6 +105,25 @@ class HookTable:
 
     def __getitem__(self, name: str) -> Hooks:
         return self._table[name]
+
+    def warn_of_changes(self, callbacks: list[Callback]) -> None:
+        """Say once what came, went or was replaced since the table was made, and is not taken up before the next call."""
+        own = _own_of(self._module)
+        if callbacks == self._callbacks and own == self._own:
+            return
+        names = {name for name in (*own, *self._own) if own.get(name) is not self._own.get(name)}
+        names |= {type(each).__name__ for each in callbacks if each not in self._callbacks}
+        names |= {type(each).__name__ for each in self._callbacks if each not in callbacks}
+        self._callbacks, self._own = list(callbacks), own
+        rank_zero_warn(
+            f"{', '.join(sorted(names))} came, went or was replaced while a fit runs, which looks callbacks, steps and hooks "
+            "up once: this counts from the next call on. Decide inside of the step or hook, or in a callback that is there "
+            "from the beginning."
+        )
+
+
+def _own_of(module: LightningModule) -> dict[str, object]:
+    return {name: value for name, value in vars(module).items() if name in _COMPOSED}
 
 
 def _call_with_batch(hook: Callable[..., object], *args: object) -> object:

@@ -53,6 +53,9 @@ class Step(Protocol):
     def backward(self, loss: Tensor, *args: object, **kwargs: object) -> None:
         """Run the backward pass, with the hooks around it."""
 
+    def take_optimizers(self) -> None:
+        """Step those of the run from now on."""
+
     def close_window(self) -> None:
         """Step on the gradients of an open accumulation window."""
 

@@ -278,6 +278,17 @@ def prepare_data(run: Run) -> None:
         run.strategy.barrier("prepare_data")
 
 
+def take_optimizers(run: Run) -> None:
+    """Train with what the strategy has from now on: from the start, and where a program exchanges it in the middle of a fit."""
+    run.optimizers, run.schedulers = run.strategy.optimizers, run.strategy.lr_scheduler_configs
+    run.configured_groups = groups_by_name(run.optimizers, run.module)
+    run.lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in run.optimizers]
+    for optimizer in run.lightning_optimizers:
+        optimizer._module = run.module
+    if run.signals.is_looping:
+        run.step.take_optimizers()
+
+
 def compose_run(run: Run) -> None:
     """Resolve everything that can be known before the first batch."""
     module, strategy, fits = run.module, run.strategy, run.fn == "fit"
@@ -286,11 +297,8 @@ def compose_run(run: Run) -> None:
         timed = run.timed = timer(run.profiler)
         run.is_profiled = True
     if fits:
-        run.optimizers, run.schedulers = strategy.optimizers, strategy.lr_scheduler_configs
-        run.configured_groups = groups_by_name(run.optimizers, module)
-        run.lightning_optimizers = [LightningOptimizer(optimizer) for optimizer in run.optimizers]
-        for optimizer in run.lightning_optimizers:
-            optimizer._module = module
+        take_optimizers(run)
+        strategy.when_exchanged = functools.partial(take_optimizers, run)
     run.hooks = HookTable(run.trainer, module, run.callbacks, timed, strategy)
     owners = [owner for owner in (run.datamodule, module) if owner is not None]
     move = CopyStream(strategy.root_device) if strategy.root_device.type == "cuda" else None

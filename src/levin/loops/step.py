@@ -95,20 +95,15 @@ class AutomaticStep:
     def __init__(self, run: Run) -> None:
         module, strategy = run.module, run.strategy
         self.run = run
-        self.optimizer: Any = run.optimizers[0]
-        self.lightning_optimizer = run.lightning_optimizers[0]
         self.progress = run.loops.fit.epoch_loop.optim_progress
         # Of batches that do not fit; None where they are not split.
         self.splitting: Optional[Splitting] = None
+        whole = strategy.step_function(strategy.model, "training_step")
         if run.settings.splits_batches:
             check_splitting(run)
             self.splitting = Splitting(run)
-        whole = (
-            strategy.step_function(strategy.model, "training_step")
-            if self.splitting is None
-            else self.splitting.compose()
-        )
-        step, backward = compose_compiled(run, whole, compose_backward(run, self.optimizer))
+            whole = self.splitting.compose()
+        step, backward = compose_compiled(run, whole, compose_backward(run, run.optimizers[0]))
         self.training_step = run.timed(f"[Strategy]{type(strategy).__name__}.training_step", step)
         self.num_arguments = step_arguments(module, "training_step", 1)
         self.backward = run.timed(f"[Strategy]{type(strategy).__name__}.backward", backward)
@@ -126,8 +121,7 @@ class AutomaticStep:
         self.held: int = 0
         self.weight: object = 0
         self.is_weighted: bool = False
-        self.batch: Batch = None
-        self.batch_idx: int = 0
+        self.batch, self.batch_idx = None, 0
         self.outputs: dict[str, Any] = {}
         self.clips_always = run.strategy.precision.clips_gradients
         clips = self.own_clipping or self.clips_always or run.settings.gradient_clip_val
@@ -135,16 +129,22 @@ class AutomaticStep:
         plain_strategy = type(strategy).optimizer_step is Strategy.optimizer_step
         plain_precision = type(strategy.precision).optimizer_step is Precision.optimizer_step
         self.is_plain = plain_strategy and plain_precision and self.own_optimizer_step is None
-        self.update = update_of(self.optimizer) if self.is_plain else None
-        self.zero_grad = zero_grad_of(self.optimizer)
         # Kept for `on_train_batch_end` alone; without one, nobody sees what the step returned.
         self.keeps_loss = not self.is_plain or bool(run.hooks["on_train_batch_end"])
-        self.lightning_optimizer._on_step = self._step_through_strategy
         strategy.precision.before_step = self.before_step
         self._closure_ran: bool = False
         # On several ranks: steps for which not all of them have a batch, and how many batches the window lacks so.
         self.uneven: Optional[Uneven] = None
         self.lacks: int = 0
+        self.take_optimizers()
+
+    def take_optimizers(self) -> None:
+        """Step those of the run from now on."""
+        self.optimizer: Any = self.run.optimizers[0]
+        self.lightning_optimizer = self.run.lightning_optimizers[0]
+        self.lightning_optimizer._on_step = self._step_through_strategy
+        self.update = update_of(self.optimizer) if self.is_plain else None
+        self.zero_grad = zero_grad_of(self.optimizer)
 
     def state_dict(self) -> StateDict:
         """Return the unfinished window: sizes, weight and gradients."""
@@ -388,10 +388,13 @@ class ManualStep:
         self._backward = compose_backward(run, None)
         strategy.precision.before_step = self._before_step if self.step_hooks else None
         self.uneven: Optional[Uneven] = None
-        for optimizer in run.lightning_optimizers:
-            optimizer._on_step = partial(_step, run.strategy)
-            optimizer._no_sync = strategy.block_backward_sync
-            optimizer._module = run.module
+        self.take_optimizers()
+
+    def take_optimizers(self) -> None:
+        """Let the user step those of the run from now on."""
+        for optimizer in self.run.lightning_optimizers:
+            optimizer._on_step = partial(_step, self.run.strategy)
+            optimizer._no_sync = self.run.strategy.block_backward_sync
 
     def close_window(self) -> None:
         """The user's own steps have no window."""

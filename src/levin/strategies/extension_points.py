@@ -34,12 +34,24 @@ class ExtensionPoints:
         # The one module of a Trainer: as the user wrote it, and as it was set up.
         self._lightning_module: Any = None
         self.model: Any = None
-        self.optimizers: list[Optimizer] = []
+        self._optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[Any] = []
         # Given by the Trainer for the time of a run, so that the defaults below do what it does.
         self.configure_optimizers: Callable[[], tuple[list[Optimizer], list[Any]]] | None = None
+        self.when_exchanged: Callable[[], None] | None = None
         self.transfer_batch: Callable[[Batch, torch.device, int], Batch] | None = None
         self._run_backward: Function | None = None
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """What the module steps; a program may exchange them in the middle of a fit."""
+        return self._optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Optimizer]) -> None:
+        self._optimizers = optimizers
+        if self.when_exchanged is not None:
+            self.when_exchanged()
 
     @property
     def _strategy(self) -> Any:

@@ -199,7 +199,7 @@ class Strategy(StrategyParts, ExtensionPoints, ABC):
         if self.lightning_module is not None:
             move_module(self.lightning_module, torch.device("cpu"))
             self.model = self.lightning_module
-        self.configure_optimizers = self.transfer_batch = self._run_backward = None
+        self.configure_optimizers = self.when_exchanged = self.transfer_batch = self._run_backward = None
         self.precision.before_step = None
         self.precision.teardown()
         if self._accelerator is not None:
