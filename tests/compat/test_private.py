@@ -572,3 +572,39 @@ def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
         trainer.fit(model, data)
         found.append(steps)
     assert found[1] == found[0] == [40] * 40
+
+
+@pytest.mark.parametrize("form", ["loader", "data module"])
+def test_what_gives_the_loaders_is_exchanged_for_the_next_epoch(tmp_path, form):
+    found = []
+    for framework in parity.lightning(), parity.levin():
+        sizes = []
+
+        class Data(framework.DataModule):
+            def train_dataloader(self):
+                return parity.loader(3)
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch[0]).sum()
+
+            def on_train_epoch_end(self, sizes=sizes):
+                source = self.trainer.fit_loop._data_source
+                sizes.append((type(source.instance).__name__, self.trainer.num_training_batches))
+                if self.current_epoch == 0:
+                    data = Data()
+                    data.trainer = self.trainer
+                    source.instance = parity.loader(1) if form == "loader" else data
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), 0.01)
+
+        trainer = parity.quiet(framework, tmp_path, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+        trainer.fit(Model(), parity.loader(2))
+        found.append((sizes, trainer.global_step))
+    assert found[1] == found[0]
+    assert found[1][1] == (3 if form == "loader" else 5)

@@ -41,6 +41,16 @@ class StageLoaders:
         self._measured: tuple[int | float, ...] = ()
         self.loaded_epoch: float = -math.inf
 
+    @property
+    def instance(self) -> object:
+        """What gives the loaders, under Lightning's name; another one counts when they are loaded the next time (gandlf)."""
+        return self.owner if self.given is None else self.given
+
+    @instance.setter
+    def instance(self, instance: object) -> None:
+        is_owner = isinstance(instance, DataHooks)
+        self.given, self.owner = (None, instance) if is_owner else (instance, None)
+
     def attach(self, given: object, datamodule: Optional[LightningDataModule], module: LightningModule) -> None:
         """Remember who gives the loaders: the caller, the data module or the module, in this order."""
         self.given = given
