@@ -137,19 +137,16 @@ def load_from_checkpoint(
     import levin.checkpoint.reading
 
     location = default_map_location if map_location is None else map_location
-    checkpoint: object
-    if isinstance(checkpoint_path, (str, os.PathLike)) and levin.checkpoint.layout.is_sharded(checkpoint_path):
-        checkpoint = levin.checkpoint.folder.consolidate(checkpoint_path, weights_only)
+    checkpoint: Any
+    path = checkpoint_path if isinstance(checkpoint_path, (str, os.PathLike)) else None
+    if path is not None and levin.checkpoint.layout.is_sharded(path):
+        checkpoint = levin.checkpoint.folder.consolidate(path, weights_only)
         if isinstance(map_location, (str, int, torch.device)):
             checkpoint = move_data_to_device(checkpoint, torch.device(map_location))
     else:
         checkpoint = levin.checkpoint.reading.load(checkpoint_path, map_location=location, weights_only=weights_only)
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f"{checkpoint_path!s} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}. "
-            "Give a file that Trainer.save_checkpoint wrote."
-        )
-    checkpoint = levin.checkpoint.migrate.migrate(checkpoint)
+    source = getattr(checkpoint_path, "name", None) if path is None else path
+    checkpoint = levin.checkpoint.migrate.migrate(checkpoint, source)
     is_module = issubclass(cls, nn.Module)
     if is_module and "state_dict" not in checkpoint:
         raise KeyError(f"{checkpoint_path!s} must hold the key 'state_dict', received {sorted(map(str, checkpoint))}.")

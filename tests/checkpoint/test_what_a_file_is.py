@@ -9,19 +9,20 @@ import http.server
 import pathlib
 import pickle
 import threading
+from typing import ClassVar
 
 import numpy
 import pytest
 import torch
 
-from levin import Callback
+from levin import Callback, Fabric
 from levin.checkpoint import atomic_save, load
 from levin.checkpoint.verify import verify
 from levin.utilities.attribute_dict import AttributeDict
 from levin.utilities.exceptions import DamagedCheckpointError
 from tests.callbacks.small import TrainOnly, loader, trainer
 
-CAUGHT = [ValueError, EOFError, RuntimeError, pickle.UnpicklingError, DamagedCheckpointError]
+CAUGHT = [ValueError, EOFError, RuntimeError, pickle.UnpicklingError, OSError, TypeError, DamagedCheckpointError]
 DAMAGES = {
     "empty": lambda data: b"",
     "cut": lambda data: data[:-100],
@@ -103,6 +104,81 @@ def test_plain_weights_are_told_by_the_name_of_their_file(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"list.pt must hold a checkpoint \(a dict\), received a list"):
         run.fit(TrainOnly(), loader(), ckpt_path=str(tmp_path / "list.pt"))
+
+
+def legacy(tree, path):
+    torch.save(tree, path, _use_new_zipfile_serialization=False)
+
+
+BY_TRUSTING = {
+    "legacy, cut early": lambda path: path.write_bytes(path.read_bytes()[:40]),
+    "legacy, cut": lambda path: path.write_bytes(path.read_bytes()[:-10]),
+    "legacy, changed": lambda path: path.write_bytes(
+        path.read_bytes().replace(b"protocol_version", b"protocol_vers\xff\xff\xff")
+    ),
+    "another pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1})),
+    "an old pickle, cut": lambda path: path.write_bytes(pickle.dumps({"a": list(range(100))})[:50]),
+    "safetensors": lambda path: path.write_bytes(b"\x80\x00\x00\x00\x00\x00\x00\x00{}" + b" " * 126),
+    "a list": lambda path: torch.save([1], path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+@pytest.mark.parametrize("damage", BY_TRUSTING)
+def test_what_is_no_checkpoint_is_named_whether_or_not_it_is_trusted(tmp_path, damage, weights_only):
+    path = tmp_path / "model.ckpt"
+    legacy({"state_dict": TrainOnly().state_dict(), "pytorch-lightning_version": "2.0.0"}, path)
+    TrainOnly.load_from_checkpoint(path, weights_only=weights_only)
+    BY_TRUSTING[damage](path)
+    run = trainer(tmp_path, [], enable_checkpointing=False)
+    # Without trust a pickle of something else may be refused for what it would do.
+    error = DamagedCheckpointError if weights_only is False else pickle.UnpicklingError
+    with pytest.raises(error, match=r"model\.ckpt"):
+        TrainOnly.load_from_checkpoint(path, weights_only=weights_only)
+    with pytest.raises(error, match=r"model\.ckpt"):
+        run.fit(TrainOnly(), loader(), ckpt_path=str(path), weights_only=weights_only)
+
+
+class Failing:
+    def __setstate__(self, state):
+        raise NotImplementedError("meant")
+
+
+def test_an_error_of_a_class_in_a_trusted_file_stays_what_it_is(tmp_path):
+    failing = Failing()
+    failing.state = 1
+    atomic_save({"object": failing}, tmp_path / "model.ckpt")
+    with pytest.raises(NotImplementedError, match="meant"):
+        load(tmp_path / "model.ckpt", weights_only=False)
+
+
+def test_a_file_without_weights_is_told_by_its_keys(tmp_path):
+    torch.save({"epoch": 1, "pytorch-lightning_version": "2.0.0"}, tmp_path / "model.ckpt")
+    with pytest.raises(KeyError, match=r"no 'state_dict', of weights; it holds \['epoch', 'pytorch"):
+        trainer(tmp_path, []).fit(TrainOnly(), loader(), ckpt_path=str(tmp_path / "model.ckpt"))
+    torch.save({"epoch": 1}, tmp_path / "model.ckpt")
+    with pytest.raises(KeyError, match=r"model.ckpt has no 'pytorch-lightning_version'"):
+        TrainOnly.load_from_checkpoint(tmp_path / "model.ckpt")
+    with (
+        open(tmp_path / "model.ckpt", "rb") as file,
+        pytest.raises(KeyError, match=r"model.ckpt has no 'pytorch-lightning_v"),
+    ):
+        TrainOnly.load_from_checkpoint(file)
+
+
+@pytest.mark.parametrize("content", [[1], None, 3, "text", torch.ones(2)], ids=["list", "None", "int", "str", "tensor"])
+def test_what_is_no_dict_is_not_loaded_into_the_state_of_a_fabric(tmp_path, content):
+    torch.save(content, tmp_path / "model.ckpt")
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with pytest.raises(DamagedCheckpointError, match=rf"must be a dict .* received a {type(content).__name__}"):
+        fabric.load(tmp_path / "model.ckpt", {"epoch": 1})
+
+
+def test_the_path_of_a_best_model_that_was_never_saved_is_told(tmp_path):
+    run = trainer(tmp_path, [])
+    with pytest.raises(ValueError, match="ckpt_path must be a path, received ''"):
+        run.fit(TrainOnly(), loader(), ckpt_path="")
 
 
 def adam(module):
@@ -294,19 +370,56 @@ def test_optimization_may_become_automatic_or_manual(tmp_path, accumulate):
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
+    requests: ClassVar[list[str]] = []
+
     def log_message(self, *args):
         pass
 
+    def do_GET(self):
+        self.requests.append(self.path)
+        if "/status/" in self.path:
+            self.send_error(int(self.path.split("/")[2]))
+        else:
+            super().do_GET()
 
-def test_files_of_one_name_at_two_addresses_are_two(tmp_path, monkeypatch):
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """The address of what is in the folder ``site``."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    for name in ("a", "b"):
-        atomic_save({"name": name}, tmp_path / "site" / name / "last.ckpt")
+    Quiet.requests.clear()
     handler = functools.partial(Quiet, directory=str(tmp_path / "site"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        found = [load(f"{address}/{name}/last.ckpt")["name"] for name in ("a", "b", "a")]
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("name", ["/status/404/a.ckpt", "/status/403/a.ckpt", "/status/500/a.ckpt", "nobody"])
+def test_what_the_web_does_not_give_is_a_file_that_is_not_found(tmp_path, site, name):
+    address = "http://127.0.0.1:9/a.ckpt" if name == "nobody" else site + name
+    for call in (
+        lambda: trainer(tmp_path, []).fit(TrainOnly(), loader(), ckpt_path=address),
+        lambda: TrainOnly.load_from_checkpoint(address),
+        lambda: Fabric(accelerator="cpu", devices=1).load(address),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"Checkpoint file not found: {address}"):
+            call()
+
+
+def test_a_file_of_the_web_is_fetched_once(tmp_path, site):
+    first = trainer(tmp_path, [], enable_checkpointing=False)
+    first.fit(TrainOnly(), loader())
+    first.save_checkpoint(tmp_path / "site" / "last.ckpt")
+    TrainOnly.load_from_checkpoint(f"{site}/last.ckpt")
+    trainer(tmp_path, [], enable_checkpointing=False).fit(TrainOnly(), loader(), ckpt_path=f"{site}/last.ckpt")
+    assert Quiet.requests == ["/last.ckpt"]
+
+
+def test_files_of_one_name_at_two_addresses_are_two(tmp_path, site):
+    for name in ("a", "b"):
+        atomic_save({"name": name}, tmp_path / "site" / name / "last.ckpt")
+    found = [load(f"{site}/{name}/last.ckpt")["name"] for name in ("a", "b", "a")]
     assert found == ["a", "b", "a"]
-    assert load(f"{address}/b/last.ckpt") == {"name": "b"}  # it is kept
+    assert load(f"{site}/b/last.ckpt") == {"name": "b"}
+    assert Quiet.requests == ["/a/last.ckpt", "/b/last.ckpt"]  # they are kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.filesystem import exists, is_folder, is_local, local_path, remove, sync_folder
 from levin.utilities.types import PathLike, StateDict
 
@@ -38,13 +39,13 @@ def is_sharded(path: PathLike) -> bool:
     """Return whether ``path`` is the folder of a sharded checkpoint.
 
     Raises:
-        ValueError: It is a folder of something else, or of a save that did not come to its end.
+        DamagedCheckpointError: It is a folder of something else, or of a save that did not come to its end.
     """
     if not is_folder(path):
         return False
     folder = folder_name(path)
     if not exists(f"{folder}/{META_FILE}") and not is_zero(folder):
-        raise ValueError(
+        raise DamagedCheckpointError(
             f"{os.fspath(path)!r} is a folder without {META_FILE}, so it is no complete checkpoint. Give the folder of a "
             "save that came to its end, or a file."
         )

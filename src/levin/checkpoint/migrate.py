@@ -8,6 +8,7 @@ from typing import Any
 from packaging.version import Version
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 Checkpoint = dict[str, Any]
@@ -21,12 +22,15 @@ def migrate(checkpoint: Checkpoint, source: object = None) -> Checkpoint:
         source: Where it is from, for messages; None for none.
 
     Raises:
-        ValueError: It is no dict.
+        DamagedCheckpointError: It is no dict.
         KeyError: The version of the writer is missing, so this is no checkpoint of a Trainer.
     """
     file = "The file" if source is None else str(source)
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{file} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}.")
+        raise DamagedCheckpointError(
+            f"{file} must hold a checkpoint (a dict), received a {type(checkpoint).__name__}. Give a file that "
+            "Trainer.save_checkpoint wrote."
+        )
     if "pytorch-lightning_version" not in checkpoint:
         keys = [str(key) for key in checkpoint]
         raise KeyError(

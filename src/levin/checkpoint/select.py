@@ -45,7 +45,7 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The name stands for nothing.
+        ValueError: The name stands for nothing, or is empty.
     """
     run.strategy.checkpoint_io.wait()  # what is being written in the background may be what is asked for
     if given is None:
@@ -72,6 +72,10 @@ def select_checkpoint(run: Call, given: Any, model_given: bool) -> Any:
         return find_newest(run)
     if is_registry(given):
         return download_checkpoint(run, given)
+    if given == "":
+        raise ValueError(
+            f"ckpt_path must be a path, received '', as the `best_model_path` of a ModelCheckpoint that has not saved. Aborting {run.state.fn}."
+        )
     if is_local(given) and not os.path.exists(local_path(given)):
         raise FileNotFoundError(
             f"ckpt_path must be an existing file, received {str(given)!r}. Aborting {run.state.fn}."

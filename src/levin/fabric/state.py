@@ -12,6 +12,7 @@ from levin.checkpoint.layout import StateElsewhere
 from levin.fabric.wrappers import FabricDataLoader, is_wrapped, set_up_module, split_compiled
 from levin.resume.rank_states import part_of_rank, with_other_ranks
 from levin.strategies.strategy import Strategy
+from levin.utilities.exceptions import DamagedCheckpointError
 from levin.utilities.rng_states import collect_rng_states, set_rng_states
 from levin.utilities.types import StateDict
 
@@ -89,7 +90,13 @@ def restore(
 
     Raises:
         KeyError: A name is not in the file.
+        DamagedCheckpointError: It holds no dict.
     """
+    if not isinstance(checkpoint, dict):
+        raise DamagedCheckpointError(
+            f"A checkpoint must be a dict to be loaded into {list(state)}, received a {type(checkpoint).__name__}. Use load_raw "
+            "for the state of one module or optimizer."
+        )
     missing = [key for key in state if key not in checkpoint]
     if missing and strict:
         raise KeyError(

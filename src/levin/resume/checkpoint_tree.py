@@ -166,7 +166,7 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
     for key in ("optimizer_states", "lr_schedulers"):
         if key not in checkpoint:
             raise KeyError(
-                f"The checkpoint has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
+                f"{run.ckpt_path} has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
     if not checkpoint["optimizer_states"] and not checkpoint["global_step"]:

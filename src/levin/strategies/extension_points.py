@@ -190,7 +190,13 @@ class ExtensionPoints:
         return state
 
     def load_model_state_dict(self, checkpoint: StateDict, strict: bool = True) -> None:
-        """Load ``checkpoint["state_dict"]`` into the module."""
+        """Load ``checkpoint["state_dict"]`` into the module.
+
+        Raises:
+            KeyError: There is none.
+        """
+        if "state_dict" not in checkpoint:
+            raise KeyError(f"The checkpoint has no 'state_dict', of weights; it holds {sorted(map(str, checkpoint))}.")
         self._strategy.load_module_state(self.model, checkpoint["state_dict"], strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: StateDict) -> None:

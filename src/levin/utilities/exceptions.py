@@ -14,10 +14,11 @@ class MisconfigurationException(ValueError):
     """The settings, hooks or loaders that were given cannot work together."""
 
 
-class DamagedCheckpointError(ValueError, EOFError, RuntimeError, pickle.UnpicklingError):
+class DamagedCheckpointError(ValueError, EOFError, RuntimeError, pickle.UnpicklingError, OSError, TypeError):
     """A checkpoint file is too short, was changed, or is none.
 
-    It is what ``torch.load`` raises for one or another of such files, for those who catch that.
+    It is what ``torch.load``, or who takes something else for a checkpoint, raises for one or another of such files, for those
+    who catch that.
     """
 
 

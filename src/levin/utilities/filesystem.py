@@ -34,6 +34,11 @@ def is_local(path: str | os.PathLike[str]) -> bool:
     return "://" not in text or text.startswith(("file://", "local://"))
 
 
+def is_web(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is an address of the web, where there are files alone."""
+    return str(path).startswith(("http://", "https://"))
+
+
 def get_filesystem(path: str | os.PathLike[str], **kwargs: object) -> AbstractFileSystem:
     """Return the fsspec file system that ``path`` lives on, as it is now.
 
@@ -66,6 +71,8 @@ def exists(path: str | os.PathLike[str]) -> bool:
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether there is a folder, or a link to one, at a local path or URL."""
+    if is_web(path):
+        return False  # to ask is to fetch all of a file
     return os.path.isdir(local_path(path)) if is_local(path) else bool(get_filesystem(path).isdir(str(path)))
 
 
