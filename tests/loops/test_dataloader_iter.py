@@ -86,6 +86,57 @@ def test_an_iterator_that_ends_inside_of_a_step_ends_the_epoch():
     assert [index for _, _, index, _ in model.seen] == [0, 1, 2, 3]
 
 
+def ended(lib, stop, num_loaders):
+    """Return what a fit with validations and the other methods give, whose steps end after one batch of their own accord."""
+    base = module_of(lib, takes=2)
+
+    class Model(type(base)):
+        def step(self, iterator, what):
+            if stop == "raises" and self.seen and self.seen[-1][0] == what:
+                raise StopIteration
+            values = [self.take(iterator, what) for _ in range(2 if stop == "runs out" else 1)]
+            if what != "predict":
+                self.log(what, values[-1], batch_size=2)
+            return values[-1]
+
+        def validation_step(self, dataloader_iter):
+            return self.step(dataloader_iter, "val")
+
+        def test_step(self, dataloader_iter):
+            return self.step(dataloader_iter, "test")
+
+        def predict_step(self, dataloader_iter):
+            return self.step(dataloader_iter, "predict")
+
+        def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
+            if stop == "hook":
+                raise StopIteration
+
+        on_test_batch_end = on_validation_batch_end
+
+    data = torch.arange(24.0).view(6, 4)
+    loaders = [DataLoader(data, batch_size=2) for _ in range(num_loaders)]
+    model = Model()
+    # An odd number of batches, and a validation in the middle of the epoch.
+    trainer = lib.Trainer(max_epochs=1, val_check_interval=1, limit_train_batches=2, **QUIET)
+    trainer.fit(model, DataLoader(data.repeat(2, 1), batch_size=2), loaders)
+    results = [trainer.test(model, loaders, verbose=False), trainer.validate(model, loaders, verbose=False)]
+    # With several loaders Lightning has put down the last values to the first one.
+    tested = [sorted(value.items()) for result in results for value in result] if num_loaders == 1 else None
+    predicted = trainer.predict(model, loaders)
+    return tested, predicted, trainer.global_step, model.seen
+
+
+# A step that takes batches of two loaders belongs to neither.
+@pytest.mark.parametrize(
+    ("stop", "num_loaders"), [("runs out", 1), ("raises", 1), ("raises", 2), ("hook", 1), ("hook", 2)]
+)
+def test_steps_and_hooks_that_stop_the_iteration_end_that_evaluation_alone(stop, num_loaders):
+    theirs, ours = (ended(lib, stop, num_loaders) for lib in (both.lightning(), both.levin()))
+    assert ours == theirs
+    assert {what for what, *_ in ours[3]} == {"train", "val", "test", "predict"}
+
+
 def test_hooks_of_batches_get_the_batch():
     import levin
 

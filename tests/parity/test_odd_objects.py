@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import warnings
 from argparse import Namespace
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -106,6 +108,34 @@ def noting_defaults(kind: type, names: Any, seen: trace.Trace) -> None:
 
     for name in names:
         setattr(kind, name, wrapper(name, getattr(kind, name)))
+
+
+class Measuring:
+    """What Lightning asks of a profiler, without its base class."""
+
+    def __init__(self) -> None:
+        self.measured: set[str] = set()
+
+    @contextlib.contextmanager
+    def profile(self, action_name: str) -> Iterator[None]:
+        self.measured.add(action_name)
+        yield
+
+    def nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    start = stop = setup = teardown = describe = nothing
+
+
+def test_a_profiler_needs_no_base_class(tmp_path):
+    measured = []
+    for framework in (both.lightning(), both.levin()):
+        profiler = Measuring()
+        module, _ = both.recording_module(framework, [])
+        both.quiet(framework, tmp_path, max_epochs=1, profiler=profiler).fit(module, both.loader(2), both.loader(1))
+        measured.append(profiler.measured)
+    assert any("training_step" in name for name in measured[0])
+    assert any("training_step" in name for name in measured[1])
 
 
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])

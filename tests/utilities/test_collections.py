@@ -72,6 +72,15 @@ class Twins(namedtuple("Pair", "first second")):
         return super().__new__(cls, one, one)
 
 
+class Summed(tuple):
+    """A tuple that knows its sum from the beginning."""
+
+    def __new__(cls, items: Any) -> Summed:
+        made = super().__new__(cls, items)
+        made.total = sum(items)
+        return made
+
+
 @dataclass(frozen=True)
 class Point:
     x: Any
@@ -116,6 +125,13 @@ def test_collections_with_a_constructor_of_their_own_keep_their_form(make):
     assert found == make(-1) and data == make(1) and type(found) is type(data)
     if isinstance(data, (Boxes, Sized)):
         assert found.scale == data.scale
+
+
+def test_what_a_tuple_has_beside_its_items_is_made_again_or_kept():
+    assert apply_to_collection(Summed([1, 2]), int, lambda value: -value).total == -3
+    data = Both(1, 2)
+    data.source = "train"
+    assert vars(apply_to_collection(data, int, lambda value: -value)) == {"source": "train"}
 
 
 def test_a_bounded_deque_stays_bounded():

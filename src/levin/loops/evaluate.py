@@ -213,46 +213,50 @@ def _batches(
     results: list[dict[str, object]] = [{} for _ in range(max(1, len(feed.sources)))]
     logs_steps = bool(run.loggers) and not run.is_sanity_checking
     log_steps = run.eval_log_steps
-    for batch, batch_idx, dataloader_idx in batches:
-        if predictions is not None and feed.is_filler:
-            step(batch, batch_idx, dataloader_idx)
-            continue
-        progress.is_last_batch = feed.is_last
-        if dataloader_idx != previous_loader:
-            if previous_loader >= 0:
-                results[previous_loader] = _end_loader(run, store)
-                feed.listen()
-            previous_loader = dataloader_idx
-            progress.current.set_all(0)
-        progress.increment_ready()
-        store.start_batch(batch, dataloader_idx if is_multiple else None)
-        if predictions is not None:
-            predictions.begin_batch(batch_idx, dataloader_idx)
-        index = (dataloader_idx,) if is_multiple else ()
-        if has_start:
-            run.call(start, batch, batch_idx, *index)
-        progress.increment_started()
-        store.hook = step_name
-        output = step(batch, batch_idx, dataloader_idx)
-        store.hook = None
-        if store.recorded:
-            store.take_recorded()
-        progress.increment_processed()
-        if has_end:
-            run.call(end, output, batch, batch_idx, *index)
-        progress.increment_completed()
-        if predictions is not None:
-            predictions.end_batch(output, dataloader_idx)
-        if store.has_step_slots:
-            metrics = run.merge(store.read(on_step=True))
+    try:
+        for batch, batch_idx, dataloader_idx in batches:
+            if predictions is not None and feed.is_filler:
+                step(batch, batch_idx, dataloader_idx)
+                continue
+            progress.is_last_batch = feed.is_last
+            if dataloader_idx != previous_loader:
+                if previous_loader >= 0:
+                    results[previous_loader] = _end_loader(run, store)
+                    feed.listen()
+                previous_loader = dataloader_idx
+                progress.current.set_all(0)
+            progress.increment_ready()
+            store.start_batch(batch, dataloader_idx if is_multiple else None)
+            if predictions is not None:
+                predictions.begin_batch(batch_idx, dataloader_idx)
+            index = (dataloader_idx,) if is_multiple else ()
+            if has_start:
+                run.call(start, batch, batch_idx, *index)
+            progress.increment_started()
+            store.hook = step_name
+            output = step(batch, batch_idx, dataloader_idx)
+            store.hook = None
+            if store.recorded:
+                store.take_recorded()
+            progress.increment_processed()
+            if has_end:
+                run.call(end, output, batch, batch_idx, *index)
+            progress.increment_completed()
+            if predictions is not None:
+                predictions.end_batch(output, dataloader_idx)
+            if store.has_step_slots:
+                metrics = run.merge(store.read(on_step=True))
+                if logs_steps:
+                    send(run, metrics.logged, step=log_steps.get(dataloader_idx, 0))
             if logs_steps:
-                send(run, metrics.logged, step=log_steps.get(dataloader_idx, 0))
-        if logs_steps:
-            log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
-        if agreement is not None and feed.is_shared:
-            agreement.maybe_sync()
-        if flags.received_sigterm and (agreement is not None or not feed.is_last):
-            raise SIGTERMException
+                log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
+            if agreement is not None and feed.is_shared:
+                agreement.maybe_sync()
+            if flags.received_sigterm and (agreement is not None or not feed.is_last):
+                raise SIGTERMException
+    except StopIteration:  # a step has no more batches, or wants none
+        store.hook = None
+        run.under_way = ("", None, ())
     progress.is_last_batch = feed.is_last
     if is_multiple and previous_loader >= 0:
         results[previous_loader] = _end_loader(run, store)

@@ -156,7 +156,8 @@ def attach(run: Run) -> None:
         run.strategy.configure_optimizers = functools.partial(configure_optimizers, run)
     run.strategy.setup(run.trainer)
     run.move_metrics(run.strategy.root_device)
-    run.profiler.attach(run.module)
+    if hasattr(run.profiler, "attach"):  # Lightning's have none
+        run.profiler.attach(run.module)
     compose_run(run)
 
 
