@@ -284,6 +284,61 @@ def test_a_scheduler_of_another_kind_is_refused_where_it_cannot_load_the_state(t
         resumed(tmp_path, STEP, scheduled(make))
 
 
+class Longer(schedules.StepLR):
+    """A later version of a schedule, which has learnt to need more."""
+
+    def __init__(self, optimizer):
+        self.extra = 1
+        super().__init__(optimizer, 1)
+
+    def load_state_dict(self, state):
+        super().load_state_dict({"extra": state["extra"], **state})
+
+
+def test_a_scheduler_that_needs_more_than_the_checkpoint_has_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"of another kind than Longer: it has \[\], and Longer has \['extra'\]"):
+        resumed(tmp_path, STEP, scheduled(Longer))
+
+
+class Numbered(schedules.StepLR):
+    """A schedule whose state is a number."""
+
+    def state_dict(self):
+        return self.last_epoch
+
+    def load_state_dict(self, state):
+        self.last_epoch = state
+
+
+class Nested(torch.optim.SGD):
+    """An optimizer that keeps torch's state inside of its own."""
+
+    def state_dict(self):
+        return {"inner": super().state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state["inner"])
+
+
+def test_states_of_another_form_than_torch_gives_are_loaded_as_they_are(tmp_path):
+    def configure(module):
+        optimizer = Nested(module.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [Numbered(optimizer, 1)]
+
+    def turned(module):
+        optimizer = Nested([module.layer.bias, module.layer.weight], lr=0.1, momentum=0.9)
+        return [optimizer], [Numbered(optimizer, 1)]
+
+    module, run = resumed(tmp_path, configure, configure)
+    assert run.lr_scheduler_configs[0].scheduler.last_epoch == 2
+    whole = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=2)
+    unbroken = type("Unbroken", (TrainOnly,), {"configure_optimizers": configure})()
+    whole.fit(unbroken, loader())
+    assert run.optimizers[0].param_groups[0]["lr"] == whole.optimizers[0].param_groups[0]["lr"]
+    with pytest.raises(RuntimeError, match="shape"):
+        resumed(tmp_path, configure, turned)  # what is inside is not known, so it cannot be put in order
+
+
 def test_a_scheduler_of_another_kind_that_goes_on_warns(tmp_path):
     with pytest.warns(UserWarning, match=r"of another kind than CosineAnnealingLR: it has \['gamma', 'step_size'\]"):
         _, run = resumed(tmp_path, STEP, scheduled(lambda optimizer: schedules.CosineAnnealingLR(optimizer, 5)))
