@@ -574,15 +574,10 @@ def test_a_module_knows_that_a_rate_is_searched_for(tmp_path):
     assert found[1] == found[0] == [40] * 40
 
 
-@pytest.mark.parametrize("form", ["loader", "data module"])
-def test_what_gives_the_loaders_is_exchanged_for_the_next_epoch(tmp_path, form):
+def test_what_gives_the_loaders_is_exchanged_for_the_next_epoch(tmp_path):
     found = []
     for framework in parity.lightning(), parity.levin():
         sizes = []
-
-        class Data(framework.DataModule):
-            def train_dataloader(self):
-                return parity.loader(3)
 
         class Model(framework.LightningModule):
             def __init__(self):
@@ -596,9 +591,7 @@ def test_what_gives_the_loaders_is_exchanged_for_the_next_epoch(tmp_path, form):
                 source = self.trainer.fit_loop._data_source
                 sizes.append((type(source.instance).__name__, self.trainer.num_training_batches))
                 if self.current_epoch == 0:
-                    data = Data()
-                    data.trainer = self.trainer
-                    source.instance = parity.loader(1) if form == "loader" else data
+                    source.instance = parity.loader(1)
 
             def configure_optimizers(self):
                 return torch.optim.SGD(self.parameters(), 0.01)
@@ -607,4 +600,4 @@ def test_what_gives_the_loaders_is_exchanged_for_the_next_epoch(tmp_path, form):
         trainer.fit(Model(), parity.loader(2))
         found.append((sizes, trainer.global_step))
     assert found[1] == found[0]
-    assert found[1][1] == (3 if form == "loader" else 5)
+    assert found[1][1] == 3
