@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from levin.strategies.parallel import ParallelStrategy
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.rank_zero import rank_zero_warn
-from levin.utilities.user_frames import name_ranks
+from levin.utilities.user_frames import name_ranks, ranks_by_value, show_by_rank
 from levin.utilities.warnings import PossibleUserWarning
 
 _SETTINGS = (
@@ -25,7 +24,6 @@ _SETTINGS = (
     "splits_batches", "gradient_clip_val", "gradient_clip_algorithm", "enable_checkpointing", "use_distributed_sampler",
 )  # fmt: skip
 _LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps")
-Value = TypeVar("Value", str, float)
 _ITEM_TYPES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -62,21 +60,10 @@ def differences(settings: Sequence[dict[str, str]]) -> list[str]:
     """
     found = []
     for name in settings[0]:
-        ranks = _ranks_by_value([values[name] for values in settings])
+        ranks = ranks_by_value([values[name] for values in settings])
         if len(ranks) > 1:
-            found.append(f"{name}={_by_rank(ranks)}")
+            found.append(f"{name}={show_by_rank(ranks)}")
     return found
-
-
-def _ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
-    ranks: dict[Value, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(value, []).append(rank)
-    return ranks
-
-
-def _by_rank(ranks: Mapping[Value, Sequence[int]]) -> str:
-    return " and ".join(f"{value} on {name_ranks(having)}" for value, having in ranks.items())
 
 
 def check_logged_name(strategy: Strategy, hook: str, name: str) -> None:
@@ -87,11 +74,11 @@ def check_logged_name(strategy: Strategy, hook: str, name: str) -> None:
     """
     if not isinstance(strategy, ParallelStrategy):
         return
-    found = _ranks_by_value(strategy.data_control.exchange_objects(f"{name!r} in {hook}", "values of steps"))
+    found = ranks_by_value(strategy.data_control.exchange_objects(f"{name!r} in {hook}", "values of steps"))
     if len(found) > 1:
         raise RuntimeError(
             "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which is not the same on all "
-            f"ranks, received {_by_rank(found)}. Log the same names in the same order on all ranks, or with on_step=False."
+            f"ranks, received {show_by_rank(found)}. Log the same names in the same order on all ranks, or with on_step=False."
         )
 
 
@@ -113,14 +100,14 @@ def check_logged_names(run: Run) -> None:
     )
     ways: list[dict[SlotKey, str]] = [keys for keys, _, _ in everywhere]
     if len({number for _, number, _ in everywhere}) > 1:
-        names = _ranks_by_value([", ".join(map(repr, dict.fromkeys(each))) or "nothing" for _, _, each in everywhere])
+        names = ranks_by_value([", ".join(map(repr, dict.fromkeys(each))) or "nothing" for _, _, each in everywhere])
         raise RuntimeError(
             "self.log(..., sync_dist=True) reduces the values of steps in the order of its calls, which was not the same on "
-            f"all ranks, so that values of several names were mixed. Logged were {_by_rank(names)}. Log the same names in the "
+            f"all ranks, so that values of several names were mixed. Logged were {show_by_rank(names)}. Log the same names in the "
             "same order on all ranks, or with on_step=False."
         )
     for key in sorted({key for keys in ways for key in keys}, key=str):
-        found = _ranks_by_value([keys.get(key, "") for keys in ways])
+        found = ranks_by_value([keys.get(key, "") for keys in ways])
         if len(found) == 1:
             continue
         hook, name, _ = key
@@ -131,7 +118,7 @@ def check_logged_names(run: Run) -> None:
                 f"{what} {name_ranks(having)} and not on {name_ranks(lacking)}. Call it on all ranks in every epoch, or with "
                 "sync_dist=False."
             )
-        raise RuntimeError(f"{what} all ranks, with {_by_rank(found)}. Log the same on all ranks.")
+        raise RuntimeError(f"{what} all ranks, with {show_by_rank(found)}. Log the same on all ranks.")
     store.put_first(ways[0])
 
 
@@ -205,7 +192,7 @@ class AlikeCheck:
 
 
 def _each(numbers: Sequence[float]) -> str:
-    return ", ".join(f"those of {name_ranks(ranks)}" for ranks in _ranks_by_value(numbers).values())
+    return ", ".join(f"those of {name_ranks(ranks)}" for ranks in ranks_by_value(numbers).values())
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> float:

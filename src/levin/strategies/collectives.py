@@ -146,7 +146,7 @@ def check_same_shapes(data: Tree, group: Group = None, taker: str = "all_gather"
         ValueError: They differ, in all processes.
     """
     own = [
-        f"{name}: {_described(leaf)}" if name else _described(leaf)
+        f"{name}: {describe(leaf)}" if name else describe(leaf)
         for name, leaf in named_leaves(data)
         if isinstance(leaf, _NUMBERS)
     ]
@@ -160,7 +160,13 @@ def check_same_shapes(data: Tree, group: Group = None, taker: str = "all_gather"
         )
 
 
-def _described(leaf: object) -> str:
+def describe(leaf: object) -> str:
+    """Return what a leaf of a collection is, in words.
+
+    Example:
+        >>> describe(torch.ones(2)), describe(1)
+        ('float32 of shape (2,)', 'int')
+    """
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} of shape {tuple(leaf.shape)}"
     return type(leaf).__name__

@@ -132,6 +132,7 @@ class DDPStrategy(ParallelStrategy):
         Either way all processes end up with the weights of rank 0.
         """
         is_trainers = module is self.lightning_module
+        self.check_same_module(module, for_training)
         if for_training and self.layer_sync is not None:
             module = self.layer_sync.apply(module)
             self._has_replaced_layers = True
@@ -175,8 +176,7 @@ class DDPStrategy(ParallelStrategy):
     def _wrap_again(self, wrapper: Any) -> None:
         """Let the wrapper average the gradients of the parameters that learn now; new ones get the values of rank 0."""
         new = wrapper.late_parameters.made_since(wrapper)
-        num_learning = sum(parameter.requires_grad for parameter in wrapper.module.parameters())
-        self.meet(f"gradients of {num_learning} parameters, {len(new)} of them new")
+        self.check_same_module(wrapper.module)
         collectives.sync_tensors(new)
         # The same object again, since others hold it. What they hung on it stays, as does its place in a window.
         kept = {name: value for name, value in vars(wrapper).items() if name in _KEPT or "hook" in name}

@@ -232,6 +232,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
         """Return the module; with its optimizer it becomes an engine (see :meth:`setup_optimizer`)."""
         self._set_engine(None)
+        self.check_same_module(module, for_training)
         if for_training:
             return module
         if self.stage == 3:

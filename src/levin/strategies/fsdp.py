@@ -183,6 +183,7 @@ class FSDPStrategy(ShardedStrategy):
         if isinstance(module, FSDPModule):
             return module
         assert self.device_mesh is not None
+        self.check_same_module(module, for_training)
         collectives.sync_tensors(made_tensors(module), device=self.root_device)
         is_on_gpu = self.root_device.type != "cpu"
         is_unit = as_policy(self._auto_wrap_policy, module, "auto_wrap_policy")

@@ -258,6 +258,7 @@ class ModelParallelStrategy(ShardedStrategy):
             return module
         is_cut = any(isinstance(parameter, DTensor) for parameter in module.parameters())
         if not is_cut:
+            self.check_same_module(module, for_training)
             collectives.sync_tensors(made_tensors(module), device=self.root_device)
         is_by_hand = any(isinstance(part, FSDPModule) for part in module.modules())
         data = self._sharers or (self.device_mesh[DATA] if self._all_data is None else self.device_mesh[COPIES, SHARDS])

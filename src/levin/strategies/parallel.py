@@ -23,6 +23,7 @@ from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.strategies import collectives
 from levin.strategies.contexts import environment_variables
 from levin.strategies.control_group import ControlGroup
+from levin.strategies.same_module import check_same_module
 from levin.strategies.strategy import Strategy
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.process_group import disconnect_processes, is_connected
@@ -267,6 +268,11 @@ class ParallelStrategy(Strategy, ABC):
     def meet(self, what: str) -> None:
         if is_connected():
             self.control.exchange([], what)
+
+    def check_same_module(self, module: Module, for_training: bool = True) -> None:
+        """Raise in all processes where a module, which is to be wrapped or cut, is not the same in all of them."""
+        if is_connected():
+            check_same_module(module, self.control, for_training)
 
     @property
     def data_control(self) -> ControlGroup:

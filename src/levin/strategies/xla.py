@@ -223,6 +223,7 @@ class XLAStrategy(XLASteps, ParallelStrategy):
     @override
     def wrap_module(self, module: Module, for_training: bool = True) -> Module:
         if self._should_copy_weights:
+            self.check_same_module(module, for_training)
             collectives.sync_tensors([*module.parameters(), *module.buffers()], device=CPU)
         return module
 

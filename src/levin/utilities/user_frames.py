@@ -6,9 +6,11 @@ import linecache
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from levin.utilities.stacks import Call
 
+Value = TypeVar("Value", str, float)
 _NOT_THE_USERS = ("/site-packages/torch/", f"{Path(__file__).parents[1].as_posix()}/", "<frozen ")
 
 
@@ -60,3 +62,25 @@ def name_ranks(ranks: Sequence[int]) -> str:
     """
     shown = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def ranks_by_value(values: Sequence[Value]) -> dict[Value, list[int]]:
+    """Return each value with the ranks that have it.
+
+    Args:
+        values: One of each rank.
+    """
+    ranks: dict[Value, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return ranks
+
+
+def show_by_rank(ranks: Mapping[Value, Sequence[int]]) -> str:
+    """Return values and their ranks as text.
+
+    Example:
+        >>> show_by_rank(ranks_by_value([2, 3, 2]))
+        '2 on ranks 0, 2 and 3 on rank 1'
+    """
+    return " and ".join(f"{value} on {name_ranks(having)}" for value, having in ranks.items())
