@@ -15,7 +15,7 @@ from levin.exports import Exports
 from levin.hooks import CheckpointHooks, DataHooks, ModelHooks
 from levin.hparams import HyperparametersMixin
 from levin.self_log import SelfLog
-from levin.utilities.collections import apply_to_collection, named_leaves
+from levin.utilities.collections import apply_to_collection
 from levin.utilities.exceptions import MisconfigurationException, require_choice
 from levin.utilities.rank_zero import rank_zero_warn
 
@@ -436,19 +436,12 @@ class LightningModule(SelfLog, Exports, HyperparametersMixin, ModelHooks, DataHo
             sync_grads: Whether gradients flow through.
         """
         strategy = self.trainer.strategy
-        kinds = (Tensor, int, float)
-        if not isinstance(data, kinds):
-            names = [name for name, value in named_leaves(data) if isinstance(value, kinds)]
-            # They are gathered one by one, in this order.
-            strategy.meet(f"all_gather of {', '.join(filter(None, names)) or len(names)}")
 
-        def gather(value: object) -> object:
-            tensor = value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
-            return (
-                strategy.all_gather(tensor, group=group, sync_grads=sync_grads) if strategy.is_distributed else tensor
-            )
+        def as_tensor(value: object) -> Tensor:
+            return value if isinstance(value, Tensor) else torch.tensor(value, device=self.device)
 
-        return apply_to_collection(data, kinds, gather)
+        tensors = apply_to_collection(data, (Tensor, int, float), as_tensor)
+        return strategy.all_gather(tensors, group=group, sync_grads=sync_grads) if strategy.is_distributed else tensors
 
     # ---------------------------------------------------------------- loading
 

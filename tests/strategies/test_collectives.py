@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from levin import Trainer
+from levin import Fabric, Trainer
 from levin.strategies import SingleDeviceCollective, TorchCollective, collectives, group_collectives
 from levin.strategies.control_group import ControlGroup
 from levin.utilities.process_group import disconnect_processes
@@ -151,6 +151,32 @@ def test_tensors_of_different_shapes_are_refused_on_all_ranks_before_they_are_re
     ]
 
 
+@world_size(2)
+def test_tensors_that_are_reduced_in_different_ways_are_refused_on_all_ranks():
+    rank, two = dist.get_rank(), torch.ones(2)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    all_reduce, gather = fabric.all_reduce, fabric.all_gather
+    for calls, message in (
+        (
+            [lambda: all_reduce(two, reduce_op="sum"), lambda: all_reduce(two)],
+            "by sum on rank 0 and .* by mean on rank 1",
+        ),
+        (
+            [lambda: all_reduce(two, reduce_op=dist.ReduceOp.MIN), lambda: all_reduce({"a": two}, reduce_op="max")],
+            "by min on rank 0 and a reduction by max on rank 1",
+        ),
+        ([lambda: gather(two), lambda: all_reduce(two)], "all_gather on rank 0 and a reduction by mean on rank 1"),
+        ([lambda: gather(two), lambda: gather(None)], r"rank 0: float32 of shape \(2,\); rank 1: none"),
+        ([lambda: gather(two), fabric.barrier], "All ranks have to make the same calls, .* on rank 0; .* on rank 1"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            calls[rank]()
+    # These are the same.
+    names = ["mean", dist.ReduceOp.AVG]
+    assert fabric.all_reduce(two + rank, reduce_op=names[rank]).tolist() == [1.5, 1.5]
+
+
 @world_size(2, connect=False)
 def test_a_module_that_gathers_different_shapes_hears_of_it():
     class Gathering(Small):
@@ -169,19 +195,18 @@ def test_a_module_that_gathers_different_shapes_hears_of_it():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (({"a": 1.0}, {"b": 1.0}), r"for all_gather of a on rank 0; .* for all_gather of b on rank 1"),
-        (
-            ({"a": 1, "b": 2}, {"b": 1, "a": 2}),
-            r"for all_gather of a, b on rank 0; .* for all_gather of b, a on rank 1",
-        ),
-        (([1], [1, 2]), r"for all_gather of 1 on rank 0; .* for all_gather of 2 on rank 1"),
+        (({"a": 1.0}, {"b": 1.0}), r"rank 0: a: float32 of shape \(\); rank 1: b: float32"),
+        (({"a": 1, "b": 2}, {"b": 1, "a": 2}), r"rank 0: a: int64 .*, b: int64 .*; rank 1: b: int64 .*, a: int64"),
+        (([1], [1, 2]), r"rank 0: int64 of shape \(\); rank 1: int64 of shape \(\), int64 of shape \(\)"),
+        ((torch.zeros(1), None), r"rank 0: float32 of shape \(1,\); rank 1: none"),
+        (({}, torch.zeros(1)), r"rank 0: none; rank 1: float32 of shape \(1,\)"),
     ],
 )
 @world_size(2, connect=False)
 def test_a_module_that_gathers_other_names_on_each_rank_hears_of_it(given, message):
     class Gathering(Small):
         def test_step(self, batch, batch_idx):
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(ValueError, match=message):
                 self.all_gather(given[self.global_rank])
             assert self.all_gather({"a": self.global_rank})["a"].tolist() == [0, 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -10,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from levin.strategies.control_group import ControlGroup
 from levin.utilities.collections import apply_to_collection, named_leaves
 from levin.utilities.exceptions import MisconfigurationException
 from levin.utilities.parameters import full, is_in_parts
 from levin.utilities.types import Group, Tree
+from levin.utilities.user_frames import ranks_by_value, show_by_rank
 
 T = TypeVar("T")
 _NUMBERS = (Tensor, bool, int, float)
@@ -29,6 +32,7 @@ def reduce(
     reduce_op: object = "mean",
     device: torch.device | None = None,
     is_checked: bool = False,
+    control: ControlGroup | None = None,
 ) -> Tree:
     """Return ``data`` reduced over the processes of ``group``; the input is left as it is.
 
@@ -40,12 +44,13 @@ def reduce(
             ``"bxor"``, or a ``torch.distributed.ReduceOp``. None means ``"sum"``.
         device: Where numbers become tensors and tensors are moved to; None leaves them where they are.
         is_checked: Whether the processes compare what they give before, but for single numbers.
+        control: See :func:`check_same_shapes`.
 
     Returns:
         A tensor (or the collection of tensors) without gradient. The mean of integers is a floating tensor.
 
     Raises:
-        ValueError: ``reduce_op`` is unknown, or the processes have different shapes or types.
+        ValueError: ``reduce_op`` is unknown, or the processes have different ones, or different shapes or types.
     """
     is_mean, op = parse_reduce_op(reduce_op)
 
@@ -67,7 +72,7 @@ def reduce(
 
     copied = apply_to_collection(data, _NUMBERS, as_reduced)
     if is_checked and not (isinstance(copied, Tensor) and copied.numel() == 1):
-        check_same_shapes(copied, group, "a reduction")
+        check_same_shapes(copied, group, "a reduction", f"by {'mean' if is_mean else _name_of(op)}", control)
     return apply_to_collection(copied, Tensor, reduce_one)
 
 
@@ -101,6 +106,11 @@ def parse_reduce_op(reduce_op: object) -> tuple[bool, Any]:
     )
 
 
+def _name_of(op: Any) -> str:
+    kind = getattr(op, "op", op)
+    return str(getattr(kind, "name", type(kind).__name__)).lower()
+
+
 def all_gather(
     data: object,
     group: Group = None,
@@ -132,8 +142,10 @@ def all_gather(
     return apply_to_collection(data, _NUMBERS, gather_one)
 
 
-def check_same_shapes(data: Tree, group: Group = None, taker: str = "all_gather") -> None:
-    """Check that the tensors of all processes have the same names, shapes and types.
+def check_same_shapes(
+    data: Tree, group: Group = None, taker: str = "all_gather", how: str = "", control: ControlGroup | None = None
+) -> None:
+    """Check that the tensors of all processes have the same names, shapes and types, and that all do the same with them.
 
     Transports crash, hang or mix them up otherwise.
 
@@ -141,19 +153,34 @@ def check_same_shapes(data: Tree, group: Group = None, taker: str = "all_gather"
         data: A tensor, a number, or a collection of these, as :func:`all_gather` takes it.
         group: The processes that take part; all when None.
         taker: What takes them, for the error.
+        how: What it does with them.
+        control: Of the processes of ``group``: then a number is compared before, and a process that does something else is
+            told.
 
     Raises:
         ValueError: They differ, in all processes.
     """
-    own = [
+    takes = [
         f"{name}: {describe(leaf)}" if name else describe(leaf)
         for name, leaf in named_leaves(data)
         if isinstance(leaf, _NUMBERS)
     ]
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, own, group=group)
-    if any(described != everyone[0] for described in everyone):
-        shown = "; ".join(f"rank {rank}: {', '.join(described) or 'none'}" for rank, described in enumerate(everyone))
+    own = (f"{taker} {how}".rstrip(), takes)
+    everyone: list[tuple[str, list[str]]]
+    if control is None:
+        everyone = [own] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, own, group=group)
+    elif len(set(map(tuple, control.exchange([zlib.crc32(repr(own).encode())], "tensors of all ranks")))) > 1:
+        everyone = control.exchange_objects(own, "tensors of all ranks")
+    else:
+        return
+    takers = ranks_by_value([each for each, _ in everyone])
+    if len(takers) > 1:
+        raise ValueError(f"All ranks must do the same with their tensors, received {show_by_rank(takers)}.")
+    if any(described != takes for _, described in everyone):
+        shown = "; ".join(
+            f"rank {rank}: {', '.join(described) or 'none'}" for rank, (_, described) in enumerate(everyone)
+        )
         raise ValueError(
             f"{taker} takes tensors of one shape and type on all ranks, received {shown}. Pad them to a common size, name and "
             "order them alike, or use torch.distributed.all_gather_object."

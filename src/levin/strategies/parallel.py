@@ -232,11 +232,12 @@ class ParallelStrategy(Strategy, ABC):
         """Return the tensor reduced over all processes; see :func:`levin.strategies.collectives.reduce`.
 
         Raises:
-            ValueError: They have different shapes or types.
+            ValueError: They have different shapes or types, or another ``reduce_op``.
         """
         if self.control.is_closed:
             return tensor
-        return collectives.reduce(tensor, group, reduce_op, self._transport_device, is_checked=True)
+        control = self.control if group is None else None
+        return collectives.reduce(tensor, group, reduce_op, self._transport_device, True, control)
 
     def all_gather(self, tensor: Tree, group: Group = None, sync_grads: bool = False) -> Tree:
         """Return the tensors of all processes; see :func:`levin.strategies.collectives.all_gather`.
@@ -246,7 +247,7 @@ class ParallelStrategy(Strategy, ABC):
         """
         is_alone = self.control.is_closed
         if not is_alone:
-            collectives.check_same_shapes(tensor, group)
+            collectives.check_same_shapes(tensor, group, control=self.control if group is None else None)
         return collectives.all_gather(tensor, group, sync_grads, self._transport_device, is_alone)
 
     def broadcast(self, obj: T, src: int = 0) -> T:
