@@ -233,6 +233,8 @@ class Callback:
     """Whether on_train_epoch_end runs after the module's, so as to see what that logs."""
     saves_checkpoints: bool = False
     """Whether this is a :class:`~levin.callbacks.Checkpoint`."""
+    is_on_all_ranks: bool = False
+    """Whether training needs it on all ranks, where it stops them, or changes weights or steps; others may be on some alone."""
 
     @property
     def state_key(self) -> str:

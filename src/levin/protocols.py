@@ -94,6 +94,10 @@ class Run(Protocol):
         """The method that runs."""
 
     @property
+    def enable_validation(self) -> bool:
+        """Whether validation runs inside fit."""
+
+    @property
     def now_s(self) -> float:
         """The time in seconds, the same on every rank."""
 

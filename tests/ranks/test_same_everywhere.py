@@ -10,13 +10,24 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from levin import Trainer
-from levin.callbacks import ModelCheckpoint
+from levin import LightningModule, Trainer
+from levin.callbacks import (
+    BackboneFinetuning,
+    BadStepGuard,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    SpikeDetection,
+    StochasticWeightAveraging,
+)
 from levin.ranks.same_everywhere import AlikeCheck, check_logged_name, check_logged_names, fingerprint
 from levin.strategies import DDPStrategy, SingleDeviceStrategy
 from levin.utilities.warnings import PossibleUserWarning
 from tests.distributed import world_size
-from tests.strategies.small import QUIET, Small
+from tests.strategies.small import QUIET, Small, loader
 
 ONCE = {**QUIET, "devices": 2, "max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": 0}
 
@@ -57,6 +68,62 @@ def test_settings_that_differ_are_named_before_the_first_batch():
     with pytest.raises(ValueError, match=r"max_epochs=1 on rank 0 and 2 on rank 1"):
         trainer.fit(Small())
     Trainer(**ONCE, strategy="ddp").fit(Small())
+
+
+ON_ALL_RANKS = (
+    EarlyStopping("loss"), GradientAccumulationScheduler({1: 2}), StochasticWeightAveraging(1e-2), BackboneFinetuning(),
+    ModelPruning("l1_unstructured", amount=0.5), SpikeDetection(), BadStepGuard(), LearningRateFinder(),
+)  # fmt: skip
+
+
+@world_size(2)
+def test_callbacks_and_validation_that_one_rank_lacks_are_named_before_the_first_batch():
+    rank = dist.get_rank()
+    for callback in ON_ALL_RANKS:
+        trainer = Trainer(**ONCE, callbacks=[callback][rank:], strategy="ddp")
+        name = type(callback).__name__
+        with pytest.raises(ValueError, match=f"callbacks that stop or change training={name}.* on rank 0 and none on"):
+            trainer.fit(Small())
+    for having in (0, 1):
+        message = rf"validation in fit={having == 0} on rank 0 and {having == 1} on rank 1"
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
+            warnings.filterwarnings("ignore", ".*have no `val_dataloader`")
+            trainer = Trainer(**ONCE | {"limit_val_batches": 1.0}, strategy="ddp")
+            trainer.fit(WithoutValidation(), None, loader(2) if rank == having else None)
+    # One that only looks may be on a rank alone.
+    model = Small()
+    Trainer(**ONCE, callbacks=[LambdaCallback(on_train_start=lambda *_: None)][rank:], strategy="ddp").fit(model)
+    assert model.seen
+
+
+class WithoutValidation(Small):
+    val_dataloader = LightningModule.val_dataloader
+
+
+class Optimizing(Small):
+    """Trains by the optimizers of classes."""
+
+    def __init__(self, *kinds) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.automatic_optimization = len(kinds) < 2
+
+    def configure_optimizers(self):
+        return [kind(self.parameters(), lr=0.1) for kind in self.kinds]
+
+
+@world_size(2)
+def test_optimizers_of_other_classes_are_named_before_the_first_batch():
+    sgd, adam, lbfgs = torch.optim.SGD, torch.optim.Adam, torch.optim.LBFGS
+    for ranks, message in (
+        ([[sgd], [lbfgs]], "SGD on rank 0 and LBFGS on rank 1"),
+        ([[adam], [sgd]], "Adam on rank 0 and SGD on rank 1"),
+        ([[sgd, sgd], [sgd]], "SGD, SGD on rank 0 and SGD on rank 1"),
+    ):
+        model = Optimizing(*ranks[dist.get_rank()])
+        with pytest.raises(ValueError, match=f"the same optimizers, received classes={message}"):
+            Trainer(**ONCE, strategy="ddp").fit(model)
+        assert model.seen == []
 
 
 class Manual(Small):

@@ -69,6 +69,8 @@ class BadStepGuard(Callback):
         0
     """
 
+    is_on_all_ranks = True
+
     def __init__(
         self, action: Literal["stop", "skip"] = "stop", dirpath: PathLike | None = None, max_files: int = 10
     ) -> None:

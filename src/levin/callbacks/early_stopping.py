@@ -60,6 +60,7 @@ class EarlyStopping(Callback):
     """
 
     is_monitor = True
+    is_on_all_ranks = True
     mode_dict: dict[str, Callable[[Tensor, Tensor | float], Tensor]] = {"min": torch.lt, "max": torch.gt}
     order_dict: dict[str, str] = {"min": "<", "max": ">"}
 

@@ -36,6 +36,8 @@ class BaseFinetuning(Callback):
         ...             self.unfreeze_and_add_param_group(pl_module.backbone, optimizer)
     """
 
+    is_on_all_ranks = True
+
     def __init__(self) -> None:
         self._internal_optimizer_metadata: dict[int, list[dict[str, object]]] = {}
         self._trainable: list[str] | None = None

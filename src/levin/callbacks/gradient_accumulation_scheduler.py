@@ -32,6 +32,8 @@ class GradientAccumulationScheduler(Callback):
         4
     """
 
+    is_on_all_ranks = True
+
     def __init__(self, scheduling: dict[int, int]) -> None:
         super().__init__()
         if not isinstance(scheduling, dict) or not scheduling:

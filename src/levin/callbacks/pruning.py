@@ -61,6 +61,8 @@ class ModelPruning(Callback):
         >>> pruning = ModelPruning("l1_unstructured", amount=lambda epoch: 0.5 if epoch == 3 else 0)
     """
 
+    is_on_all_ranks = True
+
     PARAMETER_NAMES = ("weight", "bias")
 
     def __init__(

@@ -147,6 +147,8 @@ class SpikeDetection(SpikeDetector, Callback):
         >>> detection = SpikeDetection(window=100, warmup=200, rtol=3.0)
     """
 
+    is_on_all_ranks = True
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         path = trainer.default_root_dir if self.exclude_batches_path is None else self.exclude_batches_path

@@ -46,6 +46,8 @@ class StochasticWeightAveraging(Callback):
         >>> averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=0.75)
     """
 
+    is_on_all_ranks = True
+
     def __init__(
         self,
         swa_lrs: float | list[float],

@@ -39,7 +39,7 @@ from levin.profilers.profiler import is_profiling, timer
 from levin.ranks.agreement import agreement_for
 from levin.ranks.hang_watchdog import start_watchdog
 from levin.ranks.location import locate
-from levin.ranks.same_everywhere import check_same_settings
+from levin.ranks.same_everywhere import check_same_optimizers, check_same_settings
 from levin.resume import checkpoint_tree as tree
 from levin.resume.optimizer_groups import groups_by_name
 from levin.resume.resume_state import ResumeState
@@ -305,5 +305,7 @@ def compose_run(run: Run) -> None:
     move = CopyStream(strategy.root_device) if strategy.root_device.type == "cuda" else None
     run.transfer = strategy.transfer_function(transfer_hooks(owners, timed, strategy, move))
     run.agreement = agreement_for(run)
+    if fits:
+        check_same_optimizers(run)
     run.activate(new_store(run, training=fits))
     run.take_logs()

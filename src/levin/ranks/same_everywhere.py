@@ -40,12 +40,40 @@ def check_same_settings(run: Run) -> None:
     own |= {name: str(getattr(run.loops.fit, name)) for name in _LIMITS}
     own |= {"method": run.fn, "precision": strategy.precision.precision}
     if run.fn == "fit":
-        own["callbacks that save"] = ", ".join(callback.state_key for callback in run.checkpoint_callbacks) or "none"
-    different = differences(strategy.control.exchange_objects(own, "settings"))
+        own["callbacks that save"] = _in_words(callback.state_key for callback in run.checkpoint_callbacks)
+        own["callbacks that stop or change training"] = _in_words(
+            callback.state_key
+            for callback in run.callbacks
+            if getattr(type(callback), "is_on_all_ranks", False) is True
+        )
+        own["validation in fit"] = str(run.enable_validation)
+    _check_same(strategy, own, "settings")
+
+
+def check_same_optimizers(run: Run) -> None:
+    """Compare the optimizers of all ranks, where all train copies of the same parameters.
+
+    Raises:
+        ValueError: They are of other kinds, on all ranks: one may compute the gradients more often than another.
+    """
+    strategy = run.strategy
+    if run.agreement is None or not strategy.copied_parameters(run.module):
+        return
+    assert isinstance(strategy, ParallelStrategy), "there is an agreement on several ranks alone"
+    own = {"classes": _in_words(type(optimizer).__name__ for optimizer in run.optimizers)}
+    _check_same(strategy, own, "optimizers")
+
+
+def _check_same(strategy: ParallelStrategy, own: dict[str, str], what: str) -> None:
+    different = differences(strategy.control.exchange_objects(own, what))
     if different:
         raise MisconfigurationException(
-            f"All ranks must have the same settings, received {'; '.join(different)}. Decide them without asking for the rank."
+            f"All ranks must have the same {what}, received {'; '.join(different)}. Decide them without asking for the rank."
         )
+
+
+def _in_words(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def differences(settings: Sequence[dict[str, str]]) -> list[str]:

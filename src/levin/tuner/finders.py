@@ -39,6 +39,8 @@ class LearningRateFinder(Callback):
                         self.lr_find(trainer, pl_module)
     """
 
+    is_on_all_ranks = True
+
     SUPPORTED_MODES = SCALES
 
     def __init__(
