@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data import loaders as loaders_module
@@ -105,6 +114,38 @@ def test_the_sampler_of_a_batch_sampler_is_that_of_the_loader(kind, sampler):
             assert shares == [expected, expected]
         else:
             assert shares == [expected[::2], expected[1::2]]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "values"),
+    [
+        (lambda: RandomSampler(range(20), replacement=True, num_samples=6), range(20)),
+        (lambda: RandomSampler(range(20), num_samples=6), range(20)),
+        (lambda: RandomSampler(range(4), num_samples=6), range(4)),
+        (lambda: RandomSampler(range(6)), range(6)),
+        (lambda: SequentialSampler(range(6)), range(6)),
+    ],
+)
+@pytest.mark.parametrize("stage", ["train", "val"])
+def test_samplers_of_torch_that_draw_less_or_more_than_the_dataset_keep_doing_so(sampler, values, stage):
+    torch.manual_seed(3)
+    whole = list(sampler())
+    parts = []
+    for rank in range(2):
+        loader = DataLoader(range(20), sampler=sampler())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*has shuffling enabled")
+            own = prepare_dataloader(loader, stage=stage, sampler_kwargs={"num_replicas": 2, "rank": rank})
+        torch.manual_seed(3)
+        parts.append(list(own.sampler))
+    assert parts == [whole[0::2], whole[1::2]]
+    assert len(whole) == 6 and set(whole) <= set(values)
+
+
+def test_overfitting_on_several_ranks_reads_in_order_whatever_a_random_sampler_draws():
+    loader = DataLoader(range(4), sampler=RandomSampler(range(4), num_samples=6))
+    own = prepare_dataloader(loader, stage="train", sampler_kwargs=SPLIT[1], overfit=True)
+    assert list(own.sampler) == [1, 3]
 
 
 def test_a_sampler_without_a_length_cannot_be_split():

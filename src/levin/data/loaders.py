@@ -150,7 +150,7 @@ def prepare_dataloader(
         assert sampler_kwargs is not None
         if shuffle is None:
             shuffle = not overfit if stage == "train" else shuffles(loader)
-        return rebuild(loader, _split_sampler(loader, stage, sampler_kwargs, shuffle), stage)
+        return rebuild(loader, _split_sampler(loader, stage, sampler_kwargs, shuffle, overfit), stage)
     return rebuild(loader, sampler, stage) if stage == "predict" else loader
 
 
@@ -186,16 +186,23 @@ def _seeds_workers() -> bool:
     return bool(int(os.environ.get("PL_SEED_WORKERS", "0") or 0))
 
 
-def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool) -> Sampler[object]:
+def _split_sampler(loader: Any, stage: str, sampler_kwargs: Kwargs, shuffle: bool, overfit: bool) -> Sampler[object]:
     kwargs = dict(sampler_kwargs, shuffle=shuffle, seed=int(os.environ.get("PL_GLOBAL_SEED", "0") or 0))
     # In training the parts are made equal by repeating a few samples; elsewhere each sample counts once.
     sampler = sampler_of(loader)
-    if not isinstance(sampler, (RandomSampler, SequentialSampler)):
+    is_put_in_order = overfit and isinstance(sampler, RandomSampler)
+    if not is_put_in_order and not _draws_each_once(sampler, loader.dataset):
         wrapper = DistributedSamplerWrapper if stage == "train" else UnrepeatedSamplerWrapper
         return wrapper(sampler, **kwargs)
     if stage == "train":
         return DistributedSampler(loader.dataset, **kwargs)
     return UnrepeatedDistributedSampler(loader.dataset, **kwargs)
+
+
+def _draws_each_once(sampler: object, dataset: object) -> bool:
+    """Whether a sampler of torch draws every sample of the dataset once, so that a DistributedSampler can replace it."""
+    is_torchs = isinstance(sampler, (RandomSampler, SequentialSampler))
+    return is_torchs and not getattr(sampler, "replacement", False) and known_length(sampler) == known_length(dataset)
 
 
 def rebuild(loader: DataLoader[object], sampler: object, stage: str) -> DataLoader[object]:
