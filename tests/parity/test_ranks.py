@@ -149,6 +149,22 @@ def watching_module(framework, seen: list):
 
 
 @world_size(2, timeout_s=150, connect=False)
+def test_samplers_of_torch_over_a_part_of_the_data_are_split_and_replaced_by_all_of_it_in_lightning():
+    data = torch.utils.data.TensorDataset(torch.arange(20.0))
+    for framework, num_seen in ((lightning(), 10), (levin(), 3)):
+        for make in (
+            lambda: torch.utils.data.SequentialSampler(range(6)),
+            lambda: torch.utils.data.RandomSampler(data, num_samples=6),
+        ):
+            seen: list = []
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                trainer = trainer_of(framework, max_epochs=1)
+                trainer.fit(watching_module(framework, seen), DataLoader(data, sampler=make()))
+            assert sum(len(numbers) for _, numbers in seen) == num_seen
+
+
+@world_size(2, timeout_s=150, connect=False)
 def test_every_rank_sees_the_same_samples():
     found = {}
     for framework in (lightning(), levin()):
