@@ -217,9 +217,12 @@ def test_a_batch_without_a_common_dimension_is_not_split():
     assert num_samples([torch.zeros(4, 2), torch.zeros(3)]) == num_samples("text") == 1
     module = Net(2)
     loader = DataLoader([(torch.zeros(4, 6).double(), torch.zeros(3, 1).double())], batch_size=None)
-    module.training_step = lambda batch, batch_idx: Net.training_step(module, (batch[0], batch[0][:, :1]), batch_idx)
+    module.training_step = own = lambda batch, batch_idx: Net.training_step(
+        module, (batch[0], batch[0][:, :1]), batch_idx
+    )
     with pytest.raises(torch.OutOfMemoryError):
         fit(module, loader, accumulate_grad_batches="auto")
+    assert module.training_step is own
     assert module.sizes == [4]
 
 

@@ -87,11 +87,13 @@ class Splitting:
         """Return what the strategy makes of this in the place of ``training_step``."""
         module, strategy = self._run.module, self._run.strategy
         attributes = vars(module)
+        before = {name: step for name, step in attributes.items() if name == "training_step"}  # one put on the object
         attributes["training_step"] = self
         try:
             return strategy.step_function(strategy.model, "training_step")
         finally:
             del attributes["training_step"]
+            attributes.update(before)
 
     def state_dict(self) -> StateDict:
         """Return the size of parts, on which the last digits of a sum depend."""

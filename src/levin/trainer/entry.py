@@ -135,7 +135,7 @@ def saved_run(trainer: Caller) -> Run:
     """
     run: Optional[Run] = trainer.run
     connected = trainer.strategy.lightning_module
-    if run is not None and (connected in (None, run.module) or trainer.state.status == TrainerStatus.RUNNING):
+    if run is not None and connected in (None, run.module):
         return run
     if connected is None:
         raise AttributeError(

@@ -407,7 +407,8 @@ class Trainer:
         Raises:
             AttributeError: No model was attached yet.
         """
-        save_checkpoint(entry.saved_run(self), filepath, weights_only, storage_options)
+        run = entry.saved_run(self) if self.run is None or self.state.status != "running" else self.run
+        save_checkpoint(run, filepath, weights_only, storage_options)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
