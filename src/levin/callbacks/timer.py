@@ -129,13 +129,18 @@ class Timer(Callback):
 
     def _check_time_remaining(self, trainer: Trainer) -> None:
         """Let the fit stop if the time is over; called on all ranks, and what subclasses override who do more then."""
-        remaining = self.time_remaining()
-        if not (self._clock.is_due(trainer) if self._clock is not None else remaining is not None and remaining <= 0):
+        if not self._is_over(trainer):
             return
         if not trainer.should_stop and self._verbose:
             elapsed = timedelta(seconds=int(self.time_elapsed()))
             rank_zero_info(f"Time limit reached. Elapsed time is {elapsed}. Signaling Trainer to stop.")
         trainer.should_stop = True
+
+    def _is_over(self, trainer: Trainer) -> bool:
+        if self._clock is not None:
+            return self._clock.is_due(trainer)
+        remaining = self.time_remaining()
+        return remaining is not None and remaining <= 0
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
