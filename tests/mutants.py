@@ -109,6 +109,8 @@ def who_comes_by(tests: tuple[str, ...], folder: Path) -> Covered:
     settings.write_text(
         f"[run]\ndata_file = {data}\nsource = {ROOT / 'src'}\nparallel = true\nconcurrency = multiprocessing,thread\n"
         "patch = subprocess,_exit\ncontext = ${PYTEST_CURRENT_TEST-}\n"
+        # Warnings are errors here: a worker of a loader that runs none of the code would end in one.
+        "disable_warnings = no-data-collected\n"
     )
     coverage = [sys.executable, "-m", "coverage"]
     run = [*coverage, "run", f"--rcfile={settings}", "-m"]
