@@ -82,7 +82,7 @@ class LogStore:
         training: Whether this is the training loop: its step values count as callback metrics.
         modules: Returns attribute name -> submodule, to know the metrics of the module.
         sync: Reduces a tensor over the ranks, ``sync(tensor, reduction, group)``; None on one device.
-        has_loggers: Whether there is anything to log to.
+        has_loggers: Returns whether there is anything to log to.
         num_ranks: How many ranks see data of their own.
         check: See :class:`levin.log_slot.StepOrder`.
     """
@@ -92,7 +92,7 @@ class LogStore:
         training: bool,
         modules: Callable[[], dict[str, object]],
         sync: Optional[Sync] = None,
-        has_loggers: bool = True,
+        has_loggers: Callable[[], bool] = lambda: True,
         num_ranks: int = 1,
         check: Callable[[str, str], None] = lambda hook, name: None,
     ) -> None:
@@ -194,7 +194,7 @@ class LogStore:
                     f"self.log({name!r}, ...) received a tensor of dtype {value.dtype}, kept as a float. "
                     "Convert it with .float() to silence this."
                 )
-        if arguments.logger and not self._has_loggers:
+        if arguments.logger and not self._has_loggers():
             rank_zero_warn(f"self.log({name!r}, ..., logger=True) was called, but the Trainer has no logger.")
         if on_epoch and metric is None and self._is_of_many and not (arguments.sync_dist or arguments.rank_zero_only):
             rank_zero_warn(

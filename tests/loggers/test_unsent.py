@@ -226,3 +226,25 @@ def test_a_bar_does_not_wait_between_batches_and_shows_the_last_values_at_the_en
     trainer(max_epochs=1, limit_train_batches=3, limit_val_batches=0, enable_progress_bar=True, callbacks=Bar()).fit(Net())  # fmt: skip
     assert seen["batch"] == [{}, {}, {}]
     assert seen["epoch"][0]["number"] == 2.0
+
+
+def test_values_that_come_late_go_to_the_loggers_of_when_they_were_logged(monkeypatch):
+    monkeypatch.setattr(unsent, "Reading", Late)
+    monkeypatch.setattr(Late, "after", 40)
+    before, after = Rows(), Rows()
+
+    class Exchanger(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:
+                trainer.loggers = [after]
+
+    trainer(
+        logger=before,
+        max_epochs=1,
+        limit_train_batches=8,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        callbacks=Exchanger(),
+    ).fit(Net())
+    assert [step for step, row in before.rows if "number" in row] == [0, 1, 2, 3]
+    assert [step for step, row in after.rows if "number" in row] == [4, 5, 6, 7]

@@ -430,3 +430,44 @@ def test_a_logger_is_told_to_save_after_all_that_it_was_given(tmp_path, with_hpa
     theirs, ours = on_both(run, tmp_path)
     assert ours == theirs
     assert "save" in ours
+
+
+class Kept:
+    """What each of several loggers got."""
+
+    def __init__(self, lib):
+        self.before, self.after = both.Lines(), both.Lines()
+        self.first, self.second = both.recording_logger(lib, self.before), both.recording_logger(lib, self.after)
+
+
+@pytest.mark.parametrize("how", ["from none", "to none", "to another"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "setup",
+        "on_fit_start",
+        "on_train_start",
+        "on_train_epoch_start",
+        "on_train_batch_start",
+        "on_validation_epoch_start",
+    ],
+)
+def test_loggers_that_a_hook_exchanges_get_what_is_logged_from_then_on(tmp_path, hook, how):
+    def run(lib):
+        kept = Kept(lib)
+
+        def exchange(self, trainer, *args, **kwargs):
+            if trainer.current_epoch == 1 or hook in ("setup", "on_fit_start", "on_train_start"):
+                trainer.loggers = [] if how == "to none" else [kept.second]
+
+        exchanger = type("Exchanger", (lib.Callback,), {hook: exchange})()
+        trainer = both.quiet(
+            lib, tmp_path, max_epochs=3, log_every_n_steps=1, callbacks=[exchanger],
+            logger=False if how == "from none" else kept.first,
+        )  # fmt: skip
+        trainer.fit(both.recording_module(lib, [])[0], both.loader(), both.loader(2))
+        return [list(kept.before), list(kept.after)]
+
+    theirs, ours = on_both(run, tmp_path)
+    assert sum(map(len, theirs)) > 3 or how == "to none"
+    assert ours == theirs

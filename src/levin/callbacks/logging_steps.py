@@ -44,4 +44,4 @@ def log_values(trainer: Trainer, values: Mapping[str, float], step: int | None =
     """
     if step is None:
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-    trainer.run.unsent.add(values, step, saves=False)
+    trainer.run.unsent.add(trainer.run.loggers, values, step, saves=False)

@@ -18,32 +18,34 @@ class Row(NamedTuple):
     """Metrics of one step.
 
     Args:
+        loggers: Who gets them: a hook may exchange those of the run.
         reading: Their numbers.
         step: Value on the x-axis; None where it is the value of ``step`` among them.
         saves: Whether loggers write at once what they got.
     """
 
+    loggers: list[Logger]
     reading: Reading
     step: Optional[int]
     saves: bool
 
 
 class Unsent:
-    """Hands metrics to the loggers as soon as the device has computed them, in the order in which they were logged.
+    """Hands metrics to the loggers as soon as the device has computed them, in the order in which they were logged."""
 
-    Args:
-        loggers: Those of the run.
-    """
-
-    def __init__(self, loggers: list[Logger]) -> None:
-        self._loggers = loggers
+    def __init__(self) -> None:
         self.rows: deque[Row] = deque()
 
     def add(
-        self, metrics: Mapping[str, object], step: Optional[int], saves: bool = True, timeout_s: float = 0.0
+        self,
+        loggers: list[Logger],
+        metrics: Mapping[str, object],
+        step: Optional[int],
+        saves: bool = True,
+        timeout_s: float = 0.0,
     ) -> None:
         """Send ``metrics`` after all that was added before; see :class:`Row` and :meth:`send`."""
-        self.rows.append(Row(Reading(metrics), step, saves))
+        self.rows.append(Row(loggers, Reading(metrics), step, saves))
         self.send(timeout_s)
 
     def send(self, timeout_s: float) -> None:
@@ -56,11 +58,11 @@ class Unsent:
                     return
                 time.sleep(POLL_S)
                 continue
-            reading, step, saves = rows.popleft()
+            loggers, reading, step, saves = rows.popleft()
             values = reading.numbers()
             if step is None:
                 step = int(values.pop("step"))
-            for logger in self._loggers:
+            for logger in loggers:
                 logger.log_metrics(metrics=dict(values), step=step)
                 if saves:
                     logger.save()

@@ -211,7 +211,7 @@ def _batches(
     previous_loader = -1
     agreement, flags = run.agreement, run.flags
     results: list[dict[str, object]] = [{} for _ in range(max(1, len(feed.sources)))]
-    logs_steps = bool(run.loggers) and not run.is_sanity_checking
+    logs_steps = not run.is_sanity_checking
     log_steps = run.eval_log_steps
     try:
         for batch, batch_idx, dataloader_idx in batches:
@@ -248,7 +248,7 @@ def _batches(
                 metrics = run.merge(store.read(on_step=True))
                 if logs_steps:
                     send(run, metrics.logged, step=log_steps.get(dataloader_idx, 0))
-            if logs_steps:
+            if logs_steps and run.loggers:
                 log_steps[dataloader_idx] = log_steps.get(dataloader_idx, 0) + 1
             if agreement is not None and feed.is_shared:
                 agreement.maybe_sync()

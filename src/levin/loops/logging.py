@@ -24,7 +24,7 @@ def send(run: Run, metrics: Mapping[str, object], step: Optional[int] = None, ti
     if step is None and "step" not in metrics:
         step = run.loops.fit.epoch_loop._batches_that_stepped
         metrics = {**metrics, "epoch": metrics.get("epoch", run.current_epoch)}
-    run.unsent.add(metrics, step, timeout_s=timeout_s)
+    run.unsent.add(run.loggers, metrics, step, timeout_s=timeout_s)
 
 
 def send_hyperparameters(run: Run) -> None:

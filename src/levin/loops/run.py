@@ -143,7 +143,7 @@ class Run:
         self.uneven: Optional[Uneven] = None
         self.agreement: Optional[Agreement] = None
         # What goes to loggers and bar as soon as the device has it.
-        self.unsent = Unsent(self.loggers)
+        self.unsent = Unsent()
         self.shown = Latest()
         # How training and validation go on.
         self.compiler: Optional[Compiler] = None
@@ -337,7 +337,7 @@ def new_store(run: Run, training: bool) -> LogStore:
 
     by_ranks = sync if strategy.is_distributed else None
     num_ranks, check = strategy.data_parallel.size, partial(check_logged_name, strategy)
-    return LogStore(training, modules, by_ranks, bool(run.loggers), num_ranks, check)
+    return LogStore(training, modules, by_ranks, lambda: bool(run.loggers), num_ranks, check)
 
 
 def find_log_dir(loggers: list[Logger], root: str, strategy: Strategy) -> Optional[str]:
