@@ -212,7 +212,10 @@ def test_a_batch_sampler_is_made_again_with_the_drop_last_that_it_was_given(stag
 
 
 def test_a_batch_sampler_of_another_form_cannot_be_split_but_predicts_in_one_process():
-    with pytest.raises(TypeError, match=r"Fixed must look like \(sampler, batch_size, drop_last\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"Fixed must look like \(sampler, batch_size, drop_last\).* Trainer or to fabric.setup_dataloaders",
+    ):
         prepare_dataloader(DataLoader(DATA, batch_sampler=Fixed()), stage="val", sampler_kwargs=SPLIT[0])
     alone = prepare_dataloader(DataLoader(DATA, batch_sampler=Fixed()), stage="predict", sampler_kwargs=None)
     assert drawn(alone) == [0.0, 1.0, 2.0]

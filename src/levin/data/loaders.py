@@ -16,6 +16,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torch.utils.data.distributed import DistributedSampler
 
 from levin.data.samplers import (
+    UNSPLIT,
     DistributedSamplerWrapper,
     IndexBatchSampler,
     UnrepeatedDistributedSampler,
@@ -218,7 +219,7 @@ def rebuild(loader: DataLoader[object], sampler: object, stage: str) -> DataLoad
     except TypeError as error:
         raise MisconfigurationException(
             f"`{type(loader).__name__}` could not be built again with another sampler: {error}. "
-            "Let its __init__ take **kwargs for torch's DataLoader, or pass Trainer(use_distributed_sampler=False)."
+            f"Let its __init__ take **kwargs for torch's DataLoader, or {UNSPLIT}."
         ) from error
 
 
@@ -292,7 +293,7 @@ def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) 
         if "sampler" not in inspect.signature(kind.__init__).parameters:
             raise TypeError(
                 f"The batch sampler {kind.__name__} must take an argument `sampler` to draw from another one, "
-                "or pass Trainer(use_distributed_sampler=False)."
+                f"or {UNSPLIT}."
             )
         arguments["sampler"] = sampler
         if is_predict and "drop_last" in arguments:
@@ -306,7 +307,7 @@ def _sampler_arguments(loader: DataLoader[object], sampler: object, stage: str) 
             if sampler is not sampler_of(loader):
                 raise TypeError(
                     f"The batch sampler {kind.__name__} must look like (sampler, batch_size, drop_last) to be built again. "
-                    "Or pass Trainer(use_distributed_sampler=False)."
+                    f"Or {UNSPLIT}."
                 ) from error
             built = batch_sampler  # its batches are taken as they are
     built = IndexBatchSampler(built) if is_predict else built

@@ -9,6 +9,9 @@ from typing import Any, cast
 from torch.utils.data import BatchSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+UNSPLIT = "pass use_distributed_sampler=False to the Trainer or to fabric.setup_dataloaders"
+"""The way out for loaders that cannot be split."""
+
 
 class UnrepeatedDistributedSampler(DistributedSampler[Any]):
     """Splits the data between ranks without repeating samples to make the parts equal."""
@@ -42,7 +45,7 @@ class _SampledIndices:
         except TypeError:
             raise TypeError(
                 f"The sampler {type(self.sampler).__name__} must have a length to be split between ranks. Define __len__, "
-                "or pass Trainer(use_distributed_sampler=False)."
+                f"or {UNSPLIT}."
             ) from None
 
 

@@ -30,7 +30,7 @@ CHECKPOINTED = "_checkpoint_wrapped_module."
 CALLS: dict[type, str] = {
     nn.Module: "Write fabric.setup(model, optimizer).",
     Optimizer: "Write fabric.setup(model, *optimizers), and scheduler=scheduler for a scheduler.",
-    DataLoader: "Write fabric.setup_dataloaders(*loaders).",
+    DataLoader: "Write fabric.setup_dataloaders(DataLoader(dataset), ...).",
 }
 """What to write for objects of a kind."""
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
