@@ -11,7 +11,7 @@ import pytest
 import torch
 import torchmetrics
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from levin import Callback, LightningModule, Trainer
 from levin.callbacks import OnExceptionCheckpoint
@@ -36,9 +36,10 @@ class Augmented(Dataset):
 
 
 class Net(LightningModule):
-    def __init__(self, size: int = 40, shuffle: bool = True) -> None:
+    def __init__(self, size: int = 40, shuffle: bool = True, sampler: Sampler | None = None) -> None:
         super().__init__()
         torch.manual_seed(1)
+        self.sampler = sampler
         self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.mean = torchmetrics.MeanMetric()
         self.size, self.shuffle = size, shuffle
@@ -57,6 +58,8 @@ class Net(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
     def train_dataloader(self):
+        if self.sampler is not None:
+            return DataLoader(Augmented(self.size), batch_size=2, sampler=self.sampler)
         return DataLoader(Augmented(self.size), batch_size=2, shuffle=self.shuffle)
 
 
@@ -76,6 +79,29 @@ class SaveAt(Callback):
 def trainer_for(size: int, **kwargs) -> Trainer:
     kwargs = {"max_epochs": 3, "strategy": "ddp" if size > 1 else "auto", **kwargs}
     return Trainer(**{**QUIET, "devices": size, "enable_checkpointing": False, **kwargs})
+
+
+PARTIAL = {
+    "more than there are": lambda: RandomSampler(range(40), replacement=True, num_samples=52),
+    "a part, from its own generator": lambda: RandomSampler(range(40), num_samples=22, generator=torch.Generator().manual_seed(9)),
+    "weighted": lambda: WeightedRandomSampler(torch.arange(1.0, 41.0), 30),
+}
+
+
+@pytest.mark.parametrize("sampler", PARTIAL)
+@world_size(2, timeout_s=120, connect=False)
+def test_each_rank_goes_on_with_its_part_of_what_a_sampler_draws(tmp_path, sampler):
+    path = str(tmp_path / "middle.ckpt")
+    seed_everything(5, verbose=False)
+    whole = Net(sampler=PARTIAL[sampler]())
+    trainer_for(2, callbacks=[SaveAt(path, 2), Differ()]).fit(whole)
+    torch.manual_seed(1234 + int(os.environ["RANK"]))
+    rest = Net(sampler=PARTIAL[sampler]())
+    trainer_for(2).fit(rest, ckpt_path=path)
+    assert len(rest.seen) > 10
+    assert whole.seen[-len(rest.seen) :] == rest.seen
+    for ours, theirs in zip(rest.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @world_size(2, timeout_s=120, connect=False)
