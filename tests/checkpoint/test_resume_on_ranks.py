@@ -83,7 +83,9 @@ def trainer_for(size: int, **kwargs) -> Trainer:
 
 PARTIAL = {
     "more than there are": lambda: RandomSampler(range(40), replacement=True, num_samples=52),
-    "a part, from its own generator": lambda: RandomSampler(range(40), num_samples=22, generator=torch.Generator().manual_seed(9)),
+    "a part, from its own generator": lambda: RandomSampler(
+        range(40), num_samples=22, generator=torch.Generator().manual_seed(9)
+    ),
     "weighted": lambda: WeightedRandomSampler(torch.arange(1.0, 41.0), 30),
 }
 

@@ -303,10 +303,6 @@ def migrate_checkpoint(
     return checkpoint, done
 
 
-def do_nothing_closure() -> None:
-    """Return nothing: an optimizer's closure where there is none."""
-
-
 class LightningDoublePrecisionModule(torch.nn.Module):
     """Calls the steps of a module with floating tensors of double precision.
 

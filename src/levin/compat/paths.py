@@ -111,7 +111,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.core.mixins": {"levin.hparams": "HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": {"levin.hparams": "HyperparametersMixin"},
     "pytorch.core.optimizer": {
-        "levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer", EQUIVALENTS: "do_nothing_closure",
+        "levin.optimizer": "LightningOptimizer _MockOptimizer:MockOptimizer do_nothing_closure:do_nothing",
     },
     "pytorch.demos": {
         _DEMOS: "BoringDataModule BoringModel DemoModel LightningLSTM LightningTransformer SequenceSampler SimpleLSTM "
