@@ -55,7 +55,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if words and (words[0] == "-m" or not words[0].startswith("-")):
         from levin.compat.launch import run_program
 
-        run_program(words)
+        run_program(words, COMMANDS)
     parser = argparse.ArgumentParser(
         prog="levin",
         usage="levin COMMAND|SCRIPT|-m MODULE [...]",

@@ -59,7 +59,12 @@ def test_options_of_python_and_the_exit_status_stay(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message", [(["nothing.py"], "neither a command nor a script"), (["-m"], "followed by a module")]
+    "words, message",
+    [
+        (["nothing.py"], "neither a command nor a script that exists. See"),
+        (["lauch", "train.py"], "that exists. Did you mean launch? See"),
+        (["-m"], "followed by a module"),
+    ],
 )
 def test_what_cannot_be_run_says_why(words, message):
     done = run(["-m", "levin", *words])
