@@ -597,6 +597,47 @@ def test_weights_after_an_average_with_statistics(tmp_path):
     assert ends["lightning"][1] != ends["lightning"][0]
 
 
+AVERAGES = {
+    "mean": lambda callbacks: callbacks.WeightAveraging(),
+    "ema": lambda callbacks: callbacks.EMAWeightAveraging(decay=0.7, update_starting_at_epoch=1),
+    "swa": lambda callbacks: callbacks.StochasticWeightAveraging(0.05, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_an_average_that_is_in_a_second_fit(tmp_path, name):
+    ends: dict[str, list[float]] = {}
+    for framework in pair():
+
+        class Model(framework.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(1, 1, bias=False)
+                torch.nn.init.ones_(self.layer.weight)
+
+            def training_step(self, batch, batch_idx):
+                return self.layer(batch).pow(2).mean()
+
+            def validation_step(self, batch, batch_idx):
+                pass
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.001)
+
+        callback = AVERAGES[name](framework.module.callbacks)
+        for _ in range(2):
+            trainer = framework.Trainer(
+                max_epochs=4, callbacks=[callback], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False, default_root_dir=tmp_path, accelerator="cpu",
+            )  # fmt: skip
+            module = Model()
+            data = DataLoader(torch.arange(16.0).unsqueeze(1), batch_size=2)
+            trainer.fit(module, data, data)
+            ends.setdefault(framework.name, []).append(module.layer.weight.item())
+    assert ends["levin"][0] == ends["lightning"][0] == ends["levin"][1] < 1
+    assert ends["lightning"][1] == 1
+
+
 @pytest.mark.parametrize(
     ("fails", "theirs", "ours"),
     [("training_step", 5.0, 6.0), ("validation_step", 2.5, 6.5), ("on_train_epoch_end", 2.5, 6.5)],
