@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
@@ -84,6 +85,12 @@ CALLS: list[tuple[str, str, tuple[Any, ...]]] = [
 def test_functions_answer_as_lightnings(path, name, arguments):
     theirs, ours = both(path, name)
     assert outcome(ours, *arguments) == outcome(theirs, *arguments)
+
+
+@pytest.mark.parametrize("value", [1, True, 2.5, np.ones(2), {"a": [1, "x", None, False]}, torch.ones(1)], ids=str)
+def test_numbers_and_arrays_become_the_same_tensors(value):
+    theirs, ours = both("fabric.utilities.apply_func", "convert_to_tensors")
+    assert repr(ours(value, "cpu")) == repr(theirs(value, "cpu"))
 
 
 def test_the_load_of_the_processor_has_the_names_of_lightning():

@@ -31,6 +31,7 @@ from levin.precision import DoublePrecision, Precision
 from levin.strategies import Strategy
 from levin.utilities.collections import apply_to_collection
 from levin.utilities.filesystem import is_local
+from levin.utilities.move import move_data_to_device
 from levin.utilities.numbers import to_numbers
 from levin.utilities.packages import require_package
 from levin.utilities.processors import count_processors
@@ -144,6 +145,15 @@ def convert_tensors_to_scalars(data: object) -> Any:
         ValueError: A tensor of several elements.
     """
     return apply_to_collection(data, torch.Tensor, lambda tensor: to_numbers({"": tensor})[""])
+
+
+def convert_to_tensors(data: object, device: Union[str, int, torch.device]) -> Any:
+    """Return ``data`` with its numbers and arrays as tensors, on ``device``: whole numbers of 32 bits, truth values of 8."""
+    import numpy as np
+
+    for kind, dtype in ((bool, torch.uint8), (int, torch.int32), (float, torch.float32)):
+        data = apply_to_collection(data, kind, functools.partial(torch.tensor, dtype=dtype))
+    return move_data_to_device(apply_to_collection(data, np.ndarray, torch.from_numpy), torch.device(device))
 
 
 def recursive_detach(in_dict: object, to_cpu: bool = False) -> Any:

@@ -260,7 +260,7 @@ TABLE: dict[str, dict[str, str]] = {
         _TYPES: "EVAL_DATALOADERS LRSchedulerConfig LRSchedulerConfigType LRSchedulerTypeUnion:LRSchedulerType "
         "OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig STEP_OUTPUT TRAIN_DATALOADERS",
         "torch.optim.lr_scheduler": "LRScheduler ReduceLROnPlateau",
-        EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT",
+        EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT", "torch.nn.parallel": "DistributedDataParallel",
     },
     "pytorch.utilities.upgrade_checkpoint": {},
     "pytorch.utilities.warnings": {"levin.utilities.warnings": "PossibleUserWarning"},
@@ -328,7 +328,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.apply_func": {
         "levin.utilities.move": "move_data_to_device",
         "levin.utilities.collections": "apply_to_collection",
-        EQUIVALENTS: "convert_tensors_to_scalars",
+        EQUIVALENTS: "convert_tensors_to_scalars convert_to_tensors",
     },
     "fabric.utilities.consolidate_checkpoint": {},
     "fabric.utilities.cloud_io": {
@@ -382,7 +382,7 @@ TABLE: dict[str, dict[str, str]] = {
     "fabric.utilities.types": {
         _TYPES: "_DEVICE _MAP_LOCATION_TYPE _PATH",
         EQUIVALENTS: "Optimizable Steppable",
-        "torch.distributed": "ReduceOp",
+        "torch.distributed": "CollectibleGroup:ProcessGroup ReduceOp",
     },
     "fabric.utilities.warnings": {
         "levin.utilities.warnings": "PossibleUserWarning disable_possible_user_warnings",
