@@ -34,6 +34,9 @@ _COMPARED = {
 }  # fmt: skip
 _COMPUTED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*"}
 
+_ELSEWHERE = {"resume": "tests/checkpoint", "settings": "tests/test_trainer_arguments.py"}
+"""Room -> more of its tests, beside those of its name."""
+
 
 class Mutant(NamedTuple):
     """One change: the bytes from ``start`` to ``end`` of a file become ``text``."""
@@ -153,7 +156,7 @@ def tests_of(path: Path) -> list[str]:
     """Return the tests of the room that a file of the code is in: a folder or a file of that name, and comparisons."""
     room = path.relative_to(ROOT / "src/levin").parts[0].removesuffix(".py")
     found = [
-        *(ROOT.glob("tests/checkpoint") if room == "resume" else ()),
+        *([ROOT / _ELSEWHERE[room]] if room in _ELSEWHERE else ()),
         *ROOT.glob(f"tests/{room}"),
         *ROOT.glob(f"tests/test_{room}*.py"),
         *ROOT.glob(f"tests/parity/test_{room}*.py"),

@@ -36,7 +36,6 @@ class Rules:
 
     def accumulates(self, place: Place) -> bool:
         """Whether no optimizer step follows the batch."""
-        self._move(place)
         return accumulates_after(self.run, place.batch_idx, self.is_last(place))
 
     def opens_window(self, place: Place) -> bool:
