@@ -107,6 +107,7 @@ class LogStore:
         self._size: Optional[int] = None
         self._slots: dict[SlotKey, Slot] = {}
         self._modules = modules
+        self._found: dict[int, object] = {}
         self._sync = sync
         self.order = StepOrder(check)
         self._has_loggers = has_loggers
@@ -244,12 +245,18 @@ class LogStore:
     def _find_metric(self, name: str, value: object, arguments: Arguments) -> object:
         if not isinstance(value, metric_class()):
             return None
-        if arguments.metric_attribute is None and not any(value is module for module in self._modules().values()):
+        if arguments.metric_attribute is None and not self._is_of_module(value):
             raise MisconfigurationException(
                 f"self.log({name!r}, ...) received a Metric that is no attribute of the LightningModule. "
                 "Assign it in __init__ (self.accuracy = ...), or name it with metric_attribute=...."
             )
         return value
+
+    def _is_of_module(self, metric: object) -> bool:
+        # To walk through a module of thousands of layers takes as long as a hundred steps.
+        if id(metric) not in self._found:
+            self._found = {id(module): module for module in self._modules().values()}
+        return id(metric) in self._found
 
     def reset(self) -> None:
         """Forget the values of an epoch, and reset the metrics that were logged."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torchmetrics
 from torch.utils.data import DataLoader
 
 from levin import LightningModule, Trainer
@@ -66,3 +67,33 @@ def test_a_step_that_logs_nothing_reads_nothing_from_the_device():
         counts.append(count.number)
     # What is read belongs to the epoch (a loader draws its seed), not to the steps.
     assert counts[0] == counts[1]
+
+
+def test_metrics_are_looked_for_among_the_layers_once_however_many_they_are():
+    walks = []
+    for number in (1, 20):
+
+        class Measured(LightningModule):
+            def __init__(self, number=number):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+                self.metrics = torch.nn.ModuleList([torchmetrics.MeanMetric() for _ in range(number)])
+                self.walks = 0
+
+            def named_modules(self, *args, **kwargs):
+                self.walks += 1
+                return super().named_modules(*args, **kwargs)
+
+            def training_step(self, batch, batch_idx):
+                for index, metric in enumerate(self.metrics):
+                    metric.update(1.0)
+                    self.log(f"metric {index}", metric)
+                return self.layer(batch).mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        module = Measured()
+        fit(module)
+        walks.append(module.walks)
+    assert walks[0] == walks[1]

