@@ -18,9 +18,10 @@ from levin import Fabric
 from levin.fabric.command import count_processes, main
 from levin.fabric.settings import with_environment
 from levin.fabric.throughput import ThroughputMonitor
+from levin.fabric.wrappers import FabricModule
 from levin.loggers import CSVLogger
 from levin.precision import MixedPrecision, Precision
-from levin.strategies import SingleDeviceCollective, TorchCollective
+from levin.strategies import SingleDeviceCollective, SingleDeviceStrategy, TorchCollective
 from levin.utilities.collections import apply_to_collection
 from tests.distributed import world_size
 
@@ -328,3 +329,48 @@ def test_the_command_line_counts_where_the_code_says_nothing_or_the_same(monkeyp
         with_environment({"num_nodes": 2})
     monkeypatch.setenv("LT_CLI_USED", "0")
     assert with_environment({"num_nodes": 2}) == {"num_nodes": 3}
+
+
+class Doubled(FabricModule):
+    def forward(self, *args, **kwargs):
+        assert self._strategy.precision is not None and self._forward_module is not None
+        return 2 * super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("is_hooked", [False, True])
+def test_a_subclass_puts_something_around_the_forward_of_a_wrapped_module(precision, is_hooked):
+    model = Fabric(accelerator="cpu", devices=1, precision=precision).setup(nn.Linear(3, 1))
+    x = torch.ones(2, 3, dtype=next(model.parameters()).dtype)
+    expected = 2 * model(x)
+    object.__setattr__(model, "__class__", Doubled)  # after the fact: Fabric makes these objects itself
+    heard = []
+    if is_hooked:
+        model.register_forward_hook(lambda *args: heard.append(args))
+    copied = copy.deepcopy(model)
+    assert type(copied) is Doubled
+    for run in (model, model.forward, copied):
+        assert torch.equal(run(x), expected)
+    assert len(heard) == is_hooked
+
+
+@pytest.mark.parametrize(
+    "precisions", [("bf16-mixed", "bf16-mixed"), ("32-true", "bf16-mixed"), ("bf16-mixed", "32-true")]
+)
+def test_one_backward_pass_goes_through_modules_of_several_fabrics(precisions):
+    fabrics = [Fabric(accelerator="cpu", devices=1, precision=precision) for precision in precisions]
+    first, second = (fabric.setup(nn.Linear(2, 2)) for fabric in fabrics)
+    for fabric in fabrics:
+        fabric.backward(second(first(torch.ones(4, 2)).float()).float().sum())
+        assert first.weight.grad is not None and second.weight.grad is not None
+        with pytest.raises(RuntimeError, match=r"Call fabric\.backward"):
+            second(first(torch.ones(4, 2)).float()).float().sum().backward()
+
+
+def test_parts_are_found_under_the_names_that_packages_read():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    assert fabric._accelerator is fabric.accelerator
+    assert fabric._precision is fabric.strategy.precision
+    assert fabric._precision.convert_module(nn.Linear(2, 1)).weight.dtype == torch.bfloat16
+    alone = Fabric(strategy=SingleDeviceStrategy(fabric.device, fabric.accelerator, None, fabric._precision))
+    assert alone.setup(nn.Linear(2, 1)).weight.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,42 @@ def train(framework: Any, precision: Any = None, num_nets: int = 1, clip: dict[s
 @pytest.mark.parametrize("precision", [None, "32-true", "64-true", "bf16-true", "bf16-mixed"])
 def test_a_loop_gives_the_same_losses_and_weights_in_each_precision(precision):
     assert not isinstance(assert_same(train, precision), Exception)
+
+
+class Seen(nn.Module):
+    """Notes in what type its inputs come, what autocast says and what a layer that is used twice learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.seen: list[Any] = []
+
+    def forward(self, x: Any, *, more: Any) -> Any:
+        is_cached = torch.is_autocast_cache_enabled()
+        self.seen.append((str(x.dtype), str(more["it"].dtype), is_cached, torch.is_autocast_enabled("cpu")))
+        return self.layer(self.layer(x * 1.001)) + more["it"].float().mean()
+
+
+def run_forward(framework: Any, precision: str, dtype: torch.dtype, is_plugin: bool) -> Any:
+    if is_plugin:
+        module = "levin.precision" if framework is OurFabric else "lightning.fabric.plugins"
+        plugins = importlib.import_module(module).MixedPrecision(precision, "cpu")
+        fabric = framework(accelerator="cpu", devices=1, plugins=plugins)
+    else:
+        fabric = framework(accelerator="cpu", devices=1, precision=precision)
+    net = fabric.setup(Seen())
+    x = torch.linspace(0, 1, 12).reshape(4, 3).to(dtype)
+    output = net(x, more={"it": torch.ones(2) if dtype == torch.float64 else torch.ones(2, dtype=torch.int64)})
+    fabric.backward(output.sum())
+    with fabric.autocast():
+        net.seen.append(torch.is_autocast_cache_enabled())
+    return net.seen, str(output.dtype), output, net.layer.weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision, is_plugin", [("bf16-mixed", False), ("bf16-mixed", True), ("bf16-true", False)])
+def test_inputs_come_in_the_type_of_the_precision_and_weights_are_cast_once(precision, is_plugin, dtype):
+    assert not isinstance(assert_same(run_forward, precision, dtype, is_plugin), Exception)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ _ALL_ENVIRONMENTS = (
 )
 # Tensors of XLA devices reach the file from the CPU, by the strategy.
 _FILES = "TorchCheckpointIO XLACheckpointIO:TorchCheckpointIO"
-_PLAIN_PRECISIONS = "DoublePrecision HalfPrecision MixedPrecision Precision"
+_PLAIN_PRECISIONS = "DoublePrecision HalfPrecision Precision"
 _EARLIER_PRECISIONS = (
     "DoublePrecisionPlugin:DoublePrecision HalfPrecisionPlugin:HalfPrecision MixedPrecisionPlugin:MixedPrecision "
     "PrecisionPlugin:Precision"
@@ -162,7 +162,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins": {
         _CHECKPOINT: f"AsyncCheckpointIO CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}",
+        _PRECISION: f"{_PLAIN_PRECISIONS} MixedPrecision {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}",
         _STRATEGIES: "LayerSync TorchSyncBatchNorm",
         PRIVATE: "_PLUGIN_INPUT",
         ABSENT: "FSDPPrecision",
@@ -171,7 +171,7 @@ TABLE: dict[str, dict[str, str]] = {
     "pytorch.plugins.io": {_CHECKPOINT: f"AsyncCheckpointIO CheckpointIO {_FILES}"},
     "pytorch.plugins.layer_sync": {_STRATEGIES: "LayerSync TorchSyncBatchNorm"},
     "pytorch.plugins.precision": {
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
+        _PRECISION: f"{_PLAIN_PRECISIONS} MixedPrecision {_EARLIER_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
     },
     "pytorch.plugins.precision.double": {
         _PRECISION: "DoublePrecision", EQUIVALENTS: "LightningDoublePrecisionModule",
@@ -289,6 +289,7 @@ TABLE: dict[str, dict[str, str]] = {
         _CHECKPOINT: f"CheckpointIO {_FILES}",
         _ENVIRONMENTS: "ClusterEnvironment",
         _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}",
+        "levin.precision.mixed": "MixedPrecision:ForwardMixedPrecision",
         ABSENT: "FSDPPrecision",
     },
     "fabric.plugins.collectives": {_STRATEGIES: "Collective SingleDeviceCollective TorchCollective"},
@@ -299,7 +300,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fabric.plugins.io": {_CHECKPOINT: f"CheckpointIO {_FILES}"},
     "fabric.plugins.precision": {
-        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}", ABSENT: "FSDPPrecision",
+        _PRECISION: f"{_PLAIN_PRECISIONS} {_PACKAGE_PRECISIONS}",
+        "levin.precision.mixed": "MixedPrecision:ForwardMixedPrecision", ABSENT: "FSDPPrecision",
     },
     "fabric.strategies": {
         _STRATEGIES: "DDPStrategy DeepSpeedStrategy ParallelStrategy SingleDeviceStrategy SingleDeviceXLAStrategy Strategy "

@@ -20,6 +20,7 @@ from levin.fabric.processes import Processes
 from levin.fabric.state import Filter, check_filter, check_state, collect, restore, restore_one
 from levin.fabric.trainer_shim import TrainerShim
 from levin.fabric.wrappers import (
+    BACKWARD_PASSES,
     BackwardGuard,
     FabricDataLoader,
     FabricModule,
@@ -243,15 +244,15 @@ class Fabric(Processes):
             model: The module it is of, for engines that need it where there are several.
             kwargs: Passed on.
         """
-        if self._guard.is_plain:
-            tensor.backward(*args, **kwargs)
-            return
-        self._guard.is_open = True
+        BACKWARD_PASSES.num_open += 1
         try:
-            module = None if model is None else unwrap(model)
-            self._strategy.backward(tensor, None, *args, module=module, **kwargs)
+            if self._guard.is_plain:
+                tensor.backward(*args, **kwargs)
+            else:
+                module = None if model is None else unwrap(model)
+                self._strategy.backward(tensor, None, *args, module=module, **kwargs)
         finally:
-            self._guard.is_open = False
+            BACKWARD_PASSES.num_open -= 1
 
     def average_gradients(self, optimizer: Optimizer, weight: Any) -> None:
         """Divide the gradients of sums by the number of samples (or tokens) that all processes have summed over.

@@ -16,6 +16,8 @@ from levin.accelerators import Accelerator, CPUAccelerator
 from levin.checkpoint import CheckpointIO
 from levin.engine import build_engine
 from levin.fabric.settings import is_launched_by_command, with_environment
+from levin.precision import MixedPrecision, Precision
+from levin.precision.mixed import ForwardMixedPrecision
 from levin.ranks.hang_watchdog import RunLocation, Watchdog, start_watchdog
 from levin.ranks.signals import Signals, listen_for_sigterm
 from levin.strategies import Strategy, StrategyRegistry
@@ -88,6 +90,9 @@ class Processes:
         elif name in _SHARDED:
             settings["strategy"] = _saving_folders(name, plugins)
         self._strategy: Strategy = build_engine(**settings, plugins=plugins).strategy
+        precision = self._strategy.precision
+        if type(precision) is MixedPrecision:
+            self._strategy.precision = ForwardMixedPrecision(precision.precision, precision.device, precision.scaler)
         if name == "dp":
             _answer_dp(self._strategy)
         self._watchdog: Watchdog | None = None
@@ -111,6 +116,9 @@ class Processes:
 
     accelerator: Accelerator = reads("_strategy.accelerator", "The hardware.")
     strategy: Strategy = reads("_strategy", "What wraps modules and talks to the other processes.")
+    # Names that packages read (litgpt, kraken, sheeprl).
+    _accelerator: Accelerator = reads("_strategy.accelerator", "The hardware.")
+    _precision: Precision = reads("_strategy.precision", "The format of the numbers.")
     device: torch.device = reads("_strategy.root_device", "The device of this process.")
     global_rank: int = reads("_strategy.global_rank", "Index of this process among all.")
     local_rank: int = reads("_strategy.local_rank", "Index of this process on its machine.")

@@ -36,6 +36,16 @@ CALLS: dict[type, str] = {
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
+class BackwardPasses:
+    """Those under way in this process: one may go through modules that several Fabrics set up."""
+
+    def __init__(self) -> None:
+        self.num_open: int = 0
+
+
+BACKWARD_PASSES = BackwardPasses()
+
+
 class BackwardGuard:
     """Refuses ``loss.backward()`` where precision or strategy take part in the backward pass.
 
@@ -52,7 +62,6 @@ class BackwardGuard:
         self.is_plain: bool = not self.is_needed and not any(
             map(strategy.is_overridden, ("pre_backward", "post_backward"))
         )
-        self.is_open: bool = False
 
     def watch(self, output: Any) -> None:
         """Let the tensors of ``output`` refuse gradients that do not come from ``fabric.backward``."""
@@ -65,7 +74,7 @@ class BackwardGuard:
         apply_to_collection(output, Tensor, watch)
 
     def _check(self, gradient: Tensor) -> None:
-        if not self.is_open:
+        if not BACKWARD_PASSES.num_open:
             raise RuntimeError(
                 "This precision or strategy takes part in the backward pass, received loss.backward(). "
                 "Call fabric.backward(loss) instead of loss.backward()."
@@ -102,7 +111,7 @@ class FabricModule(nn.Module):
             _forward_methods=set(),
         )
         # Inputs and outputs are converted as the precision says; where it does not, this is the module itself.
-        vars(self)["forward"] = self._compose(in_forward_context(compiled, strategy.precision, "forward"))
+        vars(self)["_run"] = self._compose(in_forward_context(compiled, strategy.precision, "forward"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module; what torch looks up around a call it looks up around that of the original."""
@@ -113,7 +122,13 @@ class FabricModule(nn.Module):
             or self._backward_pre_hooks
             or self._compiled_call_impl
         )
-        return super().__call__(*args, **kwargs) if has_hooks else self.forward(*args, **kwargs)
+        if has_hooks or type(self).forward is not FabricModule.forward:
+            return super().__call__(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as precision and strategy want it; a subclass may put something around it."""
+        return self._run(*args, **kwargs)
 
     @property
     def module(self) -> nn.Module:
@@ -214,6 +229,7 @@ class FabricModule(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> FabricModule:
         copied = FabricModule(copy.deepcopy(self._set_up, memo), self._strategy, self._guard, self._compiler)
         copied._forward_methods.update(self._forward_methods)
+        object.__setattr__(copied, "__class__", type(self))  # whatever its constructor takes
         return copied
 
 

@@ -125,6 +125,25 @@ class MixedPrecision(Precision):
             self.scaler.load_state_dict(state_dict)
 
 
+class ForwardMixedPrecision(MixedPrecision):
+    """Mixed precision around single forward passes, where it is that of Fabric's modules, and not around a whole step.
+
+    Floating inputs come in 16 bits, and the 16-bit copy of a weight serves the whole pass, however often it is used.
+
+    Example:
+        >>> ForwardMixedPrecision("bf16-mixed", "cpu").convert_input(torch.zeros(1)).dtype
+        torch.bfloat16
+    """
+
+    def convert_input(self, data: object) -> Tree:
+        """Return the inputs with their floating tensors in the 16-bit type."""
+        return convert_floats(data, self.dtype)
+
+    @override
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=self.dtype)
+
+
 def handles_unscaling(optimizer: Optimizer) -> bool:
     """Return whether the optimizer divides by the loss scale inside its step, as torch's fused ones do."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
