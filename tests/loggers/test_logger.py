@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import pickle
 
 import pytest
+import torch
 
-from levin import loggers
+from levin import Fabric, Trainer, loggers
+from levin.callbacks import LearningRateMonitor, ModelCheckpoint
+from levin.compat.table import names_in
+from levin.demos.boring_classes import BoringModel, RandomDataset
 from levin.loggers import CSVLogger, DummyLogger, Logger, rank_zero_experiment
-from levin.loggers.logger import DummyExperiment
+from levin.loggers.logger import DummyExperiment, FabricLogger
 from levin.utilities.rank_zero import rank_zero_only
 
 
@@ -27,6 +32,40 @@ class ListLogger(Logger):
 
     def save(self):
         self.lines.append("save")
+
+
+class ForFabric(FabricLogger):
+    name, version = "both", 0
+
+    def __init__(self) -> None:
+        self.lines: list = []
+
+    def log_metrics(self, metrics, step=None):
+        self.lines.append((step, dict(metrics)))
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.lines.append(params)
+
+
+class ForBoth(Logger, ForFabric):
+    def after_save_checkpoint(self, checkpoint_callback):
+        self.lines.append(type(checkpoint_callback).__name__)
+
+
+@pytest.mark.parametrize("path", ["fabric.loggers", "fabric.loggers.logger"])
+def test_a_logger_for_fabric_becomes_one_for_a_trainer_by_inheriting_from_both(path, tmp_path):
+    home, name = names_in(path)["Logger"]
+    assert getattr(importlib.import_module(home), name) is FabricLogger
+    assert not hasattr(ForFabric(), "after_save_checkpoint")
+    logger = ForBoth()
+    Fabric(accelerator="cpu", devices=1, loggers=[ForFabric(), logger]).log("loss", 1.0, step=2)
+    model, data = BoringModel(), torch.utils.data.DataLoader(RandomDataset(32, 4))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    callbacks = [LearningRateMonitor("step"), ModelCheckpoint(tmp_path)]
+    trainer = Trainer(accelerator="cpu", max_steps=1, logger=logger, callbacks=callbacks, **quiet)
+    trainer.fit(model, data)
+    assert logger.save_dir is None and isinstance(logger, FabricLogger)
+    assert logger.lines == [(2, {"loss": 1.0}), (0, {"lr-SGD": 0.1}), "ModelCheckpoint"]
 
 
 def test_the_package_names_what_it_has():

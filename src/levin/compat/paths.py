@@ -281,9 +281,10 @@ TABLE: dict[str, dict[str, str]] = {
         "torch.cuda": "is_cuda_available:is_available",
     },
     "fabric.fabric": {_FABRIC: "Fabric"},
-    "fabric.loggers": {_LOGGERS: "Logger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
+    "fabric.loggers": {"levin.loggers.logger": "Logger:FabricLogger", EQUIVALENT_LOGGERS: "CSVLogger TensorBoardLogger"},
     "fabric.loggers.logger": {
-        _LOGGERS: "Logger rank_zero_experiment", "levin.loggers.logger": "_DummyExperiment:DummyExperiment",
+        _LOGGERS: "rank_zero_experiment",
+        "levin.loggers.logger": "Logger:FabricLogger _DummyExperiment:DummyExperiment",
     },
     "fabric.plugins": {
         _CHECKPOINT: f"CheckpointIO {_FILES}",

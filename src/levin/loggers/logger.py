@@ -23,23 +23,8 @@ ModelCheckpoint = Any
 T = TypeVar("T")
 
 
-class Logger(ABC):
-    """Base of all loggers, for ``Trainer(logger=...)`` and ``Fabric(loggers=...)`` alike.
-
-    A subclass gives ``name``, ``version``, ``log_metrics`` and ``log_hyperparams``. Decorate what writes with
-    :func:`~levin.utilities.rank_zero.rank_zero_only`, because every rank calls it.
-
-    Example:
-        >>> class PrintLogger(Logger):
-        ...     name = "print"
-        ...     version = 0
-        ...     def log_metrics(self, metrics, step=None):
-        ...         print(step, dict(metrics))
-        ...     def log_hyperparams(self, params, *args, **kwargs):
-        ...         print(params)
-        >>> PrintLogger().log_metrics({"loss": 0.5}, step=1)
-        1 {'loss': 0.5}
-    """
+class FabricLogger(ABC):
+    """What Fabric asks of a logger. Packages that have one for it and one for Trainer inherit from both (dvclive)."""
 
     @property
     @abstractmethod
@@ -50,11 +35,6 @@ class Logger(ABC):
     @abstractmethod
     def version(self) -> Optional[Union[int, str]]:
         """Number or name of the run within the experiment."""
-
-    @property
-    def save_dir(self) -> Optional[str]:
-        """Directory under which all experiments lie; None when nothing is written to disk."""
-        return None
 
     @property
     def root_dir(self) -> Optional[str]:
@@ -108,6 +88,30 @@ class Logger(ABC):
             status: ``"success"`` or ``"failed"``.
         """
         self.save()
+
+
+class Logger(FabricLogger):
+    """Base of all loggers, for ``Trainer(logger=...)`` and ``Fabric(loggers=...)`` alike.
+
+    A subclass gives ``name``, ``version``, ``log_metrics`` and ``log_hyperparams``. Decorate what writes with
+    :func:`~levin.utilities.rank_zero.rank_zero_only`, because every rank calls it.
+
+    Example:
+        >>> class PrintLogger(Logger):
+        ...     name = "print"
+        ...     version = 0
+        ...     def log_metrics(self, metrics, step=None):
+        ...         print(step, dict(metrics))
+        ...     def log_hyperparams(self, params, *args, **kwargs):
+        ...         print(params)
+        >>> PrintLogger().log_metrics({"loss": 0.5}, step=1)
+        1 {'loss': 0.5}
+    """
+
+    @property
+    def save_dir(self) -> Optional[str]:
+        """Directory under which all experiments lie; None when nothing is written to disk."""
+        return None
 
     def continue_from(self, step: int) -> None:
         """Prepare for a fit that goes on from a checkpoint; by default nothing happens. Called before its first values.
