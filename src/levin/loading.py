@@ -242,7 +242,7 @@ def _build(cls: type[T], hparams: Any, name: str | None, kwargs: Kwargs) -> T:
         del values["_instantiator"]
         return cast(T, _instantiator(instantiator)(cls, values))
 
-    if issubclass(cls, nn.Module) and "load_from_checkpoint" in vars(cls):
+    if issubclass(cls, nn.Module) and cls is [base for base in cls.__mro__ if "load_from_checkpoint" in vars(base)][-1]:
         raise TypeError(
             f"load_from_checkpoint must be called on the class that was trained, received {cls.__name__}, their base. "
             "Write MyModule.load_from_checkpoint(path)."
