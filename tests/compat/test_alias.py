@@ -287,3 +287,29 @@ rank_zero_info("heard again")
 """
     )
     assert output(["-m", "levin", str(script)]).splitlines() == ["heard", "heard again"]
+
+
+@pytest.mark.parametrize("package", ["lightning.fabric", "lightning_fabric"])
+def test_the_line_of_the_seed_is_silenced_by_the_loggers_of_the_other_half(tmp_path, package):
+    script = tmp_path / "log.py"
+    script.write_text(
+        f"""
+import logging, sys
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+from {package} import seed_everything
+from lightning.pytorch.utilities import rank_zero_info
+seed_everything(1)
+for name in ("{package}", "{package}.utilities.seed"):
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    seed_everything(2)
+    rank_zero_info("heard")
+    logger.setLevel(before)
+logger.addFilter(lambda record: "3" not in record.getMessage())
+seed_everything(3)
+seed_everything(4)
+"""
+    )
+    lines = output(["-m", "levin", str(script)]).splitlines()
+    assert lines == ["Seed set to 1", "heard", "heard", "Seed set to 4"]

@@ -113,7 +113,8 @@ def test_the_finder_is_installed_once_and_before_all_others(monkeypatch):
                 "lightning.pytorch",
             ]  # fmt: skip
             assert (ours.level, theirs.level) == (logging.NOTSET, expected)
-            assert [each.name for each in ours.filters] == [names[2], names[0]]
+            speakers = [logging.getLogger(names[2]), logging.getLogger(names[0])]
+            assert ours.filters == [*speakers, finder._is_heard_in_fabric]
     finally:
         ours.filters.clear()
         ours.parent = before[0]

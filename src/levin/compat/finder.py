@@ -21,6 +21,9 @@ VERSION = "2.6.6"
 
 _MAIN = ".__main__"
 _DISTRIBUTIONS = ("lightning", "pytorch-lightning", "lightning-fabric")
+_FABRIC = ("lightning.fabric", "lightning_fabric")
+# The file of levin whose lines come from Lightning's other half, and the module that speaks them there.
+_SPOKEN_IN_FABRIC = {"seed": "utilities.seed", "parallel": "utilities.distributed"}
 
 
 class AliasFinder:
@@ -143,15 +146,24 @@ def install_finder() -> None:
 
 def _place_logger() -> None:
     """Put levin's logger below those that programs silence, filter and listen to, and find at level INFO: Lightning's."""
-    theirs, ours = logging.getLogger("lightning.pytorch"), logging.getLogger("levin")
-    if theirs.level == logging.NOTSET:
-        theirs.setLevel(logging.INFO)
+    ours = logging.getLogger("levin")
+    for name in ("lightning.pytorch", *_FABRIC):
+        if logging.getLogger(name).level == logging.NOTSET:
+            logging.getLogger(name).setLevel(logging.INFO)
     ours.setLevel(logging.NOTSET)
     # Its lines come from a logger of their own, under the name of either package.
     speakers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("lightning.pytorch", "pytorch_lightning")]
     logging.getLogger("pytorch_lightning").parent, ours.parent = speakers
     for speaker in speakers:
         ours.addFilter(speaker)
+    ours.addFilter(_is_heard_in_fabric)
+
+
+def _is_heard_in_fabric(record: logging.LogRecord) -> bool:
+    """Return whether the loggers of Lightning's other half let the line pass, if it comes from there in Lightning."""
+    module = _SPOKEN_IN_FABRIC.get(record.module)
+    speakers = [logging.getLogger(f"{package}.{module}") for package in _FABRIC] if module else []
+    return all(speaker.isEnabledFor(record.levelno) and speaker.filter(record) for speaker in speakers)
 
 
 def _describe_missing(fullname: str) -> str:
