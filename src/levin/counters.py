@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Optional
+from typing import Any, Optional
 
 from levin.utilities.properties import reads
 from levin.utilities.types import StateDict
@@ -107,6 +107,8 @@ class EvaluationLoop:
     def __init__(self, has_last: bool = True) -> None:
         self.batch_progress = Progress(has_last=has_last)
         self.max_batches: list[int | float] = []
+        # What ``predict`` kept: one list of outputs, or a list of lists with several loaders.
+        self.predictions: list[Any] = []
         self.epoch_batch_indices: list[list[list[int]]] = []
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False

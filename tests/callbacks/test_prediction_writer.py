@@ -66,3 +66,26 @@ def test_predictions_of_an_epoch_wait_on_the_cpu():
 def test_an_unknown_interval_is_an_error():
     with pytest.raises(ValueError, match="must be 'batch', 'epoch' or 'batch_and_epoch', received 'step'"):
         Recorder("step")
+
+
+@pytest.mark.parametrize("num_loaders", [1, 2])
+@pytest.mark.parametrize("returns", [None, False])
+def test_the_loop_has_the_predictions_during_the_epoch_and_after_it(num_loaders, returns):
+    seen = []
+
+    class Net(Identity):
+        def predict_step(self, batch, batch_idx, dataloader_idx=0):
+            return batch * 2
+
+        def on_predict_epoch_end(self):
+            seen.append(self.trainer.predict_loop.predictions)
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    assert trainer.predict_loop.predictions == []
+    loaders = [DataLoader(torch.arange(4.0), batch_size=2)] * num_loaders
+    given = trainer.predict(Net(), loaders if num_loaders > 1 else loaders[0], return_predictions=returns)
+    kept = [] if returns is False else [0.0, 2.0, 4.0, 6.0]
+    for predictions in (seen[0], trainer.predict_loop.predictions):
+        parts = predictions if num_loaders > 1 else [predictions]
+        assert [torch.cat(part).tolist() if part else [] for part in parts] == [kept] * num_loaders
+    assert given is (None if returns is False else seen[0])

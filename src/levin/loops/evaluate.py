@@ -116,7 +116,7 @@ class Predictions:
 
     Args:
         feed: The batches.
-        loop: Where users find the indices.
+        loop: Where users find the indices and the outputs.
         keeps: Whether the outputs are kept as well, on the CPU.
     """
 
@@ -127,6 +127,7 @@ class Predictions:
         self._outputs: list[list[object]] = [[] for _ in feed.sources]
         self._has_warned: bool = False
         loop.epoch_batch_indices = [[] for _ in feed.sources]
+        loop.predictions = self._outputs[0] if len(self._outputs) == 1 else self._outputs
 
     def begin_batch(self, batch_idx: int, dataloader_idx: int) -> None:
         """Find the indices of the batch, if they are known."""
@@ -144,9 +145,7 @@ class Predictions:
 
     def result(self) -> Optional[list[Any]]:
         """Return one list of outputs, or a list of lists with several loaders; None when they are not kept."""
-        if not self._keeps:
-            return None
-        return self._outputs if len(self._outputs) > 1 else (self._outputs[0] if self._outputs else [])
+        return self._loop.predictions if self._keeps else None
 
 
 def evaluate(run: Run, stage: str, evaluation: Evaluation, loop: EvaluationLoop) -> Optional[list[object]]:
