@@ -28,9 +28,9 @@ def largest(
     """Return the largest size found that fits.
 
     Args:
-        fits: Whether a size fits. Called at most ``max_trials`` times.
+        fits: Whether a size fits.
         first: The size to begin with.
-        max_trials: Calls at most.
+        max_trials: Sizes that fit at most; those that do not are not counted.
         max_val: The largest size to try.
         mode: ``"power"`` doubles until it does not fit; ``"binsearch"`` looks in between then, and leaves room.
         margin: Share of the size to leave free, where the mode is ``"binsearch"``.
@@ -45,21 +45,21 @@ def largest(
         >>> largest(lambda size: size <= 50, 2, 25, 1000, "binsearch", 0.0)
         50
     """
-    size, good, bad = min(first, max_val), 0, max_val + 1
-    for _ in range(max_trials):
+    size, good, bad, num_fitting = min(first, max_val), 0, max_val + 1, 0
+    while True:
         if fits(size):
-            good = size
+            good, num_fitting = size, num_fitting + 1
         elif size == 1:
             raise RuntimeError("A batch size of 1 does not fit into memory. Use a smaller model or a lower precision.")
         else:
             bad = size
         has_failed = bad <= max_val
-        if bad - good <= 1 or (good and (is_enough(good) or (mode == "power" and has_failed))):
+        is_last = num_fitting >= max_trials or is_enough(good) or (mode == "power" and has_failed)
+        if bad - good <= 1 or (good and is_last):
             break
         # Half of it where nothing has fitted yet.
         size = (good + bad) // 2 if has_failed else min(good * 2, max_val)
-    found = good or size
-    return max(int(found * (1 - margin)), 1) if mode == "binsearch" else found
+    return max(int(good * (1 - margin)), 1) if mode == "binsearch" else good
 
 
 def scale_batch_size(
@@ -79,7 +79,7 @@ def scale_batch_size(
         mode: As in :func:`largest`.
         steps_per_trial: Steps with each size.
         init_val: The size to begin with.
-        max_trials: Sizes at most.
+        max_trials: As in :func:`largest`.
         batch_arg_name: Name of the attribute, of module or data module or of the hyper-parameters of either.
         margin: As in :func:`largest`.
         max_val: The largest size to try.

@@ -105,7 +105,7 @@ class Tuner:
             mode: ``"power"`` doubles until the memory is full; ``"binsearch"`` looks in between then.
             steps_per_trial: Steps with each size.
             init_val: The size to begin with.
-            max_trials: Sizes at most.
+            max_trials: Sizes that fit at most.
             batch_arg_name: Name of the attribute of module or data module or of the hyper-parameters of either.
             margin: Share of the size to leave free, where the mode is ``"binsearch"``.
             max_val: The largest size to try.
