@@ -117,6 +117,24 @@ def test_a_name_logged_in_two_ways_after_a_resume_is_refused(tmp_path):
         run(Watch(), {}, False, ckpt_path=path, kind=Twice)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_shorter_epoch_that_ends_with_the_resume_is_no_warning_of_torch_about_the_schedule(tmp_path, accumulate):
+    class PerEpoch(Model):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    path = tmp_path / "batch_3.ckpt"
+    flags = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    flags.update(enable_checkpointing=False, accumulate_grad_batches=accumulate, max_epochs=1)
+    watch = Watch(path, "on_train_batch_end", (0, 3))
+    Trainer(**flags, callbacks=[watch]).fit(PerEpoch(), DataLoader(Noisy(), 2), DataLoader(Noisy(2)))
+    resumed = Trainer(**flags, limit_train_batches=4)
+    # The optimizer has made its steps of this epoch in the run before.
+    resumed.fit(PerEpoch(), DataLoader(Noisy(), 2), DataLoader(Noisy(2)), ckpt_path=path)
+    assert resumed.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)
+
+
 def test_what_is_logged_when_training_starts_counts_once(tmp_path):
     class Starting(Model):
         def on_train_start(self):

@@ -88,6 +88,9 @@ def load_schedulers(schedulers: Sequence[Any], states: Sequence[Any]) -> None:
             if lost or added:
                 raise ValueError(f"{told} {_WAY_OUT.replace('optimizers', 'schedulers')}") from error
             raise
+        if (optimizer := getattr(scheduler, "optimizer", None)) is not None:
+            # It has stepped, in the run that was saved: torch warns of schedulers that step before their optimizers.
+            optimizer._opt_called = True
         if lost and added:
             rank_zero_warn(f"{told} {name} takes from it what has the same name, such as the steps that are done.")
 
