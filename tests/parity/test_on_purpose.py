@@ -311,6 +311,81 @@ def test_a_resume_in_the_middle_of_an_epoch(tmp_path):
     assert seen == [[0.0, 1.0], [2.0, 3.0]]
 
 
+def test_what_a_resume_goes_on_with(tmp_path):
+    seen = []
+    for framework in pair():
+        path = tmp_path / f"{framework.name}.ckpt"
+        noted = []
+
+        class Saving(framework.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                pl_module.log("epochs", float(trainer.current_epoch))
+
+            def on_train_epoch_end(self, trainer, pl_module, path=path, noted=noted):
+                trainer.save_checkpoint(path)
+                noted.append(torch.get_rng_state())
+
+        class Noting(framework.Callback):
+            def on_sanity_check_start(self, trainer, *_, noted=noted):
+                noted.append(trainer.current_epoch)
+
+            def on_train_start(self, trainer, *_, noted=noted):
+                noted.extend([trainer.current_epoch, dict(trainer.callback_metrics), torch.get_rng_state()])
+
+        both.quiet(framework, tmp_path, max_epochs=1, callbacks=[Saving()]).fit(make(framework), data(), data())
+        torch.manual_seed(99)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=1, callbacks=[Noting()])
+        trainer.fit(make(framework), data(), data(), ckpt_path=path)
+        saved, *noted, state = noted
+        seen.append([*noted, torch.equal(state, saved)])
+    assert seen == [[0, 1, {}, False], [1, 1, {"epochs": 0.0}, True]]
+
+
+def test_batch_samplers_without_a_sampler_are_told_the_epoch(tmp_path):
+    seen = []
+    for framework in pair():
+        epochs = []
+
+        class Buckets(list):
+            def set_epoch(self, epoch, epochs=epochs):
+                epochs.append(epoch)
+
+        loader = DataLoader(torch.ones(6, 4), batch_sampler=Buckets([[0, 1], [2, 3]]))
+        both.quiet(framework, tmp_path, max_epochs=2).fit(make(framework), loader)
+        seen.append(epochs)
+    assert seen == [[], [0, 1]]
+
+
+def test_a_length_that_changes_from_epoch_to_epoch(tmp_path):
+    seen = []
+    for framework in pair():
+        kept = list(torch.ones(4, 4))
+
+        class Growing(framework.Callback):
+            def on_train_epoch_end(self, *_, kept=kept):
+                kept.extend(torch.ones(2, 4))
+
+        trainer = both.quiet(framework, tmp_path, max_epochs=3, callbacks=[Growing()])
+        trainer.fit(make(framework), DataLoader(kept, batch_size=2))
+        seen.append(trainer.global_step)
+    assert seen == [2 + 2 + 2, 2 + 3 + 4]
+
+
+def test_the_precision_of_a_method_that_is_marked():
+    seen = []
+    for name in ("lightning.fabric", "levin"):
+        fabric = importlib.import_module(name).Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+
+        class Net(torch.nn.Linear):
+            def generate(self, value):
+                return torch.is_autocast_enabled("cpu")
+
+        model = fabric.setup(Net(4, 4))
+        model.mark_forward_method("generate")
+        seen.append(model.generate(torch.ones(1, 4)))
+    assert seen == [False, True]
+
+
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
 def test_complex_numbers_in_another_precision(tmp_path, precision):
     seen = []
