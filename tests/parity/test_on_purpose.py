@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
 from typing import Any
 
@@ -384,6 +385,44 @@ def test_the_precision_of_a_method_that_is_marked():
         model.mark_forward_method("generate")
         seen.append(model.generate(torch.ones(1, 4)))
     assert seen == [False, True]
+
+
+def test_a_progress_bar_in_a_log_file(tmp_path, capsys):
+    lines = []
+    for framework, room in zip(pair(), ("lightning.pytorch.callbacks", "levin.callbacks")):
+        bar = importlib.import_module(room).TQDMProgressBar(refresh_rate=1)
+        trainer = both.quiet(framework, tmp_path, max_epochs=2, enable_progress_bar=True, callbacks=[bar])
+        capsys.readouterr()
+        trainer.fit(make(framework), data())
+        shown = re.split(r"[\r\n]+", capsys.readouterr().out)
+        lines.append(sum("Epoch 0" in line and "/3" in line for line in shown))
+    assert lines[0] > lines[1] == 1
+
+
+def test_flops_that_were_not_measured():
+    rooms = ("lightning.pytorch.utilities.model_summary", "levin.utilities.model_summary")
+    theirs, ours = (str(importlib.import_module(room).ModelSummary(make(f))) for f, room in zip(pair(), rooms))
+    assert "FLOPs" in theirs and "FLOPs" not in ours
+
+
+@pytest.mark.slow
+def test_where_a_fit_in_forked_processes_has_come_to(tmp_path):
+    seen = []
+    for framework, room in zip(pair(), ("lightning.pytorch.callbacks", "levin.callbacks")):
+        best = importlib.import_module(room).ModelCheckpoint(tmp_path / framework.name, monitor="lr")
+
+        class Logging(framework.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                pl_module.log("lr", 0.5)
+
+        flags = dict(
+            devices=2, strategy="ddp_fork", max_epochs=2, callbacks=[Logging(), best], enable_checkpointing=True
+        )
+        trainer = both.quiet(framework, tmp_path, **flags)
+        trainer.fit(make(framework), data())
+        score = best.best_model_score
+        seen.append((trainer.global_step, trainer.current_epoch, bool(best.best_model_path), score and float(score)))
+    assert seen == [(0, 0, True, None), (4, 2, True, 0.5)]
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
