@@ -399,6 +399,16 @@ def test_a_progress_bar_in_a_log_file(tmp_path, capsys):
     assert lines[0] > lines[1] == 1
 
 
+def test_the_text_of_a_state():
+    homes = ("lightning.pytorch.trainer.states", "levin.utilities.states")
+    theirs, ours = (
+        [rooms.TrainerFn.FITTING, rooms.RunningStage.TESTING] for rooms in map(importlib.import_module, homes)
+    )
+    assert theirs == ours == ["fit", "test"] and list(map(repr, theirs)) == list(map(repr, ours))
+    assert list(map(str, theirs)) == ["TrainerFn.FITTING", "RunningStage.TESTING"]
+    assert list(map(str, ours)) == ["fit", "test"]
+
+
 def test_flops_that_were_not_measured():
     rooms = ("lightning.pytorch.utilities.model_summary", "levin.utilities.model_summary")
     theirs, ours = (str(importlib.import_module(room).ModelSummary(make(f))) for f, room in zip(pair(), rooms))
