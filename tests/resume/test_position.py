@@ -269,6 +269,17 @@ def plain(config: Config, epochs: int) -> list[Any]:
     return [*result, torch.rand(1).item(), random.random(), numpy.random.rand()]
 
 
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_following_changes_no_turn_of_workers(num_workers):
+    def make() -> DataLoader[Any]:
+        return DataLoader(
+            StatefulStream([5, 3, 4], noise=False), batch_size=2, num_workers=num_workers, collate_fn=list
+        )
+
+    position = Position()
+    assert [list(position.iterate(make())), list(position.iterate(make()))] == [list(make())] * 2
+
+
 @pytest.mark.parametrize("sampler", ["sequential", "shuffle", "subset", "in_place", "buckets"])
 def test_seen_samples_are_not_loaded_again(sampler):
     config = Config(sampler=sampler, sources="t")
