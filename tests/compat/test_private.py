@@ -293,6 +293,15 @@ def restored_in_the_middle(framework: types.SimpleNamespace, folder: Any) -> Any
         def load_state_dict(self, state):
             seen.append(state)
 
+    class Scaled(framework.Precision):
+        scale = 1
+
+        def state_dict(self):
+            return {"scale": self.scale}
+
+        def load_state_dict(self, state):
+            seen.append(state)
+
     class Model(framework.LightningModule):
         def __init__(self):
             super().__init__()
@@ -329,7 +338,7 @@ def restored_in_the_middle(framework: types.SimpleNamespace, folder: Any) -> Any
                 seen.append(bool(connector._loaded_checkpoint))
                 self.told()
 
-    trainer = parity.quiet(framework, folder, max_epochs=3)
+    trainer = parity.quiet(framework, folder, max_epochs=3, plugins=[Scaled()])
     model = Model()
     trainer.fit(model, datamodule=Data())
     seen.append((model.layer.weight.flatten().tolist(), trainer.global_step, trainer.current_epoch))

@@ -38,6 +38,7 @@ def lightning() -> SimpleNamespace:
         warnings.simplefilter("ignore")
         import lightning.pytorch as pl
         from lightning.pytorch.loggers.logger import Logger
+        from lightning.pytorch.plugins import Precision
     return SimpleNamespace(
         name="lightning",
         module=pl,
@@ -46,12 +47,14 @@ def lightning() -> SimpleNamespace:
         Callback=pl.Callback,
         DataModule=pl.LightningDataModule,
         Logger=Logger,
+        Precision=Precision,
     )
 
 
 def levin() -> SimpleNamespace:
     import levin as lv
     from levin.loggers.logger import Logger
+    from levin.precision import Precision
 
     return SimpleNamespace(
         name="levin",
@@ -61,6 +64,7 @@ def levin() -> SimpleNamespace:
         Callback=lv.Callback,
         DataModule=lv.LightningDataModule,
         Logger=Logger,
+        Precision=Precision,
     )
 
 
