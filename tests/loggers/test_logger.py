@@ -17,9 +17,10 @@ from levin.loggers.logger import DummyExperiment, FabricLogger
 from levin.utilities.rank_zero import rank_zero_only
 
 
-class ListLogger(Logger):
-    name = "list"
-    version = 3
+class Keeps:
+    """The part of a logger that writes: a list."""
+
+    name, version = "list", 3
 
     def __init__(self) -> None:
         self.lines: list = []
@@ -30,21 +31,14 @@ class ListLogger(Logger):
     def log_hyperparams(self, params, *args, **kwargs):
         self.lines.append(params)
 
+
+class ListLogger(Keeps, Logger):
     def save(self):
         self.lines.append("save")
 
 
-class ForFabric(FabricLogger):
-    name, version = "both", 0
-
-    def __init__(self) -> None:
-        self.lines: list = []
-
-    def log_metrics(self, metrics, step=None):
-        self.lines.append((step, dict(metrics)))
-
-    def log_hyperparams(self, params, *args, **kwargs):
-        self.lines.append(params)
+class ForFabric(Keeps, FabricLogger):
+    pass
 
 
 class ForBoth(Logger, ForFabric):
