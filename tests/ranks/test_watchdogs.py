@@ -219,18 +219,20 @@ def test_a_beat_says_where_this_process_is_and_since_when(ended, monkeypatch):
     first._heartbeat()
     now[0] += 3.0
     first._heartbeat()
-    report = second._read("state")[0]
+    # Through the same connection: another one may ask before the store has taken in what this one sent.
+    report = first._read("state")[0]
     assert (report.rank, report.host, report.pid, report.place) == (0, socket.gethostname(), os.getpid(), "batch 4")
     assert (report.stuck_s, report.stack, report.is_in_collective, report.is_alive) == (3.0, "", False, True)
     assert "test_a_beat_says" in report.line and report.call
     dist.all_reduce(torch.zeros(5))
     first._heartbeat()
-    report = second._read("state")[0]
+    report = first._read("state")[0]
     assert report.stuck_s == 0.0 and report.collective == "" and sum(report.counts.values()) >= 1
     now[0] += watch.DEADLOCK_S / 4 + 0.1
     first._heartbeat()
+    report = first._read("state")[0]
     if hasattr(torch._C._distributed_c10d, "_dump_fr_trace_json"):
-        assert second._read("state")[0].collective == watch.last_collective()
+        assert report.collective == watch.last_collective()
     assert "test_a_beat_says" in first._report(with_stack=True).stack
     # Of the rank that is here its machine can be asked.
     missing = second._missing()

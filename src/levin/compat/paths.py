@@ -260,7 +260,7 @@ TABLE: dict[str, dict[str, str]] = {
         _TYPES: "EVAL_DATALOADERS LRSchedulerConfig LRSchedulerConfigType LRSchedulerTypeUnion:LRSchedulerType "
         "OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig STEP_OUTPUT TRAIN_DATALOADERS",
         "torch.optim.lr_scheduler": "LRScheduler ReduceLROnPlateau",
-        EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT", "torch.nn.parallel": "DistributedDataParallel",
+        EQUIVALENTS: "_EVALUATE_OUTPUT _PREDICT_OUTPUT",
     },
     "pytorch.utilities.upgrade_checkpoint": {},
     "pytorch.utilities.warnings": {"levin.utilities.warnings": "PossibleUserWarning"},
