@@ -3,11 +3,11 @@
     python tests/mutants.py --number 60 --paths src/levin/callbacks
     python tests/mutants.py --number 60 --paths src/levin/module.py -- tests/parity/test_module_state.py
 
-The tests of a room run once under coverage, when the first mutant of the room is drawn; coverage knows who came by each
-line, in processes that a test started too, and each mutant then meets those tests alone: first the ones that run the
-fewest lines, and as many as a number of seconds holds. What runs when a file is imported meets all that come by the file.
-What no test notices is printed with its place, and the share of those that were noticed. Lines that no test of the room
-runs give no mutants.
+The tests of a room, and those that compare with Lightning, run once under coverage, when the first mutant is drawn that may
+meet them; coverage knows who came by each line, in processes that a test started too, and each mutant then meets those tests
+alone: first the ones that run the fewest lines, and as many as a number of seconds holds. What runs when a file is imported
+meets all that come by the file. What no test notices is printed with its place, and the share of those that were noticed.
+Lines that none of these tests runs give no mutants.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def mutants(path: Path) -> Iterator[Mutant]:
             yield Mutant(path, line, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
 
 
-def who_comes_by(tests: tuple[str, ...], folder: Path) -> Covered:
-    """Run tests under coverage. Those that fail are left out: on the code as it is, they would notice anything."""
+def who_comes_by(tests: str, folder: Path) -> Covered:
+    """Run a folder or file of tests under coverage. Those that fail are left out: on the code as it is, they would notice anything."""
     from coverage import CoverageData
 
     data = folder / "coverage"
@@ -117,7 +117,7 @@ def who_comes_by(tests: tuple[str, ...], folder: Path) -> Covered:
     )
     coverage = [sys.executable, "-m", "coverage"]
     run = [*coverage, "run", f"--rcfile={settings}", "-m"]
-    run += _pytest(["-rpfE", "--durations=0", "-vv", "-p", "tests.mutants", *tests])
+    run += _pytest(["-rpfE", "--durations=0", "-vv", "-p", "tests.mutants", tests])
     # A process that is forked off finds the name of the running test in its environment.
     environment = _environment(ROOT / "src") | {"LEVIN_TEST_START_METHOD": "fork"}
     done = subprocess.run(run, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -153,15 +153,14 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def tests_of(path: Path) -> list[str]:
-    """Return the tests of the room that a file of the code is in: a folder or a file of that name, and comparisons."""
+    """Return the tests of the room that a file of the code is in, a folder or files of that name, and all comparisons."""
     room = path.relative_to(ROOT / "src/levin").parts[0].removesuffix(".py")
     found = [
         *([ROOT / _ELSEWHERE[room]] if room in _ELSEWHERE else ()),
         *ROOT.glob(f"tests/{room}"),
         *ROOT.glob(f"tests/test_{room}*.py"),
-        *ROOT.glob(f"tests/parity/test_{room}*.py"),
     ]
-    return [str(test.relative_to(ROOT)) for test in found] or ["tests/parity"]
+    return [*(str(test.relative_to(ROOT)) for test in found), "tests/parity"]
 
 
 def outcome_of(mutant: Mutant, tests: list[str], copy: Path) -> str:
@@ -194,7 +193,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="which ones")
     parser.add_argument("--paths", nargs="+", default=["src/levin"], help="what may be changed")
     parser.add_argument(
-        "--seconds", type=float, default=20, help="of tests that a mutant meets at most, if more than one"
+        "--seconds", type=float, default=20, help="of tests of a folder that a mutant meets at most, if more than one"
     )
     parser.add_argument("tests", nargs="*", help="what pytest runs; by default the tests of the room")
     arguments = parser.parse_args()
@@ -213,8 +212,8 @@ def main() -> int:
         shutil.copytree(ROOT / "src", copy)
         outcomes = Counter[str]()
         for mutant in found:
-            covered = comes_by(tuple(arguments.tests or tests_of(mutant.path)))
-            tests = covered.chosen(mutant, arguments.seconds)
+            folders = arguments.tests or tests_of(mutant.path)
+            tests = [test for each in folders for test in comes_by(each).chosen(mutant, arguments.seconds)]
             if not tests:
                 continue
             outcome = outcome_of(mutant, tests, copy)
