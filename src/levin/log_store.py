@@ -107,7 +107,7 @@ class LogStore:
         self._size: Optional[int] = None
         self._slots: dict[SlotKey, Slot] = {}
         self._modules = modules
-        self._found: dict[int, object] = {}
+        self._modules_by_id: dict[int, object] = {}
         self._sync = sync
         self.order = StepOrder(check)
         self._has_loggers = has_loggers
@@ -254,9 +254,9 @@ class LogStore:
 
     def _is_of_module(self, metric: object) -> bool:
         # To walk through a module of thousands of layers takes as long as a hundred steps.
-        if id(metric) not in self._found:
-            self._found = {id(module): module for module in self._modules().values()}
-        return id(metric) in self._found
+        if id(metric) not in self._modules_by_id:
+            self._modules_by_id = {id(module): module for module in self._modules().values()}
+        return id(metric) in self._modules_by_id
 
     def reset(self) -> None:
         """Forget the values of an epoch, and reset the metrics that were logged."""

@@ -244,7 +244,7 @@ class Fabric(Processes):
             model: The module it is of, for engines that need it where there are several.
             kwargs: Passed on.
         """
-        BACKWARD_PASSES.num_open += 1
+        BACKWARD_PASSES.append(None)
         try:
             if self._guard.is_plain:
                 tensor.backward(*args, **kwargs)
@@ -252,7 +252,7 @@ class Fabric(Processes):
                 module = None if model is None else unwrap(model)
                 self._strategy.backward(tensor, None, *args, module=module, **kwargs)
         finally:
-            BACKWARD_PASSES.num_open -= 1
+            BACKWARD_PASSES.pop()
 
     def average_gradients(self, optimizer: Optimizer, weight: Any) -> None:
         """Divide the gradients of sums by the number of samples (or tokens) that all processes have summed over.

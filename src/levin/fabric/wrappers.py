@@ -36,14 +36,8 @@ CALLS: dict[type, str] = {
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
-class BackwardPasses:
-    """Those under way in this process: one may go through modules that several Fabrics set up."""
-
-    def __init__(self) -> None:
-        self.num_open: int = 0
-
-
-BACKWARD_PASSES = BackwardPasses()
+BACKWARD_PASSES: list[None] = []
+"""An entry for each that is under way in this process, in whatever thread: one may go through modules of several Fabrics."""
 
 
 class BackwardGuard:
@@ -74,7 +68,7 @@ class BackwardGuard:
         apply_to_collection(output, Tensor, watch)
 
     def _check(self, gradient: Tensor) -> None:
-        if not BACKWARD_PASSES.num_open:
+        if not BACKWARD_PASSES:
             raise RuntimeError(
                 "This precision or strategy takes part in the backward pass, received loss.backward(). "
                 "Call fabric.backward(loss) instead of loss.backward()."
