@@ -107,9 +107,9 @@ bench-checkpoint: $(STAMP)  ## Measure what saving a checkpoint costs the traini
 	$(RUN) $(BIN)/python benchmarks/checkpoint.py --large
 
 .PHONY: mutants
-mutants: $(STAMP)  ## Change the code at random and see whether the tests notice (PATHS, TESTS, NUMBER say what)
+mutants: $(STAMP)  ## Change the code at random and see whether the tests notice (PATHS, TESTS, NUMBER, JOBS say what)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt coverage
-	$(RUN) $(BIN)/python tests/mutants.py --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(TESTS)
+	$(RUN) $(BIN)/python tests/mutants.py --jobs $(or $(JOBS),1) --number $(or $(NUMBER),300) --paths $(or $(PATHS),src/levin) -- $(TESTS)
 
 .PHONY: test-parity-fuzz
 test-parity-fuzz: $(STAMP)  ## Run a thousand random programs on levin and Lightning, one and two processes (SEED, SEEDS say which)

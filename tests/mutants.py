@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
 import os
 import random
 import re
@@ -22,8 +21,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,12 +103,32 @@ def mutants(path: Path) -> Iterator[Mutant]:
             yield Mutant(path, line, start, starts[node.end_lineno - 1] + node.end_col_offset, text)
 
 
+class Known:
+    """What is known of each folder or file of tests, found out when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._found: dict[str, Future[Covered]] = {}
+        self._lock = threading.Lock()
+
+    def come_by(self, tests: str) -> Covered:
+        """Return what ``tests`` come by: who asks first runs them, who asks meanwhile waits."""
+        with self._lock:
+            first = tests not in self._found
+            future = self._found.setdefault(tests, Future())
+        if first:
+            try:
+                future.set_result(who_comes_by(tests, Path(tempfile.mkdtemp(dir=self._folder))))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
 def who_comes_by(tests: str, folder: Path) -> Covered:
     """Run a folder or file of tests under coverage. Those that fail are left out: on the code as it is, they would notice anything."""
     from coverage import CoverageData
 
     data = folder / "coverage"
-    data.unlink(missing_ok=True)
     settings = folder / "settings"
     settings.write_text(
         f"[run]\ndata_file = {data}\nsource = {ROOT / 'src'}\nparallel = true\nconcurrency = multiprocessing,thread\n"
@@ -195,6 +216,7 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=20, help="of tests of a folder that a mutant meets at most, if more than one"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="how many mutants are tried at a time")
     parser.add_argument("tests", nargs="*", help="what pytest runs; by default the tests of the room")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
@@ -203,29 +225,33 @@ def main() -> int:
         for path in arguments.paths
         for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"))
     ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        comes_by = functools.cache(functools.partial(who_comes_by, folder=folder))
-        found = [mutant for file in sorted(files) for mutant in mutants(file)]
-        draw.shuffle(found)
-        copy = folder / "src"
-        shutil.copytree(ROOT / "src", copy)
-        outcomes = Counter[str]()
-        for mutant in found:
-            folders = arguments.tests or tests_of(mutant.path)
-            tests = [test for each in folders for test in comes_by(each).chosen(mutant, arguments.seconds)]
-            if not tests:
-                continue
-            outcome = outcome_of(mutant, tests, copy)
-            outcomes[outcome] += 1
-            if outcome != "noticed":
-                old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
-                line = mutant.path.read_bytes()[: mutant.start].count(b"\n") + 1
-                print(f"{outcome}: {mutant.path.relative_to(ROOT)}:{line}: {old!r} -> {mutant.text!r}", flush=True)
-            if outcomes.total() % 10 == 0:
-                print(dict(outcomes), file=sys.stderr, flush=True)
-            if outcomes.total() == arguments.number:
-                break
+    found = [mutant for file in sorted(files) for mutant in mutants(file)]
+    draw.shuffle(found)
+    outcomes = Counter[str]()
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
+        known = Known(Path(name))
+        waiting = iter(found)
+
+        def work(copy: Path) -> None:
+            shutil.copytree(ROOT / "src", copy)
+            for mutant in iter(lambda: next(waiting, None), None):
+                folders = arguments.tests or tests_of(mutant.path)
+                tests = [test for each in folders for test in known.come_by(each).chosen(mutant, arguments.seconds)]
+                if outcomes.total() >= arguments.number:
+                    return
+                if not tests:
+                    continue
+                outcome = outcome_of(mutant, tests, copy)
+                outcomes[outcome] += 1
+                if outcome != "noticed":
+                    old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
+                    line = mutant.path.read_bytes()[: mutant.start].count(b"\n") + 1
+                    print(f"{outcome}: {mutant.path.relative_to(ROOT)}:{line}: {old!r} -> {mutant.text!r}", flush=True)
+                if outcomes.total() % 10 == 0:
+                    print(dict(outcomes), file=sys.stderr, flush=True)
+
+        for job in [pool.submit(work, Path(name) / f"src{number}") for number in range(arguments.jobs)]:
+            job.result()
     # One that makes the code run for ever is noticed by whoever waits for it.
     share = 1 - outcomes["not noticed"] / max(1, outcomes.total())
     print(f"{dict(outcomes)}: {share:.0%} of {outcomes.total()} mutants were noticed, of {len(found)} possible ones.")
