@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -101,10 +102,30 @@ class Progress:
         self.is_last_batch = state.get("is_last_batch", False)
 
 
-class EvaluationLoop:
+class DataShown:
+    """Shows the data that a loop runs over, while a call of the Trainer does."""
+
+    def __init__(self) -> None:
+        # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
+        self._data_source: object = None
+        self._combined_loader: object = None
+        self._load: Optional[Callable[[], None]] = None
+
+    def setup_data(self) -> None:
+        """Load the data, if there are any, before they are due: a module may need their number to make its optimizers."""
+        if self._load is not None:
+            self._load()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the data where they are."""
+        return {**self.__dict__, "_data_source": None, "_combined_loader": None, "_load": None}
+
+
+class EvaluationLoop(DataShown):
     """The state of a validation or test loop."""
 
     def __init__(self, has_last: bool = True) -> None:
+        super().__init__()
         self.batch_progress = Progress(has_last=has_last)
         self.max_batches: list[int | float] = []
         # What ``predict`` kept: one list of outputs, or a list of lists with several loaders.
@@ -113,13 +134,6 @@ class EvaluationLoop:
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False
         self.verbose: bool = False
-        # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
-        self._data_source: object = None
-        self._combined_loader: object = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the data where they are."""
-        return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
     def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint."""
@@ -209,7 +223,7 @@ class EpochLoop:
         self.val_loop.batch_progress.load_state_dict(state.get("epoch_loop.val_loop.batch_progress", {}))
 
 
-class FitLoop:
+class FitLoop(DataShown):
     """The state of the loop over epochs: limits and counters.
 
     Args:
@@ -219,6 +233,7 @@ class FitLoop:
     def __init__(
         self, min_epochs: Optional[int], max_epochs: Optional[int], min_steps: Optional[int], max_steps: int
     ) -> None:
+        super().__init__()
         self.min_epochs: Optional[int] = min_epochs
         self.max_epochs: Optional[int] = max_epochs
         self.epoch_progress = Progress()
@@ -229,13 +244,6 @@ class FitLoop:
         self.val_check_batch: Optional[int | float] = None
         self.restarting: bool = False
         self.restarted_mid_epoch: bool = False
-        # The training loaders, and these once they are loaded: as in EvaluationLoop.
-        self._data_source: object = None
-        self._combined_loader: object = None
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the data where they are."""
-        return {**self.__dict__, "_data_source": None, "_combined_loader": None}
 
     min_steps: Optional[int] = reads("epoch_loop.min_steps", "The least number of optimizer steps.")
     max_steps: int = reads("epoch_loop.max_steps", "The greatest number of optimizer steps; -1 for no limit.")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.parity import both, trace
+from tests.parity.trainer_runs import listening
 
 NAMES = [name for name in both.HOOKS_OF_MODULE if name != "on_train_batch_end"]
 
@@ -323,3 +324,39 @@ def test_an_error_in_configure_callbacks(tmp_path, method):
         seen.attempt(getattr(trainer, method), model, datamodule=make_data(seen))
 
     assert ("C", "on_exception", "OSError") in trace.same(code, tmp_path).events
+
+
+@pytest.mark.parametrize("profiler", [None, "simple"])
+@pytest.mark.parametrize("is_callback", [False, True])
+def test_a_module_has_no_hooks_of_the_sanity_check_nor_of_exceptions(tmp_path, is_callback, profiler):
+    """Also where it is a callback by its class, which has such hooks with other arguments."""
+    results = []
+    for framework in (both.lightning(), both.levin()):
+        called: list[str] = []
+        bases = (framework.LightningModule, framework.Callback)[: 1 + is_callback]
+
+        class Model(*bases):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                called.append("training_step")
+                if batch_idx == 2:
+                    raise KeyError("meant")
+                return self.layer(batch[0]).mean()
+
+            def validation_step(self, batch, batch_idx):
+                called.append("validation_step")
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        for name in ("on_sanity_check_start", "on_sanity_check_end", "on_exception"):
+            if not is_callback:
+                setattr(Model, name, lambda self, *args, name=name: called.append(name))
+        trainer = both.quiet(framework, tmp_path, max_epochs=1, num_sanity_val_steps=1, profiler=profiler)
+        with listening(), pytest.raises(KeyError, match="meant"):
+            trainer.fit(Model(), both.loader(), both.loader())
+        results.append(called)
+    assert results[0] == results[1] == ["validation_step", *["training_step"] * 3]

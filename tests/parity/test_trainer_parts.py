@@ -605,3 +605,103 @@ def test_loaders_to_predict_on_keep_every_example_in_their_order(tmp_path, optio
         )
     assert [result[0] for result in results] == [results[0][0]] * 2
     assert results[0][1] == results[1][1] and results[0][3] == results[1][3]
+
+
+def fit_that_asks(framework, tmp_path, ask, where, with_val=True):
+    """Ask for something of the trainer in a hook; return what happened in which order."""
+    seen: list = []
+
+    class Asks(framework.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 1)
+
+        def hears(self, name):
+            seen.append(name)
+            if name == where:
+                seen.append(ask(self.trainer))
+
+        def setup(self, stage):
+            self.hears("setup")
+
+        def on_fit_start(self):
+            self.hears("on_fit_start")
+
+        def on_train_start(self):
+            self.hears("on_train_start")
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.hears(f"batch {batch_idx}")
+
+        def on_validation_start(self):
+            self.hears("validation")
+
+        def train_dataloader(self):
+            seen.append("train_dataloader")
+            return both.loader(5)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch[0]).mean()
+
+        def configure_optimizers(self):
+            self.hears("configure_optimizers")
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    if with_val:
+        Asks.val_dataloader = lambda self: (seen.append("val_dataloader"), both.loader(3))[1]
+        Asks.validation_step = lambda self, batch, batch_idx: None
+    trainer = both.quiet(framework, tmp_path, max_epochs=2, num_sanity_val_steps=0)
+    with listening():
+        trainer.fit(Asks())
+    return seen
+
+
+@pytest.mark.parametrize(("stage", "with_val"), [("train", True), ("train", False), ("val", True)])
+@pytest.mark.parametrize("where", ["setup", "configure_optimizers", "on_fit_start", "on_train_start"])
+def test_data_are_loaded_when_a_hook_asks_for_them(tmp_path, where, stage, with_val):
+    def ask(trainer):
+        loop = trainer.fit_loop if stage == "train" else trainer.fit_loop.epoch_loop.val_loop
+        answer = loop.setup_data()
+        loaders = (trainer.train_dataloader, trainer.val_dataloaders)
+        return answer, trainer.num_training_batches, trainer.num_val_batches, [type(each).__name__ for each in loaders]
+
+    theirs, ours = (fit_that_asks(framework, tmp_path, ask, where, with_val) for framework in frameworks())
+    assert ours == theirs
+    assert ours.count("train_dataloader") == 1
+
+
+def test_data_that_are_not_there_are_not_loaded(tmp_path):
+    """Lightning ends in an AttributeError."""
+    seen = fit_that_asks(both.levin(), tmp_path, lambda t: t.fit_loop.epoch_loop.val_loop.setup_data(), "setup", False)
+    assert seen[:3] == ["setup", None, "configure_optimizers"]
+
+
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_data_of_other_methods_are_loaded_when_a_hook_asks_for_them(tmp_path, method):
+    results = []
+    for framework in frameworks():
+        module, calls = both.recording_module(framework, [])
+        trainer = both.quiet(framework, tmp_path)
+        asked = []
+
+        def setup(stage, trainer=trainer, asked=asked):
+            loop = getattr(trainer, f"{method}_loop")
+            asked.append((loop.setup_data(), list(loop.max_batches)))
+
+        module.setup = setup
+        with listening():
+            trainer.validate_loop.setup_data()  # there is nothing yet
+            getattr(trainer, method)(module, both.loader(3))
+        results.append(asked)
+    assert results == [[(None, [3])]] * 2
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+@pytest.mark.parametrize("where", ["on_train_start", "batch 0", "batch 1"])
+def test_how_often_validation_runs_may_be_set_while_it_trains(tmp_path, where, every):
+    def ask(trainer):
+        trainer.val_check_batch = every
+
+    theirs, ours = (fit_that_asks(framework, tmp_path, ask, where) for framework in frameworks())
+    assert ours == theirs
+    assert ours.count("validation") == 2 * (5 // every) - (where == "batch 1" and every == 1)

@@ -85,6 +85,26 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
             loop.max_batches = loaders.batches_per_loader
 
 
+def show_loaders(run: Run) -> None:
+    """Let the loops show the loaders of a call, and load them when somebody asks for them before they are due."""
+    for stage in ("train", "val", "test", "predict"):
+        loaders: StageLoaders = getattr(run.loaders, stage)
+        for loop in run.loops.of_stage(stage):
+            loop._data_source = loaders
+            loop._load = functools.partial(_load_early, run, loaders)
+
+
+def _load_early(run: Run, loaders: StageLoaders) -> None:
+    if not loaders.is_defined():
+        return
+    if loaders.stage == "train":
+        load_training(run)
+    elif loaders.stage == "val":
+        load_validation(run)
+    elif loaders.combined is None:
+        load(run, loaders, limit_of(run, loaders.stage))
+
+
 def has_batches(run: Run, loaders: StageLoaders) -> bool:
     """Whether any loader of a stage has a batch on any rank; where none has, its hooks are not called either."""
     return is_any_batch(run.strategy, loaders.batches_per_loader, loaders.hook)

@@ -55,7 +55,7 @@ _COMPOSED = frozenset(
 class HookTable:
     """Hook name -> the bound methods that really exist, in calling order. Built once per run.
 
-    Callbacks come first, in list order, then the module; in ``on_train_epoch_end`` the monitoring callbacks
+    Callbacks come first, in list order, then the module, which has no hooks of the sanity check; in ``on_train_epoch_end`` the monitoring callbacks
     (EarlyStopping, Checkpoint) follow the module, so that they see what it logs. The strategy's come last, but before
     the module's in ``on_train_batch_start``, whose answer the loop asks for.
 
@@ -84,7 +84,7 @@ class HookTable:
                 (getattr(type(callback), "is_monitor", False), _callback_hook(callback, name, profile, trainer, module))
                 for callback in callbacks
             ]
-            own = _timed_hook(module, name, profile, has_hook(module, name))
+            own = _timed_hook(module, name, profile, has_hook(module, name)) if hasattr(ModelHooks, name) else None
             if name == "on_train_epoch_end":
                 ordered = [hook for monitor, hook in hooks if not monitor]
                 ordered += [own, *(hook for monitor, hook in hooks if monitor)]
@@ -150,10 +150,8 @@ def has_hook(module: object, name: str) -> bool:
     """Return whether the user gave ``module`` a hook ``name`` of its own (in the class or on the instance)."""
     if getattr(module, name, None) is None:
         return False
-    for base in (ModelHooks, DataHooks, CheckpointHooks):
-        if hasattr(base, name):
-            return has_own(name, module, base)
-    return True
+    base = next((base for base in (ModelHooks, DataHooks, CheckpointHooks) if hasattr(base, name)), None)
+    return base is not None and has_own(name, module, base)
 
 
 def transfer_owners(owners: Sequence[object], measures_all: bool = False) -> dict[str, object]:

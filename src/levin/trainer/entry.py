@@ -15,7 +15,7 @@ from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
 from levin.loops import run_call
-from levin.loops.dataloaders import STAGE_OF
+from levin.loops.dataloaders import STAGE_OF, show_loaders
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.loops.stage_loaders import Loaders
@@ -100,11 +100,8 @@ def begin(
     loaders = Loaders()
     for stage, value in given.items():
         getattr(loaders, stage).attach(value, datamodule, model)
-    loops = trainer.loops
-    loops.fit._data_source = loaders.train
-    loops.fit.epoch_loop.val_loop._data_source = loops.validate._data_source = loaders.val
-    loops.test._data_source, loops.predict._data_source = loaders.test, loaders.predict
     run = _run_with(trainer, model, datamodule, loaders)
+    show_loaders(run)
     if previous is not None:
         # Those of the call before, until set-up finds new ones.
         run.metrics, run.ckpt_path = previous.metrics, previous.ckpt_path

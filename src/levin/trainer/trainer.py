@@ -172,7 +172,7 @@ class Trainer:
     num_val_batches: list[Limit] = reads("loops.validate.max_batches", "Batches of a validation, per loader.")
     num_test_batches: list[Limit] = reads("loops.test.max_batches", "Batches of the test, per loader.")
     num_predict_batches: list[Limit] = reads("loops.predict.max_batches", "Batches to predict on, per loader.")
-    val_check_batch: Optional[Limit] = reads("loops.fit.val_check_batch", "Batches between validations, once known.")
+    val_check_batch: Optional[Limit] = part("loops.fit.val_check_batch", "Batches between validations, once known.")
     is_last_batch: bool = reads("loops.fit.epoch_loop.batch_progress.is_last_batch", "Whether it is the epoch's last.")
     optimizers: list[torch.optim.Optimizer] = part(
         "strategy.optimizers", "The torch optimizers of the present or last fit."
