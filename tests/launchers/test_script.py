@@ -202,6 +202,23 @@ def test_an_error_after_the_run_ends_the_other_processes(tmp_path):
     assert "after the run" in err
 
 
+@pytest.mark.parametrize("ranks", ["0", "01"])
+def test_the_status_of_a_program_that_ends_in_the_run_is_that_of_the_command(tmp_path, ranks):
+    program = write_program(
+        tmp_path / "program.py",
+        f"""
+        def leave(folder):
+            if os.environ["LOCAL_RANK"] in "{ranks}":
+                sys.exit(85)
+            time.sleep(100)
+        launcher.launch(leave, folder)
+        """,
+    )
+    process = start(program, tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+
+
 def test_the_command_ends_when_all_processes_have_ended(tmp_path):
     program = write_program(
         tmp_path / "program.py",
@@ -216,7 +233,7 @@ def test_the_command_ends_when_all_processes_have_ended(tmp_path):
     process = start(program, tmp_path)
     process.communicate(timeout=60)
     assert (tmp_path / "late").exists()
-    assert process.returncode == 1
+    assert process.returncode == 3
 
 
 def test_signals_can_be_passed_on(tmp_path):

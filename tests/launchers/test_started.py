@@ -189,7 +189,14 @@ def test_processes_that_leave_together_are_waited_for(started, monkeypatch):
 
 @pytest.mark.parametrize(
     ("ends", "status"),
-    [(("pass", "import sys; sys.exit(3)"), 1), (("pass", "import sys; sys.exit(143)"), 143), (("pass", "pass"), None)],
+    [
+        (("pass", "import sys; sys.exit(3)"), 3),
+        (("import sys; sys.exit(3)", "import sys; sys.exit(3)"), 3),
+        (("import sys; sys.exit(4)", "import sys; sys.exit(3)"), 1),
+        (("pass", "import os; os.kill(os.getpid(), 9)"), 1),
+        (("pass", "import sys; sys.exit(143)"), 143),
+        (("pass", "pass"), None),
+    ],
 )
 def test_the_exit_status_tells_of_those_that_ended_after_this_process(started, ends, status):
     launcher = started.launcher(*ends)
@@ -197,6 +204,16 @@ def test_the_exit_status_tells_of_those_that_ended_after_this_process(started, e
     (leave,) = started.at_exit
     leave()
     assert started.left == ([] if status is None else [status])
+
+
+def test_a_program_that_ends_in_the_run_gives_the_status(started):
+    launcher = started.launcher(HANGING)
+    processes = launcher._processes
+    with pytest.raises(SystemExit):
+        launcher.launch(lambda: sys.exit(3))
+    (leave,) = started.at_exit
+    leave()
+    assert processes == [] and started.left == []
 
 
 def test_after_an_error_of_this_process_nobody_is_waited_for(started, monkeypatch):

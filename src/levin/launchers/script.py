@@ -102,6 +102,8 @@ class SubprocessLauncher(Launcher):
             is_echo = isinstance(error, Exception) and self._watcher is not None
             failed = self._watcher.failure(wait_s=_ECHO_S) if is_echo and self._watcher is not None else None
             self._end_all()
+            if isinstance(error, SystemExit):
+                self._processes.clear()  # the command ends with the status that the program gives
             if failed is None:
                 raise
             if self._watcher is not None and self._watcher.is_sigterm:
@@ -153,11 +155,13 @@ class SubprocessLauncher(Launcher):
         if self._is_told:
             wait_for_processes(self._processes, GRACE_S)
             end_processes(self._processes)
-        codes = [process.wait() for process in self._processes]
-        if any(codes):
+        failed = {code for code in [process.wait() for process in self._processes] if code}
+        if failed:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(SIGTERM_STATUS if self._is_told or all(code == 0 or _is_sigterm(code) for code in codes) else 1)
+            # A status that a program gives (`sys.exit(3)`) is that of all its processes.
+            status = next(iter(failed)) if len(failed) == 1 and min(failed) > 0 else 1
+            os._exit(SIGTERM_STATUS if self._is_told or all(_is_sigterm(code) for code in failed) else status)
 
 
 class _Watcher(threading.Thread):
