@@ -216,6 +216,22 @@ def test_a_program_that_ends_in_the_run_gives_the_status(started):
     assert processes == [] and started.left == []
 
 
+def test_processes_that_hear_no_signal_are_not_waited_for_long_after_an_error_of_this_one(started, tmp_path):
+    is_deaf = tmp_path / "deaf"
+    ignores = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    launcher = started.launcher(f"{ignores}; open({str(is_deaf)!r}, 'w'); {HANGING}")
+
+    def fail():
+        while not is_deaf.exists():
+            time.sleep(0.02)
+        raise KeyError("meant")
+
+    start_s = time.monotonic()
+    with pytest.raises(KeyError, match="meant"):
+        launcher.launch(fail)
+    assert codes(launcher) == [-signal.SIGKILL] and time.monotonic() - start_s < 9
+
+
 def test_after_an_error_of_this_process_nobody_is_waited_for(started, monkeypatch):
     launcher = started.launcher(HANGING)
     launcher.launch(int)

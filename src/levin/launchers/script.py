@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # How long the other processes get to end by themselves after one has failed, or after a signal to all.
 GRACE_S = 10.0
+# The same after an error in this process: most of the others wait for it then, in vain, and hear no signal.
+_VAIN_S = 3.0
 # How often the processes are looked at.
 _POLL_S = 0.2
 # How long another process may take to end after its failure was felt here.
@@ -144,7 +146,7 @@ class SubprocessLauncher(Launcher):
     def _end_all(self) -> None:
         if self._watcher is not None:
             self._watcher.stop()
-        end_processes(self._processes)
+        end_processes(self._processes, _VAIN_S)
 
     def _wait_at_exit(self) -> None:
         # Without this a shell would see the command end while processes still write their files. After an error in
