@@ -102,13 +102,29 @@ class Progress:
         self.is_last_batch = state.get("is_last_batch", False)
 
 
-class DataShown:
-    """Shows the data that a loop runs over, while a call of the Trainer does."""
+class Loop:
+    """What all loops show while a call of the Trainer runs: the Trainer."""
+
+    _shown: tuple[str, ...] = ("trainer",)
 
     def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave what is shown where it is."""
+        return {**self.__dict__, **dict.fromkeys(self._shown)}
+
+
+class DataLoop(Loop):
+    """A loop that shows the data that it runs over, too."""
+
+    _shown = ("trainer", "_data_source", "_combined_loader", "_load")
+
+    def __init__(self) -> None:
+        super().__init__()
         # The loaders of the stage, and these once they are loaded: extensions ask here whether there are any, and how long.
         self._data_source: object = None
-        self._combined_loader: object = None
+        self._combined_loader: Any = None
         self._load: Optional[Callable[[], None]] = None
 
     def setup_data(self) -> None:
@@ -116,12 +132,8 @@ class DataShown:
         if self._load is not None:
             self._load()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the data where they are."""
-        return {**self.__dict__, "_data_source": None, "_combined_loader": None, "_load": None}
 
-
-class EvaluationLoop(DataShown):
+class EvaluationLoop(DataLoop):
     """The state of a validation or test loop."""
 
     def __init__(self, has_last: bool = True) -> None:
@@ -134,6 +146,11 @@ class EvaluationLoop(DataShown):
         self.current_batch_indices: list[int] = []
         self.restarting: bool = False
         self.verbose: bool = False
+
+    @property
+    def num_dataloaders(self) -> int:
+        """Number of loaders, once they are loaded."""
+        return 0 if self._combined_loader is None else len(self._combined_loader.flattened)
 
     def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint."""
@@ -157,10 +174,11 @@ class OptimizerProgress:
         self.zero_grad.reset()
 
 
-class EpochLoop:
+class EpochLoop(Loop):
     """The state of the loop over the batches of one training epoch."""
 
     def __init__(self, min_steps: Optional[int], max_steps: int) -> None:
+        super().__init__()
         self.min_steps: Optional[int] = min_steps
         self.max_steps: int = max_steps
         self.batch_progress = Progress(has_last=True)
@@ -195,6 +213,12 @@ class EpochLoop:
         """Holds ``optim_progress.optimizer``: packages read there how many steps were taken."""
         return SimpleNamespace(optim_progress=SimpleNamespace(optimizer=self.optim_progress))
 
+    def _should_accumulate(self) -> bool:
+        """Whether the accumulation window is still open after the present batch: cellarium-ml asks when it saves."""
+        progress = self.batch_progress
+        is_full = progress.is_last_batch or progress.current.ready % self.trainer.accumulate_grad_batches == 0
+        return not (is_full or self.trainer.strategy.handles_gradient_accumulation)
+
     def state_dict(self) -> StateDict:
         """Return the loop's part of a checkpoint, flattened as the format has it."""
         step, zero_grad = self.optim_progress.step.state_dict(), self.optim_progress.zero_grad.state_dict()
@@ -223,7 +247,7 @@ class EpochLoop:
         self.val_loop.batch_progress.load_state_dict(state.get("epoch_loop.val_loop.batch_progress", {}))
 
 
-class FitLoop(DataShown):
+class FitLoop(DataLoop):
     """The state of the loop over epochs: limits and counters.
 
     Args:
@@ -250,6 +274,9 @@ class FitLoop(DataShown):
     batch_idx: int = reads("epoch_loop.batch_idx", "Index of the present batch in the epoch; -1 before the first.")
     total_batch_idx: int = reads(
         "epoch_loop.total_batch_idx", "Index of the present batch in the whole training; -1 before the first."
+    )
+    _should_accumulate: Callable[[], bool] = reads(
+        "epoch_loop._should_accumulate", "As there; of callbacks that average."
     )
 
     def state_dict(self) -> StateDict:

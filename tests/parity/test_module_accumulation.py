@@ -141,3 +141,34 @@ def test_a_step_that_ends_the_epoch_leaves_nothing_behind(tmp_path):
         seen.note(trainer.global_step, *model.parameters(), *(p.grad for p in model.parameters()))
 
     trace.same(code, tmp_path)
+
+
+@pytest.mark.parametrize("start", ["here", "ddp_fork"])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_whether_a_window_is_open_is_known_in_every_hook(tmp_path, accumulate, start):
+    """Callbacks that average weights ask, and cellarium-ml when it saves."""
+
+    def code(seen: trace.Trace) -> None:
+        model = make_module(seen)
+        asked: list[Any] = []
+
+        def ask(name: str) -> None:
+            fit = model.trainer.fit_loop
+            assert fit.trainer is fit.epoch_loop.trainer is fit.epoch_loop.val_loop.trainer is model.trainer
+            answers = {fit._should_accumulate(), fit.epoch_loop._should_accumulate()}
+            asked.append((name, answers, fit.epoch_loop.val_loop.num_dataloaders))
+
+        for name in (
+            "on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end",
+            "on_validation_start", "on_train_epoch_end",
+        ):  # fmt: skip
+            setattr(model, name, lambda *args, name=name: ask(name))
+        model.on_fit_end = lambda: (tmp_path / seen.framework.name).write_text(repr(asked))
+        where = {} if start == "here" else {"strategy": start}
+        trainer = seen.trainer(max_epochs=2, accumulate_grad_batches=accumulate, num_sanity_val_steps=0, **where)
+        trainer.fit(model, trace.batches(5), trace.batches(1))
+
+    trace.on_both(code, tmp_path)
+    theirs, ours = ((tmp_path / name).read_text() for name in ("lightning", "levin"))
+    assert ours == theirs
+    assert ("True" in ours) == (accumulate > 1)

@@ -85,12 +85,13 @@ def load(run: Run, loaders: StageLoaders, limit: int | float) -> None:
             loop.max_batches = loaders.batches_per_loader
 
 
-def show_loaders(run: Run) -> None:
-    """Let the loops show the loaders of a call, and load them when somebody asks for them before they are due."""
+def show_call(run: Run) -> None:
+    """Let the loops show the Trainer and the loaders of a call, and load these when somebody asks before they are due."""
+    run.loops.fit.epoch_loop.trainer = run.trainer
     for stage in ("train", "val", "test", "predict"):
         loaders: StageLoaders = getattr(run.loaders, stage)
         for loop in run.loops.of_stage(stage):
-            loop._data_source = loaders
+            loop.trainer, loop._data_source = run.trainer, loaders
             loop._load = functools.partial(_load_early, run, loaders)
 
 

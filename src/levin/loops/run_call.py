@@ -24,6 +24,7 @@ from levin.loops.dataloaders import (
     load_validation_if_soon,
     loaders_of,
     make_feed,
+    show_call,
     tell_epoch,
 )
 from levin.loops.evaluate import compose_evaluation, evaluate, no_gradients
@@ -129,6 +130,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> object:
 def connect(run: Run) -> None:
     """Check the run, and take this process to where its part of it runs."""
     verify(run)
+    show_call(run)
     for owner in (run.module, run.datamodule):
         if owner is not None:
             drop_unpicklable(owner.hparams)

@@ -15,7 +15,7 @@ from levin.counters import Loops
 from levin.datamodule import LightningDataModule
 from levin.engine import Engine
 from levin.loops import run_call
-from levin.loops.dataloaders import STAGE_OF, show_loaders
+from levin.loops.dataloaders import STAGE_OF
 from levin.loops.on_error import fail
 from levin.loops.run import Run
 from levin.loops.stage_loaders import Loaders
@@ -101,7 +101,6 @@ def begin(
     for stage, value in given.items():
         getattr(loaders, stage).attach(value, datamodule, model)
     run = _run_with(trainer, model, datamodule, loaders)
-    show_loaders(run)
     if previous is not None:
         # Those of the call before, until set-up finds new ones.
         run.metrics, run.ckpt_path = previous.metrics, previous.ckpt_path
