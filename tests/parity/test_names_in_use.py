@@ -22,6 +22,7 @@ t._checkpoint_connector is t._checkpoint_connector
 len(t.fit_loop._combined_loader.flattened)
 len(t.fit_loop._combined_loader)
 t.fit_loop._data_source.is_defined()
+[len(b[0]) for b in t.fit_loop._data_source.dataloader()]
 t.fit_loop.epoch_loop.val_loop._data_source.is_defined()
 t.validate_loop._data_source.is_defined()
 t.test_loop._data_source.is_defined()
@@ -73,6 +74,8 @@ t.datamodule
 t.logger
 t.loggers
 t.log_dir == t.default_root_dir
+t._default_root_dir == t.default_root_dir
+setattr(t, "_default_root_dir", "/elsewhere") or (t.default_root_dir, t.log_dir)
 m._trainer is t
 m._hparams
 m._hparams_initial

@@ -327,6 +327,17 @@ def test_pytorch_profiler_keeps_the_events_of_the_last_window(tmp_path: Path) ->
     assert found["lightning"] >= {"aten::addmm", "aten::mean"}
 
 
+def test_what_pytorch_profiler_recorded_so_far_can_be_read_when_it_is_ended_early(tmp_path: Path) -> None:
+    """Anemoi-training does so, by the private name."""
+    for framework in (lightning(), levin()):
+        recording = profilers_of(framework).PyTorchProfiler(tmp_path / framework.name, schedule=None)
+        with recording.profile("training_step"):
+            torch.zeros(3).sum()
+        recording._delete_profilers()
+        assert "aten::sum" in {event.name for event in recording.function_events}, framework.name
+        assert recording.profiler is None
+
+
 def test_pytorch_profiler_counts_the_steps_of_the_run_in_each_window(tmp_path: Path) -> None:
     framework, steps, names = levin(), [], []
 

@@ -670,6 +670,16 @@ def test_data_are_loaded_when_a_hook_asks_for_them(tmp_path, where, stage, with_
     assert ours.count("train_dataloader") == 1
 
 
+def test_the_loader_that_a_module_gives_can_be_asked_for_before_it_is_due(tmp_path):
+    """Opacus makes it a private one together with the optimizer."""
+
+    def ask(trainer):
+        return [len(batch[0]) for batch in trainer.fit_loop._data_source.dataloader()]
+
+    theirs, ours = (fit_that_asks(framework, tmp_path, ask, "configure_optimizers") for framework in frameworks())
+    assert ours == theirs and [2] * 5 in ours
+
+
 def test_data_that_are_not_there_are_not_loaded(tmp_path):
     """Lightning ends in an AttributeError."""
     seen = fit_that_asks(both.levin(), tmp_path, lambda t: t.fit_loop.epoch_loop.val_loop.setup_data(), "setup", False)

@@ -75,6 +75,13 @@ class StageLoaders:
         """The collection in the user's own structure, samplers injected; None before it is loaded."""
         return None if self.combined is None else self.combined.iterables
 
+    def dataloader(self) -> Any:
+        """Return the loaders as they were given, or ask for them anew: modules do in ``configure_optimizers`` (opacus)."""
+        if self.given is not None:
+            return self.given
+        with capture_init_args():
+            return getattr(self.owner, self.hook)()
+
     def load(
         self, sampler_kwargs: Optional[dict[str, int]], process: Callable[[object], object], is_overfit: bool = False
     ) -> None:
@@ -89,11 +96,7 @@ class StageLoaders:
             TypeError: Something that cannot be iterated.
             ValueError: A mode that this stage cannot use.
         """
-        if self.given is not None:
-            loaders = self.given
-        else:
-            with capture_init_args():
-                loaders = getattr(self.owner, self.hook)()
+        loaders = self.dataloader()
         if loaders is None:
             raise TypeError(f"`{self.hook}` must return a loader, received None. Return [] for no data.")
         mode: Any = "max_size_cycle" if self.stage == "train" else "sequential"

@@ -248,6 +248,8 @@ class PyTorchProfiler(Profiler):
         profile.stop()
         self._owner = None
 
+    _delete_profilers = _close  # anemoi-training ends the recording by this name, to read what was recorded
+
     def _save_trace(self, profile: torch.profiler.profile) -> None:
         owner = cast("str", self._owner)
         self.function_events = profile.events()

@@ -110,6 +110,7 @@ class Trainer:
     barebones: bool = setting("barebones")
     check_val_every_n_epoch: Optional[int] = setting("check_val_every_n_epoch")
     default_root_dir: str = setting("default_root_dir")
+    _default_root_dir: str = default_root_dir  # nemo sets it by this name
     enable_autolog_hparams: bool = setting("enable_autolog_hparams")
     fast_dev_run: Union[int, bool] = setting("fast_dev_run")
     gradient_clip_algorithm: Optional[GradClipAlgorithmType] = setting("gradient_clip_algorithm")
