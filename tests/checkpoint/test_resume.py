@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -211,3 +213,26 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, flags, shuffle, moment, a
         for name, value in state.items():
             assert torch.equal(value, b["state"][key][name])
     assert a["param_groups"] == b["param_groups"]
+
+
+@pytest.mark.parametrize("is_absent", [True, False])
+def test_states_of_callbacks_that_are_not_there_are_pointed_out(tmp_path, is_absent):
+    class Counts(Callback):
+        def state_dict(self):
+            return {"count": 3}
+
+    settings = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
+    data = DataLoader(Noisy(4), 2)
+    trainer = Trainer(callbacks=[Counts()], **settings)
+    trainer.fit(Model(), data, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = Trainer(callbacks=[] if is_absent else [Counts()], **{**settings, "max_epochs": 2})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Model(), data, data, ckpt_path=tmp_path / "a.ckpt")
+    told = [
+        str(each.message)
+        for each in caught
+        if "states of callbacks that the Trainer does not have" in str(each.message)
+    ]
+    assert len(told) == is_absent and all(Counts.__qualname__ in text for text in told)

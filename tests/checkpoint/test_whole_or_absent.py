@@ -14,7 +14,8 @@ import torch
 
 from levin.__main__ import main
 from levin.callbacks import ModelCheckpoint
-from levin.checkpoint import AsyncCheckpointIO, atomic_save, find_newest_intact, load
+from levin.checkpoint import AsyncCheckpointIO, TorchCheckpointIO, atomic_save, find_newest_intact, load
+from levin.checkpoint.sharded import ShardedCheckpointIO
 from levin.checkpoint.verify import verify
 from levin.checkpoint.zero import ZeroCheckpointIO
 from levin.utilities import filesystem
@@ -332,3 +333,14 @@ def test_auto_goes_on_from_the_newest_intact_file(tmp_path):
         resumed = run(3, "auto")
     assert resumed.ckpt_path == str(tmp_path / "saved" / "epoch=0-step=4.ckpt")
     assert resumed.global_step == 12
+
+
+@pytest.mark.parametrize(
+    "make",
+    [TorchCheckpointIO, AsyncCheckpointIO, ShardedCheckpointIO, ZeroCheckpointIO],
+    ids=lambda make: make.__name__,
+)
+def test_options_that_nothing_heeds_are_refused(tmp_path, make):
+    with pytest.raises(TypeError, match="storage_options must be None for .*, received {'ttl': 3}"):
+        make().save_checkpoint({"a": 1}, tmp_path / "x", storage_options={"ttl": 3})
+    assert not list(tmp_path.iterdir())

@@ -194,8 +194,13 @@ def test_parts_and_where_they_are_cut_are_told(caplog):
             torch._dynamo.graph_break()
             return loss + self.head(batch[0]).mean()
 
+        def on_train_batch_end(self, *args):
+            traced.append(getattr(torch._dynamo.config, "trace_autograd_ops", False))
+
+    before, traced = getattr(torch._dynamo.config, "trace_autograd_ops", False), []
     with caplog.at_level(logging.INFO):
         fit(Cut(), compile=EAGER, val=[], limit_val_batches=0)
+    assert set(traced) == {before}, "what only compiled gradients need costs functions that are cut"
     assert (
         "The gradients are not compiled together with `training_step`: Unsupported: Call to `torch._dynamo"
         in caplog.text
