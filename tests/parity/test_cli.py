@@ -139,6 +139,17 @@ def run_odd(folder: Path, name: str) -> tuple[Any, Any]:
     return run("lightning", folder, build), run("levin", folder, build)
 
 
+def test_the_names_of_added_arguments_come_back(tmp_path):
+    added: list[tuple[str, ...]] = []
+
+    def add(own: Any, parser: Any) -> None:
+        added.append(tuple(parser.add_lightning_class_args(own.Noted, "noted")))
+
+    both(tmp_path, custom(add, []))
+    theirs, ours = added
+    assert ours == theirs and "noted.note" in ours
+
+
 def test_callbacks_of_the_program_follow_those_of_the_command_line(tmp_path):
     def add(own: Any, parser: Any) -> None:
         parser.add_lightning_class_args(own.Noted, "noted")

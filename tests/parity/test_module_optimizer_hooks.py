@@ -187,6 +187,34 @@ def test_the_missing_closure_call_is_explained(tmp_path):
     assert ours.events[-1] == ("raised", "MisconfigurationException")
 
 
+@pytest.mark.parametrize("kind", ["StepLR", "ReduceLROnPlateau"])
+def test_a_scheduler_is_stepped_by_the_default_that_an_override_calls(tmp_path, kind):
+    def stepping(seen: trace.Trace) -> None:
+        class Model(seen.framework.LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = torch.nn.Linear(4, 1)
+
+            def training_step(self, batch, batch_idx):
+                self.log("loss", 1.0)
+                return self.layer(batch).mean()
+
+            def lr_scheduler_step(self, scheduler, metric):
+                super().lr_scheduler_step(scheduler, metric)
+                seen.note(metric, scheduler.last_epoch, self.optimizers().param_groups[0]["lr"])
+
+            def configure_optimizers(self):
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.5)
+                options = {"patience": 0} if kind == "ReduceLROnPlateau" else {"step_size": 1, "gamma": 0.1}
+                scheduler = getattr(torch.optim.lr_scheduler, kind)(optimizer, **options)
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+        seen.trainer(max_epochs=3).fit(Model(), trace.batches(2))
+
+    ours = trace.same(stepping, tmp_path)
+    assert any(0.05 in event for event in ours.events)
+
+
 def test_the_wrapped_optimizer_looks_like_the_one_inside(tmp_path):
     def inspecting(seen: trace.Trace) -> None:
         class Model(seen.framework.LightningModule):
