@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_should_stop_set_in_any_hook_gives_the_same_run(tmp_path, seed):
 @pytest.mark.parametrize("seed", range(200, 220))
 def test_an_exception_in_any_hook_gives_the_same_run(tmp_path, seed):
     compare(tmp_path, seed, raise_at(random.Random(seed).randint(0, 120), ValueError("meant")))
+
+
+@pytest.mark.parametrize(
+    ("interval", "every"),
+    [
+        *itertools.product([1, 2, 3, 4, 5, 0.25, 0.3, 0.5, 0.8, 1.0], [1, 2]),
+        *((batches, None) for batches in (1, 2, 3, 5, 7, 11)),
+    ],
+)
+def test_validation_runs_after_the_same_batches(tmp_path, interval, every):
+    flags = {"max_epochs": 3, "val_check_interval": interval, "check_val_every_n_epoch": every}
+    theirs, ours = (fit(make(), tmp_path, flags, train=both.loader(5)) for make in (both.lightning, both.levin))
+    assert_alike(theirs, ours)
 
 
 STOPS_EARLY = [
