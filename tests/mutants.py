@@ -5,9 +5,9 @@
 
 The tests of a room, and those that compare with Lightning, run once under coverage, when the first mutant is drawn that may
 meet them; coverage knows who came by each line, in processes that a test started too, and each mutant then meets those tests
-alone: first the ones that run the fewest lines, and as many as a number of seconds holds. What runs when a file is imported
-meets all that come by the file. What no test notices is printed with its place, and the share of those that were noticed.
-Lines that none of these tests runs give no mutants.
+alone: first the ones that run the fewest lines, and as many as a number of seconds holds; if these notice nothing, more of
+them. What runs when a file is imported meets all that come by the file. What no test notices is printed with its place, and
+the share of those that were noticed. Lines that none of these tests runs give no mutants.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _COMPARED = {
 }  # fmt: skip
 _COMPUTED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "*"}
 
-_ELSEWHERE = {"resume": "tests/checkpoint", "settings": "tests/test_trainer_arguments.py"}
+_ELSEWHERE = {
+    "callbacks": "tests/checkpoint", "resume": "tests/checkpoint", "settings": "tests/test_trainer_arguments.py",
+    "strategies": "tests/ranks",
+}  # fmt: skip
 """Room -> more of its tests, beside those of its name."""
 
 
@@ -55,14 +58,25 @@ class Covered(NamedTuple):
     tests: dict[tuple[str, int], list[str]]
     seconds: dict[str, float]
 
-    def chosen(self, mutant: Mutant, limit_s: float) -> list[str]:
-        """Return the tests that a mutant meets: one at least where there is one, and as many as the seconds hold."""
-        chosen, left = [], limit_s
-        for test in self.tests.get((str(mutant.path), mutant.line), ()):
-            if not chosen or self.seconds[test] <= left:
-                chosen.append(test)
-                left -= self.seconds[test]
-        return chosen
+    def chosen(self, mutant: Mutant, limits_s: tuple[float, float]) -> tuple[list[str], list[str]]:
+        """Return the tests that a mutant meets first, one at least where there is one, and those that it meets then.
+
+        Args:
+            mutant: The mutant.
+            limits_s: How many seconds of tests these are at most.
+        """
+        come_by = list(self.tests.get((str(mutant.path), mutant.line), ()))
+        first = _within(limits_s[0], come_by, self.seconds) or come_by[:1]
+        return first, _within(limits_s[1], [test for test in come_by if test not in first], self.seconds)
+
+
+def _within(limit_s: float, tests: list[str], seconds: dict[str, float]) -> list[str]:
+    found = []
+    for test in tests:
+        if seconds[test] <= limit_s:
+            found.append(test)
+            limit_s -= seconds[test]
+    return found
 
 
 def mutants(path: Path) -> Iterator[Mutant]:
@@ -184,14 +198,14 @@ def tests_of(path: Path) -> list[str]:
     return [*(str(test.relative_to(ROOT)) for test in found), "tests/parity"]
 
 
-def outcome_of(mutant: Mutant, tests: list[str], copy: Path) -> str:
+def outcome_of(mutant: Mutant, tests: list[str], copy: Path, timeout_s: float = 300) -> str:
     """Run ``tests`` on a copy of the code that holds the mutant: ``"noticed"``, ``"not noticed"`` or ``"out of time"``."""
     target = copy / mutant.path.relative_to(ROOT / "src")
     source = mutant.path.read_bytes()
     target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
     try:
         run = [sys.executable, "-m", *_pytest(["-x", *tests])]
-        done = subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=300)
+        done = subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=timeout_s)
         return "noticed" if done.returncode else "not noticed"
     except subprocess.TimeoutExpired:
         return "out of time"
@@ -214,7 +228,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="which ones")
     parser.add_argument("--paths", nargs="+", default=["src/levin"], help="what may be changed")
     parser.add_argument(
-        "--seconds", type=float, default=20, help="of tests of a folder that a mutant meets at most, if more than one"
+        "--seconds", type=float, default=20, help="of tests of a folder that a mutant meets at first, if more than one"
+    )
+    parser.add_argument(
+        "--more", type=float, default=120, help="of tests of a folder that it meets if these notice nothing"
     )
     parser.add_argument("--jobs", type=int, default=1, help="how many mutants are tried at a time")
     parser.add_argument("tests", nargs="*", help="what pytest runs; by default the tests of the room")
@@ -225,23 +242,26 @@ def main() -> int:
         for path in arguments.paths
         for file in ([ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"))
     ]
-    found = [mutant for file in sorted(files) for mutant in mutants(file)]
-    draw.shuffle(found)
+    possible = [mutant for file in sorted(files) for mutant in mutants(file)]
+    draw.shuffle(possible)
     outcomes = Counter[str]()
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.jobs) as pool:
         known = Known(Path(name))
-        waiting = iter(found)
+        waiting = iter(possible)
 
         def work(copy: Path) -> None:
             shutil.copytree(ROOT / "src", copy)
             for mutant in iter(lambda: next(waiting, None), None):
                 folders = arguments.tests or tests_of(mutant.path)
-                tests = [test for each in folders for test in known.come_by(each).chosen(mutant, arguments.seconds)]
+                found = [known.come_by(each).chosen(mutant, (arguments.seconds, arguments.more)) for each in folders]
+                first, then = ([test for tests in several for test in tests] for several in zip(*found))
                 if outcomes.total() >= arguments.number:
                     return
-                if not tests:
+                if not first:
                     continue
-                outcome = outcome_of(mutant, tests, copy)
+                outcome = outcome_of(mutant, first, copy)
+                if outcome == "not noticed" and then:
+                    outcome = outcome_of(mutant, then, copy, timeout_s=1800)
                 outcomes[outcome] += 1
                 if outcome != "noticed":
                     old = mutant.path.read_bytes()[mutant.start : mutant.end].decode()
@@ -254,7 +274,9 @@ def main() -> int:
             job.result()
     # One that makes the code run for ever is noticed by whoever waits for it.
     share = 1 - outcomes["not noticed"] / max(1, outcomes.total())
-    print(f"{dict(outcomes)}: {share:.0%} of {outcomes.total()} mutants were noticed, of {len(found)} possible ones.")
+    print(
+        f"{dict(outcomes)}: {share:.0%} of {outcomes.total()} mutants were noticed, of {len(possible)} possible ones."
+    )
     return int(share < 0.9)
 
 
