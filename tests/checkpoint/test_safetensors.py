@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -73,6 +74,13 @@ def test_a_folder_is_exported(tmp_path):
         export_weights(tmp_path / "run", tmp_path / "x.safetensors", key="net")
         assert torch.equal(load_weights(tmp_path / "x.safetensors")["weight"], whole)
     fabric.barrier()
+
+
+@pytest.mark.parametrize(("held", "received"), [({"ema": {}, "epoch": 3}, "['ema', 'epoch']"), ([1], "list")])
+def test_what_a_file_without_such_weights_holds_is_said(tmp_path, held, received):
+    torch.save(held, tmp_path / "run.ckpt")
+    with pytest.raises(ValueError, match=re.escape(f"has no weights under 'model', received {received}. Name another")):
+        export_weights(tmp_path / "run.ckpt", tmp_path / "x.safetensors", key="model")
 
 
 def test_what_is_no_such_file_is_said(tmp_path, monkeypatch):

@@ -133,6 +133,24 @@ def test_an_accumulation_window_is_one_step_of_the_search(tmp_path):
     assert ours[1] == pytest.approx([3 * loss for loss in theirs[1]], rel=1e-3)
 
 
+def test_hooks_know_in_a_search_whether_a_window_is_open(tmp_path):
+    found = []
+    for framework in (both.lightning(), both.levin()):
+        asked: list[Any] = []
+
+        def ask(tuner: Any, model: Any, trainer: Any, asked: Any = asked) -> None:
+            def hear(*args: Any) -> None:
+                loop = trainer.fit_loop
+                asked.append((loop._should_accumulate(), loop.trainer is loop.epoch_loop.trainer is trainer))
+
+            model.on_train_batch_end = hear
+            tuner.lr_find(model, num_training=4)
+
+        tried(framework, tmp_path, ask, dict(accumulate_grad_batches=2))
+        found.append(asked)
+    assert found[0] == found[1] and set(found[1]) == {(True, True), (False, True)}
+
+
 @pytest.mark.parametrize(
     "method, arguments",
     [

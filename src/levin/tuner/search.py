@@ -13,7 +13,7 @@ from torch import nn
 
 from levin.counters import FitLoop, Loops
 from levin.hooks import Callback
-from levin.loops.dataloaders import STAGE_OF
+from levin.loops.dataloaders import STAGE_OF, show_call
 from levin.loops.run import Run
 from levin.loops.run_call import compose_run, run_stage
 from levin.loops.stage_loaders import Loaders
@@ -48,6 +48,7 @@ def try_run(run: Run, callbacks: list[Callback], max_steps: int = -1, **settings
     with isolate_rng(), unchanged(run.module), _unchanged_optimizers(run):
         try:
             trainer.run = search
+            show_call(search)
             trainer.loops = search.loops
             trainer.settings, trainer.callbacks, trainer.loggers = search.settings, callbacks, []
             compose_run(search)
