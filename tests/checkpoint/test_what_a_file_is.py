@@ -233,6 +233,28 @@ def test_a_state_without_an_optimizer_is_told(tmp_path):
         resumed(tmp_path, none, adam)
 
 
+@pytest.mark.parametrize("kept", ["nothing", "lr_schedulers"])
+def test_a_file_that_a_program_made_of_the_weights_is_gone_on_from(tmp_path, kept):
+    """RF-DETR writes its best weights so: all keys of a whole checkpoint, with lists that are empty."""
+
+    def fit(max_epochs, **arguments):
+        run = trainer(tmp_path, [], enable_checkpointing=False, max_epochs=max_epochs)
+        run.fit(type("Model", (TrainOnly,), {"configure_optimizers": STEP})(), loader(), **arguments)
+        return run
+
+    first = fit(1)
+    first.save_checkpoint(tmp_path / "whole.ckpt")
+    checkpoint = torch.load(tmp_path / "whole.ckpt")
+    checkpoint["optimizer_states"] = []
+    if kept == "nothing":
+        checkpoint["lr_schedulers"] = []
+    torch.save(checkpoint, tmp_path / "made.ckpt")
+    with pytest.warns(UserWarning, match=r"made.ckpt holds no states of optimizers: they begin anew"):
+        second = fit(2, ckpt_path=tmp_path / "made.ckpt")
+    assert (second.current_epoch, second.global_step) == (2, 2 * first.global_step)
+    assert second.lr_scheduler_configs[0].scheduler.last_epoch == (1 if kept == "nothing" else 2)
+
+
 def test_parameters_in_another_order_keep_their_moments(tmp_path):
     def turned(module):
         return torch.optim.Adam([module.layer.bias, module.layer.weight], lr=0.1)

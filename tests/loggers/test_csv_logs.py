@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from levin import LightningModule, Trainer
+from levin import Callback, LightningModule, Trainer
 from levin.loggers import CSVLogger
 from levin.loggers.csv_logs import ExperimentWriter
 
@@ -36,7 +36,8 @@ class Logging(LightningModule):
 
 
 def text(logger: CSVLogger) -> str:
-    return Path(logger.log_dir, "metrics.csv").read_bytes().decode()
+    with fsspec.open(f"{logger.log_dir}/metrics.csv", "rb") as file:
+        return file.read().decode()
 
 
 def test_folders_follow_name_and_version(tmp_path):
@@ -144,6 +145,75 @@ def test_a_resumed_run_keeps_the_rows_before_it(tmp_path, place):
         fit(2)
     with fsspec.open(path) as file:
         assert len(file.read().decode().splitlines()) == 3, "a run from the start replaces the file"
+
+
+class Validating(Logging):
+    def __init__(self):
+        super().__init__("loss")
+
+    def training_step(self, batch, batch_idx):
+        self.log("step_and_epoch", 1.0 + batch_idx, on_step=True, on_epoch=True, batch_size=1)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("valid", 1.0, batch_size=1)
+
+
+class SavingOnce(Callback):
+    """Saves in the ``hook`` of the second epoch."""
+
+    def __init__(self, hook, path):
+        setattr(self, hook, lambda trainer, *_: trainer.current_epoch == 1 and trainer.save_checkpoint(path))
+
+
+HOOKS_OF_A_MOMENT = [
+    "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_batch_end",
+    "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS_OF_A_MOMENT)
+@pytest.mark.parametrize("checks", [1.0, 2])
+def test_a_table_has_each_row_once_wherever_in_an_epoch_the_run_goes_on(tmp_path, hook, checks):
+    def fit(max_epochs, *callbacks, **arguments):
+        trainer = Trainer(
+            accelerator="cpu", devices=1, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=max_epochs,
+            log_every_n_steps=1, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+            callbacks=list(callbacks), val_check_interval=checks, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(Validating(), DataLoader(range(4)), DataLoader(range(2)), **arguments)
+        return text(trainer.logger)
+
+    fit(2, SavingOnce(hook, tmp_path / "second.ckpt"))
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        resumed = fit(3, ckpt_path=tmp_path / "second.ckpt")
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        unbroken = fit(3)
+    assert resumed == unbroken
+
+
+@pytest.mark.parametrize("place", ["folder", "memory://kept"])
+def test_a_program_that_keeps_the_table_itself_has_each_row_once_after_a_resume(tmp_path, place):
+    """RF-DETR reads the table, has the logger begin, writes the table again, and tells the writer its columns."""
+    folder = tmp_path if place == "folder" else place
+
+    def logger():
+        return CSVLogger(folder, name=None, version="run")
+
+    first = logger()
+    for step in range(4):
+        first.log_metrics({"loss": step}, step=step)
+    first.finalize("success")
+    table = text(first)
+    again = logger()
+    with pytest.warns(UserWarning, match="not empty"):
+        again.experiment.metrics_keys = ["loss", "step"]
+    with fsspec.open(f"{again.log_dir}/metrics.csv", "w", newline="") as file:
+        file.write(table)
+    again.continue_from(3)
+    again.log_metrics({"loss": 30}, step=3)
+    again.finalize("success")
+    assert text(again) == "loss,step\r\n0,0\r\n1,1\r\n2,2\r\n30,3\r\n"
 
 
 def test_rows_that_were_logged_before_the_run_goes_on_stay_and_no_file_is_needed(tmp_path):

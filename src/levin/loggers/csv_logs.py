@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -63,6 +65,7 @@ class ExperimentWriter:
         self.metrics: list[dict[str, Any]] = []
         self.metrics_keys: list[str] = []
         self.metrics_file_path: str = os.path.join(log_dir, self.NAME_METRICS_FILE)
+        self.last_logged: Optional[tuple[float, int]] = None
         self._num_rows: int = 0
         self._has_new_hparams: bool = False
         self._is_local: bool = is_local(log_dir)
@@ -103,19 +106,24 @@ class ExperimentWriter:
         row["step"] = self._num_rows if step is None else step
         self._num_rows += 1
         self.metrics.append(row)
+        last, num = self.last_logged or (None, 0)
+        self.last_logged = (row["step"], num + 1 if last == row["step"] else 1)
 
-    def continue_from(self, step: int) -> None:
-        """Keep the rows of an earlier process that come before ``step``.
+    def continue_from(self, step: int, last_logged: Optional[tuple[float, int]] = None) -> None:
+        """Keep the rows of an earlier process that do not come again.
 
         Args:
             step: The first step that runs again.
+            last_logged: The last step that had rows then, and how many; None if nobody knows.
         """
         if self._num_rows or not exists(self.metrics_file_path):
             return
         with open_file(self.metrics_file_path) as file:
-            rows = [row for row in csv.DictReader(file) if _is_before(row.get("step"), step)]
+            rows = _rows_until(csv.DictReader(file), *(last_logged or (step, 0)))
         self.metrics = [{name: cell for name, cell in row.items() if name and cell} for row in rows]
+        self.metrics_keys = []  # so that these rows take the place of the file, also where a subclass or a program keeps it
         self._num_rows = len(self.metrics)
+        self.last_logged = last_logged
 
     def save(self, force: bool = True) -> None:
         """Write what has come since the last time.
@@ -243,10 +251,14 @@ class CSVLogger(FolderLogger):
         """Add hyper-parameters to ``hparams.yaml``."""
         self.experiment.log_hparams(to_dict(params))
 
+    @override
+    def last_logged(self) -> Optional[tuple[float, int]]:
+        return None if self._experiment is None else self._experiment.last_logged
+
     @rank_zero_only
     @override
-    def continue_from(self, step: int) -> None:
-        self.experiment.continue_from(step)
+    def continue_from(self, step: int, last_logged: Optional[tuple[float, int]] = None) -> None:
+        self.experiment.continue_from(step, last_logged)
 
     @rank_zero_only
     @override
@@ -263,12 +275,16 @@ class CSVLogger(FolderLogger):
         self._experiment.close()
 
 
-def _is_before(text: Optional[str], step: int) -> bool:
-    """Return whether a cell of the column ``step`` comes before ``step``; a damaged one does not."""
-    try:
-        return float(text or "nan") < step
-    except ValueError:
-        return False
+def _rows_until(rows: Iterable[dict[str, str]], step: float, num: int) -> list[dict[str, str]]:
+    """Return those before ``step`` and the first ``num`` of it; damaged ones are left out."""
+    kept, places = [], Counter[float]()
+    for row in rows:
+        with contextlib.suppress(ValueError):
+            place = float(row.get("step") or "nan")
+            places[place] += 1
+            if place < step or (place == step and places[place] <= num):
+                kept.append(row)
+    return kept
 
 
 def _table(header: list[str], previous: str) -> str:

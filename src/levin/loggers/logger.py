@@ -113,11 +113,16 @@ class Logger(FabricLogger):
         """Directory under which all experiments lie; None when nothing is written to disk."""
         return None
 
-    def continue_from(self, step: int) -> None:
+    def last_logged(self) -> Optional[tuple[float, int]]:
+        """Return the last place on the x-axis and how many times it was logged; None, the default, where nobody counts."""
+        return None
+
+    def continue_from(self, step: int, last_logged: Optional[tuple[float, int]] = None) -> None:
         """Prepare for a fit that goes on from a checkpoint; by default nothing happens. Called before its first values.
 
         Args:
             step: The first place on the x-axis that comes again.
+            last_logged: What :meth:`last_logged` gave when the checkpoint was saved: an epoch may be logged in part by then.
         """
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:

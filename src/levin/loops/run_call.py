@@ -98,8 +98,7 @@ def run_sequence(run: Run, weights_only: Optional[bool]) -> object:
             check_restored_epoch(run)
             tree.restore_optimizers(run, checkpoint)
             tree.keep_part_of_rank(checkpoint, strategy, weights_only)
-            for logger in run.loggers:
-                logger.continue_from(run.loops.fit.epoch_loop._batches_that_stepped)
+            tree.continue_logs(run, checkpoint)
         what = "Restored all states" if fn == "fit" else "Loaded model weights"
         rank_zero_info(f"{what} from the checkpoint at {ckpt_path}")
     if run.watchdog is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from copy import deepcopy
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Optional
 
 from levin.checkpoint.layout import COMPATIBLE_VERSION, OWN_KEY
@@ -169,9 +170,12 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
                 f"{run.ckpt_path} has no {key!r}, since it was saved with weights only, and fit cannot go on from it. "
                 "Load the weights with `load_from_checkpoint` and start a new fit."
             )
-    if not checkpoint["optimizer_states"] and not checkpoint["global_step"]:
-        return  # saved before there were any: by hand before a fit, or after an evaluation
-    if run.strategy.lightning_restore_optimizer:
+    if not checkpoint["optimizer_states"]:  # saved before there were any, or made by a program of the weights
+        if checkpoint["global_step"]:
+            rank_zero_warn(f"{run.ckpt_path} holds no states of optimizers: they begin anew.")
+        if not checkpoint["lr_schedulers"]:
+            return
+    elif run.strategy.lightning_restore_optimizer:
         names = (own_state(checkpoint) or {}).get("optimizer_groups")
         if names:
             restore_groups(run.strategy.optimizers, run.module, *names)
@@ -185,6 +189,13 @@ def restore_optimizers(run: Run, checkpoint: StateDict) -> None:
         checkpoint["optimizer_states"] = states
         run.strategy.load_optimizer_state_dict(checkpoint)
     load_schedulers([config.scheduler for config in run.strategy.lr_scheduler_configs], checkpoint["lr_schedulers"])
+
+
+def continue_logs(run: Run, checkpoint: Mapping[str, object]) -> None:
+    """Tell the loggers where the run goes on."""
+    logged = (own_state(checkpoint) or {}).get("last_logged", ())
+    for logger, last in zip_longest(run.loggers, logged[: len(run.loggers)]):
+        logger.continue_from(run.loops.fit.epoch_loop._batches_that_stepped, *([last] if last else []))
 
 
 def own_state(checkpoint: Mapping[str, object]) -> Optional[StateDict]:

@@ -103,6 +103,7 @@ class ResumeState:
             "reduced_metrics": tuple(dict(values) for values in run.metrics),
             "loaded_epoch": run.loaders.train.loaded_epoch,
             "eval_log_steps": dict(run.eval_log_steps),
+            "last_logged": [logger.last_logged() for logger in run.loggers],
             "validation_data": self._validation_data(run),
             "checkpoint_callbacks": {
                 callback.state_key: kept for callback in run.checkpoint_callbacks if (kept := callback.run_state())
@@ -159,6 +160,7 @@ class ResumeState:
             "validation_rng": self._rng.read(PROCESS + DEVICES),
             "metrics": copied(collect_metric_states(run.module)),
             "eval_log_steps": dict(run.eval_log_steps),
+            "last_logged": [logger.last_logged() for logger in run.loggers],
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
             "validation_data": self._validation_data(run),
         }
