@@ -23,6 +23,7 @@ from levin import LightningModule
 from levin.checkpoint import TorchCheckpointIO
 from levin.compat import private
 from levin.compat.table import names_in
+from tests.compat import programs
 from tests.parity import both as parity
 
 
@@ -452,6 +453,76 @@ def test_a_strategy_starts_its_processes_in_a_way_of_its_own(tmp_path):
         trainer.fit(parity.recording_module(framework, [])[0], parity.loader(), parity.loader())
         found.append((calls, type(trainer.strategy.launcher).__name__, trainer.global_step))
     assert found[1] == found[0] == ([(True, True)], "Launcher", 2)
+
+
+OWN_LAUNCHERS = """
+import sys
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, launchers
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.utils.data import DataLoader
+
+
+class AtThePrompt(_MultiProcessingLauncher):
+    @property
+    def is_interactive_compatible(self):
+        return True
+
+
+class Own(DDPStrategy):
+    def _configure_launcher(self):
+        if self._start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        elif self._start_method == "spawn":
+            self._launcher = AtThePrompt(self, start_method="spawn")
+        else:
+            self._launcher = _MultiProcessingLauncher(strategy=self, start_method=self._start_method)
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.ones_(self.layer.weight)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+if __name__ == "__main__":
+    for strategy in ("ddp" if sys.argv[1] == "popen" else f"ddp_{sys.argv[1]}", Own(start_method=sys.argv[1])):
+        trainer = Trainer(
+            accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )
+        kinds = [AtThePrompt, _MultiProcessingLauncher, _SubprocessScriptLauncher, launchers.launcher._Launcher]
+        found = [isinstance(trainer.strategy.launcher, kind) for kind in kinds]
+        if trainer.is_global_zero:
+            print(found, trainer.strategy.launcher.is_interactive_compatible)
+    model = Net()
+    trainer.fit(model, DataLoader(torch.arange(8.0).reshape(8, 1), batch_size=2))
+    if trainer.is_global_zero:
+        print(model.layer.weight.item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])
+def test_a_strategy_makes_a_launcher_of_lightnings(tmp_path, start_method):
+    """As RF-DETR does for notebooks, and lightning-habana for its devices."""
+    program = tmp_path / "program.py"
+    program.write_text(OWN_LAUNCHERS)
+    found = []
+    for words in ([], ["-m", "levin"]):
+        done = programs.run([*words, str(program), start_method])
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.splitlines())
+    assert found[0] == found[1] and len(found[0]) == 3
 
 
 def test_the_loop_under_way_and_the_one_that_evaluates(tmp_path):

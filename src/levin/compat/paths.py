@@ -186,7 +186,7 @@ TABLE: dict[str, dict[str, str]] = {
         "SingleDeviceStrategy SingleDeviceXLAStrategy Strategy StrategyRegistry XLAStrategy",
     },
     "pytorch.strategies.launchers": {
-        _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
+        PRIVATE: "_MultiProcessingLauncher _SubprocessScriptLauncher",
         ABSENT: "_XLALauncher",
     },
     "pytorch.strategies.launchers.launcher": {_LAUNCHERS: "_Launcher:Launcher"},
@@ -315,7 +315,7 @@ TABLE: dict[str, dict[str, str]] = {
         EQUIVALENT_STRATEGIES: "FSDPStrategy", ABSENT: "_get_full_state_dict_context _setup_activation_checkpointing",
     },
     "fabric.strategies.launchers": {
-        _LAUNCHERS: "_MultiProcessingLauncher:MultiProcessingLauncher _SubprocessScriptLauncher:SubprocessLauncher",
+        PRIVATE: "_MultiProcessingLauncher _SubprocessScriptLauncher",
         ABSENT: "_XLALauncher",
     },
     "fabric.utilities": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+from abc import ABCMeta
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
@@ -16,12 +17,13 @@ from levin.callbacks import ModelCheckpoint
 from levin.checkpoint import CheckpointIO, TorchCheckpointIO
 from levin.counters import EvaluationLoop
 from levin.environments import ClusterEnvironment
+from levin.launchers import MultiProcessingLauncher, SubprocessLauncher
 from levin.loggers.uploads import new_checkpoints
 from levin.loggers.utilities import flatten
 from levin.module import LightningModule
 from levin.precision import Precision
 from levin.protocols import Trainer
-from levin.strategies import LayerSync
+from levin.strategies import LayerSync, ParallelStrategy
 from levin.strategies.sharding import WeightMaker
 from levin.trainer.compiled import is_compiled, to_uncompiled
 from levin.trainer.results_table import print_results
@@ -161,14 +163,41 @@ def _register_classes(registry: Registry[Any], method: str, module: ModuleType, 
             getattr(found, method)(registry)
 
 
-class _AnyLoop(type):
-    """All loops of an evaluation are loops of this kind, also those that the Trainer made."""
+class _AnyOfKind(ABCMeta):
+    """A class here that has a constructor of Lightning's: what levin makes with its own is an instance as well."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        return isinstance(instance, EvaluationLoop) if cls is _EvaluationLoop else super().__instancecheck__(instance)
+        return (
+            isinstance(instance, cls.__mro__[1]) if cls.__module__ == __name__ else super().__instancecheck__(instance)
+        )
 
 
-class _EvaluationLoop(EvaluationLoop, metaclass=_AnyLoop):
+class _MultiProcessingLauncher(MultiProcessingLauncher, metaclass=_AnyOfKind):
+    """For a strategy that makes its launcher itself, in ``_configure_launcher`` (RF-DETR, lightning-habana).
+
+    Args:
+        strategy: Whose processes they are.
+        start_method: ``"spawn"``, ``"fork"`` or ``"forkserver"``.
+    """
+
+    def __init__(self, strategy: ParallelStrategy, start_method: str = "spawn") -> None:
+        super().__init__(strategy.known_environment, strategy.num_processes, start_method, strategy.enter_process)
+
+
+class _SubprocessScriptLauncher(SubprocessLauncher, metaclass=_AnyOfKind):
+    """The same, for a script that is started again (lightning-habana).
+
+    Args:
+        cluster_environment: Knows where rank 0 listens, and whether the processes are there already.
+        num_processes: Number of processes of this machine.
+        num_nodes: Number of machines.
+    """
+
+    def __init__(self, cluster_environment: ClusterEnvironment, num_processes: int, num_nodes: int) -> None:
+        super().__init__(cluster_environment, num_processes, num_nodes)
+
+
+class _EvaluationLoop(EvaluationLoop, metaclass=_AnyOfKind):
     """May be put into the place of ``trainer.test_loop``, and shows the results as it likes (torch-uncertainty).
 
     Args:

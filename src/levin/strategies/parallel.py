@@ -121,14 +121,22 @@ class ParallelStrategy(Strategy, ABC):
         Args:
             start_method: ``"popen"`` starts the script again; another one starts processes that run one function.
         """
+        environment = self.known_environment
+        if start_method == "popen":
+            self._launcher = SubprocessLauncher(environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = MultiProcessingLauncher(environment, self.num_processes, start_method, self.enter_process)
+
+    @property
+    def known_environment(self) -> ClusterEnvironment:
+        """The cluster environment.
+
+        Raises:
+            RuntimeError: None was given and no engine has chosen one yet.
+        """
         if self.environment is None:
             raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
-        if start_method == "popen":
-            self._launcher = SubprocessLauncher(self.environment, self.num_processes, self.num_nodes)
-        else:
-            self._launcher = MultiProcessingLauncher(
-                self.environment, self.num_processes, start_method, self.enter_process
-            )
+        return self.environment
 
     # Where this process stands
 
@@ -212,9 +220,7 @@ class ParallelStrategy(Strategy, ABC):
         """Connect this process with the others."""
         self.set_world_ranks()
         share_processors(self.num_processes)
-        if self.environment is None:
-            raise RuntimeError(f"{type(self).__name__} has no cluster environment. Pass it to Trainer(strategy=...).")
-        connect_processes(self.environment, self.process_group_backend, self.timeout)
+        connect_processes(self.known_environment, self.process_group_backend, self.timeout)
         self.control.is_closed = False
         self._data_control = None
         # All processes start from the same weights and draw the same numbers.
