@@ -522,3 +522,28 @@ def test_a_checkpoint_builds_nested_objects_and_gives_its_hyper_parameters_to_th
     assert ours.pop("calls") == [("Wide" if mode == "subclass" else "OwnOptimizer", "Deep", 8, 0.25)]
     assert theirs.pop("calls") and ours == theirs
     assert ours["config"]["validate"]["data"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize(("writer", "reader"), [("lightning", "levin"), ("levin", "lightning"), ("levin", "levin")])
+def test_a_checkpoint_of_either_command_line_is_built_by_the_other(tmp_path, writer, reader):
+    path = tmp_path / "saved.ckpt"
+
+    def write(own: Any) -> None:
+        words = [
+            "fit",
+            *QUIET,
+            "--trainer.max_epochs=1",
+            "--model.lr=0.25",
+            "--model.num_classes=7",
+            "--data.batch_size=2",
+        ]
+        own.LightningCLI(own.OwnOptimizer, own.Data, args=words, save_config_callback=None).trainer.save_checkpoint(
+            path
+        )
+
+    def read(own: Any) -> None:
+        model, data = (kind.load_from_checkpoint(path, weights_only=False) for kind in (own.OwnOptimizer, own.Data))
+        own.calls.append((model.hparams.lr, model.num_classes, data.hparams.batch_size))
+
+    assert "raised" not in run(writer, tmp_path, write)
+    assert run(reader, tmp_path, read)["calls"] == [(0.25, 7, 2)]

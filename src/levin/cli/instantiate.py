@@ -9,7 +9,8 @@ from levin.utilities.types import Function, Kwargs
 
 T = TypeVar("T")
 
-_INSTANTIATE_MODULE = "levin.cli.instantiate_module"
+# Lightning's name, which both frameworks know for their own function: Lightning refuses a file that has another.
+_INSTANTIATE_MODULE = "lightning.pytorch.cli.instantiate_module"
 
 
 def instantiate_class(args: Any, init: Kwargs) -> Any:
