@@ -16,11 +16,12 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Optional, Union
 
 import torch
 
 from levin.accelerators import Accelerator, AcceleratorRegistry, CUDAAccelerator, MPSAccelerator, XLAAccelerator
+from levin.checkpoint.io import CheckpointIO
 from levin.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -44,8 +45,9 @@ from levin.utilities.properties import reads
 from levin.utilities.rank_zero import rank_zero_info, rank_zero_warn, set_rank
 from levin.utilities.warnings import PossibleUserWarning
 
-if TYPE_CHECKING:
-    from levin.checkpoint.io import CheckpointIO
+_Plugin = Union[Precision, ClusterEnvironment, CheckpointIO, LayerSync]
+Plugins = Optional[Union[_Plugin, list[_Plugin]]]
+"""What ``plugins`` takes. Command lines and configuration files build by this type what they name."""
 
 _DETECTED_ENVIRONMENTS: tuple[type[ClusterEnvironment], ...] = (
     TorchElasticEnvironment,
@@ -111,7 +113,7 @@ def build_engine(
     devices: int | str | list[int] = "auto",
     num_nodes: int = 1,
     precision: str | int | None = None,
-    plugins: object = None,
+    plugins: Plugins = None,
     sync_batchnorm: bool = False,
 ) -> Engine:
     """Choose and check every part of a run.
@@ -225,9 +227,7 @@ def _check_strategy(strategy: object) -> None:
     )
 
 
-def _sort_plugins(plugins: object, sync_batchnorm: bool) -> _Plugins:
-    from levin.checkpoint.io import CheckpointIO
-
+def _sort_plugins(plugins: Plugins, sync_batchnorm: bool) -> _Plugins:
     items: Iterable[object] = [] if plugins is None else plugins if isinstance(plugins, (list, tuple)) else [plugins]
     result = _Plugins()
     kinds = {

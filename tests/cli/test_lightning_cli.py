@@ -352,3 +352,50 @@ def test_optimizer_and_scheduler_that_were_defaults_are_in_the_saved_configurati
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert saved["optimizer"]["lr"] == 0.2 and saved["optimizer"]["eps"] == 1e-8
     assert saved["lr_scheduler"]["step_size"] == 3 and saved["lr_scheduler"]["gamma"] == 0.1
+
+
+@pytest.mark.parametrize("form", ["=", "+=", "config"])
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("AsyncCheckpointIO", {}),
+        ("DoublePrecision", {}),
+        ("MixedPrecision", {"precision": "bf16-mixed", "device": "cpu"}),
+        ("LightningEnvironment", {}),
+        ("TorchSyncBatchNorm", {}),
+    ],
+)
+def test_plugins_are_built_from_the_command_line(name, arguments, form, tmp_path):
+    words = [f"--trainer.plugins{form}{name}", *(f"--trainer.plugins.{key}={arguments[key]}" for key in arguments)]
+    if form == "config":
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump({"trainer": {"plugins": [{"class_path": name, "init_args": arguments}]}}))
+        words = [f"--config={file}"]
+    cli = LightningCLI(Net, args=[*QUIET, *words], run=False)
+    parts = vars(cli.trainer.strategy).values()
+    built = cli.config_init.trainer.plugins
+    (plugin,) = built if isinstance(built, list) else [built]
+    assert type(plugin).__name__ == name
+    assert name == "LightningEnvironment" or any(part is plugin for part in parts)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--trainer.strategy=FSDPStrategy", "--trainer.strategy.state_dict_type=sharded"],
+        ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.data_parallel_size=1"],
+        ["--trainer.strategy=DeepSpeedStrategy", "--trainer.strategy.stage=2"],
+        ["--trainer.strategy=SingleDeviceXLAStrategy", "--trainer.strategy.device=0"],
+        ["--trainer.callbacks=ThroughputMonitor", "--trainer.callbacks.batch_size_fn=builtins.len",
+         "--trainer.callbacks.window_size=4", "--trainer.callbacks.available_flops=2"],
+    ],
+)  # fmt: skip
+def test_classes_are_known_by_their_name_in_a_fresh_process(words, tmp_path):
+    program = (
+        "import sys, levin; from levin.cli import *; LightningCLI(levin.LightningModule, args=sys.argv[1:], run=False)"
+    )
+    command = [sys.executable, "-c", program, *words, "--print_config"]
+    env = {**os.environ, "PYTHONPATH": str(Path(levin.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"{words[-1].rpartition('.')[2].split('=')[0]}:" in done.stdout

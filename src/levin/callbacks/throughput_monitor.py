@@ -76,7 +76,7 @@ class ThroughputMonitor(Callback):
         self.count_flops: bool = count_flops
         self.prog_bar: bool = prog_bar
         self.kwargs: Kwargs = kwargs
-        self.available_flops: float | None = kwargs.get("available_flops")
+        self.available_flops: float | None = kwargs.pop("available_flops", None)
         self._meters: dict[str, _Meter] = {}
         self._counter: FlopCounterMode | None = None
         self._flops_per_sample: float | None = None
@@ -91,14 +91,13 @@ class ThroughputMonitor(Callback):
             self.available_flops = get_available_flops(trainer.strategy.root_device, dtype)
         if stage == "fit" and not hasattr(pl_module, "flops_per_batch") and not self.count_flops:
             rank_zero_info(f"{type(pl_module).__name__} has no `flops_per_batch`, so no FLOPs are logged.")
-        settings = {
-            **self.kwargs,
-            "available_flops": self.available_flops,
-            "world_size": trainer.strategy.data_parallel.size,
-        }
         stages = ("train", "validate") if stage == "fit" else (stage,)
-        self._meters = {name: _Meter(Throughput(**settings)) for name in stages}
+        self._meters = {name: _Meter(self._throughput(trainer)) for name in stages}
         self._eval_batches = 0
+
+    def _throughput(self, trainer: Trainer) -> Throughput:
+        # Command lines find here which arguments ``kwargs`` may hold.
+        return Throughput(self.available_flops, trainer.strategy.data_parallel.size, **self.kwargs)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

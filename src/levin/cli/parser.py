@@ -283,7 +283,16 @@ def class_names() -> list[str]:
 
 def import_choices() -> None:
     """Import what levin offers to plug in, because classes are chosen by name among those that are imported."""
-    for room in ("accelerators", "callbacks", "checkpoint", "environments", "loggers", "precision", "profilers"):
+    for room in (
+        "accelerators",
+        "callbacks",
+        "checkpoint",
+        "environments",
+        "loggers",
+        "precision",
+        "profilers",
+        "strategies",
+    ):
         module = importlib.import_module(f"levin.{room}")
         for name in module.__all__:
             getattr(module, name)

@@ -16,6 +16,7 @@ from levin.accelerators import Accelerator
 from levin.checkpoint.folder import consolidate
 from levin.checkpoint.layout import is_sharded
 from levin.data.loaders import prepare_dataloader, shuffles
+from levin.engine import Plugins
 from levin.fabric.processes import Processes
 from levin.fabric.state import Filter, check_filter, check_state, collect, restore, restore_one
 from levin.fabric.trainer_shim import TrainerShim
@@ -85,7 +86,7 @@ class Fabric(Processes):
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
         precision: str | int | None = None,
-        plugins: object = None,
+        plugins: Plugins = None,
         callbacks: object = None,
         loggers: object = None,
     ) -> None:

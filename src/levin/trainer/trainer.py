@@ -18,7 +18,7 @@ from levin.callbacks.early_stopping import EarlyStopping
 from levin.callbacks.progress.progress_bar import ProgressBar
 from levin.counters import EvaluationLoop, FitLoop, Loops
 from levin.datamodule import LightningDataModule
-from levin.engine import Engine, build_engine, describe_devices, use_deterministic
+from levin.engine import Engine, Plugins, build_engine, describe_devices, use_deterministic
 from levin.hooks import Callback
 from levin.loggers.logger import Logger
 from levin.loops.dataloaders import load_training
@@ -243,7 +243,7 @@ class Trainer:
         detect_anomaly: bool = False,
         compile: Optional[Union[bool, str, dict[str, Any]]] = None,
         barebones: bool = False,
-        plugins: Optional[object] = None,
+        plugins: Plugins = None,
         sync_batchnorm: bool = False,
         reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: Optional[PathLike] = None,
