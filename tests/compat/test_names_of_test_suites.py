@@ -434,3 +434,20 @@ def test_a_missing_attribute_is_the_error_that_programs_catch():
             _ = values["nope"]
         del values.k
         assert values == {}
+
+
+@pytest.mark.parametrize(
+    "value, read",
+    [
+        ((1, 2), [1, 2]),
+        ({"a": (0.9, Path("x"))}, {"a": [0.9, "x"]}),
+        (torch.tensor([1.5]), [1.5]),
+        ({1}, {1}),
+        (None, None),
+    ],
+)
+def test_hyper_parameters_in_a_yaml_file_are_values(tmp_path, value, read):
+    from levin.compat.hparams import load_hparams_from_yaml, save_hparams_to_yaml
+
+    save_hparams_to_yaml(tmp_path / "hparams.yaml", {"value": value})
+    assert load_hparams_from_yaml(tmp_path / "hparams.yaml") == {"value": read}

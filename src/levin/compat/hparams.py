@@ -8,12 +8,12 @@ import os
 import types
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from typing import Any
 
 from levin.compat.equivalents import is_picklable
 from levin.hparams import frame_arguments
 from levin.loading import literal, read_hparams_file
+from levin.loggers.utilities import json_values
 from levin.utilities.rank_zero import rank_zero_warn
 from levin.utilities.types import StateDict
 
@@ -156,13 +156,7 @@ def save_hparams_to_yaml(config_yaml: str | os.PathLike[str], hparams: object, u
 
     values = dict(hparams) if isinstance(hparams, Mapping) else vars(hparams)
     with open(config_yaml, "w", newline="") as file:
-        yaml.safe_dump({key: _plain(value) for key, value in values.items()}, file)
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Enum):
-        return value.name
-    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else str(value)
+        yaml.safe_dump(json_values(values), file)
 
 
 def load_hparams_from_tags_csv(tags_csv: str | os.PathLike[str]) -> dict[str, Any]:
