@@ -96,6 +96,15 @@ def test_validation_runs_after_the_same_batches(tmp_path, interval, every):
     assert_alike(theirs, ours)
 
 
+@pytest.mark.lightning_raises("ValueError")
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_interval_longer_than_the_epoch_is_refused(tmp_path, batches):
+    flags = {"max_epochs": 1, "val_check_interval": batches + 1}
+    theirs, ours = (fit(make(), tmp_path, flags, train=both.loader(batches)) for make in (both.lightning, both.levin))
+    assert type(theirs.error) is ValueError and isinstance(ours.error, ValueError)
+    assert ours.calls == theirs.calls
+
+
 STOPS_EARLY = [
     "on_fit_start", "on_sanity_check_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start",
     "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end",
