@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -203,13 +205,18 @@ def outcome_of(mutant: Mutant, tests: list[str], copy: Path, timeout_s: float = 
     target = copy / mutant.path.relative_to(ROOT / "src")
     source = mutant.path.read_bytes()
     target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
+    run = [sys.executable, "-m", *_pytest(["-x", *tests])]
+    process = subprocess.Popen(
+        run, cwd=ROOT, env=_environment(copy), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     try:
-        run = [sys.executable, "-m", *_pytest(["-x", *tests])]
-        done = subprocess.run(run, cwd=ROOT, env=_environment(copy), capture_output=True, timeout=timeout_s)
-        return "noticed" if done.returncode else "not noticed"
+        return "noticed" if process.wait(timeout_s) else "not noticed"
     except subprocess.TimeoutExpired:
         return "out of time"
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
         target.write_bytes(source)
 
 
