@@ -207,7 +207,12 @@ def outcome_of(mutant: Mutant, tests: list[str], copy: Path, timeout_s: float = 
     target.write_bytes(source[: mutant.start] + mutant.text.encode() + source[mutant.end :])
     run = [sys.executable, "-m", *_pytest(["-x", *tests])]
     process = subprocess.Popen(
-        run, cwd=ROOT, env=_environment(copy), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        run,
+        cwd=ROOT,
+        env=_environment(copy),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
         return "noticed" if process.wait(timeout_s) else "not noticed"

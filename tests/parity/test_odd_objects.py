@@ -9,12 +9,13 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
 
 from tests.parity import both, trace
+from tests.parity.trainer_runs import listening
 
 
 class WithState:
@@ -259,3 +260,21 @@ def test_the_stage_that_setup_and_teardown_are_told_has_a_name_and_a_value(tmp_p
 
     events = trace.same(code, tmp_path).events
     assert len(events) == 12 and events[0][1:] == ("FITTING", "fit", True) and events[-1][1:3] == ("TESTING", "test")
+
+
+@pytest.mark.parametrize("make", [Mock, MagicMock])
+@pytest.mark.parametrize("has_spec", [True, False])
+def test_a_run_with_a_mock_for_a_logger_is_saved_and_gone_on_with(tmp_path, make, has_spec):
+    counts = []
+    for framework in (both.lightning(), both.levin()):
+        logger = make(spec=framework.Logger) if has_spec else make()
+        logger.save_dir, logger.log_dir, logger.name, logger.version = None, None, "name", 0
+        path = str(tmp_path / f"{framework.name}.ckpt")
+        with listening():
+            for max_epochs in (1, 2):
+                module, _ = both.recording_module(framework, [])
+                trainer = both.quiet(framework, tmp_path, max_epochs=max_epochs, logger=logger, log_every_n_steps=1)
+                trainer.fit(module, both.loader(), ckpt_path=path if max_epochs == 2 else None)
+                trainer.save_checkpoint(path)
+        counts.append(logger.log_metrics.call_count)
+    assert counts[0] == counts[1]

@@ -68,6 +68,12 @@ class InterruptedPhase:
     arguments: Optional[tuple[object, object]] = None
 
 
+def _last_logged(loggers: list[Any]) -> list[Optional[tuple[float, int]]]:
+    """Return how far each logger is; None for those that do not count, and for those that only stand in for one."""
+    found = [logger.last_logged() if hasattr(logger, "last_logged") else None for logger in loggers]
+    return [last if isinstance(last, tuple) else None for last in found]
+
+
 class ResumeState:
     """Where training is: in the data, in the accumulation window, in the running sums of logged values and metrics."""
 
@@ -103,7 +109,7 @@ class ResumeState:
             "reduced_metrics": tuple(dict(values) for values in run.metrics),
             "loaded_epoch": run.loaders.train.loaded_epoch,
             "eval_log_steps": dict(run.eval_log_steps),
-            "last_logged": [logger.last_logged() for logger in run.loggers],
+            "last_logged": _last_logged(run.loggers),
             "validation_data": self._validation_data(run),
             "checkpoint_callbacks": {
                 callback.state_key: kept for callback in run.checkpoint_callbacks if (kept := callback.run_state())
@@ -160,7 +166,7 @@ class ResumeState:
             "validation_rng": self._rng.read(PROCESS + DEVICES),
             "metrics": copied(collect_metric_states(run.module)),
             "eval_log_steps": dict(run.eval_log_steps),
-            "last_logged": [logger.last_logged() for logger in run.loggers],
+            "last_logged": _last_logged(run.loggers),
             "val_total": [getattr(progress.total, name) for name in progress.total.__slots__],
             "validation_data": self._validation_data(run),
         }
